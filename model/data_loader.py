@@ -1,0 +1,333 @@
+"""Data sets in VOC's layout, decoded once into a memory-mapped cache, and their loaders."""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
+from tqdm import tqdm
+
+from model import UserError
+from model.sample import draw_sample
+from model.transforms import Augmentation, squash
+from model.voc import CLASS_NAMES, VOID
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+CACHE_VERSION = 1  # part of every cache's name: raise it when the same files would give other bytes
+
+
+def data_root(dataset: str, data_dir: str | Path) -> Path:
+    """The folder of a data set: data_dir for "voc", the drawn scenes under it for "sample"."""
+    return draw_sample(Path(data_dir) / "sample") if dataset == "sample" else Path(data_dir)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a data set keeps its photos, its masks and its lists."""
+
+    images: Path
+    masks: Path
+    lists: Path
+
+    @classmethod
+    def find(cls, data_dir: str | Path) -> "Layout":
+        """The layout of data_dir: lists beside JPEGImages, or a devkit's VOC2012/ImageSets/Segmentation.
+
+        Raises UserError where there is none.
+        """
+        data_dir = Path(data_dir)
+        for root in (data_dir, data_dir / "VOC2012", data_dir / "VOCdevkit" / "VOC2012"):
+            lists = root / "ImageSets" / "Segmentation"
+            lists = lists if lists.is_dir() else root
+            if (root / "JPEGImages").is_dir() and any(lists.glob("*.txt")):
+                return cls(root / "JPEGImages", root / "SegmentationClass", lists)
+        raise UserError(
+            f"{data_dir} holds no data set (JPEGImages/ with train.txt and val.txt, or VOC2012/). "
+            "Get VOC2012 with `python build_dataset.py`, write lists for your own photos with `python build_dataset.py "
+            f"--data_dir {data_dir} --split 0.8 0.1 0.1`, or try `python train.py --model_dir experiments/quickstart`"
+        )
+
+
+@dataclass(frozen=True)
+class Split:
+    """The photos of one list and their masks; masks is None where not one photo has one."""
+
+    name: str
+    ids: list[str]
+    images: list[Path]
+    masks: list[Path] | None
+
+    @classmethod
+    def find(cls, data_dir: str | Path, name: str) -> "Split":
+        """Read <name>.txt and find its files. Raises UserError for an unusable list and, all at once, for missing files."""
+        layout = Layout.find(data_dir)
+        ids = read_list(layout.lists / f"{name}.txt")
+        photos = photos_by_id(layout.images)
+        masks = [layout.masks / f"{id_}.png" for id_ in ids]
+        present = {entry.name for entry in os.scandir(layout.masks)} if layout.masks.is_dir() else set()
+        missing = [f"no photo {layout.images / id_}.jpg" for id_ in ids if id_ not in photos]
+        without_mask = [f"no mask {mask}" for mask in masks if mask.name not in present]
+        if len(without_mask) == len(ids):
+            masks = None
+        else:
+            missing += without_mask
+        if missing:
+            raise _faults(f"{layout.lists / name}.txt", missing)
+        return cls(name, ids, [photos[id_] for id_ in ids], masks)
+
+
+def read_list(path: Path) -> list[str]:
+    """The ids of a list file, one a line. Raises UserError when it is absent, empty, not text, or repeats an id."""
+    try:
+        ids = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except FileNotFoundError:
+        found = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt") if p.name != "classes.txt")) or "none"
+        raise UserError(f"no list {path}; splits here: {found}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not a UTF-8 text file ({error.reason})") from None
+    if not ids:
+        raise UserError(f"{path} lists no image")
+    if repeated := [id_ for id_, count in Counter(ids).items() if count > 1]:
+        raise UserError(f"{path} lists {', '.join(repeated[:5])} more than once")
+    return ids
+
+
+def photos_by_id(folder: Path) -> dict[str, Path]:
+    """Every photo of a folder by its name without suffix. Raises UserError when two photos share one."""
+    photos: dict[str, Path] = {}
+    for entry in os.scandir(folder):
+        path = Path(entry.path)
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."):
+            if path.stem in photos:
+                raise UserError(f"{photos[path.stem]} and {path} have the same name; keep one of them")
+            photos[path.stem] = path
+    return photos
+
+
+def class_names(data_dir: str | Path, num_classes: int) -> list[str]:
+    """Names from classes.txt beside the lists; else VOC's where there are 21; else the indices as text."""
+    path = Layout.find(data_dir).lists / "classes.txt"
+    if path.exists():
+        names = read_list(path)
+        if len(names) != num_classes:
+            raise UserError(f"{path} names {len(names)} classes, num_classes is {num_classes}; make them agree")
+        return names
+    return list(CLASS_NAMES) if num_classes == len(CLASS_NAMES) else [str(index) for index in range(num_classes)]
+
+
+def read_example(image_path: Path, mask_path: Path | None, *, image_size: int, num_classes: int) -> np.ndarray:
+    """Decode a photo and its mask at their own size, check them, and squash both to a square.
+
+    Returns uint8 (image_size, image_size, 4): red, green, blue, class index (void without a mask).
+    Raises UserError naming the file and what is wrong with it.
+    """
+    image = ImageOps.exif_transpose(_decode(image_path)).convert("RGB")
+    mask = None if mask_path is None else _read_mask(mask_path, image.size, num_classes)
+    image, mask = squash(image, mask, image_size)
+    example = np.full((image_size, image_size, 4), VOID, dtype=np.uint8)
+    example[..., :3] = image
+    if mask is not None:
+        example[..., 3] = mask
+    return example
+
+
+def _decode(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read as an image ({error})"
+        raise UserError(f"{path}: {reason}") from None
+
+
+def _read_mask(path: Path, size: tuple[int, int], num_classes: int) -> Image.Image:
+    mask = _decode(path)
+    if mask.mode not in ("P", "L"):
+        raise UserError(
+            f"{path}: the mask is {mask.mode}, not a palette or grey PNG of class indices; "
+            "model.voc.indices_from_colours converts masks painted in VOC's colours"
+        )
+    if mask.size != size:
+        raise UserError(f"{path}: the mask is {mask.width}x{mask.height}, its photo {size[0]}x{size[1]}")
+    if bad := [index for index, count in enumerate(mask.histogram()) if count and num_classes <= index != VOID]:
+        raise UserError(
+            f"{path}: class index {bad[0]} is neither below num_classes = {num_classes} nor void ({VOID}); "
+            "raise num_classes in params.json or correct the mask"
+        )
+    return mask
+
+
+def _faults(where: str, faults: list[str]) -> UserError:
+    shown = faults[:20] + ([f"and {len(faults) - 20} more"] if len(faults) > 20 else [])
+    return UserError(f"{where}: {faults[0]}" if len(faults) == 1 else "\n  ".join([f"{len(faults)} faults in {where}", *shown]))
+
+
+class SegmentationDataset(Dataset):
+    """One split as (photo, mask) pairs, squashed to image_size.
+
+    dataset[index] or dataset[index, seed] is uint8 (3, S, S) and uint8 (S, S); the seed drives the augmentation, so an
+    example depends on nothing but its index and its seed, whichever worker fetches it. All files are decoded and
+    checked when the data set is made: into a memory-mapped file under <data>/.cache (the user's cache folder when the
+    data are read-only) that every process shares, or, with cache False, to be decoded again at each access.
+
+    Args:
+        split: the photos and masks.
+        image_size: S, in pixels.
+        num_classes: indices from num_classes to 254 in a mask are an error.
+        cache: keep the decoded split on disk, 4 S^2 bytes an image.
+        augment: transform photo and mask together, see transforms.Augmentation.
+
+    Raises:
+        UserError: lists every faulty file of the split.
+    """
+
+    def __init__(self, split: Split, *, image_size: int, num_classes: int, cache: bool = True, augment: bool = False):
+        self.split = split
+        self.image_size = image_size
+        self.num_classes = num_classes
+        self.augmentation = Augmentation(image_size) if augment else None
+        self.cache_file = _cached(self) if cache else None
+        self._examples = np.load(self.cache_file, mmap_mode="r") if cache else None
+        if not cache:
+            for _ in self.decode_all():  # to find every faulty file now
+                pass
+
+    def __len__(self) -> int:
+        return len(self.split.ids)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Tensor]:
+        index, seed = key if isinstance(key, tuple) else (key, 0)
+        example = torch.from_numpy(self.decode(index) if self._examples is None else np.array(self._examples[index]))
+        image, mask = example[..., :3].permute(2, 0, 1), example[..., 3]
+        if self.augmentation is not None:
+            return self.augmentation(image, mask, seed)
+        return image, mask
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_examples": None}  # a worker that is sent the data set maps the file itself
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._examples = np.load(self.cache_file, mmap_mode="r") if self.cache_file else None
+
+    def decode(self, index: int) -> np.ndarray:
+        """uint8 (S, S, 4) from the files, see read_example."""
+        mask = self.split.masks[index] if self.split.masks else None
+        return read_example(self.split.images[index], mask, image_size=self.image_size, num_classes=self.num_classes)
+
+    def decode_all(self) -> Iterator[np.ndarray]:
+        """Every example in order, decoded on all cores. Raises UserError at the end, naming every faulty file."""
+        faults = []
+
+        def attempt(index: int) -> np.ndarray | UserError:
+            try:
+                return self.decode(index)
+            except UserError as error:
+                return error
+
+        with ThreadPoolExecutor(_cores()) as pool:
+            bar = tqdm(total=len(self), desc=f"reading {self.split.name}", unit="img", leave=False, disable=None)
+            for start in range(0, len(self), 256):  # map() would read ahead without bound
+                for result in pool.map(attempt, range(start, min(start + 256, len(self)))):
+                    bar.update()
+                    if isinstance(result, UserError):
+                        faults.append(str(result))
+                    else:
+                        yield result
+            bar.close()
+        if faults:
+            raise _faults(f"split {self.split.name}", faults)
+
+
+def _cached(dataset: SegmentationDataset) -> Path:
+    """The cache file of a data set, built now unless one of the same files, size and classes is there."""
+    split, size = dataset.split, dataset.image_size
+    digest = hashlib.sha256(repr((CACHE_VERSION, size, dataset.num_classes)).encode())
+    for path in [*split.images, *(split.masks or [])]:
+        status = path.stat()
+        digest.update(repr((path.name, status.st_size, status.st_mtime_ns)).encode())
+    folder = _cache_folder(split.images[0].parent.parent)
+    file = folder / f"{split.name}-{size}px-{digest.hexdigest()[:16]}.npy"
+    with FileLock(folder / f"{split.name}-{size}px.lock"):  # one process builds, the others wait
+        if not file.exists():
+            temporary = file.with_suffix(".tmp")
+            header = {"descr": "|u1", "fortran_order": False, "shape": (len(dataset), size, size, 4)}
+            try:
+                with open(temporary, "wb") as stream:  # not a writable map: a full disk would end that with SIGBUS
+                    np.lib.format.write_array_header_2_0(stream, header)
+                    stream.writelines(dataset.decode_all())
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                temporary.replace(file)
+            finally:
+                temporary.unlink(missing_ok=True)
+            for stale in set(folder.glob(f"{split.name}-{size}px-*.npy")) - {file}:
+                stale.unlink(missing_ok=True)
+    return file
+
+
+def _cache_folder(root: Path) -> Path:
+    folder = root / ".cache"
+    try:
+        folder.mkdir(exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = base / "global_convolutional_network" / hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+class EpochSampler(Sampler):
+    """A new order every epoch, as (index, seed) pairs that depend on nothing but the run's seed and the epoch."""
+
+    def __init__(self, length: int, *, seed: int):
+        self.length = length
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        seed = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)[0]
+        generator = torch.Generator().manual_seed(int(seed))
+        order = torch.randperm(self.length, generator=generator).tolist()
+        seeds = torch.randint(2**62, (self.length,), generator=generator).tolist()
+        return zip(order, seeds, strict=True)
+
+
+def make_loader(dataset: SegmentationDataset, *, batch_size: int, num_workers: int = 0, seed: int | None = None, pin_memory: bool = False) -> DataLoader:
+    """Batches of uint8 (B, 3, S, S) and (B, S, S), the last one smaller where the data set ends.
+
+    With a seed in an order of its own every epoch (call loader.sampler.set_epoch), else in the order of the list.
+    """
+    workers = min(num_workers, _cores(), -(-len(dataset) // batch_size))
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=SequentialSampler(dataset) if seed is None else EpochSampler(len(dataset), seed=seed),
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # its own, so that fetching data does not advance the network's random numbers
+    )
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

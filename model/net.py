@@ -1,0 +1,169 @@
+"""The Global Convolutional Network of Peng et al., "Large Kernel Matters" (arXiv 1703.02719), on a ResNet-50.
+
+`python -m model.net` prints its layer table.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, hub, nn
+from torchvision.models import ResNet50_Weights, resnet50
+
+from model import GCN_PADDINGS, HEADS, UserError
+
+
+class GCN(nn.Module):
+    """A dense k x k kernel at the price of four one-dimensional ones (paper, section 3.1 and figure 2B).
+
+    Left branch: k x 1, then 1 x k; right branch: 1 x k, then k x 1; their sum is the score map.
+
+    padding "same" keeps every map at its size. "swapped" is the layout of the widely used first PyTorch
+    implementation, needed for its checkpoints: each right convolution pads the axis that it does not cover, so the
+    map between the two is k - 1 higher and k - 1 narrower, and the outer k // 2 columns of the result get nothing
+    but a bias from the right branch.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, kernel_size: int = 7, padding: str = "swapped"):
+        super().__init__()
+        k, half = kernel_size, kernel_size // 2
+        along, across = ((0, half), (half, 0)) if padding == "same" else ((half, 0), (0, half))
+        self.conv_l1 = nn.Conv2d(in_channels, out_channels, (k, 1), padding=(half, 0))
+        self.conv_l2 = nn.Conv2d(out_channels, out_channels, (1, k), padding=(0, half))
+        self.conv_r1 = nn.Conv2d(in_channels, out_channels, (1, k), padding=along)
+        self.conv_r2 = nn.Conv2d(out_channels, out_channels, (k, 1), padding=across)
+        self.min_width = 1 if padding == "same" else k
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, in, H, W) -> (B, out, H, W)
+        left = self.conv_l2(self.conv_l1(x))
+        width = x.shape[-1]
+        if width >= self.min_width:
+            return left + self.conv_r2(self.conv_r1(x))
+        # Narrower than a swapped kernel: continue the map with zeros up to the kernel's width, and crop afterwards.
+        before = (self.min_width - width) // 2
+        wide = F.pad(x, (before, self.min_width - width - before))
+        return left + self.conv_r2(self.conv_r1(wide))[..., before : before + width]
+
+
+class BR(nn.Module):
+    """Boundary refinement: a residual block on the score map (paper, figure 2C)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
+        return x + self.conv2(self.relu(self.conv1(x)))
+
+
+class FCN_GCN(nn.Module):
+    """Encoder, one score map per stage, and a decoder that adds them up from coarse to fine.
+
+    Args:
+        num_classes: channels of the logits, background included.
+        kernel_size: k of the heads, odd and at least 3 (paper, table 1).
+        head: "gcn"; or, as the paper's comparisons, "conv1x1" (table 1), "conv", a plain k x k (table 2), or
+            "stack", (k - 1) / 2 layers of 3 x 3 without nonlinearity that keep the width to the last one (table 3).
+        boundary_refinement: whether BR blocks follow the heads and the fusions (table 5).
+        stem_maxpool: False = output strides 2 to 16; True = 4 to 32, the paper's and ResNet's own.
+        gcn_padding: "swapped" or "same", see GCN; the other heads have no use for it.
+        dropout_rate: probability of dropping a channel of the encoder features that enter a head.
+        pretrained: start the encoder from torchvision's ImageNet weights (IMAGENET1K_V1), downloaded once.
+
+    Raises:
+        UserError: an option is out of range, or the pretrained weights can be neither found nor downloaded.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 21,
+        *,
+        kernel_size: int = 7,
+        head: str = "gcn",
+        boundary_refinement: bool = True,
+        stem_maxpool: bool = False,
+        gcn_padding: str = "swapped",
+        dropout_rate: float = 0.0,
+        pretrained: bool = True,
+    ):
+        super().__init__()
+        if kernel_size < 3 or kernel_size % 2 == 0:
+            raise UserError(f"kernel_size is {kernel_size}; allowed: an odd number of at least 3")
+        if gcn_padding not in GCN_PADDINGS:
+            raise UserError(f"gcn_padding is {gcn_padding!r}; allowed: {', '.join(GCN_PADDINGS)}")
+
+        def score(in_channels: int) -> nn.Module:
+            return _head(head, in_channels, num_classes, kernel_size, gcn_padding)
+
+        def refine() -> nn.Module:
+            return BR(num_classes) if boundary_refinement else nn.Sequential()  # an empty Sequential is the identity
+
+        encoder = _encoder(pretrained)
+        self.conv1 = encoder.conv1
+        self.bn0 = encoder.bn1
+        self.relu = encoder.relu
+        self.maxpool = encoder.maxpool if stem_maxpool else nn.Sequential()
+        self.layer1, self.layer2 = encoder.layer1, encoder.layer2
+        self.layer3, self.layer4 = encoder.layer3, encoder.layer4
+        self.dropout = nn.Dropout2d(dropout_rate) if dropout_rate > 0 else nn.Sequential()
+        self.gcn1, self.gcn2, self.gcn3, self.gcn4 = score(256), score(512), score(1024), score(2048)
+        self.br1, self.br2, self.br3, self.br4 = refine(), refine(), refine(), refine()
+        self.br5, self.br6, self.br7, self.br8, self.br9 = refine(), refine(), refine(), refine(), refine()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, num_classes, H, W) of normalized images (B, 3, H, W); H and W at least 32. Sizes: stem_maxpool False."""
+        stem = self.relu(self.bn0(self.conv1(x)))  # (B, 64, H/2, W/2)
+        f1 = self.layer1(self.maxpool(stem))  # (B, 256, H/2, W/2)
+        f2 = self.layer2(f1)  # (B, 512, H/4, W/4)
+        f3 = self.layer3(f2)  # (B, 1024, H/8, W/8)
+        f4 = self.layer4(f3)  # (B, 2048, H/16, W/16)
+
+        s1 = self.br1(self.gcn1(self.dropout(f1)))  # (B, num_classes, H/2, W/2)
+        s2 = self.br2(self.gcn2(self.dropout(f2)))  # (B, num_classes, H/4, W/4)
+        s3 = self.br3(self.gcn3(self.dropout(f3)))  # (B, num_classes, H/8, W/8)
+        s4 = self.br4(self.gcn4(self.dropout(f4)))  # (B, num_classes, H/16, W/16)
+
+        y = self.br5(s3 + _upsample(s4, like=s3))  # (B, num_classes, H/8, W/8)
+        y = self.br6(s2 + _upsample(y, like=s2))  # (B, num_classes, H/4, W/4)
+        y = self.br7(s1 + _upsample(y, like=s1))  # (B, num_classes, H/2, W/2)
+        y = self.br8(_upsample(y, like=stem))  # (B, num_classes, H/2, W/2)
+        return self.br9(_upsample(y, like=x))  # (B, num_classes, H, W)
+
+
+def _upsample(x: Tensor, *, like: Tensor) -> Tensor:
+    if x.shape[-2:] == like.shape[-2:]:
+        return x
+    return F.interpolate(x, size=like.shape[-2:], mode="bilinear", align_corners=True)
+
+
+def _head(name: str, in_channels: int, num_classes: int, kernel_size: int, gcn_padding: str) -> nn.Module:
+    if name == "gcn":
+        return GCN(in_channels, num_classes, kernel_size=kernel_size, padding=gcn_padding)
+    if name == "conv1x1":
+        return nn.Conv2d(in_channels, num_classes, 1)
+    if name == "conv":
+        return nn.Conv2d(in_channels, num_classes, kernel_size, padding="same")
+    if name == "stack":
+        widths = [in_channels] * ((kernel_size - 1) // 2) + [num_classes]
+        return nn.Sequential(*(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths, widths[1:])))
+    raise UserError(f"head is {name!r}; allowed: {', '.join(HEADS)}")
+
+
+def _encoder(pretrained: bool) -> nn.Module:
+    if not pretrained:
+        return resnet50(weights=None)
+    weights = ResNet50_Weights.IMAGENET1K_V1
+    try:
+        return resnet50(weights=weights)
+    except (OSError, RuntimeError) as error:  # no network, a damaged download, a full disk
+        file = f"{hub.get_dir()}/checkpoints/{weights.url.rsplit('/', 1)[-1]}"
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(
+            f"no ImageNet weights for the encoder ({reason}): put {weights.url} at {file}, "
+            'or train from scratch with "pretrained": false in params.json'
+        ) from error
+
+
+if __name__ == "__main__":
+    from torchsummary import summary
+
+    summary(FCN_GCN(pretrained=False), (3, 224, 224), device="cpu")

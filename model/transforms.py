@@ -1,0 +1,55 @@
+"""From a decoded photo to what the network reads, and the joint augmentation of photo and mask."""
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from model.voc import VOID
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def squash(image: Image.Image, mask: Image.Image | None, image_size: int) -> tuple[Image.Image, Image.Image | None]:
+    """Resize to a square, aspect ratio given up: the photo bilinear (area-averaged when shrunk), the mask NEAREST."""
+    size = (image_size, image_size)
+    image = image.resize(size, Image.Resampling.BILINEAR)
+    return image, None if mask is None else mask.resize(size, Image.Resampling.NEAREST)
+
+
+def to_input(images: Tensor, *, normalize: bool = True, channels_last: bool = True) -> Tensor:
+    """uint8 (B, 3, H, W) -> float32 on the same device: in [0, 1], and with ImageNet's mean and deviation if normalize."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = images.to(torch.float32, memory_format=layout)
+    mean = x.new_tensor(IMAGENET_MEAN if normalize else (0.0, 0.0, 0.0)).view(3, 1, 1)
+    std = x.new_tensor(IMAGENET_STD if normalize else (1.0, 1.0, 1.0)).view(3, 1, 1)
+    return x.sub_(mean * 255).div_(std * 255)
+
+
+class Augmentation:
+    """Random resized crop of 0.5-2x, flip and colour jitter, the same for photo and mask.
+
+    The photo is scaled, then a window of the original size is cut out of it; where it has become smaller than the
+    window it is padded with the mean colour, and the mask with void. Masks are resampled NEAREST.
+    """
+
+    def __init__(self, image_size: int):
+        mean_colour = [round(255 * value) for value in IMAGENET_MEAN]
+        fill = {tv_tensors.Image: mean_colour, tv_tensors.Mask: VOID}
+        self._transform = v2.Compose(
+            [
+                v2.ScaleJitter((image_size, image_size), scale_range=(0.5, 2.0)),
+                v2.RandomCrop((image_size, image_size), pad_if_needed=True, fill=fill),
+                v2.RandomHorizontalFlip(),
+                v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.05),
+            ]
+        )
+
+    def __call__(self, image: Tensor, mask: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """uint8 (3, S, S) and (S, S) in, the same out; equal seeds give equal results and leave the global RNG alone."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            image, mask = self._transform(tv_tensors.Image(image), tv_tensors.Mask(mask))
+        return image.as_subclass(Tensor), mask.as_subclass(Tensor)

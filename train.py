@@ -1,0 +1,338 @@
+"""Train one experiment: model_dir/params.json in, checkpoints and metrics out."""
+
+import argparse
+import logging
+import time
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+
+import utils
+from utils import Params, RunFailed
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model_dir", type=Path, default=Path("experiments/base_model"), help="folder with params.json; all output goes there (default: %(default)s)")
+    parser.add_argument("--data_dir", type=Path, default=Path("data"), help="folder of the data set (default: %(default)s)")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--restore_file", help="continue the run in model_dir from this checkpoint: last, best")
+    start.add_argument("--init_from", type=Path, metavar="FILE", help="start a new run from the weights of this checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in model_dir")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
+    args = parser.parse_args()
+    if args.restore_file and args.overwrite:
+        parser.error("--restore_file continues a run, --overwrite deletes it: give one of them")
+    return args
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()  # before the seconds that importing torch takes, so that --help and a typing error answer at once
+
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from evaluate import evaluate
+from model import UserError
+from model.data_loader import SegmentationDataset, Split, class_names, data_root, make_loader
+from model.losses import SegmentationLoss
+from model.metrics import ConfusionMatrix
+from model.net import FCN_GCN
+from model.transforms import to_input
+from visualize import comparison
+
+SCALARS = ("loss", "mIoU", "pixel_accuracy", "mean_accuracy", "frequency_weighted_IoU", "mean_dice")
+
+
+class Training:
+    """All that changes while a network is trained, and nothing else: state_dict() is what a resume needs.
+
+    Args:
+        model: the network, on its device.
+        params: the experiment.
+        steps_per_epoch: optimizer steps, that is batches divided by accumulation_steps, rounded up.
+    """
+
+    def __init__(self, model: nn.Module, params: Params, steps_per_epoch: int):
+        self.model = model
+        self.params = params
+        self.steps_per_epoch = steps_per_epoch
+        self.device = next(model.parameters()).device
+        self.forward = torch.compile(model) if params.compile else model
+        self.ema = None
+        if params.ema_decay is not None:
+            self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(params.ema_decay), use_buffers=True)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=params.precision == "fp16")
+        self.optimizer = build_optimizer(model, params)
+        self.schedule = build_schedule(self.optimizer, params, steps_per_epoch)
+        self.epoch = 0  # finished ones
+        self.best_epoch = 0
+        self.best_mIoU = -1.0
+
+    @property
+    def predictor(self) -> nn.Module:
+        """The network to evaluate: the averaged one where there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    def step(self, loss: torch.Tensor, *, last_of_group: bool) -> None:
+        """Accumulate the gradient of loss; with the last loss of a group, update the weights."""
+        self.scaler.scale(loss).backward()
+        if not last_of_group:
+            return
+        if self.params.clip_grad_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.params.clip_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        with warnings.catch_warnings():  # fp16 skips the optimizer step, rightly, when the scale was too high
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            self.schedule.step()
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
+
+    def state_dict(self) -> dict:
+        """Tensors and plain values; the keys epoch, state_dict and optim_dict are those of the original implementation."""
+        return {
+            "epoch": self.epoch,
+            "state_dict": self.model.state_dict(),
+            "optim_dict": self.optimizer.state_dict(),
+            "ema_state_dict": None if self.ema is None else self.ema.module.state_dict(),
+            "ema_updates": None if self.ema is None else self.ema.n_averaged,
+            "scaler": self.scaler.state_dict(),
+            "best_epoch": self.best_epoch,
+            "best_mIoU": self.best_mIoU,
+            "rng": torch.get_rng_state(),
+            "rng_cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+            "params": asdict(self.params),
+        }
+
+    def load_state_dict(self, state: dict, source: Path) -> None:
+        """Continue from a checkpoint. Options of the optimizer and the schedule are those of params.json as it is now.
+
+        Raises UserError when the checkpoint is of another network or optimizer, or holds weights only.
+        """
+        if "rng" not in state:
+            raise UserError(f"{source} holds no training state to continue from; start from its weights with --init_from {source}")
+        utils.trained_weights(state, self.params, source)
+        if state["params"]["optimizer"] != self.params.optimizer:
+            raise UserError(f'{source} was trained with "optimizer": "{state["params"]["optimizer"]}", params.json says "{self.params.optimizer}"')
+        utils.load_weights(self.model, state["state_dict"], source)
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["optim_dict"]["state"]})
+        if self.ema is not None and state["ema_state_dict"] is not None:
+            utils.load_weights(self.ema.module, state["ema_state_dict"], source)
+            self.ema.n_averaged.copy_(state["ema_updates"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.best_epoch, self.best_mIoU = state["epoch"], state["best_epoch"], state["best_mIoU"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # steps of the schedule without steps of the optimizer
+            for _ in range(self.epoch * self.steps_per_epoch):
+                self.schedule.step()
+        torch.set_rng_state(state["rng"])
+        if self.device.type == "cuda" and len(state["rng_cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["rng_cuda"])
+
+
+def build_optimizer(model: nn.Module, params: Params) -> torch.optim.Optimizer:
+    """SGD with momentum, or AdamW, over all parameters, in PyTorch's fused form."""
+    options = {"lr": params.learning_rate, "weight_decay": params.weight_decay, "fused": True}
+    if params.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), **options)
+    return torch.optim.SGD(model.parameters(), momentum=params.momentum, **options)
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, params: Params, steps_per_epoch: int) -> lr_scheduler.LRScheduler:
+    """Learning rate by optimizer step: linear warm-up to the base rate, then constant, (1 - t)^0.9 or half a cosine down to 0."""
+    warmup = params.warmup_epochs * steps_per_epoch
+    rest = params.num_epochs * steps_per_epoch - warmup
+    main = {
+        "constant": lambda: lr_scheduler.ConstantLR(optimizer, factor=1.0),
+        "poly": lambda: lr_scheduler.PolynomialLR(optimizer, total_iters=rest, power=0.9),
+        "cosine": lambda: lr_scheduler.CosineAnnealingLR(optimizer, T_max=rest),
+    }[params.schedule]
+    if warmup == 0:
+        return main()
+    rise = lr_scheduler.LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
+    return lr_scheduler.SequentialLR(optimizer, [rise, main()], milestones=[warmup])
+
+
+def train_epoch(training: Training, loader: DataLoader, params: Params) -> dict:
+    """One pass over the training data. Returns the mean loss over images, the metrics on every save_summary_steps-th
+    batch while it was trained on, and the learning rate of the last step.
+
+    Raises RunFailed at the first loss that is not finite, found within save_summary_steps steps.
+    """
+    training.model.train()
+    device, criterion = training.device, SegmentationLoss(params.loss_weights)
+    matrix = ConfusionMatrix(params.num_classes, device)
+    losses = torch.zeros(len(loader), device=device)  # stays on the device: reading it at every step would wait for it
+    sizes, rates = [], []
+    title = f"epoch {training.epoch + 1}/{params.num_epochs}"
+    with tqdm(total=len(loader.dataset), desc=title, unit="img", leave=False, disable=None) as bar:
+        for step, (images, labels) in enumerate(loader):
+            labels = labels.to(device, non_blocking=True)
+            images = to_input(images.to(device, non_blocking=True), normalize=params.normalize, channels_last=params.channels_last)
+            with utils.autocast(device, params.precision):
+                logits = training.forward(images)
+            loss = criterion(logits, labels)
+            losses[step] = loss.detach()
+            sizes.append(len(images))
+            rates.append(training.optimizer.param_groups[0]["lr"])
+            group = min(params.accumulation_steps, len(loader) - step // params.accumulation_steps * params.accumulation_steps)
+            training.step(loss / group, last_of_group=(step + 1) % params.accumulation_steps == 0 or step + 1 == len(loader))
+            if step % params.save_summary_steps == 0:
+                matrix.update(logits.argmax(1), labels)
+                stop_if_not_finite(losses[: step + 1], rates, training)
+            if bar.update(len(images)):
+                bar.set_postfix(loss=f"{losses[: step + 1].mean():.4f}", refresh=False)
+    stop_if_not_finite(losses, rates, training)
+    mean = (losses.double().cpu() @ torch.tensor(sizes, dtype=torch.float64)).item() / sum(sizes)
+    return {"loss": mean, "learning_rate": rates[-1], **matrix.compute()}
+
+
+def stop_if_not_finite(losses: torch.Tensor, rates: list[float], training: Training) -> None:
+    """Raise RunFailed naming the first loss of the epoch that is infinite or not a number."""
+    if not (bad := losses.isfinite().logical_not().nonzero()).numel():
+        return
+    step = bad[0].item()
+    kept = f"last.pth.tar holds epoch {training.epoch}" if training.epoch else "no checkpoint was written yet"
+    raise RunFailed(
+        f"the loss became {losses[step].item()} at step {step + 1} of epoch {training.epoch + 1}, at learning rate {rates[step]:g}; "
+        f'{kept}. Lower "learning_rate", or set "clip_grad_norm"'
+    )
+
+
+def train(training: Training, train_loader: DataLoader, val_loader: DataLoader, params: Params, model_dir: Path, names: list[str]) -> None:
+    """Train until num_epochs or the early stop, and write every output of an epoch when it ends."""
+    history = utils.read_history(model_dir)[: training.epoch]
+    patience = params.early_stopping_patience or params.num_epochs
+    while training.epoch < params.num_epochs and training.epoch - training.best_epoch < patience:
+        start = time.perf_counter()
+        train_loader.sampler.set_epoch(training.epoch)
+        train_metrics = train_epoch(training, train_loader, params)
+        train_seconds = time.perf_counter() - start
+        val_metrics = evaluate(training.predictor, val_loader, params, training.device, names)
+        if val_metrics["loss"] is None:
+            raise RunFailed(f"the validation loss of epoch {training.epoch + 1} is not finite; {model_dir} keeps epoch {training.epoch}")
+
+        training.epoch += 1
+        score = val_metrics["mIoU"] or 0.0
+        if is_best := score > training.best_mIoU:
+            training.best_epoch, training.best_mIoU = training.epoch, score
+        record = {
+            "epoch": training.epoch,
+            "train": {key: train_metrics[key] for key in SCALARS},
+            "val": {key: val_metrics[key] for key in SCALARS},
+            "learning_rate": train_metrics["learning_rate"],
+            "seconds": round(time.perf_counter() - start, 3),
+            "images_per_second": round(len(train_loader.dataset) / train_seconds, 2),
+        }
+        history.append(record)
+        save_epoch(training, history, val_metrics, val_loader, model_dir, names, is_best=is_best)
+        logging.info(describe(record, params, is_best=is_best))
+    reason = "done" if training.epoch >= params.num_epochs else f"stopped early: no better mIoU in {patience} epochs"
+    logging.info(f"{reason}; best mIoU {training.best_mIoU:.4f} at epoch {training.best_epoch}, in {model_dir}")
+
+
+def save_epoch(training: Training, history: list[dict], val_metrics: dict, val_loader: DataLoader, model_dir: Path, names: list[str], *, is_best: bool) -> None:
+    """Write the outputs of an epoch; the checkpoint comes last, so that a resume repeats whatever was cut short."""
+    utils.write_history(model_dir, history)
+    metrics = {"epoch": training.epoch, **val_metrics}
+    utils.write_json(model_dir / "metrics_val_last_weights.json", metrics)
+    if is_best:
+        utils.write_json(model_dir / "metrics_val_best_weights.json", metrics)
+    picture = sample_predictions(training, val_loader, names)
+    with utils.replacing(model_dir / "samples.png") as temporary:
+        picture.save(temporary, format="PNG")
+    utils.save_checkpoint(training.state_dict(), model_dir, is_best=is_best)
+
+
+@torch.inference_mode()
+def sample_predictions(training: Training, val_loader: DataLoader, names: list[str], count: int = 6):
+    """The first validation photos with truth and prediction, a picture."""
+    params, dataset = training.params, val_loader.dataset
+    images, labels = (torch.stack(part) for part in zip(*(dataset[i] for i in range(min(count, len(dataset)))), strict=True))
+    x = to_input(images.to(training.device), normalize=params.normalize, channels_last=params.channels_last)
+    with utils.autocast(training.device, params.precision):
+        predictions = training.predictor.eval()(x).argmax(1)
+    return comparison(images.permute(0, 2, 3, 1).numpy(), labels.numpy(), predictions.cpu().numpy(), names)
+
+
+def describe(record: dict, params: Params, *, is_best: bool) -> str:
+    """An epoch in one line for people."""
+    val = record["val"]
+    shown = {key: "-" if val[key] is None else f"{val[key]:.4f}" for key in ("mIoU", "pixel_accuracy")}
+    return (
+        f"epoch {record['epoch']}/{params.num_epochs}: train loss {record['train']['loss']:.4f}, val loss {val['loss']:.4f}, "
+        f"mIoU {shown['mIoU']}, pixel accuracy {shown['pixel_accuracy']}, lr {record['learning_rate']:.3g}, "
+        f"{record['seconds']:.1f} s, {record['images_per_second']:.1f} images/s{' (best)' if is_best else ''}"
+    )
+
+
+def start_from(model: nn.Module, file: Path) -> list[str]:
+    """Load weights only, from a checkpoint of any class count. Returns the score tensors that did not fit and were left as initialised."""
+    given = utils.load_checkpoint(file)
+    given, fresh = given.get("ema_state_dict") or given["state_dict"], model.state_dict()
+    score_layers = [name for name in given if name.startswith(("gcn", "br")) and name in fresh]
+    replaced = [name for name in score_layers if given[name].shape != fresh[name].shape]
+    utils.load_weights(model, given | {name: fresh[name] for name in replaced}, file)
+    return replaced
+
+
+def main(args: argparse.Namespace) -> None:
+    params = Params.load(args.model_dir / "params.json")
+    device = utils.pick_device(args.device)
+    earlier = utils.outputs(args.model_dir)
+    if earlier and not (args.restore_file or args.overwrite):
+        raise UserError(f"{args.model_dir} already holds a run ({earlier[0].name}); continue it with --restore_file last or delete it with --overwrite")
+    checkpoint_file = args.model_dir / f"{args.restore_file}.pth.tar"
+    checkpoint = utils.load_checkpoint(checkpoint_file) if args.restore_file else None
+
+    root = data_root(params.dataset, args.data_dir)
+    names = class_names(root, params.num_classes)
+    options = {"image_size": params.image_size, "num_classes": params.num_classes, "cache": params.cache}
+    train_set, val_set = (with_masks(Split.find(root, name), root) for name in (params.train_split, "val"))
+    if params.batch_size > len(train_set.ids):
+        raise UserError(f'"batch_size" is {params.batch_size}, but {params.train_split} has {len(train_set.ids)} images; lower it')
+    train_set = SegmentationDataset(train_set, augment=params.augment, **options)
+    val_set = SegmentationDataset(val_set, **options)
+    loading = {"batch_size": params.batch_size, "num_workers": params.num_workers, "pin_memory": device.type == "cuda"}
+    train_loader = make_loader(train_set, seed=params.seed, **loading)
+    val_loader = make_loader(val_set, **loading)
+
+    utils.seed_everything(params.seed, deterministic=params.deterministic)
+    new_encoder = params.pretrained and not (args.restore_file or args.init_from)
+    model = FCN_GCN(**params.network_options(), pretrained=new_encoder)
+    replaced = start_from(model, args.init_from) if args.init_from else []
+    model.to(device, memory_format=torch.channels_last if params.channels_last else torch.contiguous_format)
+    training = Training(model, params, steps_per_epoch=-(-len(train_loader) // params.accumulation_steps))
+    if checkpoint:
+        training.load_state_dict(checkpoint, checkpoint_file)
+
+    if args.overwrite:
+        for path in earlier:
+            path.unlink()
+    utils.set_logger(args.model_dir / "train.log")
+    utils.write_json(args.model_dir / "run.json", utils.provenance(device, params))
+    logging.info(f"{args.model_dir}: {len(train_set)} images of {params.train_split}, {len(val_set)} of val, on {device}")
+    if params.num_channels is not None:
+        logging.info('"num_channels" is accepted for old params.json files; this network has no use for it')
+    if replaced:
+        logging.info(f"initialised afresh, because their class count differs from {args.init_from}: {', '.join(replaced)}")
+    if checkpoint:
+        logging.info(f"continuing after epoch {training.epoch} from {checkpoint_file}")
+    train(training, train_loader, val_loader, params, args.model_dir, names)
+
+
+def with_masks(split: Split, root: Path) -> Split:
+    if split.masks is None:
+        raise UserError(f"split {split.name} of {root} has no masks: it can be predicted, not trained on or scored")
+    return split
+
+
+if __name__ == "__main__":
+    raise SystemExit(utils.run_main(lambda: main(ARGS)))

@@ -1,0 +1,391 @@
+"""What the scripts share: params.json, the experiment folder, whole files, logging, seeds and checkpoints.
+
+Importing this module does not import torch, so that every --help answers at once.
+"""
+
+import difflib
+import json
+import logging
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from model import GCN_PADDINGS, HEADS, LOSS_TERMS, UserError
+
+ROOT = Path(__file__).resolve().parent
+
+
+class RunFailed(RuntimeError):
+    """A run that cannot go on through no fault of the input. Scripts print it as one line and exit with status 1."""
+
+
+def run_main(main: Callable[[], int | None]) -> int:
+    """Call main and turn the errors a user can do something about into one line on stderr and an exit status."""
+    try:
+        return main() or 0
+    except UserError as error:
+        status, message = 2, str(error)
+    except (RunFailed, OSError) as error:
+        status, message = 1, str(error)
+    except KeyboardInterrupt:
+        status, message = 130, "interrupted"
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    return status
+
+
+# ---------------------------------------------------------------------------------------------------- params.json
+
+
+def _key(default: Any, allowed: str, check: Callable[[Any], bool]) -> Any:
+    metadata = {"allowed": allowed, "check": check}
+    if isinstance(default, dict):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def _number(default: float | None, allowed: str, check: Callable[[float], bool]) -> Any:
+    nullable = default is None
+    allowed = f"a number {allowed}" + (" or null" if nullable else "")
+    return _key(default, allowed, lambda v: (nullable and v is None) or (_is_number(v) and check(v)))
+
+
+def _integer(default: int | None, minimum: int, *, also: str = "", check: Callable[[int], bool] = lambda v: True) -> Any:
+    nullable = default is None
+    allowed = f"an integer of at least {minimum}{also}" + (" or null" if nullable else "")
+    return _key(default, allowed, lambda v: (nullable and v is None) or (type(v) is int and v >= minimum and check(v)))
+
+
+def _choice(default: str, *others: str) -> Any:
+    options = (default, *others)
+    return _key(default, " or ".join(json.dumps(option) for option in options), lambda v: isinstance(v, str) and v in options)
+
+
+def _flag(default: bool) -> Any:
+    return _key(default, "true or false", lambda v: isinstance(v, bool))
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _are_loss_weights(value: Any) -> bool:
+    if not isinstance(value, dict) or not set(value) <= set(LOSS_TERMS):
+        return False
+    return all(_is_number(w) and w >= 0 for w in value.values()) and any(value.values())
+
+
+@dataclass(frozen=True)
+class Params:
+    """The hyperparameters of one experiment: every key that params.json may hold, its default and what is allowed."""
+
+    learning_rate: float = _number(0.001, "above 0", lambda v: v > 0)
+    batch_size: int = _integer(5, 1)
+    num_epochs: int = _integer(35, 1)
+    dropout_rate: float = _number(0.0, "from 0 to below 1", lambda v: 0 <= v < 1)
+    save_summary_steps: int = _integer(100, 1)
+    num_workers: int = _integer(4, 0)
+    num_channels: int | None = _integer(None, 1)
+
+    dataset: str = _choice("voc", "sample")
+    image_size: int = _integer(224, 32)
+    num_classes: int = _integer(21, 2, also=" and at most 255", check=lambda v: v <= 255)
+    augment: bool = _flag(False)
+    normalize: bool = _flag(True)
+    cache: bool = _flag(True)
+    train_split: str = _key("train", "the name of a list", lambda v: isinstance(v, str) and v == Path(v).name != "")
+
+    loss_weights: dict[str, float] = _key(
+        {"bce": 0.4, "dice": 0.4, "inverse_dice": 0.2},
+        f"an object of weights of at least 0, not all of them 0, for {', '.join(LOSS_TERMS)}",
+        _are_loss_weights,
+    )
+    optimizer: str = _choice("sgd", "adamw")
+    momentum: float = _number(0.99, "from 0 to below 1", lambda v: 0 <= v < 1)
+    weight_decay: float = _number(0.0005, "of at least 0", lambda v: v >= 0)
+    schedule: str = _choice("constant", "poly", "cosine")
+    warmup_epochs: int = _integer(0, 0)
+    clip_grad_norm: float | None = _number(None, "above 0", lambda v: v > 0)
+    ema_decay: float | None = _number(None, "from 0 to below 1", lambda v: 0 <= v < 1)
+    accumulation_steps: int = _integer(1, 1)
+    early_stopping_patience: int | None = _integer(None, 1)
+
+    precision: str = _choice("auto", "fp32", "bf16", "fp16")
+    channels_last: bool = _flag(True)
+    compile: bool = _flag(False)
+    seed: int = _integer(230, 0, also=" and below 2^63", check=lambda v: v < 2**63)
+    deterministic: bool = _flag(False)
+
+    kernel_size: int = _integer(7, 3, also=" that is odd", check=lambda v: v % 2 == 1)
+    head: str = _choice(*HEADS)
+    boundary_refinement: bool = _flag(True)
+    stem_maxpool: bool = _flag(False)
+    gcn_padding: str = _choice(*GCN_PADDINGS)
+    pretrained: bool = _flag(True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Params":
+        """Read params.json. Raises UserError naming the file, and for each fault the key, the value and what is allowed."""
+        path = Path(path)
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+        except FileNotFoundError:
+            raise UserError(f"no {path}; an experiment is a folder with a params.json, {{}} for the defaults") from None
+        except (ValueError, RecursionError) as error:  # JSON, UTF-8, a repeated key, NaN
+            raise UserError(f"{path} is not valid JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise UserError(f'{path} must hold one JSON object, as {{"learning_rate": 0.01}}')
+        if faults := [fault for key, value in values.items() if (fault := cls.fault(key, value))]:
+            raise UserError(f"{path}: {'; '.join(faults)}")
+        params = cls(**values)
+        if params.warmup_epochs >= params.num_epochs:
+            raise UserError(f'{path}: "warmup_epochs" is {params.warmup_epochs}; allowed: fewer than "num_epochs" = {params.num_epochs}')
+        return params
+
+    @classmethod
+    def fault(cls, key: str, value: Any) -> str | None:
+        """What is wrong with a key and its value, in words; None if nothing is."""
+        known: dict[str, Field] = {f.name: f for f in fields(cls)}
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"did you mean {json.dumps(nearest[0])}?" if nearest else f"known keys: {', '.join(known)}"
+            return f"unknown key {json.dumps(key)}; {hint}"
+        rule = known[key].metadata
+        return None if rule["check"](value) else f'"{key}" is {json.dumps(value)}; allowed: {rule["allowed"]}'
+
+    def network_options(self) -> dict[str, Any]:
+        """The keywords of model.net.FCN_GCN but for pretrained: with them a checkpoint's weights mean the same again."""
+        return {key: getattr(self, key) for key in ("num_classes", *ARCHITECTURE, "dropout_rate")}
+
+
+ARCHITECTURE = ("kernel_size", "head", "boundary_refinement", "stem_maxpool", "gcn_padding")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if repeated := {key for key, _ in pairs if [k for k, _ in pairs].count(key) > 1}:
+        raise ValueError(f"{', '.join(sorted(repeated))} given twice")
+    return dict(pairs)
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number")
+
+
+# ---------------------------------------------------------------------------------------------------- whole files
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yield a path to write to that takes path's place, synced to disk, when the block ends without an error."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as stream:
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write value as indented JSON, whole or not at all; NaN and infinities are an error, None is null."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------- experiment folder
+
+OUTPUTS = ("train.log", "history.jsonl", "last.pth.tar", "best.pth.tar", "run.json", "samples.png", "metrics_*.json")
+
+
+def outputs(model_dir: Path) -> list[Path]:
+    """What earlier runs have left in an experiment folder."""
+    return sorted(path for pattern in OUTPUTS for path in model_dir.glob(pattern))
+
+
+def read_history(model_dir: Path) -> list[dict]:
+    """The epochs of history.jsonl, oldest first; [] where there is none."""
+    path = model_dir / "history.jsonl"
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError:
+        return []
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); mend or remove the line") from None
+
+
+def write_history(model_dir: Path, history: list[dict]) -> None:
+    """Write history.jsonl: one epoch a line."""
+    write_text(model_dir / "history.jsonl", "".join(json.dumps(epoch, allow_nan=False) + "\n" for epoch in history))
+
+
+def set_logger(log_file: Path) -> None:
+    """Log to the terminal, and with times to log_file."""
+    logger = logging.getLogger()
+    logger.setLevel(logging.INFO)
+    for handler in logger.handlers[:]:
+        logger.removeHandler(handler)
+        handler.close()
+    to_file = logging.FileHandler(log_file, encoding="utf-8")
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(to_file)
+    logger.addHandler(logging.StreamHandler(sys.stdout))
+
+
+def provenance(device: Any, params: Params) -> dict[str, Any]:
+    """What run.json holds: what was run, from which code, with which versions, on what."""
+    import numpy
+    import PIL
+    import torch
+    import torchvision
+
+    return {
+        "git_commit": git_commit(),
+        "argv": sys.argv,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "numpy": numpy.__version__,
+            "pillow": PIL.__version__,
+        },
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "platform": platform.platform(),
+        "seed": params.seed,
+        "params": asdict(params),
+    }
+
+
+def git_commit() -> str | None:
+    """The commit this code is at, with "-dirty" when tracked files differ from it; None outside a repository."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+# ---------------------------------------------------------------------------------------------------- torch
+
+
+def pick_device(name: str) -> Any:
+    """torch.device of "auto", "cpu" or "cuda". Raises UserError when CUDA is asked for and absent."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no CUDA device here; use --device cpu or auto")
+    return torch.device(name)
+
+
+def autocast(device: Any, precision: str) -> Any:
+    """The autocast context of a precision. "auto": bf16 where the device has matrix units for it, otherwise fp32."""
+    import torch
+
+    if precision == "auto":
+        if device.type == "cuda":
+            fast = torch.cuda.get_device_capability(device) >= (8, 0)
+        else:
+            fast = torch.cpu._is_amx_tile_supported()
+        precision = "bf16" if fast else "fp32"
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
+
+
+def seed_everything(seed: int, *, deterministic: bool) -> None:
+    """Seed PyTorch, and let it use only algorithms that give the same result every time if deterministic."""
+    import torch
+
+    torch.manual_seed(seed)
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def save_checkpoint(state: dict[str, Any], model_dir: Path, *, is_best: bool) -> None:
+    """Write last.pth.tar, and best.pth.tar too if is_best; last is replaced last, so it vouches for all the rest."""
+    import torch
+
+    with replacing(model_dir / "last.pth.tar") as temporary:
+        torch.save(state, temporary)
+        if is_best:
+            with replacing(model_dir / "best.pth.tar") as second_name:
+                try:
+                    os.link(temporary, second_name)  # checkpoints are replaced, never edited, so two may be one file
+                except OSError:
+                    shutil.copyfile(temporary, second_name)
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint dict with all tensors on the CPU. Raises UserError if it is absent, damaged or more than plain data."""
+    import pickle
+
+    import torch
+
+    path = Path(path)
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        found = ", ".join(sorted(p.name for p in path.parent.glob("*.pth.tar"))) or "none"
+        raise UserError(f"no checkpoint {path}; in this folder: {found}") from None
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} is refused: damaged, or holds more than tensors and plain values ({_first_line(error)})") from None
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise UserError(f"{path} is damaged ({_first_line(error)}); use another one") from None
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+        raise UserError(f'{path} is not a checkpoint of this network: it has no "state_dict"')
+    return checkpoint
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:160]
+
+
+def load_weights(model: Any, state_dict: dict[str, Any], source: str | Path) -> None:
+    """Load network weights, all of them and no others.
+
+    Checkpoints of the original implementation hold unused brN.bn.* tensors, which are ignored. Raises UserError naming
+    every other tensor that is surplus, missing or of another shape.
+    """
+    import re
+
+    given = {name: tensor for name, tensor in state_dict.items() if not re.match(r"br[1-9]\.bn\.", name)}
+    wanted = model.state_dict()
+    faults = [f"missing {name}" for name in wanted if name not in given]
+    faults += [f"surplus {name}" for name in given if name not in wanted]
+    faults += [
+        f"{name} is {tuple(given[name].shape)} instead of {tuple(wanted[name].shape)}"
+        for name in wanted
+        if name in given and given[name].shape != wanted[name].shape
+    ]
+    if faults:
+        more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
+        raise UserError(f"{source} does not fit the network that params.json describes: {', '.join(faults[:8])}{more}")
+    model.load_state_dict(given)
+
+
+def trained_weights(checkpoint: dict[str, Any], params: Params, source: str | Path) -> dict[str, Any]:
+    """The weights to predict with: the averaged ones if the run kept any.
+
+    Raises UserError when params.json has since changed an option that gives the same weights another meaning.
+    """
+    trained_with = checkpoint.get("params", {})
+    for key in ("num_classes", *ARCHITECTURE):
+        if key in trained_with and trained_with[key] != getattr(params, key):
+            raise UserError(f'{source} was trained with "{key}": {json.dumps(trained_with[key])}, params.json says {json.dumps(getattr(params, key))}')
+    return checkpoint.get("ema_state_dict") or checkpoint["state_dict"]
