@@ -4,21 +4,43 @@ import argparse
 import math
 from pathlib import Path
 
-from utils import Params, autocast, load_checkpoint, load_weights, pick_device, run_main, trained_weights, write_json
+from utils import (
+    ARCHITECTURE,
+    Params,
+    autocast,
+    load_checkpoint,
+    load_weights,
+    pick_device,
+    predicting_weights,
+    refuse_changed,
+    run_main,
+    write_json,
+)
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model_dir", type=Path, default=Path("experiments/base_model"), help="folder of the experiment (default: %(default)s)")
-    parser.add_argument("--data_dir", type=Path, default=Path("data"), help="folder of the data set (default: %(default)s)")
-    parser.add_argument("--restore_file", default="best", help="which checkpoint of model_dir: best, last (default: %(default)s)")
+    parser.add_argument(
+        "--model_dir",
+        type=Path,
+        default=Path("experiments/base_model"),
+        help="folder of the experiment (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--data_dir", type=Path, default=Path("data"), help="folder of the data set (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--restore_file", default="best", help="which checkpoint of model_dir: best, last (default: %(default)s)"
+    )
     parser.add_argument("--split", default="val", help="which list of the data set (default: %(default)s)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    ARGS = parse_args()  # before the seconds that importing torch takes, so that --help and a typing error answer at once
+    ARGS = (
+        parse_args()
+    )  # before the seconds that importing torch takes, so that --help and a typing error answer at once
 
 import torch
 from tabulate import tabulate
@@ -48,7 +70,9 @@ def evaluate(model: nn.Module, loader: DataLoader, params: Params, device: torch
     with tqdm(total=len(loader.dataset), desc="evaluating", unit="img", leave=False, disable=None) as bar:
         for images, labels in loader:
             labels = labels.to(device, non_blocking=True)
-            images = to_input(images.to(device, non_blocking=True), normalize=params.normalize, channels_last=params.channels_last)
+            images = to_input(
+                images.to(device, non_blocking=True), normalize=params.normalize, channels_last=params.channels_last
+            )
             with autocast(device, params.precision):
                 logits = model(images)
             loss_sum += criterion(logits, labels) * len(images)
@@ -56,13 +80,18 @@ def evaluate(model: nn.Module, loader: DataLoader, params: Params, device: torch
             bar.update(len(images))
     loss = loss_sum.item() / len(loader.dataset)
     metrics = {"loss": loss if math.isfinite(loss) else None, "images": len(loader.dataset), **matrix.compute()}
-    return {key: dict(zip(names, value, strict=True)) if isinstance(value, list) else value for key, value in metrics.items()}
+    return {
+        key: dict(zip(names, value, strict=True)) if isinstance(value, list) else value
+        for key, value in metrics.items()
+    }
 
 
 def table(metrics: dict) -> str:
     """The result as text: a row a class, then the metrics over all classes."""
     rows = [(name, *(metrics[column][name] for column in ("IoU", "accuracy", "frequency"))) for name in metrics["IoU"]]
-    classes = tabulate(rows, headers=("class", "IoU", "accuracy", "share of pixels"), tablefmt="pipe", floatfmt=".4f", missingval="-")
+    classes = tabulate(
+        rows, headers=("class", "IoU", "accuracy", "share of pixels"), tablefmt="pipe", floatfmt=".4f", missingval="-"
+    )
     overall = [(key, value) for key, value in metrics.items() if isinstance(value, float)]
     return f"{classes}\n\n{tabulate(overall, headers=('metric', 'value'), tablefmt='pipe', floatfmt='.4f')}"
 
@@ -73,7 +102,8 @@ def main(args: argparse.Namespace) -> None:
     file = args.model_dir / f"{args.restore_file}.pth.tar"
     checkpoint = load_checkpoint(file)
     model = FCN_GCN(**params.network_options(), pretrained=False)
-    load_weights(model, trained_weights(checkpoint, params, file), file)
+    refuse_changed((*ARCHITECTURE, "normalize"), checkpoint, params, file)
+    load_weights(model, predicting_weights(checkpoint), file)
     model.to(device, memory_format=torch.channels_last if params.channels_last else torch.contiguous_format)
 
     root = data_root(params.dataset, args.data_dir)
@@ -81,14 +111,21 @@ def main(args: argparse.Namespace) -> None:
     split = Split.find(root, args.split)
     if split.masks is None:
         raise UserError(f"split {args.split} of {root} has no masks: it can be predicted, not scored")
-    dataset = SegmentationDataset(split, image_size=params.image_size, num_classes=params.num_classes, cache=params.cache)
-    loader = make_loader(dataset, batch_size=params.batch_size, num_workers=params.num_workers, pin_memory=device.type == "cuda")
+    dataset = SegmentationDataset(
+        split, image_size=params.image_size, num_classes=params.num_classes, cache=params.cache
+    )
+    loader = make_loader(
+        dataset, batch_size=params.batch_size, num_workers=params.num_workers, pin_memory=device.type == "cuda"
+    )
 
     metrics = evaluate(model, loader, params, device, names)
     print(table(metrics))
     output = args.model_dir / f"metrics_{args.split}_{args.restore_file}.json"
     write_json(output, {"epoch": checkpoint.get("epoch"), **metrics})
-    print(f"\n{len(dataset)} images of {args.split} at {params.image_size}x{params.image_size}, epoch {checkpoint.get('epoch')} -> {output}")
+    print(
+        f"\n{len(dataset)} images of {args.split} at {params.image_size}x{params.image_size}, "
+        f"epoch {checkpoint.get('epoch')} -> {output}"
+    )
 
 
 if __name__ == "__main__":

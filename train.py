@@ -13,11 +13,20 @@ from utils import Params, RunFailed
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model_dir", type=Path, default=Path("experiments/base_model"), help="folder with params.json; all output goes there (default: %(default)s)")
-    parser.add_argument("--data_dir", type=Path, default=Path("data"), help="folder of the data set (default: %(default)s)")
+    parser.add_argument(
+        "--model_dir",
+        type=Path,
+        default=Path("experiments/base_model"),
+        help="folder with params.json; all output goes there (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--data_dir", type=Path, default=Path("data"), help="folder of the data set (default: %(default)s)"
+    )
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--restore_file", help="continue the run in model_dir from this checkpoint: last, best")
-    start.add_argument("--init_from", type=Path, metavar="FILE", help="start a new run from the weights of this checkpoint")
+    start.add_argument(
+        "--init_from", type=Path, metavar="FILE", help="start a new run from the weights of this checkpoint"
+    )
     parser.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in model_dir")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
     args = parser.parse_args()
@@ -27,7 +36,9 @@ def parse_args() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    ARGS = parse_args()  # before the seconds that importing torch takes, so that --help and a typing error answer at once
+    ARGS = (
+        parse_args()
+    )  # before the seconds that importing torch takes, so that --help and a typing error answer at once
 
 import torch
 from torch import nn
@@ -96,7 +107,7 @@ class Training:
             self.ema.update_parameters(self.model)
 
     def state_dict(self) -> dict:
-        """Tensors and plain values; the keys epoch, state_dict and optim_dict are those of the original implementation."""
+        """Tensors and plain values; epoch, state_dict and optim_dict are named as in the original implementation."""
         return {
             "epoch": self.epoch,
             "state_dict": self.model.state_dict(),
@@ -117,10 +128,10 @@ class Training:
         Raises UserError when the checkpoint is of another network or optimizer, or holds weights only.
         """
         if "rng" not in state:
-            raise UserError(f"{source} holds no training state to continue from; start from its weights with --init_from {source}")
-        utils.trained_weights(state, self.params, source)
-        if state["params"]["optimizer"] != self.params.optimizer:
-            raise UserError(f'{source} was trained with "optimizer": "{state["params"]["optimizer"]}", params.json says "{self.params.optimizer}"')
+            raise UserError(
+                f"{source} holds no training state to continue from; start from its weights with --init_from {source}"
+            )
+        utils.refuse_changed((*utils.ARCHITECTURE, "normalize", "optimizer"), state, self.params, source)
         utils.load_weights(self.model, state["state_dict"], source)
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["optim_dict"]["state"]})
         if self.ema is not None and state["ema_state_dict"] is not None:
@@ -146,7 +157,7 @@ def build_optimizer(model: nn.Module, params: Params) -> torch.optim.Optimizer:
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, params: Params, steps_per_epoch: int) -> lr_scheduler.LRScheduler:
-    """Learning rate by optimizer step: linear warm-up to the base rate, then constant, (1 - t)^0.9 or half a cosine down to 0."""
+    """The rate of every optimizer step: linear warm-up, then constant, or down to 0 as (1 - t)^0.9 or half a cosine."""
     warmup = params.warmup_epochs * steps_per_epoch
     rest = params.num_epochs * steps_per_epoch - warmup
     main = {
@@ -175,15 +186,21 @@ def train_epoch(training: Training, loader: DataLoader, params: Params) -> dict:
     with tqdm(total=len(loader.dataset), desc=title, unit="img", leave=False, disable=None) as bar:
         for step, (images, labels) in enumerate(loader):
             labels = labels.to(device, non_blocking=True)
-            images = to_input(images.to(device, non_blocking=True), normalize=params.normalize, channels_last=params.channels_last)
+            images = to_input(
+                images.to(device, non_blocking=True), normalize=params.normalize, channels_last=params.channels_last
+            )
             with utils.autocast(device, params.precision):
                 logits = training.forward(images)
             loss = criterion(logits, labels)
             losses[step] = loss.detach()
             sizes.append(len(images))
             rates.append(training.optimizer.param_groups[0]["lr"])
-            group = min(params.accumulation_steps, len(loader) - step // params.accumulation_steps * params.accumulation_steps)
-            training.step(loss / group, last_of_group=(step + 1) % params.accumulation_steps == 0 or step + 1 == len(loader))
+            group = min(
+                params.accumulation_steps, len(loader) - step // params.accumulation_steps * params.accumulation_steps
+            )
+            training.step(
+                loss / group, last_of_group=(step + 1) % params.accumulation_steps == 0 or step + 1 == len(loader)
+            )
             if step % params.save_summary_steps == 0:
                 matrix.update(logits.argmax(1), labels)
                 stop_if_not_finite(losses[: step + 1], rates, training)
@@ -201,12 +218,19 @@ def stop_if_not_finite(losses: torch.Tensor, rates: list[float], training: Train
     step = bad[0].item()
     kept = f"last.pth.tar holds epoch {training.epoch}" if training.epoch else "no checkpoint was written yet"
     raise RunFailed(
-        f"the loss became {losses[step].item()} at step {step + 1} of epoch {training.epoch + 1}, at learning rate {rates[step]:g}; "
-        f'{kept}. Lower "learning_rate", or set "clip_grad_norm"'
+        f"the loss became {losses[step].item()} at step {step + 1} of epoch {training.epoch + 1}, "
+        f'at learning rate {rates[step]:g}; {kept}. Lower "learning_rate", or set "clip_grad_norm"'
     )
 
 
-def train(training: Training, train_loader: DataLoader, val_loader: DataLoader, params: Params, model_dir: Path, names: list[str]) -> None:
+def train(
+    training: Training,
+    train_loader: DataLoader,
+    val_loader: DataLoader,
+    params: Params,
+    model_dir: Path,
+    names: list[str],
+) -> None:
     """Train until num_epochs or the early stop, and write every output of an epoch when it ends."""
     history = utils.read_history(model_dir)[: training.epoch]
     patience = params.early_stopping_patience or params.num_epochs
@@ -217,7 +241,10 @@ def train(training: Training, train_loader: DataLoader, val_loader: DataLoader, 
         train_seconds = time.perf_counter() - start
         val_metrics = evaluate(training.predictor, val_loader, params, training.device, names)
         if val_metrics["loss"] is None:
-            raise RunFailed(f"the validation loss of epoch {training.epoch + 1} is not finite; {model_dir} keeps epoch {training.epoch}")
+            raise RunFailed(
+                f"the validation loss of epoch {training.epoch + 1} is not finite; "
+                f"{model_dir} keeps epoch {training.epoch}"
+            )
 
         training.epoch += 1
         score = val_metrics["mIoU"] or 0.0
@@ -238,7 +265,16 @@ def train(training: Training, train_loader: DataLoader, val_loader: DataLoader, 
     logging.info(f"{reason}; best mIoU {training.best_mIoU:.4f} at epoch {training.best_epoch}, in {model_dir}")
 
 
-def save_epoch(training: Training, history: list[dict], val_metrics: dict, val_loader: DataLoader, model_dir: Path, names: list[str], *, is_best: bool) -> None:
+def save_epoch(
+    training: Training,
+    history: list[dict],
+    val_metrics: dict,
+    val_loader: DataLoader,
+    model_dir: Path,
+    names: list[str],
+    *,
+    is_best: bool,
+) -> None:
     """Write the outputs of an epoch; the checkpoint comes last, so that a resume repeats whatever was cut short."""
     utils.write_history(model_dir, history)
     metrics = {"epoch": training.epoch, **val_metrics}
@@ -255,7 +291,9 @@ def save_epoch(training: Training, history: list[dict], val_metrics: dict, val_l
 def sample_predictions(training: Training, val_loader: DataLoader, names: list[str], count: int = 6):
     """The first validation photos with truth and prediction, a picture."""
     params, dataset = training.params, val_loader.dataset
-    images, labels = (torch.stack(part) for part in zip(*(dataset[i] for i in range(min(count, len(dataset)))), strict=True))
+    images, labels = (
+        torch.stack(part) for part in zip(*(dataset[i] for i in range(min(count, len(dataset)))), strict=True)
+    )
     x = to_input(images.to(training.device), normalize=params.normalize, channels_last=params.channels_last)
     with utils.autocast(training.device, params.precision):
         predictions = training.predictor.eval()(x).argmax(1)
@@ -267,16 +305,19 @@ def describe(record: dict, params: Params, *, is_best: bool) -> str:
     val = record["val"]
     shown = {key: "-" if val[key] is None else f"{val[key]:.4f}" for key in ("mIoU", "pixel_accuracy")}
     return (
-        f"epoch {record['epoch']}/{params.num_epochs}: train loss {record['train']['loss']:.4f}, val loss {val['loss']:.4f}, "
+        f"epoch {record['epoch']}/{params.num_epochs}: "
+        f"train loss {record['train']['loss']:.4f}, val loss {val['loss']:.4f}, "
         f"mIoU {shown['mIoU']}, pixel accuracy {shown['pixel_accuracy']}, lr {record['learning_rate']:.3g}, "
         f"{record['seconds']:.1f} s, {record['images_per_second']:.1f} images/s{' (best)' if is_best else ''}"
     )
 
 
 def start_from(model: nn.Module, file: Path) -> list[str]:
-    """Load weights only, from a checkpoint of any class count. Returns the score tensors that did not fit and were left as initialised."""
-    given = utils.load_checkpoint(file)
-    given, fresh = given.get("ema_state_dict") or given["state_dict"], model.state_dict()
+    """Load weights only, from a checkpoint of any class count.
+
+    Returns the names of the score layers' tensors that did not fit and stay as initialised.
+    """
+    given, fresh = utils.predicting_weights(utils.load_checkpoint(file)), model.state_dict()
     score_layers = [name for name in given if name.startswith(("gcn", "br")) and name in fresh]
     replaced = [name for name in score_layers if given[name].shape != fresh[name].shape]
     utils.load_weights(model, given | {name: fresh[name] for name in replaced}, file)
@@ -288,7 +329,10 @@ def main(args: argparse.Namespace) -> None:
     device = utils.pick_device(args.device)
     earlier = utils.outputs(args.model_dir)
     if earlier and not (args.restore_file or args.overwrite):
-        raise UserError(f"{args.model_dir} already holds a run ({earlier[0].name}); continue it with --restore_file last or delete it with --overwrite")
+        raise UserError(
+            f"{args.model_dir} already holds a run ({earlier[0].name}); "
+            "continue it with --restore_file last or delete it with --overwrite"
+        )
     checkpoint_file = args.model_dir / f"{args.restore_file}.pth.tar"
     checkpoint = utils.load_checkpoint(checkpoint_file) if args.restore_file else None
 
@@ -297,7 +341,9 @@ def main(args: argparse.Namespace) -> None:
     options = {"image_size": params.image_size, "num_classes": params.num_classes, "cache": params.cache}
     train_set, val_set = (with_masks(Split.find(root, name), root) for name in (params.train_split, "val"))
     if params.batch_size > len(train_set.ids):
-        raise UserError(f'"batch_size" is {params.batch_size}, but {params.train_split} has {len(train_set.ids)} images; lower it')
+        raise UserError(
+            f'"batch_size" is {params.batch_size}, but {params.train_split} has {len(train_set.ids)} images; lower it'
+        )
     train_set = SegmentationDataset(train_set, augment=params.augment, **options)
     val_set = SegmentationDataset(val_set, **options)
     loading = {"batch_size": params.batch_size, "num_workers": params.num_workers, "pin_memory": device.type == "cuda"}
@@ -318,11 +364,15 @@ def main(args: argparse.Namespace) -> None:
             path.unlink()
     utils.set_logger(args.model_dir / "train.log")
     utils.write_json(args.model_dir / "run.json", utils.provenance(device, params))
-    logging.info(f"{args.model_dir}: {len(train_set)} images of {params.train_split}, {len(val_set)} of val, on {device}")
+    logging.info(
+        f"{args.model_dir}: {len(train_set)} images of {params.train_split}, {len(val_set)} of val, on {device}"
+    )
     if params.num_channels is not None:
         logging.info('"num_channels" is accepted for old params.json files; this network has no use for it')
     if replaced:
-        logging.info(f"initialised afresh, because their class count differs from {args.init_from}: {', '.join(replaced)}")
+        logging.info(
+            f"initialised afresh, because their class count differs from {args.init_from}: {', '.join(replaced)}"
+        )
     if checkpoint:
         logging.info(f"continuing after epoch {training.epoch} from {checkpoint_file}")
     train(training, train_loader, val_loader, params, args.model_dir, names)

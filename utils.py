@@ -12,7 +12,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
@@ -57,7 +57,9 @@ def _number(default: float | None, allowed: str, check: Callable[[float], bool])
     return _key(default, allowed, lambda v: (nullable and v is None) or (_is_number(v) and check(v)))
 
 
-def _integer(default: int | None, minimum: int, *, also: str = "", check: Callable[[int], bool] = lambda v: True) -> Any:
+def _integer(
+    default: int | None, minimum: int, *, also: str = "", check: Callable[[int], bool] = lambda v: True
+) -> Any:
     nullable = default is None
     allowed = f"an integer of at least {minimum}{also}" + (" or null" if nullable else "")
     return _key(default, allowed, lambda v: (nullable and v is None) or (type(v) is int and v >= minimum and check(v)))
@@ -65,7 +67,9 @@ def _integer(default: int | None, minimum: int, *, also: str = "", check: Callab
 
 def _choice(default: str, *others: str) -> Any:
     options = (default, *others)
-    return _key(default, " or ".join(json.dumps(option) for option in options), lambda v: isinstance(v, str) and v in options)
+    return _key(
+        default, " or ".join(json.dumps(option) for option in options), lambda v: isinstance(v, str) and v in options
+    )
 
 
 def _flag(default: bool) -> Any:
@@ -132,10 +136,12 @@ class Params:
 
     @classmethod
     def load(cls, path: str | Path) -> "Params":
-        """Read params.json. Raises UserError naming the file, and for each fault the key, the value and what is allowed."""
+        """Read params.json. Raises UserError naming the file and, for each fault, key, value and what is allowed."""
         path = Path(path)
         try:
-            values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+            values = json.loads(
+                path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant
+            )
         except FileNotFoundError:
             raise UserError(f"no {path}; an experiment is a folder with a params.json, {{}} for the defaults") from None
         except (ValueError, RecursionError) as error:  # JSON, UTF-8, a repeated key, NaN
@@ -146,7 +152,10 @@ class Params:
             raise UserError(f"{path}: {'; '.join(faults)}")
         params = cls(**values)
         if params.warmup_epochs >= params.num_epochs:
-            raise UserError(f'{path}: "warmup_epochs" is {params.warmup_epochs}; allowed: fewer than "num_epochs" = {params.num_epochs}')
+            raise UserError(
+                f'{path}: "warmup_epochs" is {params.warmup_epochs}; '
+                f'allowed: fewer than "num_epochs", {params.num_epochs}'
+            )
         return params
 
     @classmethod
@@ -161,11 +170,11 @@ class Params:
         return None if rule["check"](value) else f'"{key}" is {json.dumps(value)}; allowed: {rule["allowed"]}'
 
     def network_options(self) -> dict[str, Any]:
-        """The keywords of model.net.FCN_GCN but for pretrained: with them a checkpoint's weights mean the same again."""
-        return {key: getattr(self, key) for key in ("num_classes", *ARCHITECTURE, "dropout_rate")}
+        """The keywords of model.net.FCN_GCN but for pretrained."""
+        return {key: getattr(self, key) for key in (*ARCHITECTURE, "dropout_rate")}
 
 
-ARCHITECTURE = ("kernel_size", "head", "boundary_refinement", "stem_maxpool", "gcn_padding")
+ARCHITECTURE = ("num_classes", "kernel_size", "head", "boundary_refinement", "stem_maxpool", "gcn_padding")
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -262,7 +271,9 @@ def provenance(device: Any, params: Params) -> dict[str, Any]:
             "numpy": numpy.__version__,
             "pillow": PIL.__version__,
         },
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"cpu, {torch.get_num_threads()} threads",
         "platform": platform.platform(),
         "seed": params.seed,
         "params": asdict(params),
@@ -297,10 +308,8 @@ def autocast(device: Any, precision: str) -> Any:
     import torch
 
     if precision == "auto":
-        if device.type == "cuda":
-            fast = torch.cuda.get_device_capability(device) >= (8, 0)
-        else:
-            fast = torch.cpu._is_amx_tile_supported()
+        on_cuda = device.type == "cuda"
+        fast = torch.cuda.get_device_capability(device) >= (8, 0) if on_cuda else torch.cpu._is_amx_tile_supported()
         precision = "bf16" if fast else "fp32"
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
@@ -332,7 +341,7 @@ def save_checkpoint(state: dict[str, Any], model_dir: Path, *, is_best: bool) ->
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint dict with all tensors on the CPU. Raises UserError if it is absent, damaged or more than plain data."""
+    """A checkpoint with its tensors on the CPU. Raises UserError if it is absent, damaged or more than plain data."""
     import pickle
 
     import torch
@@ -344,7 +353,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         found = ", ".join(sorted(p.name for p in path.parent.glob("*.pth.tar"))) or "none"
         raise UserError(f"no checkpoint {path}; in this folder: {found}") from None
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path} is refused: damaged, or holds more than tensors and plain values ({_first_line(error)})") from None
+        raise UserError(
+            f"{path} is refused: damaged, or holds more than tensors and plain values ({_first_line(error)})"
+        ) from None
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
         raise UserError(f"{path} is damaged ({_first_line(error)}); use another one") from None
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
@@ -379,13 +390,16 @@ def load_weights(model: Any, state_dict: dict[str, Any], source: str | Path) -> 
     model.load_state_dict(given)
 
 
-def trained_weights(checkpoint: dict[str, Any], params: Params, source: str | Path) -> dict[str, Any]:
-    """The weights to predict with: the averaged ones if the run kept any.
-
-    Raises UserError when params.json has since changed an option that gives the same weights another meaning.
-    """
-    trained_with = checkpoint.get("params", {})
-    for key in ("num_classes", *ARCHITECTURE):
-        if key in trained_with and trained_with[key] != getattr(params, key):
-            raise UserError(f'{source} was trained with "{key}": {json.dumps(trained_with[key])}, params.json says {json.dumps(getattr(params, key))}')
+def predicting_weights(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The weights to evaluate and predict with: the averaged ones if the run kept any."""
     return checkpoint.get("ema_state_dict") or checkpoint["state_dict"]
+
+
+def refuse_changed(keys: Iterable[str], checkpoint: dict[str, Any], params: Params, source: str | Path) -> None:
+    """Raise UserError if params.json has since changed a key without which the checkpoint means something else."""
+    trained_with = checkpoint.get("params", {})
+    for key in keys:
+        now = getattr(params, key)
+        if trained_with.get(key, now) != now:
+            then, now = json.dumps(trained_with[key]), json.dumps(now)
+            raise UserError(f'{source} was trained with "{key}": {then}, params.json says {now}; set it back')

@@ -17,7 +17,9 @@ def colour_mask(labels: np.ndarray) -> Image.Image:
     return mask
 
 
-def comparison(images: np.ndarray, labels: np.ndarray, predictions: np.ndarray, names: Sequence[str], *, side: int = 160) -> Image.Image:
+def comparison(
+    images: np.ndarray, labels: np.ndarray, predictions: np.ndarray, names: Sequence[str], *, side: int = 160
+) -> Image.Image:
     """One column an example with photo, truth and prediction below one another, and a legend of the classes in it.
 
     Args:

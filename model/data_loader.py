@@ -50,10 +50,13 @@ class Layout:
             lists = lists if lists.is_dir() else root
             if (root / "JPEGImages").is_dir() and any(lists.glob("*.txt")):
                 return cls(root / "JPEGImages", root / "SegmentationClass", lists)
+        if (data_dir / "JPEGImages").is_dir():
+            raise UserError(
+                f"{data_dir} has no lists: `python build_dataset.py --data_dir {data_dir} --split 0.8 0.1 0.1`"
+            )
         raise UserError(
-            f"{data_dir} holds no data set (JPEGImages/ with train.txt and val.txt, or VOC2012/). "
-            "Get VOC2012 with `python build_dataset.py`, write lists for your own photos with `python build_dataset.py "
-            f"--data_dir {data_dir} --split 0.8 0.1 0.1`, or try `python train.py --model_dir experiments/quickstart`"
+            f"{data_dir} holds no data set (JPEGImages/ with train.txt and val.txt, or VOC2012/). Get VOC2012 with "
+            "`python build_dataset.py`, or try `python train.py --model_dir experiments/quickstart`, which needs none"
         )
 
 
@@ -68,7 +71,7 @@ class Split:
 
     @classmethod
     def find(cls, data_dir: str | Path, name: str) -> "Split":
-        """Read <name>.txt and find its files. Raises UserError for an unusable list and, all at once, for missing files."""
+        """Read <name>.txt and find its files. Raises UserError for an unusable list, and naming all missing files."""
         layout = Layout.find(data_dir)
         ids = read_list(layout.lists / f"{name}.txt")
         photos = photos_by_id(layout.images)
@@ -169,7 +172,9 @@ def _read_mask(path: Path, size: tuple[int, int], num_classes: int) -> Image.Ima
 
 def _faults(where: str, faults: list[str]) -> UserError:
     shown = faults[:20] + ([f"and {len(faults) - 20} more"] if len(faults) > 20 else [])
-    return UserError(f"{where}: {faults[0]}" if len(faults) == 1 else "\n  ".join([f"{len(faults)} faults in {where}", *shown]))
+    return UserError(
+        f"{where}: {faults[0]}" if len(faults) == 1 else "\n  ".join([f"{len(faults)} faults in {where}", *shown])
+    )
 
 
 class SegmentationDataset(Dataset):
@@ -312,7 +317,14 @@ class EpochSampler(Sampler):
         return zip(order, seeds, strict=True)
 
 
-def make_loader(dataset: SegmentationDataset, *, batch_size: int, num_workers: int = 0, seed: int | None = None, pin_memory: bool = False) -> DataLoader:
+def make_loader(
+    dataset: SegmentationDataset,
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+    seed: int | None = None,
+    pin_memory: bool = False,
+) -> DataLoader:
     """Batches of uint8 (B, 3, S, S) and (B, S, S), the last one smaller where the data set ends.
 
     With a seed in an order of its own every epoch (call loader.sampler.set_epoch), else in the order of the list.

@@ -15,10 +15,10 @@ SMOOTH = 1.0
 class SegmentationLoss(nn.Module):
     """Weighted sum of loss terms on logits x (B, C, H, W) and class indices (B, H, W), 255 = void.
 
-    With t the one-hot labels, p = sigmoid(x), s = 1, and every sum over the non-void pixels and all classes of the batch:
+    With t the one-hot labels, p = sigmoid(x), s = 1, and sums over all non-void pixels and classes of the batch:
 
         bce           mean(softplus(x) - x t)
-        dice          1 - (2 sum(p t) + s) / (sum p + sum t + s)        (Milletari et al., arXiv 1606.04797, without squares)
+        dice          1 - (2 sum(p t) + s) / (sum p + sum t + s)    (Milletari et al., arXiv 1606.04797, unsquared)
         inverse_dice  the same with 1 - p and 1 - t
         cross_entropy mean over pixels of -log softmax(x) at the label
 

@@ -3,6 +3,8 @@
 `python -m model.net` prints its layer table.
 """
 
+from itertools import pairwise
+
 import torch.nn.functional as F
 from torch import Tensor, hub, nn
 from torchvision.models import ResNet50_Weights, resnet50
@@ -110,7 +112,10 @@ class FCN_GCN(nn.Module):
         self.br5, self.br6, self.br7, self.br8, self.br9 = refine(), refine(), refine(), refine(), refine()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, num_classes, H, W) of normalized images (B, 3, H, W); H and W at least 32. Sizes: stem_maxpool False."""
+        """Logits (B, num_classes, H, W) of normalized images (B, 3, H, W), with H and W at least 32.
+
+        The sizes beside the lines are those without stem_maxpool; with it, f1 to f4 are half as large.
+        """
         stem = self.relu(self.bn0(self.conv1(x)))  # (B, 64, H/2, W/2)
         f1 = self.layer1(self.maxpool(stem))  # (B, 256, H/2, W/2)
         f2 = self.layer2(f1)  # (B, 512, H/4, W/4)
@@ -144,7 +149,7 @@ def _head(name: str, in_channels: int, num_classes: int, kernel_size: int, gcn_p
         return nn.Conv2d(in_channels, num_classes, kernel_size, padding="same")
     if name == "stack":
         widths = [in_channels] * ((kernel_size - 1) // 2) + [num_classes]
-        return nn.Sequential(*(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths, widths[1:])))
+        return nn.Sequential(*(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(widths)))
     raise UserError(f"head is {name!r}; allowed: {', '.join(HEADS)}")
 
 

@@ -43,7 +43,7 @@ def draw_sample(folder: Path) -> Path:
 
 
 def draw_scene(rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
-    """One photo (RGB, about 128 x 112 pixels) and its mask (palette image of class indices) with one to three objects."""
+    """One photo (RGB, about 128 x 112 pixels) of one to three objects, and its mask (palette image of indices)."""
     width, height = (int(side) for side in rng.integers((112, 96), (144, 128)))
     pixels = _background(rng, width, height)
     labels = np.zeros((height, width), dtype=np.uint8)
@@ -53,12 +53,17 @@ def draw_scene(rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
         side = rng.uniform(0.35, 0.6) * height
         left, top = rng.uniform(0, width - side), rng.uniform(0, height - side)
         stencil = Image.new("L", (width, height))
-        shape(ImageDraw.Draw(stencil), lambda *unit, x=left, y=top, s=side: [v * s + (x, y)[i % 2] for i, v in enumerate(unit)])
+        shape(
+            ImageDraw.Draw(stencil),
+            lambda *unit, x=left, y=top, s=side: [v * s + (x, y)[i % 2] for i, v in enumerate(unit)],
+        )
         inside = np.array(stencil) > 0
         y, x = np.mgrid[:height, :width]
         colours = texture((x - left) / side, (y - top) / side) * rng.uniform(0.8, 1.2)
         pixels[inside] = colours[inside]
-        outline = np.array(stencil.filter(ImageFilter.MaxFilter(3))) != np.array(stencil.filter(ImageFilter.MinFilter(3)))
+        outline = np.array(stencil.filter(ImageFilter.MaxFilter(3))) != np.array(
+            stencil.filter(ImageFilter.MinFilter(3))
+        )
         labels[inside] = CLASS_NAMES.index(name)
         labels[outline] = VOID
     pixels += rng.normal(0, 8, pixels.shape)
@@ -80,7 +85,9 @@ def _save(image: Image.Image, path: Path, **options) -> None:
 
 # Shapes are drawn white into a stencil; at() places coordinates of the unit square x, y, x, y, ... in the scene.
 def _aeroplane(draw, at):
-    draw.polygon(at(0.5, 0.0, 0.58, 0.35, 1.0, 0.6, 0.58, 0.6, 0.7, 1.0, 0.3, 1.0, 0.42, 0.6, 0.0, 0.6, 0.42, 0.35), fill=255)
+    draw.polygon(
+        at(0.5, 0.0, 0.58, 0.35, 1.0, 0.6, 0.58, 0.6, 0.7, 1.0, 0.3, 1.0, 0.42, 0.6, 0.0, 0.6, 0.42, 0.35), fill=255
+    )
 
 
 def _bottle(draw, at):

@@ -20,7 +20,7 @@ def squash(image: Image.Image, mask: Image.Image | None, image_size: int) -> tup
 
 
 def to_input(images: Tensor, *, normalize: bool = True, channels_last: bool = True) -> Tensor:
-    """uint8 (B, 3, H, W) -> float32 on the same device: in [0, 1], and with ImageNet's mean and deviation if normalize."""
+    """uint8 (B, 3, H, W) -> float32 in [0, 1], moved to ImageNet's mean and deviation if normalize."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     x = images.to(torch.float32, memory_format=layout)
     mean = x.new_tensor(IMAGENET_MEAN if normalize else (0.0, 0.0, 0.0)).view(3, 1, 1)
@@ -48,7 +48,7 @@ class Augmentation:
         )
 
     def __call__(self, image: Tensor, mask: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """uint8 (3, S, S) and (S, S) in, the same out; equal seeds give equal results and leave the global RNG alone."""
+        """uint8 (3, S, S) and (S, S) in, the same out; equal seeds, equal results; the global RNG stays as it is."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             image, mask = self._transform(tv_tensors.Image(image), tv_tensors.Mask(mask))

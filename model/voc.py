@@ -32,7 +32,10 @@ CLASS_NAMES = (
 
 
 def palette() -> np.ndarray:
-    """VOC's colours, uint8 (256, 3): bit i of a class index goes to the high bits of channel i mod 3 (the devkit's VOClabelcolormap)."""
+    """VOC's colours, uint8 (256, 3), as the devkit's VOClabelcolormap makes them.
+
+    Bit i of a class index becomes bit 7 - i // 3 of channel i mod 3.
+    """
     index = np.arange(256)
     colours = np.zeros((256, 3), dtype=np.uint8)
     for bit in range(8):

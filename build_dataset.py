@@ -1,0 +1,188 @@
+"""Get a data set ready: download and unpack VOC2012, draw the built-in sample, or write lists for your own photos."""
+
+import argparse
+import math
+import random
+import re
+import tarfile
+from pathlib import Path, PurePosixPath
+
+from tqdm import tqdm
+
+from model import UserError
+from utils import RunFailed, run_main, write_text
+
+ARCHIVE = "VOCtrainval_11-May-2012.tar"
+MIRROR = f"http://pjreddie.com/media/files/{ARCHIVE}"
+MEMBER = re.compile(
+    r"VOCdevkit/VOC2012/(?P<kind>JPEGImages|SegmentationClass|ImageSets/Segmentation)/(?P<id>[^/\\]+)\.(jpg|png|txt)"
+)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data_dir", type=Path, default=Path("data"), help="folder to fill (default: %(default)s)")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--archive", type=Path, help=f"unpack this {ARCHIVE} instead of downloading it (2 GB)")
+    source.add_argument("--sample", action="store_true", help="draw the small built-in data set under DATA_DIR/sample")
+    source.add_argument(
+        "--split",
+        nargs=3,
+        type=float,
+        metavar=("TRAIN", "VAL", "TEST"),
+        help="write lists for your own DATA_DIR/JPEGImages and SegmentationClass; three shares of 1, as 0.8 0.1 0.1",
+    )
+    parser.add_argument("--seed", type=int, default=230, help="of --split (default: %(default)s)")
+    return parser.parse_args()
+
+
+def download(urls: list[str], folder: Path, md5: str) -> Path:
+    """Fetch the archive from the first address that delivers it intact; at once if it is already there.
+
+    Raises RunFailed naming every address and what it answered.
+    """
+    from torchvision.datasets.utils import download_url
+
+    failures = []
+    for url in urls:
+        try:
+            print(f"downloading {url}")
+            download_url(url, str(folder), filename=ARCHIVE, md5=md5)
+            return folder / ARCHIVE
+        except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong MD5 a RuntimeError
+            failures.append(f"{url}: {error}")
+            (folder / ARCHIVE).unlink(missing_ok=True)
+    raise RunFailed(
+        f"no download of {ARCHIVE} ({'; '.join(failures)}). Get the file by other means and pass it with --archive FILE"
+    )
+
+
+def unpack(archive: Path, data_dir: Path) -> None:
+    """Write the segmentation lists of an archive in the official layout, and the photos and masks that they name.
+
+    Files that are there at their full size are left alone, and the lists are written last: once they are there,
+    so is all the rest. Raises UserError for an archive that is not one, is cut short, lacks files that its lists name,
+    holds links, or paths that would leave the folder.
+    """
+    try:
+        with tarfile.open(archive) as tar:
+            found = {kind: {} for kind in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation")}
+            for member in tqdm(tar, desc="reading the archive", unit="file", disable=None, leave=False):
+                name = PurePosixPath(member.name)
+                if name.is_absolute() or ".." in name.parts or not (member.isreg() or member.isdir()):
+                    raise UserError(
+                        f"{archive}: member {member.name} is a link or leads out of the folder; "
+                        "this is not the official archive"
+                    )
+                if (match := MEMBER.fullmatch(name.as_posix())) and member.isreg():
+                    found[match["kind"]][match["id"]] = member
+            lists = {
+                id_: tar.extractfile(member).read().decode() for id_, member in found["ImageSets/Segmentation"].items()
+            }
+            wanted = sorted({id_ for text in lists.values() for id_ in text.split()})
+            missing = [id_ for id_ in wanted if id_ not in found["JPEGImages"] or id_ not in found["SegmentationClass"]]
+            if not {"train", "val"} <= lists.keys() or missing:
+                reason = (
+                    f"lists {missing[0]} without its photo or mask"
+                    if missing
+                    else "holds no VOCdevkit/VOC2012/ImageSets/Segmentation/"
+                )
+                raise UserError(f"{archive} {reason}; is it {ARCHIVE}, whole?")
+            _refuse_other_lists(data_dir, lists)
+            for kind, suffix in (("JPEGImages", "jpg"), ("SegmentationClass", "png")):
+                (data_dir / kind).mkdir(parents=True, exist_ok=True)
+                for id_ in tqdm(wanted, desc=f"unpacking {kind}", unit="file", disable=None, leave=False):
+                    member, target = found[kind][id_], data_dir / kind / f"{id_}.{suffix}"
+                    if not target.exists() or target.stat().st_size != member.size:
+                        target.write_bytes(tar.extractfile(member).read())
+    except (tarfile.TarError, EOFError) as error:
+        raise UserError(f"{archive} cannot be read as a tar archive ({error}); download it again") from None
+    except FileNotFoundError:
+        raise UserError(f"no archive {archive}") from None
+    for name, text in lists.items():
+        write_text(data_dir / f"{name}.txt", text)
+    print(
+        f"{len(wanted)} photos with masks in {data_dir}: "
+        + ", ".join(f"{len(text.split())} {name}" for name, text in sorted(lists.items()))
+    )
+
+
+def _refuse_other_lists(data_dir: Path, lists: dict[str, str]) -> None:
+    for name, text in lists.items():
+        path = data_dir / f"{name}.txt"
+        if path.exists() and path.read_text().split() != text.split():
+            raise UserError(f"{path} belongs to another data set; choose another --data_dir")
+
+
+def get_voc(data_dir: Path, archive: Path | None) -> None:
+    """Bring VOC2012 into data_dir, downloading it if no archive is given and it is not there."""
+    if archive is None:
+        from torchvision.datasets.voc import DATASET_YEAR_DICT
+
+        from model.data_loader import Split
+
+        if (data_dir / "trainval.txt").exists():
+            count = sum(len(Split.find(data_dir, name).ids) for name in ("train", "val"))
+            print(f"{data_dir} is complete: {count} photos with masks")
+            return
+        official = DATASET_YEAR_DICT["2012"]
+        archive = download([official["url"], MIRROR], data_dir, official["md5"])
+        unpack(archive, data_dir)
+        print(f"{archive} is no longer needed")
+    else:
+        unpack(archive, data_dir)
+
+
+def write_lists(data_dir: Path, shares: list[float], seed: int) -> None:
+    """Deal the photos that have a mask into train.txt, val.txt and test.txt, at random but the same for equal seeds."""
+    from model.data_loader import photos_by_id
+
+    if (
+        any(not 0 <= share <= 1 for share in shares)
+        or not math.isclose(sum(shares), 1, abs_tol=1e-6)
+        or 0 in shares[:2]
+    ):
+        raise UserError(
+            f"--split {' '.join(f'{s:g}' for s in shares)}: give three shares that sum to 1, train and val above 0"
+        )
+    images, masks = data_dir / "JPEGImages", data_dir / "SegmentationClass"
+    for folder, content in ((images, "photos"), (masks, "masks, palette PNGs of the same names")):
+        if not folder.is_dir():
+            raise UserError(f"no {folder}; put your {content} there")
+    lists = data_dir / "ImageSets" / "Segmentation"
+    lists = lists if lists.is_dir() else data_dir
+    for name in ("train", "val", "test"):
+        if (lists / f"{name}.txt").exists():
+            raise UserError(f"{lists / name}.txt is already there; delete the lists to deal them anew")
+
+    photos = sorted(photos_by_id(images))
+    ids = [id_ for id_ in photos if (masks / f"{id_}.png").is_file()]
+    random.Random(seed).shuffle(ids)
+    cuts = [0, round(len(ids) * shares[0]), round(len(ids) * (shares[0] + shares[1])), len(ids)]
+    parts = {
+        name: sorted(ids[start:end]) for name, start, end in zip(("train", "val", "test"), cuts, cuts[1:], strict=False)
+    }
+    if not (parts["train"] and parts["val"]):
+        raise UserError(f"{len(ids)} photos of {images} have a mask in {masks}: too few for train and val")
+    for name, part in parts.items():
+        if part:
+            write_text(lists / f"{name}.txt", "".join(f"{id_}\n" for id_ in part))
+    print(", ".join(f"{len(part)} {name}" for name, part in parts.items()) + f" -> {lists}")
+    if len(photos) > len(ids):
+        print(f"{len(photos) - len(ids)} photos without a mask are in no list")
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.sample:
+        from model.sample import draw_sample
+
+        print(f"the sample is in {draw_sample(args.data_dir / 'sample')}")
+    elif args.split:
+        write_lists(args.data_dir, args.split, args.seed)
+    else:
+        get_voc(args.data_dir, args.archive)
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()
+    raise SystemExit(run_main(lambda: main(ARGS)))
