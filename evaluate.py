@@ -57,7 +57,7 @@ from model.transforms import to_input
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, loader: DataLoader, params: Params, device: torch.device, names: list[str]) -> dict:
+def evaluate(model: nn.Module, loader: DataLoader, params: Params, device: torch.device) -> dict:
     """Score a network on every image of a loader, at the loader's image size.
 
     Returns a dict for JSON: the mean loss over images and ConfusionMatrix.compute()'s metrics over all pixels, those
@@ -70,18 +70,15 @@ def evaluate(model: nn.Module, loader: DataLoader, params: Params, device: torch
     with tqdm(total=len(loader.dataset), desc="evaluating", unit="img", leave=False, disable=None) as bar:
         for images, labels in loader:
             labels = labels.to(device, non_blocking=True)
-            images = to_input(
-                images.to(device, non_blocking=True), normalize=params.normalize, channels_last=params.channels_last
-            )
             with autocast(device, params.precision):
-                logits = model(images)
+                logits = model(to_input(images, device, **params.input_options()))
             loss_sum += criterion(logits, labels) * len(images)
             matrix.update(logits.argmax(1), labels)
             bar.update(len(images))
     loss = loss_sum.item() / len(loader.dataset)
     metrics = {"loss": loss if math.isfinite(loss) else None, "images": len(loader.dataset), **matrix.compute()}
     return {
-        key: dict(zip(names, value, strict=True)) if isinstance(value, list) else value
+        key: dict(zip(loader.dataset.class_names, value, strict=True)) if isinstance(value, list) else value
         for key, value in metrics.items()
     }
 
@@ -111,14 +108,12 @@ def main(args: argparse.Namespace) -> None:
     split = Split.find(root, args.split)
     if split.masks is None:
         raise UserError(f"split {args.split} of {root} has no masks: it can be predicted, not scored")
-    dataset = SegmentationDataset(
-        split, image_size=params.image_size, num_classes=params.num_classes, cache=params.cache
-    )
+    dataset = SegmentationDataset(split, class_names=names, image_size=params.image_size, cache=params.cache)
     loader = make_loader(
         dataset, batch_size=params.batch_size, num_workers=params.num_workers, pin_memory=device.type == "cuda"
     )
 
-    metrics = evaluate(model, loader, params, device, names)
+    metrics = evaluate(model, loader, params, device)
     print(table(metrics))
     output = args.model_dir / f"metrics_{args.split}_{args.restore_file}.json"
     write_json(output, {"epoch": checkpoint.get("epoch"), **metrics})

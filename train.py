@@ -41,6 +41,7 @@ if __name__ == "__main__":
     )  # before the seconds that importing torch takes, so that --help and a typing error answer at once
 
 import torch
+from PIL import Image
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -137,7 +138,8 @@ class Training:
         if self.ema is not None and state["ema_state_dict"] is not None:
             utils.load_weights(self.ema.module, state["ema_state_dict"], source)
             self.ema.n_averaged.copy_(state["ema_updates"])
-        self.scaler.load_state_dict(state["scaler"])
+        if self.scaler.is_enabled() and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.best_epoch, self.best_mIoU = state["epoch"], state["best_epoch"], state["best_mIoU"]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # steps of the schedule without steps of the optimizer
@@ -171,13 +173,14 @@ def build_schedule(optimizer: torch.optim.Optimizer, params: Params, steps_per_e
     return lr_scheduler.SequentialLR(optimizer, [rise, main()], milestones=[warmup])
 
 
-def train_epoch(training: Training, loader: DataLoader, params: Params) -> dict:
+def train_epoch(training: Training, loader: DataLoader) -> dict:
     """One pass over the training data. Returns the mean loss over images, the metrics on every save_summary_steps-th
     batch while it was trained on, and the learning rate of the last step.
 
     Raises RunFailed at the first loss that is not finite, found within save_summary_steps steps.
     """
     training.model.train()
+    params = training.params
     device, criterion = training.device, SegmentationLoss(params.loss_weights)
     matrix = ConfusionMatrix(params.num_classes, device)
     losses = torch.zeros(len(loader), device=device)  # stays on the device: reading it at every step would wait for it
@@ -186,21 +189,15 @@ def train_epoch(training: Training, loader: DataLoader, params: Params) -> dict:
     with tqdm(total=len(loader.dataset), desc=title, unit="img", leave=False, disable=None) as bar:
         for step, (images, labels) in enumerate(loader):
             labels = labels.to(device, non_blocking=True)
-            images = to_input(
-                images.to(device, non_blocking=True), normalize=params.normalize, channels_last=params.channels_last
-            )
             with utils.autocast(device, params.precision):
-                logits = training.forward(images)
+                logits = training.forward(to_input(images, device, **params.input_options()))
             loss = criterion(logits, labels)
             losses[step] = loss.detach()
             sizes.append(len(images))
             rates.append(training.optimizer.param_groups[0]["lr"])
-            group = min(
-                params.accumulation_steps, len(loader) - step // params.accumulation_steps * params.accumulation_steps
-            )
-            training.step(
-                loss / group, last_of_group=(step + 1) % params.accumulation_steps == 0 or step + 1 == len(loader)
-            )
+            position = step % params.accumulation_steps
+            group = min(params.accumulation_steps, len(loader) - step + position)  # the last one may be smaller
+            training.step(loss / group, last_of_group=position + 1 == group)
             if step % params.save_summary_steps == 0:
                 matrix.update(logits.argmax(1), labels)
                 stop_if_not_finite(losses[: step + 1], rates, training)
@@ -223,23 +220,17 @@ def stop_if_not_finite(losses: torch.Tensor, rates: list[float], training: Train
     )
 
 
-def train(
-    training: Training,
-    train_loader: DataLoader,
-    val_loader: DataLoader,
-    params: Params,
-    model_dir: Path,
-    names: list[str],
-) -> None:
+def train(training: Training, train_loader: DataLoader, val_loader: DataLoader, model_dir: Path) -> None:
     """Train until num_epochs or the early stop, and write every output of an epoch when it ends."""
+    params = training.params
     history = utils.read_history(model_dir)[: training.epoch]
     patience = params.early_stopping_patience or params.num_epochs
     while training.epoch < params.num_epochs and training.epoch - training.best_epoch < patience:
         start = time.perf_counter()
         train_loader.sampler.set_epoch(training.epoch)
-        train_metrics = train_epoch(training, train_loader, params)
+        train_metrics = train_epoch(training, train_loader)
         train_seconds = time.perf_counter() - start
-        val_metrics = evaluate(training.predictor, val_loader, params, training.device, names)
+        val_metrics = evaluate(training.predictor, val_loader, params, training.device)
         if val_metrics["loss"] is None:
             raise RunFailed(
                 f"the validation loss of epoch {training.epoch + 1} is not finite; "
@@ -259,7 +250,7 @@ def train(
             "images_per_second": round(len(train_loader.dataset) / train_seconds, 2),
         }
         history.append(record)
-        save_epoch(training, history, val_metrics, val_loader, model_dir, names, is_best=is_best)
+        save_epoch(training, history, val_metrics, val_loader.dataset, model_dir, is_best=is_best)
         logging.info(describe(record, params, is_best=is_best))
     reason = "done" if training.epoch >= params.num_epochs else f"stopped early: no better mIoU in {patience} epochs"
     logging.info(f"{reason}; best mIoU {training.best_mIoU:.4f} at epoch {training.best_epoch}, in {model_dir}")
@@ -269,9 +260,8 @@ def save_epoch(
     training: Training,
     history: list[dict],
     val_metrics: dict,
-    val_loader: DataLoader,
+    val_set: SegmentationDataset,
     model_dir: Path,
-    names: list[str],
     *,
     is_best: bool,
 ) -> None:
@@ -281,23 +271,23 @@ def save_epoch(
     utils.write_json(model_dir / "metrics_val_last_weights.json", metrics)
     if is_best:
         utils.write_json(model_dir / "metrics_val_best_weights.json", metrics)
-    picture = sample_predictions(training, val_loader, names)
+    picture = sample_predictions(training, val_set)
     with utils.replacing(model_dir / "samples.png") as temporary:
         picture.save(temporary, format="PNG")
     utils.save_checkpoint(training.state_dict(), model_dir, is_best=is_best)
 
 
 @torch.inference_mode()
-def sample_predictions(training: Training, val_loader: DataLoader, names: list[str], count: int = 6):
-    """The first validation photos with truth and prediction, a picture."""
-    params, dataset = training.params, val_loader.dataset
+def sample_predictions(training: Training, dataset: SegmentationDataset, count: int = 6) -> Image.Image:
+    """The first validation photos with truth and prediction."""
+    params = training.params
     images, labels = (
         torch.stack(part) for part in zip(*(dataset[i] for i in range(min(count, len(dataset)))), strict=True)
     )
-    x = to_input(images.to(training.device), normalize=params.normalize, channels_last=params.channels_last)
     with utils.autocast(training.device, params.precision):
-        predictions = training.predictor.eval()(x).argmax(1)
-    return comparison(images.permute(0, 2, 3, 1).numpy(), labels.numpy(), predictions.cpu().numpy(), names)
+        logits = training.predictor.eval()(to_input(images, training.device, **params.input_options()))
+    photos, predictions = images.permute(0, 2, 3, 1).numpy(), logits.argmax(1).cpu().numpy()
+    return comparison(photos, labels.numpy(), predictions, dataset.class_names)
 
 
 def describe(record: dict, params: Params, *, is_best: bool) -> str:
@@ -338,7 +328,7 @@ def main(args: argparse.Namespace) -> None:
 
     root = data_root(params.dataset, args.data_dir)
     names = class_names(root, params.num_classes)
-    options = {"image_size": params.image_size, "num_classes": params.num_classes, "cache": params.cache}
+    options = {"class_names": names, "image_size": params.image_size, "cache": params.cache}
     train_set, val_set = (with_masks(Split.find(root, name), root) for name in (params.train_split, "val"))
     if params.batch_size > len(train_set.ids):
         raise UserError(
@@ -375,7 +365,7 @@ def main(args: argparse.Namespace) -> None:
         )
     if checkpoint:
         logging.info(f"continuing after epoch {training.epoch} from {checkpoint_file}")
-    train(training, train_loader, val_loader, params, args.model_dir, names)
+    train(training, train_loader, val_loader, args.model_dir)
 
 
 def with_masks(split: Split, root: Path) -> Split:

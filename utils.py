@@ -173,6 +173,10 @@ class Params:
         """The keywords of model.net.FCN_GCN but for pretrained."""
         return {key: getattr(self, key) for key in (*ARCHITECTURE, "dropout_rate")}
 
+    def input_options(self) -> dict[str, Any]:
+        """The keywords of model.transforms.to_input."""
+        return {"normalize": self.normalize, "channels_last": self.channels_last}
+
 
 ARCHITECTURE = ("num_classes", "kernel_size", "head", "boundary_refinement", "stem_maxpool", "gcn_padding")
 

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,8 +187,8 @@ class SegmentationDataset(Dataset):
 
     Args:
         split: the photos and masks.
+        class_names: one for each class index; higher indices in a mask, but for void, are an error.
         image_size: S, in pixels.
-        num_classes: indices from num_classes to 254 in a mask are an error.
         cache: keep the decoded split on disk, 4 S^2 bytes an image.
         augment: transform photo and mask together, see transforms.Augmentation.
 
@@ -196,10 +196,12 @@ class SegmentationDataset(Dataset):
         UserError: lists every faulty file of the split.
     """
 
-    def __init__(self, split: Split, *, image_size: int, num_classes: int, cache: bool = True, augment: bool = False):
+    def __init__(
+        self, split: Split, *, class_names: Sequence[str], image_size: int, cache: bool = True, augment: bool = False
+    ):
         self.split = split
+        self.class_names = class_names
         self.image_size = image_size
-        self.num_classes = num_classes
         self.augmentation = Augmentation(image_size) if augment else None
         self.cache_file = _cached(self) if cache else None
         self._examples = np.load(self.cache_file, mmap_mode="r") if cache else None
@@ -228,7 +230,9 @@ class SegmentationDataset(Dataset):
     def decode(self, index: int) -> np.ndarray:
         """uint8 (S, S, 4) from the files, see read_example."""
         mask = self.split.masks[index] if self.split.masks else None
-        return read_example(self.split.images[index], mask, image_size=self.image_size, num_classes=self.num_classes)
+        return read_example(
+            self.split.images[index], mask, image_size=self.image_size, num_classes=len(self.class_names)
+        )
 
     def decode_all(self) -> Iterator[np.ndarray]:
         """Every example in order, decoded on all cores. Raises UserError at the end, naming every faulty file."""
@@ -257,7 +261,7 @@ class SegmentationDataset(Dataset):
 def _cached(dataset: SegmentationDataset) -> Path:
     """The cache file of a data set, built now unless one of the same files, size and classes is there."""
     split, size = dataset.split, dataset.image_size
-    digest = hashlib.sha256(repr((CACHE_VERSION, size, dataset.num_classes)).encode())
+    digest = hashlib.sha256(repr((CACHE_VERSION, size, len(dataset.class_names))).encode())
     for path in [*split.images, *(split.masks or [])]:
         status = path.stat()
         digest.update(repr((path.name, status.st_size, status.st_mtime_ns)).encode())

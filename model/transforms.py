@@ -19,10 +19,12 @@ def squash(image: Image.Image, mask: Image.Image | None, image_size: int) -> tup
     return image, None if mask is None else mask.resize(size, Image.Resampling.NEAREST)
 
 
-def to_input(images: Tensor, *, normalize: bool = True, channels_last: bool = True) -> Tensor:
-    """uint8 (B, 3, H, W) -> float32 in [0, 1], moved to ImageNet's mean and deviation if normalize."""
+def to_input(
+    images: Tensor, device: torch.device | str, *, normalize: bool = True, channels_last: bool = True
+) -> Tensor:
+    """uint8 (B, 3, H, W) -> float32 on device: values in [0, 1], with ImageNet's mean and deviation if normalize."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    x = images.to(torch.float32, memory_format=layout)
+    x = images.to(device, non_blocking=True).to(torch.float32, memory_format=layout)
     mean = x.new_tensor(IMAGENET_MEAN if normalize else (0.0, 0.0, 0.0)).view(3, 1, 1)
     std = x.new_tensor(IMAGENET_STD if normalize else (1.0, 1.0, 1.0)).view(3, 1, 1)
     return x.sub_(mean * 255).div_(std * 255)
