@@ -16,7 +16,14 @@ ROOT = Path(__file__).resolve().parent.parent
 VOC2012 = ROOT.parent / "shared" / "voc2012"
 
 # The smallest experiment that goes through every part: 6 images, 2 steps an epoch.
-TINY = {"pretrained": False, "image_size": 32, "stem_maxpool": False, "batch_size": 3, "num_epochs": 2, "num_workers": 0}
+TINY = {
+    "pretrained": False,
+    "image_size": 32,
+    "stem_maxpool": False,
+    "batch_size": 3,
+    "num_epochs": 2,
+    "num_workers": 0,
+}
 
 
 def run_script(script: str, *args, check: int | None = 0, **environment: str) -> subprocess.CompletedProcess:

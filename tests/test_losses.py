@@ -1,0 +1,103 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model import LOSS_TERMS, UserError
+from model.losses import SegmentationLoss
+
+DEFAULT = {"bce": 0.4, "dice": 0.4, "inverse_dice": 0.2}
+
+
+def naive(logits: torch.Tensor, labels: torch.Tensor, weights: dict[str, float]) -> torch.Tensor:
+    """The definitions, written out on a one-hot tensor, pixel after pixel."""
+    x, t = [], []
+    for b, h, w in (labels != 255).nonzero().tolist():
+        x.append(logits[b, :, h, w])
+        t.append(F.one_hot(labels[b, h, w].long(), logits.shape[1]).double())
+    x, t = torch.stack(x), torch.stack(t)
+    p = 1 / (1 + torch.exp(-x))
+
+    def dice(a, b):
+        return 1 - (2 * (a * b).sum() + 1) / (a.sum() + b.sum() + 1)
+
+    terms = {
+        "bce": -(t * torch.log(p) + (1 - t) * torch.log(1 - p)).mean(),
+        "dice": dice(p, t),
+        "inverse_dice": dice(1 - p, 1 - t),
+        "cross_entropy": -(t * torch.log(torch.exp(x) / torch.exp(x).sum(1, keepdim=True))).sum(1).mean(),
+    }
+    return sum(weight * terms[name] for name, weight in weights.items())
+
+
+def example(seed: int, void: float, shape=(2, 5, 6, 7)) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(shape, dtype=torch.float64, generator=generator)
+    labels = torch.randint(shape[1], (shape[0], *shape[2:]), generator=generator)
+    labels[torch.rand(labels.shape, generator=generator) < void] = 255
+    labels[0, 0, 0] = 0  # the naive formula needs one pixel
+    return logits, labels
+
+
+@pytest.mark.parametrize("weights", [DEFAULT, *({term: 1.0} for term in LOSS_TERMS), {**DEFAULT, "cross_entropy": 2}])
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 2**32), void=st.sampled_from([0.0, 0.2, 0.9]))
+def test_value_and_gradient_equal_the_naive_formula(weights, seed, void):
+    logits, labels = example(seed, void)
+    ours, reference = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    loss, expected = SegmentationLoss(weights)(ours, labels.to(torch.uint8)), naive(reference, labels, weights)
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(ours.grad, reference.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_void_pixels_change_nothing_and_get_no_gradient():
+    logits, labels = example(1, void=0.3)
+    other = logits.clone()
+    other.permute(0, 2, 3, 1)[labels == 255] = 1e4
+    other.requires_grad_()
+    criterion = SegmentationLoss({**DEFAULT, "cross_entropy": 1.0})
+    loss = criterion(other, labels)
+    torch.testing.assert_close(loss, criterion(logits, labels))
+    loss.backward()
+    assert other.grad.permute(0, 2, 3, 1)[labels == 255].abs().max() == 0
+    assert other.grad.permute(0, 2, 3, 1)[labels != 255].abs().min() > 0
+
+
+def test_a_batch_of_void_gives_zero_and_finite_gradients():
+    logits = torch.randn(2, 5, 4, 4, requires_grad=True)
+    loss = SegmentationLoss({**DEFAULT, "cross_entropy": 1.0})(logits, torch.full((2, 4, 4), 255))
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_are_summed_in_float32(dtype):
+    logits, labels = example(2, void=0.1, shape=(2, 21, 96, 96))  # 65,000 pixels: sums far beyond float16's range
+    logits = logits.to(dtype)
+    loss = SegmentationLoss(DEFAULT)(logits, labels)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), SegmentationLoss(DEFAULT)(logits.double(), labels), rtol=1e-5, atol=1e-6)
+
+
+def test_large_logits_stay_finite():
+    logits = torch.tensor([-200.0, 200.0]).view(1, 2, 1, 1).requires_grad_()
+    loss = SegmentationLoss({**DEFAULT, "cross_entropy": 1.0})(logits, torch.zeros(1, 1, 1))
+    loss.backward()
+    assert loss.isfinite()
+    assert logits.grad.isfinite().all()
+
+
+def test_a_right_answer_costs_less_than_a_wrong_one_for_every_term():
+    right = torch.tensor([5.0, -5.0]).view(1, 2, 1, 1)
+    for term in LOSS_TERMS:
+        criterion = SegmentationLoss({term: 1.0})
+        assert criterion(right, torch.zeros(1, 1, 1)) < criterion(-right, torch.zeros(1, 1, 1))
+
+
+def test_an_unknown_term_is_refused():
+    with pytest.raises(UserError, match=r"focal.*allowed: bce"):
+        SegmentationLoss({"focal": 1.0})

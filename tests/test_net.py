@@ -1,0 +1,175 @@
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from torch import nn
+
+from model import UserError
+from model.net import FCN_GCN, GCN
+from utils import load_weights
+
+
+def network(**options) -> FCN_GCN:
+    return FCN_GCN(**{"num_classes": 4, "pretrained": False} | options)
+
+
+def test_layer_table_is_the_published_one_row_for_row():
+    printed = subprocess.run([sys.executable, "-m", "model.net"], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert printed.stdout.splitlines() == (ROOT / "tests" / "architecture.txt").read_text().splitlines()
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 47), (70, 35), (128, 97)])
+@pytest.mark.parametrize("options", [{}, {"gcn_padding": "same", "stem_maxpool": True}, {"kernel_size": 15}])
+def test_logits_have_the_size_of_the_input(size, options):
+    logits = network(**options).eval()(torch.randn(2, 3, *size))
+    assert logits.shape == (2, 4, *size)
+    assert logits.isfinite().all()
+
+
+def test_every_parameter_is_trained_at_the_smallest_size():
+    model = network()
+    model(torch.randn(2, 3, 32, 32)).square().mean().backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+def test_an_image_gets_the_same_logits_alone_and_in_a_batch():
+    model, images = network().double().eval(), torch.randn(3, 3, 48, 64, dtype=torch.float64)
+    torch.testing.assert_close(model(images)[1:2], model(images[1:2]))
+
+
+def test_two_networks_share_no_tensor():
+    networks = [network(), network()]
+    first, second = ({tensor.data_ptr() for tensor in model.state_dict().values()} for model in networks)
+    assert first.isdisjoint(second)
+
+
+@pytest.mark.parametrize("padding", ["same", "swapped"])
+def test_gcn_sees_a_dense_square_of_its_kernel_size(padding):
+    gcn = GCN(2, 3, kernel_size=5, padding=padding).double()
+    x = torch.randn(1, 2, 17, 17, dtype=torch.float64, requires_grad=True)
+    gcn(x)[0, :, 8, 8].sum().backward()
+    seen = x.grad[0].abs().sum(0) > 0
+    expected = torch.zeros(17, 17, dtype=torch.bool)
+    expected[6:11, 6:11] = True
+    assert torch.equal(seen, expected)
+
+
+def test_same_padding_is_the_rank_two_convolution_it_stands_for():
+    gcn = GCN(2, 3, kernel_size=5, padding="same").double()
+    for conv in (gcn.conv_l1, gcn.conv_l2, gcn.conv_r1, gcn.conv_r2):
+        nn.init.zeros_(conv.bias)
+    left = torch.einsum("omj,mik->oikj", gcn.conv_l2.weight[:, :, 0], gcn.conv_l1.weight[..., 0])
+    right = torch.einsum("omk,mij->oikj", gcn.conv_r2.weight[..., 0], gcn.conv_r1.weight[:, :, 0])
+    x = torch.randn(1, 2, 11, 12, dtype=torch.float64)
+    dense = nn.functional.conv2d(x, left + right, padding=2)
+    torch.testing.assert_close(gcn(x), dense)
+
+
+def test_swapped_padding_leaves_the_outer_columns_without_the_right_branch():
+    gcn = GCN(2, 3, kernel_size=7, padding="swapped").double()
+    x = torch.randn(1, 2, 10, 12, dtype=torch.float64)
+    right = gcn(x) - gcn.conv_l2(gcn.conv_l1(x))
+    outside = torch.cat([right[..., :3], right[..., -3:]], dim=-1)
+    bias = gcn.conv_r2.bias.view(1, 3, 1, 1).expand_as(outside)
+    torch.testing.assert_close(outside, bias)
+    assert (right[..., 3:-3] - gcn.conv_r2.bias.view(1, 3, 1, 1)).abs().min() > 0
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 6])
+def test_a_map_narrower_than_a_swapped_kernel_is_continued_with_zeros(width):
+    def right(x):
+        return gcn(x) - gcn.conv_l2(gcn.conv_l1(x))
+
+    gcn = GCN(2, 3, kernel_size=7, padding="swapped").double()
+    wide, start = torch.zeros(1, 2, 5, 7, dtype=torch.float64), (7 - width) // 2
+    wide[..., start : start + width] = torch.randn(1, 2, 5, width, dtype=torch.float64)
+    narrow = wide[..., start : start + width]
+    torch.testing.assert_close(right(narrow), right(wide)[..., start : start + width])
+
+
+@pytest.mark.parametrize(
+    ("head", "weights"),
+    [
+        ("gcn", lambda k: 2 * (2048 * 21 * k + 21 * 21 * k)),
+        ("conv", lambda k: 2048 * 21 * k * k),
+        ("stack", lambda k: (k // 2 - 1) * 9 * 2048**2 + 9 * 2048 * 21),
+    ],
+)
+@pytest.mark.parametrize("k", [3, 7])
+def test_heads_have_the_number_of_weights_of_their_definition(head, weights, k):
+    head = network(num_classes=21, head=head, kernel_size=k).gcn4
+    assert sum(p.numel() for name, p in head.named_parameters() if name.endswith("weight")) == weights(k)
+
+
+@pytest.mark.parametrize("head", ["conv", "stack"])
+def test_the_other_heads_see_the_same_square_as_the_gcn(head):
+    layer = network(head=head, kernel_size=5).gcn1.double()
+    x = torch.randn(1, 256, 11, 11, dtype=torch.float64, requires_grad=True)
+    layer(x)[0, :, 5, 5].sum().backward()
+    rows, columns = (x.grad[0].abs().sum(0) > 0).nonzero().T
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (3, 7, 3, 7)
+
+
+def test_conv1x1_head_looks_at_one_position():
+    assert network(head="conv1x1").gcn4.weight.shape == (4, 2048, 1, 1)
+
+
+def test_without_boundary_refinement_there_is_no_br_tensor():
+    assert not [name for name in network(boundary_refinement=False).state_dict() if name.startswith("br")]
+
+
+def test_dropout_exists_only_above_zero_and_only_in_training():
+    assert not [m for m in network().modules() if isinstance(m, nn.Dropout2d)]
+    model, x = network(dropout_rate=0.5), torch.randn(1, 3, 32, 32)
+    assert torch.equal(model.eval()(x), model(x))
+    for module in model.modules():
+        if isinstance(module, nn.Dropout2d):
+            module.train()
+    assert not torch.equal(model(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "options", [{"kernel_size": 4}, {"kernel_size": 1}, {"head": "gnc"}, {"gcn_padding": "valid"}], ids=str
+)
+def test_options_out_of_range_are_named_with_what_is_allowed(options):
+    ((key, value),) = options.items()
+    with pytest.raises(UserError, match=rf"{key} is '?{value}'?; allowed: "):
+        network(**options)
+
+
+def original_state_dict() -> dict[str, torch.Tensor]:
+    """The tensors of the original implementation's checkpoint: ours, and a batch norm in every BR that nothing uses."""
+    state = network(num_classes=21).state_dict()
+    for block in range(1, 10):
+        for name, tensor in nn.BatchNorm2d(21).state_dict().items():
+            state[f"br{block}.bn.{name}"] = tensor
+    return state
+
+
+def test_a_checkpoint_of_the_original_implementation_loads():
+    state, model = original_state_dict(), network(num_classes=21)
+    load_weights(model, state, "original.pth.tar")
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("surplus", ["br10.bn.weight", "br1.bn2.weight", "gcn1.bn.weight", "fc.weight"])
+def test_any_other_surplus_tensor_is_refused_by_name(surplus):
+    with pytest.raises(UserError, match=re.escape(f"surplus {surplus}")):
+        load_weights(network(num_classes=21), original_state_dict() | {surplus: torch.zeros(1)}, "x.pth.tar")
+
+
+def test_a_missing_tensor_is_refused_by_name_and_nothing_is_loaded():
+    state, model = original_state_dict(), network(num_classes=21)
+    before = model.conv1.weight.clone()
+    del state["gcn3.conv_r1.bias"]
+    with pytest.raises(UserError, match=r"x\.pth\.tar .*missing gcn3\.conv_r1\.bias"):
+        load_weights(model, state, "x.pth.tar")
+    assert torch.equal(model.conv1.weight, before)
+
+
+def test_a_tensor_of_another_shape_is_refused_by_name():
+    with pytest.raises(UserError, match=r"gcn1\.conv_l1\.weight is \(21, 256, 7, 1\) instead of \(4, 256, 7, 1\)"):
+        load_weights(network(), original_state_dict(), "x.pth.tar")

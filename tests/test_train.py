@@ -1,0 +1,482 @@
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, make_data, make_experiment, run_script
+from PIL import Image
+from torch import nn
+
+import train
+import utils
+from model import UserError
+from model.data_loader import SegmentationDataset, Split, class_names, make_loader
+from train import Training, build_optimizer, build_schedule, start_from, train_epoch
+from utils import Params
+
+OUTPUTS = {
+    "best.pth.tar",
+    "history.jsonl",
+    "last.pth.tar",
+    "metrics_val_best_weights.json",
+    "metrics_val_last_weights.json",
+    "params.json",
+    "run.json",
+    "samples.png",
+    "train.log",
+}
+
+
+def run_train(experiment, data, *args, **options):
+    return run_script("train.py", "--model_dir", experiment, "--data_dir", data, *args, **options)
+
+
+def history(experiment, *, without_times: bool = False) -> list[dict]:
+    epochs = utils.read_history(experiment)
+    if without_times:
+        epochs = [{k: v for k, v in e.items() if k not in ("seconds", "images_per_second")} for e in epochs]
+    return epochs
+
+
+def weights(experiment, name: str = "last") -> dict[str, torch.Tensor]:
+    return utils.load_checkpoint(experiment / f"{name}.pth.tar")["state_dict"]
+
+
+def best_epoch(experiment) -> int:
+    scores = [epoch["val"]["mIoU"] for epoch in history(experiment)]
+    return scores.index(max(scores)) + 1
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+# ---------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of two epochs with everything random or stateful switched on: (experiment, data, its stdout)."""
+    folder = tmp_path_factory.mktemp("finished")
+    data = make_data(folder / "data")
+    experiment = make_experiment(
+        folder / "run",
+        deterministic=True,
+        augment=True,
+        dropout_rate=0.2,
+        ema_decay=0.5,
+        schedule="cosine",
+        num_epochs=2,
+        num_channels=32,
+    )
+    return experiment, data, run_train(experiment, data).stdout
+
+
+def test_a_run_leaves_every_output_and_nothing_else(finished):
+    experiment, _, stdout = finished
+    assert {path.name for path in experiment.iterdir()} == OUTPUTS
+    assert [epoch["epoch"] for epoch in history(experiment)] == [1, 2]
+    assert set(history(experiment)[0]) == {"epoch", "train", "val", "learning_rate", "seconds", "images_per_second"}
+    assert stdout.count("num_channels") == 1
+    assert all(line in (experiment / "train.log").read_text() for line in ("epoch 1/2: ", "epoch 2/2: ", "done; best"))
+    picture = Image.open(experiment / "samples.png")
+    picture.load()
+    assert picture.width > picture.height / 2 > 100
+
+
+def test_run_json_says_where_a_result_comes_from(finished):
+    experiment, _, _ = finished
+    run = json.loads((experiment / "run.json").read_text())
+    assert {"git_commit", "argv", "versions", "device", "seed", "params"} <= set(run)
+    assert run["versions"]["torch"] == torch.__version__
+    assert run["params"]["batch_size"] == TINY["batch_size"]
+    assert "--model_dir" in run["argv"]
+
+
+def test_evaluate_gives_exactly_the_score_of_training(finished):
+    experiment, data, _ = finished
+    best = json.loads((experiment / "metrics_val_best_weights.json").read_text())
+    result = run_script("evaluate.py", "--model_dir", experiment, "--data_dir", data)
+    written = json.loads((experiment / "metrics_val_best.json").read_text())
+    assert written == best
+    assert f"| mIoU                   | {best['mIoU']:7.4f} |" in result.stdout
+    assert [line.split("|")[1].strip() for line in result.stdout.splitlines()[2:4]] == ["background", "aeroplane"]
+    run_script(
+        "evaluate.py", "--model_dir", experiment, "--data_dir", data, "--restore_file", "last", "--split", "train"
+    )
+    last = json.loads((experiment / "metrics_train_last.json").read_text())
+    assert (last["images"], last["epoch"]) == (6, 2)
+
+
+def test_the_same_run_twice_gives_the_same_history_and_weights(finished, tmp_path):
+    experiment, data, _ = finished
+    again = make_experiment(tmp_path / "again", **json.loads((experiment / "params.json").read_text()))
+    run_train(again, data)
+    assert history(again, without_times=True) == history(experiment, without_times=True)
+    assert same(weights(again), weights(experiment))
+
+
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(finished, tmp_path):
+    experiment, data, _ = finished
+    cut = make_experiment(tmp_path / "cut", **json.loads((experiment / "params.json").read_text()))
+    command = [sys.executable, "train.py", "--model_dir", str(cut), "--data_dir", str(data)]
+    with subprocess.Popen(command, cwd=utils.ROOT, stdout=subprocess.DEVNULL) as process:
+        while not (cut / "last.pth.tar").exists():
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.kill()
+    assert utils.load_checkpoint(cut / "last.pth.tar")["epoch"] == 1
+    run_train(cut, data, "--restore_file", "last")
+    assert history(cut, without_times=True) == history(experiment, without_times=True)
+    assert same(weights(cut), weights(experiment))
+    assert same(weights(cut, "best"), weights(experiment, "best"))
+
+
+def test_a_folder_with_a_run_is_refused_until_told_which_is_meant(finished):
+    experiment, data, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in experiment.iterdir()}
+    result = run_train(experiment, data, check=2)
+    assert "already holds a run" in result.stderr
+    assert "--restore_file last" in result.stderr
+    assert "--overwrite" in result.stderr
+    assert {path: path.stat().st_mtime_ns for path in experiment.iterdir()} == before
+
+
+def test_overwrite_leaves_nothing_of_the_earlier_run(data, tmp_path):
+    experiment = make_experiment(tmp_path / "run", num_epochs=1)
+    for name in ("history.jsonl", "metrics_test_best.json", "best.pth.tar", "notes.txt"):
+        (experiment / name).write_text("old\n")
+    run_train(experiment, data, "--overwrite")
+    assert {path.name for path in experiment.iterdir()} == OUTPUTS | {"notes.txt"}
+    assert len(history(experiment)) == 1
+    assert (experiment / "notes.txt").read_text() == "old\n"
+
+
+def test_without_data_one_line_names_the_two_ways_on(tmp_path):
+    (tmp_path / "params.json").write_text("{}")
+    result = run_train(tmp_path, tmp_path / "nothing", check=2)
+    assert len(result.stderr.splitlines()) == 1
+    assert "python build_dataset.py" in result.stderr
+    assert "experiments/quickstart" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["params.json"]
+
+
+@pytest.mark.parametrize(
+    ("params", "args", "said"),
+    [
+        ({"batch_size": 7}, [], '"batch_size" is 7, but train has 6 images'),
+        ({"train_split": "trainaug"}, [], "trainaug.txt; splits here: train, val"),
+        ({}, ["--restore_file", "last"], "no checkpoint"),
+        ({}, ["--init_from", "nowhere.pth.tar"], "no checkpoint nowhere.pth.tar"),
+        ({}, ["--restore_file", "last", "--overwrite"], "give one of them"),
+        ({"num_classes": 8}, [], "class index"),
+    ],
+    ids=["batch", "split", "restore", "init", "both", "classes"],
+)
+def test_a_mistake_ends_in_one_line_with_nothing_written(data, tmp_path, params, args, said):
+    experiment = make_experiment(tmp_path / "run", **params)
+    result = run_train(experiment, data, *args, check=2)
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+    assert [path.name for path in experiment.iterdir()] == ["params.json"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_asked_for_and_absent_is_one_line(data, tmp_path):
+    result = run_train(make_experiment(tmp_path / "run"), data, "--device", "cuda", check=2)
+    assert "no CUDA device" in result.stderr
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(data, tmp_path):
+    experiment = make_experiment(tmp_path / "run", learning_rate=1e30, save_summary_steps=1)
+    result = run_train(experiment, data, check=1)
+    assert re.search(r"the loss became (nan|inf) at step [12] of epoch [12], at learning rate 1e\+30", result.stderr)
+    assert "Traceback" not in result.stderr
+    assert not (experiment / "last.pth.tar").exists()
+
+
+def test_photos_of_your_own_need_no_setting_but_their_classes(tmp_path):
+    """Own photos, names and class count, lists by build_dataset.py: what the README promises."""
+    data = make_data(tmp_path / "mine")
+    for split in ("train", "val"):
+        (data / f"{split}.txt").unlink()
+    for path in (data / "SegmentationClass").iterdir():
+        mask = np.array(Image.open(path))
+        Image.fromarray(np.where(mask == 255, 255, mask > 0).astype(np.uint8)).save(path)
+    (data / "classes.txt").write_text("floor\nthing\n")
+    run_script("build_dataset.py", "--data_dir", data, "--split", "0.6", "0.2", "0.2", "--seed", "1")
+    experiment = make_experiment(tmp_path / "run", num_classes=2, num_epochs=1)
+    run_train(experiment, data)
+    result = run_script("evaluate.py", "--model_dir", experiment, "--data_dir", data, "--split", "test")
+    assert "| floor " in result.stdout
+    assert set(json.loads((experiment / "metrics_test_best.json").read_text())["IoU"]) == {"floor", "thing"}
+
+
+def test_evaluate_refuses_a_changed_architecture_by_name(finished, tmp_path):
+    experiment, data, _ = finished
+    changed = tmp_path / "changed"
+    changed.mkdir()
+    (changed / "best.pth.tar").symlink_to(experiment / "best.pth.tar")
+    params = json.loads((experiment / "params.json").read_text())
+    make_experiment(changed, **params | {"gcn_padding": "same"})
+    result = run_script("evaluate.py", "--model_dir", changed, "--data_dir", data, check=2)
+    assert '"gcn_padding": "swapped", params.json says "same"' in result.stderr
+
+
+# ---------------------------------------------------------------------------------------- one key at a time
+
+
+def network(num_classes: int = 21) -> nn.Module:
+    torch.manual_seed(0)
+    return train.FCN_GCN(num_classes, pretrained=False)
+
+
+def loader_of(data, **params):
+    params = Params(**TINY | params)
+    split = Split.find(data, "train")
+    dataset = SegmentationDataset(split, class_names=class_names(data, 21), image_size=32, augment=params.augment)
+    return make_loader(dataset, batch_size=params.batch_size, seed=params.seed)
+
+
+def train_tiny(data, **params) -> Training:
+    """One epoch in this process."""
+    params = Params(**TINY | {"precision": "fp32"} | params)
+    loader = loader_of(data, batch_size=params.batch_size)
+    training = Training(network(), params, -(-len(loader) // params.accumulation_steps))
+    train_epoch(training, loader)
+    return training
+
+
+@pytest.mark.parametrize("schedule", ["constant", "poly", "cosine"])
+@pytest.mark.parametrize("warmup", [0, 2])
+def test_the_schedule_follows_its_formula(schedule, warmup):
+    steps, params = 7, Params(schedule=schedule, warmup_epochs=warmup, num_epochs=5, learning_rate=0.1)
+    optimizer = build_optimizer(nn.Linear(1, 1), params)
+    rates = []
+    rule = build_schedule(optimizer, params, steps)
+    for _ in range(params.num_epochs * steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        rule.step()
+
+    def expected(step: int) -> float:
+        start, total = warmup * steps, params.num_epochs * steps
+        if step < start:
+            return 0.1 * (step + 1) / (start + 1)
+        t = (step - start) / (total - start)
+        return 0.1 * {"constant": 1, "poly": (1 - t) ** 0.9, "cosine": (1 + math.cos(math.pi * t)) / 2}[schedule]
+
+    assert rates == pytest.approx([expected(step) for step in range(len(rates))])
+
+
+def test_sgd_and_adamw_take_their_options_from_params():
+    sgd = build_optimizer(nn.Linear(1, 1), Params(learning_rate=0.3, momentum=0.7, weight_decay=0.1))
+    assert isinstance(sgd, torch.optim.SGD)
+    assert [sgd.defaults[key] for key in ("lr", "momentum", "weight_decay")] == [0.3, 0.7, 0.1]
+    adamw = build_optimizer(nn.Linear(1, 1), Params(optimizer="adamw", learning_rate=0.3, weight_decay=0.1))
+    assert isinstance(adamw, torch.optim.AdamW)
+    assert [adamw.defaults[key] for key in ("lr", "weight_decay")] == [0.3, 0.1]
+
+
+def linear_training(**params) -> Training:
+    torch.manual_seed(0)
+    return Training(nn.Linear(3, 1, bias=False), Params(**{"momentum": 0.0, "weight_decay": 0.0} | params), 10)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_accumulated_gradients_are_those_of_the_large_batch(precision):
+    """With the loss divided by the group's size, a group is one step on the mean of its losses."""
+    x = torch.randn(4, 3)
+    whole, parts = linear_training(), linear_training(accumulation_steps=2, precision=precision)
+    whole.step(whole.model(x).square().mean(), last_of_group=True)
+    for i, half in enumerate(x.chunk(2)):
+        parts.step(parts.model(half).square().mean() / 2, last_of_group=i == 1)
+    torch.testing.assert_close(parts.model.weight, whole.model.weight)
+
+
+def test_an_epoch_makes_one_step_per_group_of_batches(data):
+    for accumulation, expected in ((1, 3), (2, 2), (3, 1), (4, 1)):
+        training = train_tiny(data, batch_size=2, accumulation_steps=accumulation, learning_rate=0.1, schedule="poly")
+        assert training.schedule.last_epoch == expected, accumulation
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_clipping_bounds_the_step(precision):
+    training = linear_training(clip_grad_norm=0.5, learning_rate=0.1, precision=precision)
+    before = training.model.weight.detach().clone()
+    training.step(1000 * training.model(torch.ones(1, 3)).sum(), last_of_group=True)
+    assert (training.model.weight - before).norm().item() == pytest.approx(0.1 * 0.5, rel=1e-3)
+
+
+def test_ema_is_the_exponential_mean_of_the_weights():
+    training = linear_training(ema_decay=0.9, learning_rate=0.1)
+    expected = None
+    for _ in range(4):
+        training.step(training.model(torch.ones(1, 3)).sum(), last_of_group=True)
+        weight = training.model.weight.detach()
+        expected = weight.clone() if expected is None else 0.9 * expected + 0.1 * weight
+    torch.testing.assert_close(training.predictor.weight.detach(), expected)
+    assert not torch.equal(training.predictor.weight, training.model.weight)
+
+
+@pytest.mark.parametrize("params", [{"precision": "bf16"}, {"precision": "fp16"}, {"channels_last": False}], ids=str)
+def test_precision_and_memory_format_change_speed_not_results(tmp_path, params):
+    data = make_data(tmp_path / "data", train=2, val=1)
+
+    def first_loss(**params) -> float:
+        training = Training(network(), Params(**TINY | {"precision": "fp32", "batch_size": 2} | params), 1)
+        return train_epoch(training, loader_of(data, batch_size=2))["loss"]
+
+    assert first_loss(**params) == pytest.approx(first_loss(), rel=2e-2)
+
+
+def test_normalize_and_loss_weights_reach_the_training(data):
+    losses = {
+        str(options): train_epoch(
+            Training(network(), Params(**TINY | {"batch_size": 6, "precision": "fp32"} | options), 1),
+            loader_of(data, batch_size=6),
+        )["loss"]
+        for options in ({}, {"normalize": False}, {"loss_weights": {"cross_entropy": 1.0}})
+    }
+    assert len(set(losses.values())) == 3
+    assert losses["{'loss_weights': {'cross_entropy': 1.0}}"] > 2  # about log 21
+
+
+@pytest.mark.parametrize(("every", "counted"), [(1, [0, 1, 2]), (2, [0, 2]), (100, [0])])
+def test_metrics_of_training_come_from_every_nth_batch(data, every, counted):
+    loader = loader_of(data, batch_size=2)
+    labels = torch.cat([batch.flatten() for step, (_, batch) in enumerate(loader) if step in counted]).long()
+    expected = labels[labels != 255].bincount(minlength=21).double()
+    training = Training(network(), Params(**TINY | {"batch_size": 2, "save_summary_steps": every}), 3)
+    frequency = torch.tensor(train_epoch(training, loader)["frequency"], dtype=torch.float64)
+    torch.testing.assert_close(frequency, expected / expected.sum())
+
+
+def test_early_stopping_ends_a_run_that_no_longer_improves(data, tmp_path):
+    """At a learning rate of almost 0 only the batch norm's statistics move, and they settle."""
+    experiment = make_experiment(tmp_path / "run", num_epochs=40, early_stopping_patience=2, learning_rate=1e-30)
+    stdout = run_train(experiment, data).stdout
+    assert len(history(experiment)) == best_epoch(experiment) + 2 < 40
+    assert "stopped early: no better mIoU in 2 epochs" in stdout
+
+
+def test_resume_goes_by_params_json_and_refuses_another_network_or_optimizer(finished):
+    experiment, _, _ = finished
+    file = experiment / "last.pth.tar"
+    state = utils.load_checkpoint(file)
+    params = state["params"]
+    resumed = Training(network(), Params(**params | {"learning_rate": 0.5, "weight_decay": 0.25, "num_epochs": 40}), 2)
+    resumed.load_state_dict(state, file)
+    group = resumed.optimizer.param_groups[0]
+    assert group["weight_decay"] == 0.25
+    assert group["lr"] == pytest.approx(0.5 * (1 + math.cos(math.pi * 2 / 40)) / 2)
+    for key, value in (("optimizer", "adamw"), ("stem_maxpool", True), ("normalize", False)):
+        with pytest.raises(UserError, match=f'"{key}"'):
+            Training(network(), Params(**params | {key: value}), 2).load_state_dict(state, file)
+    with pytest.raises(UserError, match="--init_from"):
+        Training(network(), Params(**params), 2).load_state_dict({"state_dict": state["state_dict"]}, file)
+
+
+def test_init_from_takes_weights_and_starts_score_layers_of_another_class_count_afresh(finished, tmp_path):
+    experiment, _, _ = finished
+    source = utils.predicting_weights(utils.load_checkpoint(experiment / "best.pth.tar"))
+    model = network()
+    assert start_from(model, experiment / "best.pth.tar") == []
+    assert same(model.state_dict(), source)
+
+    model = network(num_classes=3)
+    fresh = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    replaced = start_from(model, experiment / "best.pth.tar")
+    assert {name.split(".")[0] for name in replaced} == {f"gcn{i}" for i in range(1, 5)} | {
+        f"br{i}" for i in range(1, 10)
+    }
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, fresh[name] if name in replaced else source[name]), name
+
+
+@pytest.mark.slow
+def test_the_quickstart_learns_the_sample(tmp_path):
+    experiment = make_experiment(tmp_path / "run")
+    shutil.copy(utils.ROOT / "experiments" / "quickstart" / "params.json", experiment)
+    run_train(experiment, tmp_path)
+    assert json.loads((experiment / "metrics_val_best_weights.json").read_text())["mIoU"] >= 0.5
+
+
+@pytest.mark.slow
+def test_a_compiled_network_trains_to_the_same_loss(data):
+    losses = []
+    for compiled in (False, True):
+        training = Training(network(), Params(**TINY | {"precision": "fp32", "compile": compiled}), 2)
+        losses.append(train_epoch(training, loader_of(data))["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(("first", "second"), [("cuda", "cpu"), ("cpu", "cuda")])
+def test_a_checkpoint_crosses_devices_with_its_optimizer(data, tmp_path, first, second):
+    experiment = make_experiment(tmp_path / "run", num_epochs=1, precision="fp32", optimizer="adamw")
+    run_train(experiment, data, "--device", first)
+    make_experiment(experiment, num_epochs=2, precision="fp32", optimizer="adamw")
+    run_train(experiment, data, "--restore_file", "last", "--device", second)
+    state = utils.load_checkpoint(experiment / "last.pth.tar")
+    assert state["epoch"] == 2
+    assert {entry["step"].item() for entry in state["optim_dict"]["state"].values()} == {4}
+    run_script("evaluate.py", "--model_dir", experiment, "--data_dir", data, "--device", first)
+
+
+# ---------------------------------------------------------------------------------------- real photos
+
+
+def photos(folder, voc2012, *, train: list[str], val: list[str]):
+    """A data set of links to some of the real photos."""
+    for name in ("JPEGImages", "SegmentationClass"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to(voc2012 / name)
+    for split, ids in (("train", train), ("val", val)):
+        (folder / f"{split}.txt").write_text("\n".join(ids))
+    return folder
+
+
+def ids_of(voc2012, split: str) -> list[str]:
+    return (voc2012 / "ImageSets" / "Segmentation" / f"{split}.txt").read_text().split()
+
+
+def test_the_loss_falls_on_real_photos(voc2012, tmp_path):
+    train_ids, val_ids = ids_of(voc2012, "train")[:24], ids_of(voc2012, "val")[:8]
+    data = photos(tmp_path / "data", voc2012, train=train_ids, val=val_ids)
+    experiment = make_experiment(tmp_path / "run", image_size=64, batch_size=8, num_epochs=3, num_workers=2)
+    run_train(experiment, data)
+    losses = [epoch["train"]["loss"] for epoch in history(experiment)]
+    assert losses[-1] < losses[0]
+    result = run_script("evaluate.py", "--model_dir", experiment, "--data_dir", data)
+    best = json.loads((experiment / "metrics_val_best_weights.json").read_text())
+    assert json.loads((experiment / "metrics_val_best.json").read_text())["mIoU"] == best["mIoU"]
+    assert "person" in result.stdout
+
+
+@pytest.mark.slow
+def test_sixteen_real_photos_are_learnt(voc2012, tmp_path):
+    """Enough capacity, right labels, right loss: a network that is in order can learn a few photos by heart."""
+    ids = ids_of(voc2012, "train")[:16]
+    data = photos(tmp_path / "data", voc2012, train=ids, val=ids)
+    experiment = make_experiment(
+        tmp_path / "run",
+        image_size=96,
+        stem_maxpool=True,
+        gcn_padding="same",
+        batch_size=8,
+        num_epochs=120,
+        optimizer="adamw",
+        schedule="cosine",
+        warmup_epochs=5,
+    )
+    run_train(experiment, data)
+    best = json.loads((experiment / "metrics_val_best_weights.json").read_text())
+    assert best["mIoU"] > 0.8

@@ -1,0 +1,218 @@
+import json
+import os
+import pickle
+import subprocess
+import sys
+from dataclasses import asdict, fields
+
+import pytest
+import torch
+from conftest import ROOT, make_experiment, run_script
+
+import utils
+from model import UserError
+from model.net import FCN_GCN
+from utils import Params
+
+
+def load(folder, text: str) -> Params:
+    (folder / "params.json").write_text(text)
+    return Params.load(folder / "params.json")
+
+
+def test_base_model_holds_the_seven_keys_of_old_experiments():
+    params = json.loads((ROOT / "experiments" / "base_model" / "params.json").read_text())
+    assert params == {
+        "learning_rate": 0.001,
+        "batch_size": 5,
+        "num_epochs": 35,
+        "dropout_rate": 0.0,
+        "num_channels": 32,
+        "save_summary_steps": 100,
+        "num_workers": 4,
+    }
+    assert asdict(Params(**params)) == asdict(Params()) | {"num_channels": 32}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*/params.json")), ids=lambda p: p.parent.name)
+def test_every_experiment_of_the_repository_is_valid(path):
+    Params.load(path)
+
+
+@pytest.mark.parametrize("key", [field.name for field in fields(Params)])
+def test_every_default_is_allowed_and_every_key_refuses_nonsense(key):
+    assert Params.fault(key, getattr(Params(), key)) is None
+    for nonsense in (
+        "",
+        [],
+        {},
+        -1,
+        float("nan"),
+        float("inf"),
+        True if type(getattr(Params(), key)) is not bool else 1,
+    ):
+        assert Params.fault(key, nonsense), nonsense
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"learning_rat": 0.1}', ['unknown key "learning_rat"', 'did you mean "learning_rate"?']),
+        ('{"zzz": 0.1}', ['unknown key "zzz"', "known keys: learning_rate, batch_size"]),
+        ('{"batch_size": 0}', ['"batch_size" is 0', "an integer of at least 1"]),
+        ('{"batch_size": 2.0}', ['"batch_size" is 2.0', "an integer"]),
+        ('{"learning_rate": "0.1"}', ['"learning_rate" is "0.1"', "a number above 0"]),
+        ('{"learning_rate": NaN}', ["NaN is not a number"]),
+        ('{"learning_rate": 1e999}', ['"learning_rate" is Infinity']),
+        ('{"optimizer": "adam"}', ['"optimizer" is "adam"', '"sgd" or "adamw"']),
+        ('{"kernel_size": 8}', ['"kernel_size" is 8', "odd"]),
+        ('{"loss_weights": {"dise": 1}}', ['"loss_weights" is {"dise": 1}', "bce, dice, inverse_dice, cross_entropy"]),
+        ('{"loss_weights": {"dice": 0}}', ["not all of them 0"]),
+        ('{"warmup_epochs": 35}', ['"warmup_epochs" is 35', 'fewer than "num_epochs", 35']),
+        ('{"seed": 1, "seed": 2}', ["seed given twice"]),
+        ('{"batch_size": 0, "cache": 1}', ['"batch_size" is 0', '"cache" is 1']),
+        ("[]", ["must hold one JSON object"]),
+        ("", ["not valid JSON"]),
+        ("{", ["not valid JSON"]),
+        ("[" * 100_000, ["not valid JSON"]),
+    ],
+)
+def test_a_fault_in_params_json_names_file_key_value_and_what_is_allowed(tmp_path, text, said):
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, text)
+    assert str(tmp_path / "params.json") in str(caught.value)
+    assert [words for words in said if words not in str(caught.value)] == []
+    assert "\n" not in str(caught.value)
+
+
+def test_null_is_allowed_only_where_it_is_the_default(tmp_path):
+    nullable = {field.name for field in fields(Params) if Params.fault(field.name, None) is None}
+    assert nullable == {"num_channels", "clip_grad_norm", "ema_decay", "early_stopping_patience"}
+
+
+def test_two_params_do_not_share_their_loss_weights():
+    assert Params().loss_weights is not Params().loss_weights
+
+
+def test_a_file_is_replaced_whole_or_left_alone(tmp_path):
+    path = tmp_path / "file"
+    utils.write_text(path, "first")
+    with pytest.raises(RuntimeError), utils.replacing(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "first"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_json_never_holds_nan(tmp_path):
+    with pytest.raises(ValueError):
+        utils.write_json(tmp_path / "x.json", {"loss": float("nan")})
+    assert os.listdir(tmp_path) == []
+
+
+def test_best_is_the_same_checkpoint_as_last_until_last_moves_on(tmp_path):
+    for epoch, is_best in ((1, True), (2, False)):
+        utils.save_checkpoint({"epoch": epoch, "state_dict": {}}, tmp_path, is_best=is_best)
+    assert utils.load_checkpoint(tmp_path / "best.pth.tar")["epoch"] == 1
+    assert utils.load_checkpoint(tmp_path / "last.pth.tar")["epoch"] == 2
+    assert sorted(os.listdir(tmp_path)) == ["best.pth.tar", "last.pth.tar"]
+
+
+class Exploit:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["EXPLOIT"],)
+
+
+def test_a_checkpoint_that_carries_code_is_refused_and_does_not_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("EXPLOIT", str(tmp_path / "ran"))
+    torch.save({"state_dict": Exploit()}, tmp_path / "new.pth.tar")
+    (tmp_path / "old.pth.tar").write_bytes(pickle.dumps({"state_dict": Exploit()}, protocol=2))
+    for name in ("new", "old"):
+        with pytest.raises(UserError, match=rf"{name}\.pth\.tar is refused"):
+            utils.load_checkpoint(tmp_path / f"{name}.pth.tar")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("kept", [0, 1, 100, 5000, -1])
+def test_a_truncated_checkpoint_is_named(tmp_path, kept):
+    path = tmp_path / "last.pth.tar"
+    torch.save({"state_dict": {"weight": torch.randn(5000)}}, path)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(UserError, match=r"last\.pth\.tar is (damaged|refused)"):
+        utils.load_checkpoint(path)
+
+
+def test_an_absent_checkpoint_lists_those_there_are(tmp_path):
+    utils.save_checkpoint({"state_dict": {}}, tmp_path, is_best=False)
+    with pytest.raises(UserError, match=r"no checkpoint .*best\.pth\.tar; in this folder: last\.pth\.tar"):
+        utils.load_checkpoint(tmp_path / "best.pth.tar")
+
+
+def test_other_torch_files_are_not_taken_for_checkpoints(tmp_path):
+    for content in (torch.zeros(2), {"weights": torch.zeros(2)}, {"state_dict": torch.zeros(2)}):
+        torch.save(content, tmp_path / "x.pth.tar")
+        with pytest.raises(UserError, match='no "state_dict"'):
+            utils.load_checkpoint(tmp_path / "x.pth.tar")
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "build_dataset.py"])
+def test_help_answers_without_torch(script, tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    result = run_script(script, "--help", PYTHONPATH=str(tmp_path))
+    assert "--data_dir" in result.stdout
+
+
+def test_importing_every_module_builds_no_network_and_touches_no_file(tmp_path):
+    """A network at import would be shared by all; 25 M parameters show in the memory of a fresh process."""
+    code = (
+        "import gc, torch, train, evaluate, build_dataset, visualize, model.sample\n"
+        "assert not [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter) and x.numel() > 1e4]"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (result.returncode, result.stderr, os.listdir(tmp_path)) == (0, "", [])
+
+
+def test_pretrained_weights_come_from_torch_home_and_are_never_replaced_by_chance(tmp_path):
+    """Without file and network: one line that names the file and the way out. With the file: the encoder is it."""
+    offline = {"TORCH_HOME": str(tmp_path), "https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
+    experiment = make_experiment(tmp_path / "run", dataset="sample", pretrained=True, num_epochs=1, batch_size=16)
+    args = ("--model_dir", experiment, "--data_dir", tmp_path)
+
+    failed = run_script("train.py", *args, check=2, **offline)
+    weights_file = tmp_path / "hub" / "checkpoints" / "resnet50-0676ba61.pth"
+    assert failed.stderr.splitlines()[-1].startswith("train.py: error: no ImageNet weights")
+    assert str(weights_file) in failed.stderr
+    assert '"pretrained": false' in failed.stderr
+    assert os.listdir(experiment) == ["params.json"]
+
+    from torchvision.models import resnet50
+
+    torch.manual_seed(1)
+    encoder = resnet50(weights=None)
+    weights_file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(encoder.state_dict(), weights_file)
+    make_experiment(experiment, dataset="sample", num_epochs=1, batch_size=16, pretrained=True, learning_rate=1e-12)
+    run_script("train.py", *args, **offline)
+    trained = utils.load_checkpoint(experiment / "last.pth.tar")["state_dict"]
+    torch.testing.assert_close(trained["layer4.2.conv3.weight"], encoder.layer4[2].conv3.weight.detach())
+
+    weights_file.unlink()  # evaluation and resume need no encoder from elsewhere
+    make_experiment(experiment, dataset="sample", num_epochs=2, batch_size=16, pretrained=True, learning_rate=1e-12)
+    run_script("evaluate.py", *args, **offline)
+    run_script("train.py", *args, "--restore_file", "last", **offline)
+
+
+def test_the_averaged_weights_are_the_ones_to_predict_with():
+    assert utils.predicting_weights({"state_dict": "raw", "ema_state_dict": "averaged"}) == "averaged"
+    assert utils.predicting_weights({"state_dict": "raw", "ema_state_dict": None}) == "raw"
+    assert utils.predicting_weights({"state_dict": "raw"}) == "raw"
+
+
+def test_network_options_are_all_keywords_of_the_network():
+    assert isinstance(FCN_GCN(**Params().network_options(), pretrained=False), FCN_GCN)
