@@ -5,6 +5,7 @@ import math
 import random
 import re
 import tarfile
+from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
@@ -49,7 +50,7 @@ def download(urls: list[str], folder: Path, md5: str) -> Path:
             print(f"downloading {url}")
             download_url(url, str(folder), filename=ARCHIVE, md5=md5)
             return folder / ARCHIVE
-        except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong MD5 a RuntimeError
+        except (OSError, HTTPException, RuntimeError) as error:  # no answer, half an answer, another MD5
             failures.append(f"{url}: {error}")
             (folder / ARCHIVE).unlink(missing_ok=True)
     raise RunFailed(
@@ -65,7 +66,7 @@ def unpack(archive: Path, data_dir: Path) -> None:
     holds links, or paths that would leave the folder.
     """
     try:
-        with tarfile.open(archive) as tar:
+        with tarfile.open(archive, "r:") as tar:
             found = {kind: {} for kind in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation")}
             for member in tqdm(tar, desc="reading the archive", unit="file", disable=None, leave=False):
                 name = PurePosixPath(member.name)
@@ -95,7 +96,7 @@ def unpack(archive: Path, data_dir: Path) -> None:
                     member, target = found[kind][id_], data_dir / kind / f"{id_}.{suffix}"
                     if not target.exists() or target.stat().st_size != member.size:
                         target.write_bytes(tar.extractfile(member).read())
-    except (tarfile.TarError, EOFError) as error:
+    except (tarfile.TarError, EOFError, UnicodeDecodeError) as error:
         raise UserError(f"{archive} cannot be read as a tar archive ({error}); download it again") from None
     except FileNotFoundError:
         raise UserError(f"no archive {archive}") from None

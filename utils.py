@@ -360,7 +360,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(
             f"{path} is refused: damaged, or holds more than tensors and plain values ({_first_line(error)})"
         ) from None
-    except Exception as error:  # whatever torch.load makes of other bytes: RuntimeError, EOFError, OSError, KeyError, ...
+    except (
+        Exception
+    ) as error:  # whatever torch.load makes of other bytes: RuntimeError, EOFError, OSError, KeyError, ...
         raise UserError(f"{path} is damaged or unreadable ({_first_line(error)}); use another one") from None
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise UserError(f'{path} is not a checkpoint of this network: it has no "state_dict"')

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from tqdm import tqdm
@@ -48,12 +48,8 @@ class Layout:
         for root in (data_dir, data_dir / "VOC2012", data_dir / "VOCdevkit" / "VOC2012"):
             lists = root / "ImageSets" / "Segmentation"
             lists = lists if lists.is_dir() else root
-            if (root / "JPEGImages").is_dir() and any(lists.glob("*.txt")):
+            if (root / "JPEGImages").is_dir():
                 return cls(root / "JPEGImages", root / "SegmentationClass", lists)
-        if (data_dir / "JPEGImages").is_dir():
-            raise UserError(
-                f"{data_dir} has no lists: `python build_dataset.py --data_dir {data_dir} --split 0.8 0.1 0.1`"
-            )
         raise UserError(
             f"{data_dir} holds no data set (JPEGImages/ with train.txt and val.txt, or VOC2012/). Get VOC2012 with "
             "`python build_dataset.py`, or try `python train.py --model_dir experiments/quickstart`, which needs none"
@@ -72,6 +68,8 @@ class Split:
     @classmethod
     def find(cls, data_dir: str | Path, name: str) -> "Split":
         """Read <name>.txt and find its files. Raises UserError for an unusable list, and naming all missing files."""
+        if Path(name).name != name:
+            raise UserError(f"split {name!r}: give the name of a list without folder and suffix, as val")
         layout = Layout.find(data_dir)
         ids = read_list(layout.lists / f"{name}.txt")
         photos = photos_by_id(layout.images)
@@ -93,7 +91,8 @@ def read_list(path: Path) -> list[str]:
     try:
         ids = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except FileNotFoundError:
-        found = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt") if p.name != "classes.txt")) or "none"
+        found = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt") if p.name != "classes.txt"))
+        found = found or "none; `python build_dataset.py --split 0.8 0.1 0.1` deals photos into lists"
         raise UserError(f"no list {path}; splits here: {found}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not a UTF-8 text file ({error.reason})") from None
@@ -133,7 +132,7 @@ def read_example(image_path: Path, mask_path: Path | None, *, image_size: int, n
     Returns uint8 (image_size, image_size, 4): red, green, blue, class index (void without a mask).
     Raises UserError naming the file and what is wrong with it.
     """
-    image = ImageOps.exif_transpose(_decode(image_path)).convert("RGB")
+    image = _upright(_decode(image_path)).convert("RGB")
     mask = None if mask_path is None else _read_mask(mask_path, image.size, num_classes)
     image, mask = squash(image, mask, image_size)
     example = np.full((image_size, image_size, 4), VOID, dtype=np.uint8)
@@ -151,6 +150,25 @@ def _decode(path: Path) -> Image.Image:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read as an image ({error})"
         raise UserError(f"{path}: {reason}") from None
+
+
+TURNS = {  # of EXIF orientations; not ImageOps.exif_transpose, which fails on any fault in the rest of the block
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # whatever Pillow makes of other bytes; the pixels are whole all the same
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def _read_mask(path: Path, size: tuple[int, int], num_classes: int) -> Image.Image:
@@ -286,13 +304,12 @@ def _cached(dataset: SegmentationDataset) -> Path:
 
 
 def _cache_folder(root: Path) -> Path:
-    folder = root / ".cache"
-    try:
+    # A folder without a write bit is meant to stay as it is, also by root, who could write there.
+    if root.stat().st_mode & 0o222 and os.access(root, os.W_OK):
+        folder = root / ".cache"
         folder.mkdir(exist_ok=True)
         if os.access(folder, os.W_OK):
             return folder
-    except OSError:
-        pass
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = base / "global_convolutional_network" / hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,467 @@
+"""build_dataset.py as a user meets it: archives, downloads, lists for own photos, the drawn sample."""
+
+import hashlib
+import io
+import tarfile
+import tempfile
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import run_script
+from PIL import Image
+
+from build_dataset import ARCHIVE, download, write_lists
+from model import UserError
+from model.data_loader import Split
+from model.voc import CLASS_NAMES, VOID
+from utils import RunFailed
+
+DEVKIT = "VOCdevkit/VOC2012"
+LISTS = "ImageSets/Segmentation"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def invented(kind: str, id_: str) -> bytes:
+    """Unpacking does not decode, so most tests need no real photo; 3000 bytes span several blocks of a tar."""
+    return f"{kind} {id_} ".encode().ljust(3000, b".")
+
+
+def official(train: list[str], val: list[str], read=invented) -> dict[str, bytes]:
+    """The members of an archive in the official layout and order, with one photo that no list names."""
+    lists = {"train": train, "trainval": train + val, "val": val}
+    members = {f"{DEVKIT}/Annotations/{id_}.xml": b"<annotation/>" for id_ in train + val}
+    members |= {f"{DEVKIT}/{LISTS}/{name}.txt": "\n".join([*ids, ""]).encode() for name, ids in lists.items()}
+    members |= {f"{DEVKIT}/JPEGImages/{id_}.jpg": read("JPEGImages", id_) for id_ in train + val}
+    members |= {f"{DEVKIT}/JPEGImages/unlisted.jpg": invented("JPEGImages", "unlisted")}
+    members |= {f"{DEVKIT}/SegmentationClass/{id_}.png": read("SegmentationClass", id_) for id_ in train + val}
+    return members
+
+
+def pack(path: Path, members: dict[str, bytes], *others: tarfile.TarInfo) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+        for member in others:
+            tar.addfile(member)
+    return path
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    return pack(tmp_path / ARCHIVE, official(["a", "b"], ["c"]))
+
+
+def unpack(archive: Path, data_dir: Path) -> None:
+    run_script("build_dataset.py", "--archive", archive, "--data_dir", data_dir)
+
+
+def refusal(*args) -> str:
+    """What a refused call says: exit status 2 and one line on stderr."""
+    stderr = run_script("build_dataset.py", *args, check=2).stderr
+    assert stderr.startswith("build_dataset.py: error: ") and stderr.count("\n") == 1, stderr
+    return stderr
+
+
+def refused_archive(tmp_path: Path, archive: Path) -> str:
+    """As refusal, and no file has been added, changed or removed anywhere in tmp_path."""
+    before = contents(tmp_path)
+    message = refusal("--archive", archive, "--data_dir", tmp_path / "deep" / "data")
+    assert contents(tmp_path) == before
+    return message
+
+
+# ---------------------------------------------------------------------------------------------------- archives
+
+
+def test_archive_gives_the_listed_files_byte_for_byte_and_nothing_else(tmp_path, voc2012):
+    def read(kind: str, id_: str) -> bytes:
+        return (voc2012 / kind / id_).with_suffix(".jpg" if kind == "JPEGImages" else ".png").read_bytes()
+
+    train, val = ([*(voc2012 / LISTS / f"{name}.txt").read_text().split()[:3]] for name in ("train", "val"))
+    members = official(train, val, read)
+    data = tmp_path / "data"
+    unpack(pack(tmp_path / "any name.tar", members), data)
+    wanted = {
+        name.removeprefix(f"{DEVKIT}/").removeprefix(f"{LISTS}/"): content
+        for name, content in members.items()
+        if "Annotations" not in name and "unlisted" not in name
+    }
+    assert contents(data) == wanted
+    assert {name: Split.find(data, name).ids for name in ("train", "val")} == {"train": train, "val": val}
+    assert Split.find(data, "trainval").masks is not None
+
+
+def test_archive_with_a_leading_dot_is_the_same(tmp_path, archive):
+    """`tar -cf x.tar ./VOCdevkit` of an unpacked devkit."""
+    dotted = pack(tmp_path / "x.tar", {f"./{name}": body for name, body in official(["a", "b"], ["c"]).items()})
+    for source, folder in ((archive, "one"), (dotted, "two")):
+        unpack(source, tmp_path / folder)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_unpacking_again_touches_no_photo(tmp_path, archive):
+    data = tmp_path / "data"
+    unpack(archive, data)
+    before = {path: path.stat().st_mtime_ns for path in data.glob("*/*")}
+    unpack(archive, data)
+    assert len(before) == 6 and {path: path.stat().st_mtime_ns for path in data.glob("*/*")} == before
+
+
+def test_unpacking_again_repairs_a_truncated_photo(tmp_path, archive):
+    data = tmp_path / "data"
+    unpack(archive, data)
+    whole = contents(data)
+    (data / "JPEGImages" / "b.jpg").write_bytes(whole["JPEGImages/b.jpg"][:1000])
+    unpack(archive, data)
+    assert contents(data) == whole
+
+
+def test_an_interrupted_unpacking_is_finished_by_the_next(tmp_path, archive):
+    data = tmp_path / "data"
+    unpack(archive, data)
+    whole = contents(data)
+    for name in ("val.txt", "SegmentationClass/c.png", "JPEGImages/a.jpg"):
+        (data / name).unlink()
+    unpack(archive, data)
+    assert contents(data) == whole
+
+
+@pytest.mark.parametrize("name", ["../../escaped.jpg", f"{DEVKIT}/JPEGImages/../../../../../escaped.jpg"])
+def test_a_member_that_leads_out_of_the_folder_is_refused(tmp_path, name):
+    members = official(["a", "b"], ["c"]) | {name: b"escaped"}
+    assert name in refused_archive(tmp_path, pack(tmp_path / "x.tar", members))
+
+
+def test_an_absolute_member_is_refused(tmp_path):
+    name = str(tmp_path / "escaped.jpg")
+    assert name in refused_archive(tmp_path, pack(tmp_path / "x.tar", official(["a"], ["b"]) | {name: b"escaped"}))
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE], ids=["symbolic", "hard", "fifo"])
+def test_a_link_is_refused(tmp_path, kind):
+    link = tarfile.TarInfo(f"{DEVKIT}/JPEGImages/link.jpg")
+    link.type, link.linkname = kind, "/etc/hostname"
+    assert "link.jpg" in refused_archive(tmp_path, pack(tmp_path / "x.tar", official(["a"], ["b"]), link))
+
+
+@pytest.mark.parametrize("place", ["in a photo", "in a header", "between two members", "in the last mask"])
+def test_a_truncated_archive_is_refused(tmp_path, archive, place):
+    with tarfile.open(archive) as tar:
+        members = tar.getmembers()
+    photo = next(member for member in members if member.name.endswith("a.jpg"))
+    cut = {
+        "in a photo": photo.offset_data + 1500,
+        "in a header": photo.offset + 100,
+        "between two members": members[-1].offset,
+        "in the last mask": members[-1].offset_data + 1500,
+    }
+    archive.write_bytes(archive.read_bytes()[: cut[place]])
+    assert ARCHIVE in refused_archive(tmp_path, archive)
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>404 Not Found</html>" * 100], ids=["empty", "a web page"])
+def test_a_file_that_is_no_archive_is_refused(tmp_path, content):
+    (tmp_path / "page.tar").write_bytes(content)
+    assert "page.tar cannot be read as a tar archive" in refused_archive(tmp_path, tmp_path / "page.tar")
+
+
+def test_an_absent_archive_is_refused(tmp_path):
+    assert f"no archive {tmp_path / 'absent.tar'}" in refused_archive(tmp_path, tmp_path / "absent.tar")
+
+
+@pytest.mark.parametrize("lost", ["JPEGImages/b.jpg", "SegmentationClass/b.png"])
+def test_an_archive_that_lists_what_it_lacks_is_refused(tmp_path, lost):
+    members = official(["a", "b"], ["c"])
+    del members[f"{DEVKIT}/{lost}"]
+    assert "lists b without its photo or mask" in refused_archive(tmp_path, pack(tmp_path / "x.tar", members))
+
+
+def test_an_archive_without_lists_is_refused(tmp_path):
+    members = {name: body for name, body in official(["a"], ["b"]).items() if LISTS not in name}
+    assert LISTS in refused_archive(tmp_path, pack(tmp_path / "x.tar", members))
+
+
+def test_an_archive_whose_list_is_not_text_is_refused(tmp_path):
+    members = official(["a"], ["b"]) | {f"{DEVKIT}/{LISTS}/train.txt": b"\xff\xfe\x00a"}
+    assert "x.tar" in refused_archive(tmp_path, pack(tmp_path / "x.tar", members))
+
+
+def test_another_data_set_is_left_alone(tmp_path, archive):
+    data = tmp_path / "deep" / "data"
+    data.mkdir(parents=True)
+    (data / "train.txt").write_text("mine\n")
+    assert f"{data / 'train.txt'} belongs to another data set" in refused_archive(tmp_path, archive)
+
+
+# ---------------------------------------------------------------------------------------------------- downloads
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers with server.content[path]; counts in server.requests."""
+
+    def do_GET(self):
+        self.server.requests.append(self.path)
+        if (body := self.server.content.get(self.path.rpartition("/")[2])) is None:
+            self.send_error(404)
+            return
+        self.send_response(200)
+        # A chunk that is announced and not sent in full is what a connection lost on the way looks like.
+        kind = ("Transfer-Encoding", "chunked") if body.startswith(b"chunk") else ("Content-Length", str(len(body)))
+        self.send_header(*kind)
+        self.end_headers()
+        self.wfile.write(b"ff\r\n" + body if body.startswith(b"chunk") else body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch) -> Iterator[ThreadingHTTPServer]:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")  # this machine is reached without the user's proxy
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.content, server.requests = {"good": b"the archive", "damaged": b"half the arch", "lost": b"chunk"}, []
+        server.address = f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+MD5 = hashlib.md5(b"the archive").hexdigest()
+
+
+def test_download_comes_from_the_first_address(tmp_path, server):
+    path = download([f"{server.address}/good", f"{server.address}/other"], tmp_path / "data", MD5)
+    assert contents(tmp_path) == {f"data/{ARCHIVE}": b"the archive"} and path == tmp_path / "data" / ARCHIVE
+    assert set(server.requests) == {"/good"}
+
+
+@pytest.mark.parametrize("first", ["absent", "damaged", "lost"])
+def test_download_goes_on_to_the_next_address(tmp_path, server, first):
+    path = download([f"{server.address}/{first}", f"{server.address}/good"], tmp_path, MD5)
+    assert path.read_bytes() == b"the archive"
+
+
+def test_an_address_where_nobody_answers_is_passed_over(tmp_path, server):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as closed:
+        port = closed.server_port
+    assert download([f"http://127.0.0.1:{port}/good", f"{server.address}/good"], tmp_path, MD5).exists()
+
+
+def test_an_archive_that_is_there_is_not_downloaded_again(tmp_path, server):
+    (tmp_path / ARCHIVE).write_bytes(b"the archive")
+    assert download([f"{server.address}/good"], tmp_path, MD5) == tmp_path / ARCHIVE
+    assert server.requests == []
+
+
+def test_a_damaged_archive_that_is_there_is_replaced(tmp_path, server):
+    (tmp_path / ARCHIVE).write_bytes(b"the arch")
+    assert download([f"{server.address}/good"], tmp_path, MD5).read_bytes() == b"the archive"
+
+
+@pytest.mark.parametrize("second", ["damaged", "absent", "lost"])
+def test_a_failed_download_names_every_address_and_leaves_nothing(tmp_path, server, second):
+    urls = [f"{server.address}/damaged?1", f"{server.address}/{second}"]
+    server.content["damaged?1"] = b"other bytes"
+    with pytest.raises(RunFailed) as failure:
+        download(urls, tmp_path, MD5)
+    assert all(text in str(failure.value) for text in (*urls, "--archive"))
+    assert contents(tmp_path) == {}
+
+
+def test_where_nothing_can_be_downloaded_the_script_says_so_with_status_1(tmp_path, server):
+    """The server poses as the proxy, so that the real addresses are asked for and never reached."""
+    server.content[ARCHIVE] = b"not VOC2012"
+    proxies = dict.fromkeys(("http_proxy", "https_proxy"), server.address)
+    result = run_script("build_dataset.py", "--data_dir", tmp_path / "data", check=1, no_proxy="", **proxies)
+    message = result.stderr.splitlines()[-1]
+    assert message.startswith("build_dataset.py: error: ") and "--archive" in message
+    assert "Traceback" not in result.stderr and contents(tmp_path) == {}
+    assert any(ARCHIVE in request for request in server.requests)
+
+
+def test_a_complete_data_set_is_not_downloaded_again(tmp_path, archive, server):
+    data = tmp_path / "data"
+    unpack(archive, data)
+    before = contents(data)
+    proxies = dict.fromkeys(("http_proxy", "https_proxy"), server.address)
+    result = run_script("build_dataset.py", "--data_dir", data, no_proxy="", **proxies)
+    assert "3 photos with masks" in result.stdout
+    assert contents(data) == before and server.requests == []
+
+
+# ---------------------------------------------------------------------------------------------------- lists
+
+
+def own_photos(folder: Path, ids: list[str], *, without_mask: tuple[str, ...] = ()) -> Path:
+    """Dealing looks at names alone, so the files may be empty."""
+    for kind, suffix in (("JPEGImages", "jpg"), ("SegmentationClass", "png")):
+        (folder / kind).mkdir(parents=True)
+        for id_ in ids:
+            if kind == "JPEGImages" or id_ not in without_mask:
+                (folder / kind / f"{id_}.{suffix}").touch()
+    return folder
+
+
+def read_lists(folder: Path) -> dict[str, list[str]]:
+    return {path.stem: path.read_text(encoding="utf-8").splitlines() for path in folder.glob("*.txt")}
+
+
+IDS = [f"photo{index}" for index in range(20)]
+
+
+def test_lists_share_out_every_photo_once(tmp_path):
+    write_lists(own_photos(tmp_path, IDS), [0.6, 0.3, 0.1], seed=230)
+    lists = read_lists(tmp_path)
+    assert {name: len(ids) for name, ids in lists.items()} == {"train": 12, "val": 6, "test": 2}
+    assert sorted(lists["train"] + lists["val"] + lists["test"]) == sorted(IDS)
+
+
+def test_no_test_share_gives_no_test_list(tmp_path):
+    write_lists(own_photos(tmp_path, IDS), [0.75, 0.25, 0], seed=230)
+    assert {name: len(ids) for name, ids in read_lists(tmp_path).items()} == {"train": 15, "val": 5}
+
+
+def dealt(folder: Path, ids: list[str], seed: int) -> dict[str, list[str]]:
+    write_lists(own_photos(folder, ids), [0.6, 0.3, 0.1], seed=seed)
+    return read_lists(folder)
+
+
+def test_lists_are_the_same_for_the_same_seed_only(tmp_path):
+    first, again, other = (dealt(tmp_path / name, IDS, seed) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
+    assert first == again != other
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a tmpfs, which lists files as they were created")
+def test_lists_do_not_depend_on_the_order_in_which_files_were_created():
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        assert dealt(Path(folder) / "a", IDS, 1) == dealt(Path(folder) / "b", IDS[::-1], 1)
+
+
+def test_lists_are_not_merely_the_first_names(tmp_path):
+    write_lists(own_photos(tmp_path, IDS), [0.5, 0.5, 0], seed=230)
+    assert set(read_lists(tmp_path)["train"]) not in (set(sorted(IDS)[:10]), set(sorted(IDS)[10:]))
+
+
+def test_lists_that_are_there_are_not_dealt_anew(tmp_path):
+    own_photos(tmp_path, IDS)
+    write_lists(tmp_path, [0.6, 0.3, 0.1], seed=1)
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match="already there"):
+        write_lists(tmp_path, [0.6, 0.3, 0.1], seed=2)
+    assert contents(tmp_path) == before
+
+
+def test_one_list_that_is_there_is_enough_to_refuse(tmp_path):
+    own_photos(tmp_path, IDS)
+    (tmp_path / "test.txt").write_text("photo3\n")
+    with pytest.raises(UserError, match=r"test\.txt is already there"):
+        write_lists(tmp_path, [0.6, 0.3, 0.1], seed=1)
+    assert read_lists(tmp_path) == {"test": ["photo3"]}
+
+
+def test_a_photo_without_a_mask_is_in_no_list(tmp_path, capsys):
+    write_lists(own_photos(tmp_path, IDS, without_mask=("photo4", "photo7")), [0.5, 0.25, 0.25], seed=230)
+    listed = [id_ for ids in read_lists(tmp_path).values() for id_ in ids]
+    assert sorted(listed) == sorted({*IDS} - {"photo4", "photo7"})
+    assert "2 photos without a mask" in capsys.readouterr().out
+
+
+def test_lists_of_a_devkit_are_put_where_they_are_read(tmp_path):
+    own_photos(tmp_path, IDS)
+    (tmp_path / LISTS).mkdir(parents=True)
+    write_lists(tmp_path, [0.6, 0.3, 0.1], seed=230)
+    assert read_lists(tmp_path) == {} and len(Split.find(tmp_path, "train").ids) == 12
+
+
+@pytest.mark.parametrize("shares", [[0.8, 0.1, 0.2], [1.2, -0.1, -0.1], [1, 0, 0], [0, 1, 0], [float("nan")] * 3])
+def test_impossible_shares_are_refused(tmp_path, shares):
+    own_photos(tmp_path, IDS)
+    with pytest.raises(UserError, match="sum to 1, train and val above 0"):
+        write_lists(tmp_path, shares, seed=230)
+    assert read_lists(tmp_path) == {}
+
+
+def test_too_few_photos_are_refused(tmp_path):
+    own_photos(tmp_path, IDS[:2])
+    with pytest.raises(UserError, match="too few"):
+        write_lists(tmp_path, [0.8, 0.1, 0.1], seed=230)
+    assert read_lists(tmp_path) == {}
+
+
+def test_script_deals_names_with_spaces_and_accents(tmp_path):
+    ids = [f"Straße à côté {index}" for index in range(8)] + ["地図 1", "地図 2"]
+    own_photos(tmp_path / "my photos", ids)
+    run_script("build_dataset.py", "--data_dir", tmp_path / "my photos", "--split", 0.5, 0.3, 0.2)
+    splits = [Split.find(tmp_path / "my photos", name) for name in ("train", "val", "test")]
+    assert sorted(id_ for split in splits for id_ in split.ids) == sorted(ids)
+    assert [len(split.ids) for split in splits] == [5, 3, 2]
+
+
+def test_script_refuses_impossible_shares_in_one_line(tmp_path):
+    own_photos(tmp_path, IDS)
+    assert "--split 0.8 0.1 0.2: " in refusal("--data_dir", tmp_path, "--split", 0.8, 0.1, 0.2)
+    assert read_lists(tmp_path) == {}
+
+
+# ---------------------------------------------------------------------------------------------------- the sample
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("drawn")
+    run_script("build_dataset.py", "--sample", "--data_dir", folder)
+    return folder / "sample"
+
+
+def test_sample_holds_64_and_16_photos_with_masks(sample):
+    splits = {name: Split.find(sample, name) for name in ("train", "val")}
+    assert {name: len(split.ids) for name, split in splits.items()} == {"train": 64, "val": 16}
+    assert all(split.masks for split in splits.values())
+    assert len(contents(sample)) == 2 * 80 + 2
+
+
+def test_sample_is_the_same_everywhere(sample, tmp_path):
+    run_script("build_dataset.py", "--sample", "--data_dir", tmp_path)
+    assert contents(tmp_path / "sample") == contents(sample)
+
+
+def test_sample_scenes_differ(sample):
+    assert len({hashlib.md5(body).digest() for name, body in contents(sample).items() if "JPEG" in name}) == 80
+
+
+def test_sample_photos_and_masks_are_in_voc_format(sample):
+    for id_ in Split.find(sample, "val").ids:
+        with (
+            Image.open(sample / "JPEGImages" / f"{id_}.jpg") as photo,
+            Image.open(sample / "SegmentationClass" / f"{id_}.png") as mask,
+        ):
+            assert (photo.format, photo.mode, mask.format, mask.mode) == ("JPEG", "RGB", "PNG", "P")
+            assert photo.size == mask.size
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_sample_shows_its_six_classes_and_no_others(sample, split):
+    """Each in both splits: a class that val lacked would have no score."""
+    shown = set()
+    for mask in Split.find(sample, split).masks:
+        with Image.open(mask) as image:
+            shown |= set(np.unique(image).tolist())
+    names = ("background", "aeroplane", "bottle", "bus", "cat", "sheep", "tvmonitor")
+    assert shown == {CLASS_NAMES.index(name) for name in names} | {VOID}
+
+
+def test_sample_that_is_there_is_left_alone(tmp_path):
+    (tmp_path / "sample").mkdir()
+    (tmp_path / "sample" / "mine").touch()
+    run_script("build_dataset.py", "--sample", "--data_dir", tmp_path)
+    assert contents(tmp_path) == {"sample/mine": b""}
