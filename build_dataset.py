@@ -65,6 +65,8 @@ def unpack(archive: Path, data_dir: Path) -> None:
     so is all the rest. Raises UserError for an archive that is not one, is cut short, lacks files that its lists name,
     holds links, or paths that would leave the folder.
     """
+    if not archive.is_file():
+        raise UserError(f"no archive {archive}")
     try:
         with tarfile.open(archive, "r:") as tar:
             found = {kind: {} for kind in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation")}
@@ -98,8 +100,6 @@ def unpack(archive: Path, data_dir: Path) -> None:
                         target.write_bytes(tar.extractfile(member).read())
     except (tarfile.TarError, EOFError, UnicodeDecodeError) as error:
         raise UserError(f"{archive} cannot be read as a tar archive ({error}); download it again") from None
-    except FileNotFoundError:
-        raise UserError(f"no archive {archive}") from None
     for name, text in lists.items():
         write_text(data_dir / f"{name}.txt", text)
     print(
@@ -111,7 +111,7 @@ def unpack(archive: Path, data_dir: Path) -> None:
 def _refuse_other_lists(data_dir: Path, lists: dict[str, str]) -> None:
     for name, text in lists.items():
         path = data_dir / f"{name}.txt"
-        if path.exists() and path.read_text().split() != text.split():
+        if path.exists() and path.read_bytes().split() != text.encode().split():
             raise UserError(f"{path} belongs to another data set; choose another --data_dir")
 
 
@@ -136,8 +136,6 @@ def get_voc(data_dir: Path, archive: Path | None) -> None:
 
 def write_lists(data_dir: Path, shares: list[float], seed: int) -> None:
     """Deal the photos that have a mask into train.txt, val.txt and test.txt, at random but the same for equal seeds."""
-    from model.data_loader import photos_by_id
-
     if (
         any(not 0 <= share <= 1 for share in shares)
         or not math.isclose(sum(shares), 1, abs_tol=1e-6)
@@ -155,6 +153,8 @@ def write_lists(data_dir: Path, shares: list[float], seed: int) -> None:
     for name in ("train", "val", "test"):
         if (lists / f"{name}.txt").exists():
             raise UserError(f"{lists / name}.txt is already there; delete the lists to deal them anew")
+
+    from model.data_loader import photos_by_id
 
     photos = sorted(photos_by_id(images))
     ids = [id_ for id_ in photos if (masks / f"{id_}.png").is_file()]
@@ -174,6 +174,8 @@ def write_lists(data_dir: Path, shares: list[float], seed: int) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.data_dir.exists() and not args.data_dir.is_dir():
+        raise UserError(f"--data_dir {args.data_dir} is not a folder")
     if args.sample:
         from model.sample import draw_sample
 

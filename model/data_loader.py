@@ -5,6 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,7 +133,10 @@ def read_example(image_path: Path, mask_path: Path | None, *, image_size: int, n
     Returns uint8 (image_size, image_size, 4): red, green, blue, class index (void without a mask).
     Raises UserError naming the file and what is wrong with it.
     """
-    image = _upright(_decode(image_path)).convert("RGB")
+    image = _upright(_decode(image_path))
+    if image.mode.startswith("I;16"):  # convert() would clip
+        image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
+    image = image.convert("RGB")
     mask = None if mask_path is None else _read_mask(mask_path, image.size, num_classes)
     image, mask = squash(image, mask, image_size)
     example = np.full((image_size, image_size, 4), VOID, dtype=np.uint8)
@@ -284,8 +288,9 @@ def _cached(dataset: SegmentationDataset) -> Path:
         status = path.stat()
         digest.update(repr((path.name, status.st_size, status.st_mtime_ns)).encode())
     folder = _cache_folder(split.images[0].parent.parent)
-    file = folder / f"{split.name}-{size}px-{digest.hexdigest()[:16]}.npy"
-    with FileLock(folder / f"{split.name}-{size}px.lock"):  # one process builds, the others wait
+    prefix = f"{split.name}-{size}px-{len(dataset.class_names)}classes"
+    file = folder / f"{prefix}-{digest.hexdigest()[:16]}.npy"
+    with FileLock(folder / f"{prefix}.lock"):  # one process builds, the others wait
         if not file.exists():
             temporary = file.with_suffix(".tmp")
             header = {"descr": "|u1", "fortran_order": False, "shape": (len(dataset), size, size, 4)}
@@ -298,18 +303,19 @@ def _cached(dataset: SegmentationDataset) -> Path:
                 temporary.replace(file)
             finally:
                 temporary.unlink(missing_ok=True)
-            for stale in set(folder.glob(f"{split.name}-{size}px-*.npy")) - {file}:
+            for stale in set(folder.glob(f"{prefix}-*.npy")) - {file}:
                 stale.unlink(missing_ok=True)
     return file
 
 
 def _cache_folder(root: Path) -> Path:
     # A folder without a write bit is meant to stay as it is, also by root, who could write there.
-    if root.stat().st_mode & 0o222 and os.access(root, os.W_OK):
+    if root.stat().st_mode & 0o222:
         folder = root / ".cache"
-        folder.mkdir(exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
+        with suppress(OSError):
+            folder.mkdir(exist_ok=True)
+            if os.access(folder, os.W_OK):
+                return folder
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = base / "global_convolutional_network" / hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)

@@ -52,6 +52,6 @@ class Augmentation:
     def __call__(self, image: Tensor, mask: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """uint8 (3, S, S) and (S, S) in, the same out; equal seeds, equal results; the global RNG stays as it is."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPU's too, for good
             image, mask = self._transform(tv_tensors.Image(image), tv_tensors.Mask(mask))
         return image.as_subclass(Tensor), mask.as_subclass(Tensor)

@@ -9,6 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+# One thread: on networks this small two are hardly faster, and much slower where another process wants a core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from model.sample import draw_scene
 from visualize import colour_mask
 

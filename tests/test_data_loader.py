@@ -254,6 +254,16 @@ def test_photos_of_other_modes_are_read(data, mode, suffix):
     assert (after.float() - before.float()).abs().mean() < 3
 
 
+def test_photos_of_16_bit_keep_their_high_byte(data):
+    with Image.open(photo(data, "train0")) as image:
+        grey = np.array(image.convert("L"))
+    photo(data, "train0").unlink()
+    Image.fromarray(grey.astype(np.uint16) * 256 + 99).save(photo(data, "train0").with_suffix(".png"))
+    after = arrays(load(data))[0][0]
+    Image.fromarray(grey).save(photo(data, "train0").with_suffix(".png"))
+    assert torch.equal(arrays(load(data))[0][0], after)
+
+
 def test_suffixes_may_be_capital(data):
     before = arrays(load(data))[0]
     photo(data, "train0").rename(photo(data, "train0").with_suffix(".JPG"))

@@ -43,14 +43,18 @@ def augmentation() -> Augmentation:
     return Augmentation(SIZE)
 
 
+@pytest.fixture(scope="module")
+def augmented_blocks(augmentation) -> list[tuple[Tensor, Tensor]]:
+    return [augmentation(*blocks(), seed) for seed in SEEDS]
+
+
 # ---------------------------------------------------------------------------------------------------- augmentation
 
 
-def test_photo_and_mask_move_together(augmentation):
+def test_photo_and_mask_move_together(augmented_blocks):
     """The strongest channel survives any colour jitter; within two pixels of an edge colours are blends."""
     compared = 0
-    for seed in SEEDS:
-        photo, mask = augmentation(*blocks(), seed)
+    for seed, (photo, mask) in enumerate(augmented_blocks):
         framed = pad(mask[None].float(), (2, 2, 2, 2), value=VOID)  # there may be an edge just outside the window
         inner = (max_pool2d(framed, 5, 1) == -max_pool2d(-framed, 5, 1))[0] & (mask != VOID)
         assert torch.equal(photo.argmax(0)[inner], mask[inner].long()), seed
@@ -58,11 +62,10 @@ def test_photo_and_mask_move_together(augmentation):
     assert compared > len(SEEDS) * SIZE**2 / 5
 
 
-def test_void_padding_surrounds_the_whole_shrunk_picture(augmentation):
+def test_void_padding_surrounds_the_whole_shrunk_picture(augmented_blocks):
     _, original = blocks()
     shrunk = 0
-    for seed in SEEDS:
-        _, mask = augmentation(*blocks(), seed)
+    for seed, (_, mask) in enumerate(augmented_blocks):
         box = inside_rectangle(mask != VOID)
         side = mask[box].shape[0]
         assert mask[box].shape == (side, side) and side >= SIZE // 2
@@ -73,10 +76,9 @@ def test_void_padding_surrounds_the_whole_shrunk_picture(augmentation):
     assert shrunk > 10
 
 
-def test_padding_of_the_photo_is_the_mean_colour(augmentation):
+def test_padding_of_the_photo_is_the_mean_colour(augmented_blocks):
     """Black would be an edge that no photo has; the jitter changes the colour, all of it alike."""
-    for seed in SEEDS:
-        photo, mask = augmentation(*blocks(), seed)
+    for photo, mask in augmented_blocks:
         padding = photo[:, mask == VOID]
         assert (padding == padding[:, :1]).all()
         if padding.numel():
