@@ -100,8 +100,8 @@ def unpack(archive: Path, data_dir: Path) -> None:
                         target.write_bytes(tar.extractfile(member).read())
     except (tarfile.TarError, EOFError, UnicodeDecodeError) as error:
         raise UserError(f"{archive} cannot be read as a tar archive ({error}); download it again") from None
-    for name, text in lists.items():
-        write_text(data_dir / f"{name}.txt", text)
+    for name in sorted(lists, key=lambda name: name == "trainval"):  # whose presence says that all is there
+        write_text(data_dir / f"{name}.txt", lists[name])
     print(
         f"{len(wanted)} photos with masks in {data_dir}: "
         + ", ".join(f"{len(text.split())} {name}" for name, text in sorted(lists.items()))
@@ -126,6 +126,8 @@ def get_voc(data_dir: Path, archive: Path | None) -> None:
             count = sum(len(Split.find(data_dir, name).ids) for name in ("train", "val"))
             print(f"{data_dir} is complete: {count} photos with masks")
             return
+        if (data_dir / "train.txt").exists():
+            raise UserError(f"{data_dir} holds the lists of another data set; delete them or choose another --data_dir")
         official = DATASET_YEAR_DICT["2012"]
         archive = download([official["url"], MIRROR], data_dir, official["md5"])
         unpack(archive, data_dir)

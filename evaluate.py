@@ -8,11 +8,13 @@ from utils import (
     ARCHITECTURE,
     Params,
     autocast,
+    checkpoint_path,
     load_checkpoint,
     load_weights,
     pick_device,
     predicting_weights,
     refuse_changed,
+    resolve_precision,
     run_main,
     write_json,
 )
@@ -37,10 +39,9 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+# Before the seconds that importing torch takes, so that --help and a typing error answer at once.
 if __name__ == "__main__":
-    ARGS = (
-        parse_args()
-    )  # before the seconds that importing torch takes, so that --help and a typing error answer at once
+    ARGS = parse_args()
 
 import torch
 from tabulate import tabulate
@@ -48,7 +49,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from model import UserError
 from model.data_loader import SegmentationDataset, Split, class_names, data_root, make_loader
 from model.losses import SegmentationLoss
 from model.metrics import ConfusionMatrix
@@ -96,7 +96,8 @@ def table(metrics: dict) -> str:
 def main(args: argparse.Namespace) -> None:
     params = Params.load(args.model_dir / "params.json")
     device = pick_device(args.device)
-    file = args.model_dir / f"{args.restore_file}.pth.tar"
+    params = resolve_precision(params, device)
+    file = checkpoint_path(args.model_dir, args.restore_file)
     checkpoint = load_checkpoint(file)
     model = FCN_GCN(**params.network_options(), pretrained=False)
     refuse_changed((*ARCHITECTURE, "normalize"), checkpoint, params, file)
@@ -105,18 +106,16 @@ def main(args: argparse.Namespace) -> None:
 
     root = data_root(params.dataset, args.data_dir)
     names = class_names(root, params.num_classes)
-    split = Split.find(root, args.split)
-    if split.masks is None:
-        raise UserError(f"split {args.split} of {root} has no masks: it can be predicted, not scored")
+    split = Split.find(root, args.split, masks_required=True)
     dataset = SegmentationDataset(split, class_names=names, image_size=params.image_size, cache=params.cache)
     loader = make_loader(
         dataset, batch_size=params.batch_size, num_workers=params.num_workers, pin_memory=device.type == "cuda"
     )
 
     metrics = evaluate(model, loader, params, device)
-    print(table(metrics))
     output = args.model_dir / f"metrics_{args.split}_{args.restore_file}.json"
     write_json(output, {"epoch": checkpoint.get("epoch"), **metrics})
+    print(table(metrics))
     print(
         f"\n{len(dataset)} images of {args.split} at {params.image_size}x{params.image_size}, "
         f"epoch {checkpoint.get('epoch')} -> {output}"

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import re
 import time
 import warnings
 from dataclasses import asdict
@@ -30,15 +31,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in model_dir")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
     args = parser.parse_args()
-    if args.restore_file and args.overwrite:
+    if args.restore_file is not None and args.overwrite:
         parser.error("--restore_file continues a run, --overwrite deletes it: give one of them")
     return args
 
 
+# Before the seconds that importing torch takes, so that --help and a typing error answer at once.
 if __name__ == "__main__":
-    ARGS = (
-        parse_args()
-    )  # before the seconds that importing torch takes, so that --help and a typing error answer at once
+    ARGS = parse_args()
 
 import torch
 from PIL import Image
@@ -57,6 +57,8 @@ from model.net import FCN_GCN
 from model.transforms import to_input
 from visualize import comparison
 
+SCORE_LAYERS = ("gcn", "br")  # what the names of their tensors begin with
+RESUME_NEEDS = (*utils.ARCHITECTURE, "normalize", "optimizer", "dataset")  # as they were
 SCALARS = ("loss", "mIoU", "pixel_accuracy", "mean_accuracy", "frequency_weighted_IoU", "mean_dice")
 
 
@@ -126,13 +128,13 @@ class Training:
     def load_state_dict(self, state: dict, source: Path) -> None:
         """Continue from a checkpoint. Options of the optimizer and the schedule are those of params.json as it is now.
 
-        Raises UserError when the checkpoint is of another network or optimizer, or holds weights only.
+        Raises UserError when the checkpoint holds weights only, or those of another network.
         """
         if "rng" not in state:
             raise UserError(
-                f"{source} holds no training state to continue from; start from its weights with --init_from {source}"
+                f"{source} holds no training state to continue from; "
+                "start from its weights with --init_from, in another --model_dir"
             )
-        utils.refuse_changed((*utils.ARCHITECTURE, "normalize", "optimizer"), state, self.params, source)
         utils.load_weights(self.model, state["state_dict"], source)
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["optim_dict"]["state"]})
         if self.ema is not None and state["ema_state_dict"] is not None:
@@ -220,10 +222,15 @@ def stop_if_not_finite(losses: torch.Tensor, rates: list[float], training: Train
     )
 
 
-def train(training: Training, train_loader: DataLoader, val_loader: DataLoader, model_dir: Path) -> None:
-    """Train until num_epochs or the early stop, and write every output of an epoch when it ends."""
+def train(
+    training: Training, train_loader: DataLoader, val_loader: DataLoader, model_dir: Path, history: list[dict]
+) -> None:
+    """Train until num_epochs or the early stop, and write every output of an epoch when it ends.
+
+    history holds the epochs of an earlier run; those after training.epoch will be trained again.
+    """
     params = training.params
-    history = utils.read_history(model_dir)[: training.epoch]
+    history = [record for record in history if record["epoch"] <= training.epoch]
     patience = params.early_stopping_patience or params.num_epochs
     while training.epoch < params.num_epochs and training.epoch - training.best_epoch < patience:
         start = time.perf_counter()
@@ -302,76 +309,102 @@ def describe(record: dict, params: Params, *, is_best: bool) -> str:
     )
 
 
-def start_from(model: nn.Module, file: Path) -> list[str]:
-    """Load weights only, from a checkpoint of any class count.
-
-    Returns the names of the score layers' tensors that did not fit and stay as initialised.
-    """
+def start_from(model: nn.Module, file: Path) -> bool:
+    """Load weights only. Score layers stay as initialised if their class count differs; returns whether it does."""
     given, fresh = utils.predicting_weights(utils.load_checkpoint(file)), model.state_dict()
-    score_layers = [name for name in given if name.startswith(("gcn", "br")) and name in fresh]
-    replaced = [name for name in score_layers if given[name].shape != fresh[name].shape]
-    utils.load_weights(model, given | {name: fresh[name] for name in replaced}, file)
-    return replaced
+
+    def classes(state_dict: dict) -> list[int]:  # the last bias of a head has one value a class
+        return [len(tensor) for name, tensor in state_dict.items() if re.fullmatch(r"gcn1\.(.+\.)?bias", name)][-1:]
+
+    other_classes = classes(given) != classes(fresh)
+    if other_classes:
+        given = {name: tensor for name, tensor in given.items() if not name.startswith(SCORE_LAYERS)}
+        given |= {name: tensor for name, tensor in fresh.items() if name.startswith(SCORE_LAYERS)}
+    utils.load_weights(model, given, file)
+    return other_classes
+
+
+def refuse_unclear(args: argparse.Namespace, earlier: list[Path]) -> None:
+    """Raise UserError unless the flags say what is to become of an earlier run in the folder."""
+    if earlier and args.restore_file is None and not args.overwrite:
+        way_on = "continue it with --restore_file last, or " if args.model_dir / "last.pth.tar" in earlier else ""
+        raise UserError(f"{args.model_dir} already holds a run ({earlier[0].name}); {way_on}delete it with --overwrite")
+    if args.overwrite and args.init_from and args.init_from.resolve() in [path.resolve() for path in earlier]:
+        raise UserError(f"--overwrite would delete {args.init_from}; move it to another folder first")
+
+
+def find_data(params: Params, data_dir: Path) -> tuple[Split, Split, list[str]]:
+    """train_split, val and the class names. Raises UserError for every fault that shows without decoding a photo."""
+    root = data_root(params.dataset, data_dir)
+    train_split = Split.find(root, params.train_split, masks_required=True)
+    val_split = Split.find(root, "val", masks_required=True)
+    count = len(train_split.ids)
+    if params.batch_size > count:
+        raise UserError(f'"batch_size" is {params.batch_size}, but {params.train_split} has {count} images; lower it')
+    if (count % params.batch_size or params.batch_size) == 1 and params.stem_maxpool and params.image_size <= 32:
+        raise UserError(
+            f'"batch_size" {params.batch_size} leaves a batch of one among {count} images, and at "image_size" '
+            f"{params.image_size} it gives batch norm a single value a channel; change one of the two"
+        )
+    return train_split, val_split, class_names(root, params.num_classes)
+
+
+def make_loaders(
+    train_split: Split, val_split: Split, names: list[str], params: Params, device: torch.device
+) -> tuple[DataLoader, DataLoader]:
+    """Decode both splits, or find them decoded, and load them in batches. Raises UserError naming every faulty file."""
+    options = {"class_names": names, "image_size": params.image_size, "cache": params.cache}
+    train_set = SegmentationDataset(train_split, augment=params.augment, **options)
+    val_set = SegmentationDataset(val_split, **options)
+    loading = {"batch_size": params.batch_size, "num_workers": params.num_workers, "pin_memory": device.type == "cuda"}
+    return make_loader(train_set, seed=params.seed, **loading), make_loader(val_set, **loading)
 
 
 def main(args: argparse.Namespace) -> None:
     params = Params.load(args.model_dir / "params.json")
     device = utils.pick_device(args.device)
+    params = utils.resolve_precision(params, device)
     earlier = utils.outputs(args.model_dir)
-    if earlier and not (args.restore_file or args.overwrite):
-        raise UserError(
-            f"{args.model_dir} already holds a run ({earlier[0].name}); "
-            "continue it with --restore_file last or delete it with --overwrite"
-        )
-    checkpoint_file = args.model_dir / f"{args.restore_file}.pth.tar"
-    checkpoint = utils.load_checkpoint(checkpoint_file) if args.restore_file else None
-
-    root = data_root(params.dataset, args.data_dir)
-    names = class_names(root, params.num_classes)
-    options = {"class_names": names, "image_size": params.image_size, "cache": params.cache}
-    train_set, val_set = (with_masks(Split.find(root, name), root) for name in (params.train_split, "val"))
-    if params.batch_size > len(train_set.ids):
-        raise UserError(
-            f'"batch_size" is {params.batch_size}, but {params.train_split} has {len(train_set.ids)} images; lower it'
-        )
-    train_set = SegmentationDataset(train_set, augment=params.augment, **options)
-    val_set = SegmentationDataset(val_set, **options)
-    loading = {"batch_size": params.batch_size, "num_workers": params.num_workers, "pin_memory": device.type == "cuda"}
-    train_loader = make_loader(train_set, seed=params.seed, **loading)
-    val_loader = make_loader(val_set, **loading)
+    refuse_unclear(args, earlier)
+    checkpoint, history = None, []
+    if args.restore_file is not None:
+        checkpoint_file = utils.checkpoint_path(args.model_dir, args.restore_file)
+        checkpoint = utils.load_checkpoint(checkpoint_file)
+        utils.refuse_changed(RESUME_NEEDS, checkpoint, params, checkpoint_file)
+        history = utils.read_history(args.model_dir)
+    data = find_data(params, args.data_dir)
 
     utils.seed_everything(params.seed, deterministic=params.deterministic)
-    new_encoder = params.pretrained and not (args.restore_file or args.init_from)
+    new_encoder = params.pretrained and not (checkpoint or args.init_from)
     model = FCN_GCN(**params.network_options(), pretrained=new_encoder)
-    replaced = start_from(model, args.init_from) if args.init_from else []
+    other_classes = start_from(model, args.init_from) if args.init_from else False
     model.to(device, memory_format=torch.channels_last if params.channels_last else torch.contiguous_format)
+    train_loader, val_loader = make_loaders(*data, params, device)
     training = Training(model, params, steps_per_epoch=-(-len(train_loader) // params.accumulation_steps))
     if checkpoint:
         training.load_state_dict(checkpoint, checkpoint_file)
+        if training.epoch >= params.num_epochs:
+            print(f"{args.model_dir} is complete: {training.epoch} epochs; raise num_epochs to train on")
+            return
 
-    if args.overwrite:
-        for path in earlier:
-            path.unlink()
+    for path in (earlier if args.overwrite else []) + list(args.model_dir.glob(".*.tmp")):  # .tmp: a save cut short
+        path.unlink()
     utils.set_logger(args.model_dir / "train.log")
     utils.write_json(args.model_dir / "run.json", utils.provenance(device, params))
-    logging.info(
-        f"{args.model_dir}: {len(train_set)} images of {params.train_split}, {len(val_set)} of val, on {device}"
-    )
+    sizes = f"{len(train_loader.dataset)} images of {params.train_split}, {len(val_loader.dataset)} of val"
+    logging.info(f"{args.model_dir}: {sizes}, on {device} in {params.precision}")
     if params.num_channels is not None:
         logging.info('"num_channels" is accepted for old params.json files; this network has no use for it')
-    if replaced:
-        logging.info(
-            f"initialised afresh, because their class count differs from {args.init_from}: {', '.join(replaced)}"
-        )
+    if other_classes:
+        logging.info(f"{args.init_from} has another number of classes: the layers gcn* and br* start afresh")
     if checkpoint:
-        logging.info(f"continuing after epoch {training.epoch} from {checkpoint_file}")
-    train(training, train_loader, val_loader, args.model_dir)
-
-
-def with_masks(split: Split, root: Path) -> Split:
-    if split.masks is None:
-        raise UserError(f"split {split.name} of {root} has no masks: it can be predicted, not trained on or scored")
-    return split
+        changed = [key for key, value in asdict(params).items() if checkpoint["params"].get(key) != value]
+        logging.info(f"continuing after epoch {training.epoch}; changed since: {', '.join(changed) or 'nothing'}")
+    try:
+        train(training, train_loader, val_loader, args.model_dir, history)
+    except KeyboardInterrupt:
+        way_on = "; continue with --restore_file last" if (args.model_dir / "last.pth.tar").exists() else ""
+        raise KeyboardInterrupt(f"interrupted in epoch {training.epoch + 1}{way_on}") from None
 
 
 if __name__ == "__main__":

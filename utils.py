@@ -6,7 +6,6 @@ Importing this module does not import torch, so that every --help answers at onc
 import difflib
 import json
 import logging
-import math
 import os
 import platform
 import shutil
@@ -14,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import Field, asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +34,8 @@ def run_main(main: Callable[[], int | None]) -> int:
         status, message = 2, str(error)
     except (RunFailed, OSError) as error:
         status, message = 1, str(error)
-    except KeyboardInterrupt:
-        status, message = 130, "interrupted"
+    except KeyboardInterrupt as error:
+        status, message = 130, str(error) or "interrupted"
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     return status
 
@@ -77,7 +76,7 @@ def _flag(default: bool) -> Any:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # false for NaN too
 
 
 def _are_loss_weights(value: Any) -> bool:
@@ -144,6 +143,8 @@ class Params:
             )
         except FileNotFoundError:
             raise UserError(f"no {path}; an experiment is a folder with a params.json, {{}} for the defaults") from None
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from None
         except (ValueError, RecursionError) as error:  # JSON, UTF-8, a repeated key, NaN
             raise UserError(f"{path} is not valid JSON: {error}") from None
         if not isinstance(values, dict):
@@ -307,14 +308,21 @@ def pick_device(name: str) -> Any:
     return torch.device(name)
 
 
-def autocast(device: Any, precision: str) -> Any:
-    """The autocast context of a precision. "auto": bf16 where the device has matrix units for it, otherwise fp32."""
+def resolve_precision(params: Params, device: Any) -> Params:
+    """params with precision "auto" replaced: bf16 where the device has matrix units for it, otherwise fp32."""
     import torch
 
-    if precision == "auto":
-        on_cuda = device.type == "cuda"
-        fast = torch.cuda.get_device_capability(device) >= (8, 0) if on_cuda else torch.cpu._is_amx_tile_supported()
-        precision = "bf16" if fast else "fp32"
+    if params.precision != "auto":
+        return params
+    on_cuda = device.type == "cuda"
+    fast = torch.cuda.get_device_capability(device) >= (8, 0) if on_cuda else torch.cpu._is_amx_tile_supported()
+    return replace(params, precision="bf16" if fast else "fp32")
+
+
+def autocast(device: Any, precision: str) -> Any:
+    """The context in which a network computes in "fp32", "bf16" or "fp16"."""
+    import torch
+
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
 
@@ -344,6 +352,15 @@ def save_checkpoint(state: dict[str, Any], model_dir: Path, *, is_best: bool) ->
                     shutil.copyfile(temporary, second_name)
 
 
+def checkpoint_path(model_dir: Path, restore_file: str) -> Path:
+    """<model_dir>/<restore_file>.pth.tar. Raises UserError for anything but a plain name."""
+    if not restore_file or Path(restore_file).name != restore_file:
+        raise UserError(
+            f"--restore_file {restore_file!r}: give the name of a checkpoint in {model_dir}, as best or last"
+        )
+    return model_dir / f"{restore_file}.pth.tar"
+
+
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """A checkpoint with its tensors on the CPU. Raises UserError if it is absent, damaged or more than plain data."""
     import pickle
@@ -364,8 +381,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         Exception
     ) as error:  # whatever torch.load makes of other bytes: RuntimeError, EOFError, OSError, KeyError, ...
         raise UserError(f"{path} is damaged or unreadable ({_first_line(error)}); use another one") from None
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
-        raise UserError(f'{path} is not a checkpoint of this network: it has no "state_dict"')
+    state_dict = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    if not isinstance(state_dict, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state_dict.values()):
+        raise UserError(f'{path} is not a checkpoint of this network: it has no "state_dict" of tensors')
+    if not isinstance(checkpoint.setdefault("params", {}), dict):
+        raise UserError(f'{path} is not a checkpoint of this network: "params" is no dict')
     return checkpoint
 
 
@@ -403,7 +423,7 @@ def predicting_weights(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 def refuse_changed(keys: Iterable[str], checkpoint: dict[str, Any], params: Params, source: str | Path) -> None:
     """Raise UserError if params.json has since changed a key without which the checkpoint means something else."""
-    trained_with = checkpoint.get("params", {})
+    trained_with = checkpoint["params"]
     for key in keys:
         now = getattr(params, key)
         if trained_with.get(key, now) != now:

@@ -1,20 +1,13 @@
-"""Pictures of label maps: colour masks and the comparison of photo, truth and prediction."""
+"""Pictures of what a network makes of photos."""
 
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from model.voc import VOID, palette
+from model.voc import VOID, colour_mask, palette
 
 MARGIN, TEXT = 8, 22  # pixels
-
-
-def colour_mask(labels: np.ndarray) -> Image.Image:
-    """uint8 (H, W) class indices -> a palette image in VOC's colours; its pixels are the indices, 255 is void."""
-    mask = Image.fromarray(np.ascontiguousarray(labels, dtype=np.uint8)).convert("P")
-    mask.putpalette(palette().tobytes())
-    return mask
 
 
 def comparison(

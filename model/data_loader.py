@@ -1,5 +1,6 @@
 """Data sets in VOC's layout, decoded once into a memory-mapped cache, and their loaders."""
 
+import glob
 import hashlib
 import os
 from collections import Counter
@@ -67,7 +68,7 @@ class Split:
     masks: list[Path] | None
 
     @classmethod
-    def find(cls, data_dir: str | Path, name: str) -> "Split":
+    def find(cls, data_dir: str | Path, name: str, *, masks_required: bool = False) -> "Split":
         """Read <name>.txt and find its files. Raises UserError for an unusable list, and naming all missing files."""
         if Path(name).name != name:
             raise UserError(f"split {name!r}: give the name of a list without folder and suffix, as val")
@@ -79,6 +80,10 @@ class Split:
         missing = [f"no photo {layout.images / id_}.jpg" for id_ in ids if id_ not in photos]
         without_mask = [f"no mask {mask}" for mask in masks if mask.name not in present]
         if len(without_mask) == len(ids):
+            if masks_required:
+                raise UserError(
+                    f"split {name} of {data_dir} has no masks: it can be predicted, not scored or trained on"
+                )
             masks = None
         else:
             missing += without_mask
@@ -303,7 +308,7 @@ def _cached(dataset: SegmentationDataset) -> Path:
                 temporary.replace(file)
             finally:
                 temporary.unlink(missing_ok=True)
-            for stale in set(folder.glob(f"{prefix}-*.npy")) - {file}:
+            for stale in set(folder.glob(f"{glob.escape(prefix)}-*.npy")) - {file}:
                 stale.unlink(missing_ok=True)
     return file
 

@@ -61,7 +61,8 @@ class SegmentationLoss(nn.Module):
                 both = entries - p - pixels + p_t  # sum (1 - p)(1 - t)
                 total = total + self.weights["inverse_dice"] * _dice(both, 2 * entries - p - pixels)
         if "cross_entropy" in self.weights:
-            entropy = F.cross_entropy(logits, labels, ignore_index=VOID, reduction="sum") / pixels.clamp(min=1)
+            # Not F.cross_entropy: on CUDA it has no deterministic form.
+            entropy = _masked_sum(logits.logsumexp(1) - at_label, valid) / pixels.clamp(min=1)
             total = total + self.weights["cross_entropy"] * entropy
         return total
 

@@ -12,17 +12,26 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from model.voc import CLASS_NAMES, VOID, palette
+from model import UserError
+from model.voc import CLASS_NAMES, VOID, colour_mask
 
 SIZES = {"train": 64, "val": 16}
 SEED = 230
 
 
 def draw_sample(folder: Path) -> Path:
-    """Write the data set to folder unless it is there; it appears whole or not at all. Returns folder."""
-    if folder.exists():
+    """Write the data set to folder unless it is there; it appears whole or not at all. Returns folder.
+
+    Raises UserError when something else stands in its place.
+    """
+    if (folder / "val.txt").exists():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.exists():
+        raise UserError(f"{folder} is not the built-in sample; remove it, or choose another --data_dir")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the built-in sample cannot be drawn in {folder.parent}: {error.strerror}") from None
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         for split, count in SIZES.items():
@@ -68,9 +77,7 @@ def draw_scene(rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
         labels[outline] = VOID
     pixels += rng.normal(0, 8, pixels.shape)
     image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.5))
-    mask = Image.fromarray(labels).convert("P")
-    mask.putpalette(palette().tobytes())
-    return image, mask
+    return image, colour_mask(labels)
 
 
 def _background(rng: np.random.Generator, width: int, height: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Class names, palette and void index of Pascal VOC2012 segmentation."""
 
 import numpy as np
+from PIL import Image
 
 from model import UserError
 
@@ -43,6 +44,13 @@ def palette() -> np.ndarray:
             if 3 * bit + channel < 8:
                 colours[:, channel] |= ((index >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
     return colours
+
+
+def colour_mask(labels: np.ndarray) -> Image.Image:
+    """uint8 (H, W) class indices -> a palette image in VOC's colours; its pixels are the indices, 255 is void."""
+    mask = Image.fromarray(np.ascontiguousarray(labels, dtype=np.uint8)).convert("P")
+    mask.putpalette(palette().tobytes())
+    return mask
 
 
 def indices_from_colours(mask: np.ndarray) -> np.ndarray:

@@ -13,20 +13,13 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from model.sample import draw_scene
-from visualize import colour_mask
+from model.voc import colour_mask
 
 ROOT = Path(__file__).resolve().parent.parent
 VOC2012 = ROOT.parent / "shared" / "voc2012"
 
 # The smallest experiment that goes through every part: 6 images, 2 steps an epoch.
-TINY = {
-    "pretrained": False,
-    "image_size": 32,
-    "stem_maxpool": False,
-    "batch_size": 3,
-    "num_epochs": 2,
-    "num_workers": 0,
-}
+TINY = {"pretrained": False, "image_size": 32, "batch_size": 3, "num_epochs": 2, "num_workers": 0, "precision": "fp32"}
 
 
 def run_script(script: str, *args, check: int | None = 0, **environment: str) -> subprocess.CompletedProcess:

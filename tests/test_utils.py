@@ -64,6 +64,7 @@ def test_every_default_is_allowed_and_every_key_refuses_nonsense(key):
         ('{"learning_rate": "0.1"}', ['"learning_rate" is "0.1"', "a number above 0"]),
         ('{"learning_rate": NaN}', ["NaN is not a number"]),
         ('{"learning_rate": 1e999}', ['"learning_rate" is Infinity']),
+        ('{"learning_rate": 1' + 400 * "0" + "}", ['"learning_rate" is 1000']),
         ('{"optimizer": "adam"}', ['"optimizer" is "adam"', '"sgd" or "adamw"']),
         ('{"kernel_size": 8}', ['"kernel_size" is 8', "odd"]),
         ('{"loss_weights": {"dise": 1}}', ['"loss_weights" is {"dise": 1}', "bce, dice, inverse_dice, cross_entropy"]),
@@ -118,6 +119,12 @@ def test_best_is_the_same_checkpoint_as_last_until_last_moves_on(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["best.pth.tar", "last.pth.tar"]
 
 
+def test_precision_auto_is_resolved_and_what_is_given_stays():
+    device = torch.device("cpu")
+    assert utils.resolve_precision(Params(), device).precision in ("bf16", "fp32")
+    assert utils.resolve_precision(Params(precision="fp16"), device).precision == "fp16"
+
+
 class Exploit:
     def __reduce__(self):
         return os.mkdir, (os.environ["EXPLOIT"],)
@@ -149,9 +156,11 @@ def test_an_absent_checkpoint_lists_those_there_are(tmp_path):
 
 
 def test_other_torch_files_are_not_taken_for_checkpoints(tmp_path):
-    for content in (torch.zeros(2), {"weights": torch.zeros(2)}, {"state_dict": torch.zeros(2)}):
+    tensor = torch.zeros(2)
+    contents = (tensor, {"weights": tensor}, {"state_dict": tensor}, {"state_dict": {"conv1.weight": None}})
+    for content in (*contents, {"state_dict": {}, "params": None}):
         torch.save(content, tmp_path / "x.pth.tar")
-        with pytest.raises(UserError, match='no "state_dict"'):
+        with pytest.raises(UserError, match="is not a checkpoint of this network"):
             utils.load_checkpoint(tmp_path / "x.pth.tar")
 
 
