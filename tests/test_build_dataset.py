@@ -462,6 +462,11 @@ def test_sample_shows_its_six_classes_and_no_others(sample, split):
 
 def test_sample_that_is_there_is_left_alone(tmp_path):
     (tmp_path / "sample").mkdir()
-    (tmp_path / "sample" / "mine").touch()
+    (tmp_path / "sample" / "val.txt").write_text("mine")
     run_script("build_dataset.py", "--sample", "--data_dir", tmp_path)
-    assert contents(tmp_path) == {"sample/mine": b""}
+    assert contents(tmp_path) == {"sample/val.txt": b"mine"}
+
+
+def test_a_folder_in_the_sample_s_place_is_not_taken_for_it(tmp_path):
+    (tmp_path / "sample").mkdir()
+    assert "sample is not the built-in sample" in refusal("--sample", "--data_dir", tmp_path)

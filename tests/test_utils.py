@@ -8,6 +8,7 @@ from dataclasses import asdict, fields
 import pytest
 import torch
 from conftest import ROOT, make_experiment, run_script
+from torchvision.models import resnet50
 
 import utils
 from model import UserError
@@ -187,11 +188,12 @@ def test_importing_every_module_builds_no_network_and_touches_no_file(tmp_path):
     assert (result.returncode, result.stderr, os.listdir(tmp_path)) == (0, "", [])
 
 
-def test_pretrained_weights_come_from_torch_home_and_are_never_replaced_by_chance(tmp_path):
+def test_pretrained_weights_come_from_torch_home_and_only_for_a_new_encoder(data, tmp_path):
     """Without file and network: one line that names the file and the way out. With the file: the encoder is it."""
     offline = {"TORCH_HOME": str(tmp_path), "https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
-    experiment = make_experiment(tmp_path / "run", dataset="sample", pretrained=True, num_epochs=1, batch_size=16)
-    args = ("--model_dir", experiment, "--data_dir", tmp_path)
+    options = {"pretrained": True, "learning_rate": 1e-12, "batch_size": 6, "num_epochs": 1}
+    experiment = make_experiment(tmp_path / "run", **options)
+    args = ("--model_dir", experiment, "--data_dir", data)
 
     failed = run_script("train.py", *args, check=2, **offline)
     weights_file = tmp_path / "hub" / "checkpoints" / "resnet50-0676ba61.pth"
@@ -200,20 +202,17 @@ def test_pretrained_weights_come_from_torch_home_and_are_never_replaced_by_chanc
     assert '"pretrained": false' in failed.stderr
     assert os.listdir(experiment) == ["params.json"]
 
-    from torchvision.models import resnet50
-
     torch.manual_seed(1)
     encoder = resnet50(weights=None)
     weights_file.parent.mkdir(parents=True, exist_ok=True)
     torch.save(encoder.state_dict(), weights_file)
-    make_experiment(experiment, dataset="sample", num_epochs=1, batch_size=16, pretrained=True, learning_rate=1e-12)
     run_script("train.py", *args, **offline)
     trained = utils.load_checkpoint(experiment / "last.pth.tar")["state_dict"]
     torch.testing.assert_close(trained["layer4.2.conv3.weight"], encoder.layer4[2].conv3.weight.detach())
 
-    weights_file.unlink()  # evaluation and resume need no encoder from elsewhere
-    make_experiment(experiment, dataset="sample", num_epochs=2, batch_size=16, pretrained=True, learning_rate=1e-12)
+    weights_file.unlink()  # from here on nothing may ask for it
     run_script("evaluate.py", *args, **offline)
+    make_experiment(experiment, **options | {"num_epochs": 2})
     run_script("train.py", *args, "--restore_file", "last", **offline)
 
 
