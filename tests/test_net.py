@@ -8,7 +8,7 @@ from conftest import ROOT
 from torch import nn
 
 from model import UserError
-from model.net import FCN_GCN, GCN
+from model.net import FCN_GCN, GCN, _upsample
 from utils import load_weights
 
 
@@ -115,6 +115,11 @@ def test_the_other_heads_see_the_same_square_as_the_gcn(head):
 
 def test_conv1x1_head_looks_at_one_position():
     assert network(head="conv1x1").gcn4.weight.shape == (4, 2048, 1, 1)
+
+
+def test_upsampling_carries_a_ramp_from_corner_to_corner():
+    small, large = (torch.linspace(0, 1, n).view(1, 1, 1, n).expand(1, 1, 3, n) for n in (4, 10))
+    torch.testing.assert_close(_upsample(small, like=large), large)
 
 
 def test_without_boundary_refinement_there_is_no_br_tensor():

@@ -350,6 +350,16 @@ def test_an_epoch_makes_one_step_per_group_of_batches(data):
         assert training.schedule.last_epoch == expected, accumulation
 
 
+def test_a_group_of_batches_steps_on_the_mean_of_their_losses(data):
+    options = {"batch_size": 2, "accumulation_steps": 4, "learning_rate": 0.1, "momentum": 0.0, "weight_decay": 0.0}
+    model = network()
+    criterion, loader = train.SegmentationLoss(Params().loss_weights), loader_of(data, batch_size=2)
+    for images, labels in loader:
+        (criterion(model(train.to_input(images, "cpu")), labels) / len(loader)).backward()
+    expected = model.gcn2.conv_l1.weight - 0.1 * model.gcn2.conv_l1.weight.grad
+    torch.testing.assert_close(train_tiny(data, **options).model.gcn2.conv_l1.weight, expected)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_clipping_bounds_the_step(precision):
     training = linear_training(clip_grad_norm=0.5, learning_rate=0.1, precision=precision)
@@ -410,6 +420,26 @@ def test_early_stopping_ends_a_run_that_no_longer_improves(data, tmp_path):
     stdout = run_train(experiment, data).stdout
     assert len(history(experiment)) == best_epoch(experiment) + 2 < 40
     assert "stopped early: no better mIoU in 2 epochs" in stdout
+    losses = [epoch["train"]["loss"] for epoch in history(experiment)]
+    assert len(set(losses)) == len(losses)  # with weights that stand still: every epoch has batches of its own
+
+
+def test_a_resumed_training_knows_all_that_the_interrupted_one_knew(finished):
+    experiment, _, _ = finished
+    file = experiment / "last.pth.tar"
+    state = utils.load_checkpoint(file) | {"best_epoch": 1, "best_mIoU": 0.75}
+    resumed = Training(network(), Params(**state["params"]), 2)
+    resumed.load_state_dict(state, file)
+
+    def equal(first, second) -> bool:
+        if isinstance(first, dict):
+            return first.keys() == second.keys() and all(equal(first[key], second[key]) for key in first)
+        return torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second
+
+    again = resumed.state_dict()
+    assert equal(again.pop("optim_dict")["state"], state.pop("optim_dict")["state"])
+    assert [key for key in state if not equal(again[key], state[key])] == []
+    assert again.keys() == state.keys()
 
 
 def test_resume_takes_its_options_from_params_json(finished):
