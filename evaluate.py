@@ -2,13 +2,13 @@
 
 import argparse
 import math
-from pathlib import Path
 
 from utils import (
     ARCHITECTURE,
     Params,
     autocast,
     checkpoint_path,
+    experiment_parser,
     load_checkpoint,
     load_weights,
     pick_device,
@@ -16,26 +16,17 @@ from utils import (
     refuse_changed,
     resolve_precision,
     run_main,
+    to_device,
     write_json,
 )
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--model_dir",
-        type=Path,
-        default=Path("experiments/base_model"),
-        help="folder of the experiment (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--data_dir", type=Path, default=Path("data"), help="folder of the data set (default: %(default)s)"
-    )
+    parser = experiment_parser(__doc__)
     parser.add_argument(
         "--restore_file", default="best", help="which checkpoint of model_dir: best, last (default: %(default)s)"
     )
     parser.add_argument("--split", default="val", help="which list of the data set (default: %(default)s)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
     return parser.parse_args()
 
 
@@ -102,7 +93,7 @@ def main(args: argparse.Namespace) -> None:
     model = FCN_GCN(**params.network_options(), pretrained=False)
     refuse_changed((*ARCHITECTURE, "normalize"), checkpoint, params, file)
     load_weights(model, predicting_weights(checkpoint), file)
-    model.to(device, memory_format=torch.channels_last if params.channels_last else torch.contiguous_format)
+    to_device(model, params, device)
 
     root = data_root(params.dataset, args.data_dir)
     names = class_names(root, params.num_classes)

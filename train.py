@@ -13,23 +13,13 @@ from utils import Params, RunFailed
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--model_dir",
-        type=Path,
-        default=Path("experiments/base_model"),
-        help="folder with params.json; all output goes there (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--data_dir", type=Path, default=Path("data"), help="folder of the data set (default: %(default)s)"
-    )
+    parser = utils.experiment_parser(__doc__)
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--restore_file", help="continue the run in model_dir from this checkpoint: last, best")
     start.add_argument(
         "--init_from", type=Path, metavar="FILE", help="start a new run from the weights of this checkpoint"
     )
     parser.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in model_dir")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
     args = parser.parse_args()
     if args.restore_file is not None and args.overwrite:
         parser.error("--restore_file continues a run, --overwrite deletes it: give one of them")
@@ -378,7 +368,7 @@ def main(args: argparse.Namespace) -> None:
     new_encoder = params.pretrained and not (checkpoint or args.init_from)
     model = FCN_GCN(**params.network_options(), pretrained=new_encoder)
     other_classes = start_from(model, args.init_from) if args.init_from else False
-    model.to(device, memory_format=torch.channels_last if params.channels_last else torch.contiguous_format)
+    utils.to_device(model, params, device)
     train_loader, val_loader = make_loaders(*data, params, device)
     training = Training(model, params, steps_per_epoch=-(-len(train_loader) // params.accumulation_steps))
     if checkpoint:

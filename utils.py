@@ -3,6 +3,7 @@
 Importing this module does not import torch, so that every --help answers at once.
 """
 
+import argparse
 import difflib
 import json
 import logging
@@ -38,6 +39,18 @@ def run_main(main: Callable[[], int | None]) -> int:
         status, message = 130, str(error) or "interrupted"
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     return status
+
+
+def experiment_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with the flags that every script on one experiment has."""
+    parser = argparse.ArgumentParser(description=description)
+    for flag, default, meaning in (
+        ("--model_dir", "experiments/base_model", "folder of the experiment: params.json and all output"),
+        ("--data_dir", "data", "folder of the data set"),
+    ):
+        parser.add_argument(flag, type=Path, default=Path(default), help=f"{meaning} (default: %(default)s)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
+    return parser
 
 
 # ---------------------------------------------------------------------------------------------------- params.json
@@ -306,6 +319,13 @@ def pick_device(name: str) -> Any:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no CUDA device here; use --device cpu or auto")
     return torch.device(name)
+
+
+def to_device(model: Any, params: Params, device: Any) -> None:
+    """Move a network to its device, in the memory format that params ask for."""
+    import torch
+
+    model.to(device, memory_format=torch.channels_last if params.channels_last else torch.contiguous_format)
 
 
 def resolve_precision(params: Params, device: Any) -> Params:
