@@ -316,9 +316,10 @@ def start_from(model: nn.Module, file: Path) -> bool:
 
 def refuse_unclear(args: argparse.Namespace, earlier: list[Path]) -> None:
     """Raise UserError unless the flags say what is to become of an earlier run in the folder."""
-    if earlier and args.restore_file is None and not args.overwrite:
-        way_on = "continue it with --restore_file last, or " if args.model_dir / "last.pth.tar" in earlier else ""
-        raise UserError(f"{args.model_dir} already holds a run ({earlier[0].name}); {way_on}delete it with --overwrite")
+    traces = [path.name for path in earlier if path.name != "train.log"]  # which a sweep opens before its trial starts
+    if traces and args.restore_file is None and not args.overwrite:
+        way_on = "continue it with --restore_file last, or " if "last.pth.tar" in traces else ""
+        raise UserError(f"{args.model_dir} already holds a run ({traces[0]}); {way_on}delete it with --overwrite")
     if args.overwrite and args.init_from and args.init_from.resolve() in [path.resolve() for path in earlier]:
         raise UserError(f"--overwrite would delete {args.init_from}; move it to another folder first")
 
@@ -354,8 +355,15 @@ def main(args: argparse.Namespace) -> None:
     params = Params.load(args.model_dir / "params.json")
     device = utils.pick_device(args.device)
     params = utils.resolve_precision(params, device)
+    refuse_unclear(args, utils.outputs(args.model_dir))
+    with utils.sole_run(args.model_dir):
+        run(params, device, args)
+
+
+def run(params: Params, device: torch.device, args: argparse.Namespace) -> None:
+    """Train in a folder that is this process's alone."""
     earlier = utils.outputs(args.model_dir)
-    refuse_unclear(args, earlier)
+    refuse_unclear(args, earlier)  # again: another run may have ended just before the folder became ours
     checkpoint, history = None, []
     if args.restore_file is not None:
         checkpoint_file = utils.checkpoint_path(args.model_dir, args.restore_file)

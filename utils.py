@@ -12,8 +12,9 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -149,25 +150,20 @@ class Params:
     @classmethod
     def load(cls, path: str | Path) -> "Params":
         """Read params.json. Raises UserError naming the file and, for each fault, key, value and what is allowed."""
-        path = Path(path)
-        try:
-            values = json.loads(
-                path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant
-            )
-        except FileNotFoundError:
-            raise UserError(f"no {path}; an experiment is a folder with a params.json, {{}} for the defaults") from None
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}") from None
-        except (ValueError, RecursionError) as error:  # JSON, UTF-8, a repeated key, NaN
-            raise UserError(f"{path} is not valid JSON: {error}") from None
+        values = read_json(path, if_absent="an experiment is a folder with a params.json, {} for the defaults")
         if not isinstance(values, dict):
             raise UserError(f'{path} must hold one JSON object, as {{"learning_rate": 0.01}}')
+        return cls.parse(values, path)
+
+    @classmethod
+    def parse(cls, values: dict[str, Any], source: str | Path) -> "Params":
+        """Params of the given keys and values. Raises UserError that begins with source and names every fault."""
         if faults := [fault for key, value in values.items() if (fault := cls.fault(key, value))]:
-            raise UserError(f"{path}: {'; '.join(faults)}")
+            raise UserError(f"{source}: {'; '.join(faults)}")
         params = cls(**values)
         if params.warmup_epochs >= params.num_epochs:
             raise UserError(
-                f'{path}: "warmup_epochs" is {params.warmup_epochs}; '
+                f'{source}: "warmup_epochs" is {params.warmup_epochs}; '
                 f'allowed: fewer than "num_epochs", {params.num_epochs}'
             )
         return params
@@ -193,6 +189,19 @@ class Params:
 
 
 ARCHITECTURE = ("num_classes", "kernel_size", "head", "boundary_refinement", "stem_maxpool", "gcn_padding")
+
+
+def read_json(path: str | Path, *, if_absent: str) -> Any:
+    """The value in a JSON file. Raises UserError naming the file; if_absent says what to do where there is none."""
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+    except FileNotFoundError:
+        raise UserError(f"no {path}; {if_absent}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # JSON, UTF-8, a repeated key, NaN
+        raise UserError(f"{path} is not valid JSON: {error}") from None
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -233,14 +242,83 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+# ---------------------------------------------------------------------------------------------------- locks
+
+
+def lock(path: Path) -> int | None:
+    """Lock a file, made if need be, without waiting. Returns None if it is locked already, else a descriptor.
+
+    The lock belongs to the descriptor: it lasts until unlock(), or until every process that has inherited the
+    descriptor has ended, however it ended. There are no stale locks.
+    """
+    import fcntl
+
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+        os.close(descriptor)  # of a file that its last owner has removed in the meantime
+
+
+def unlock(path: Path, descriptor: int) -> None:
+    """Give a lock back and remove its file."""
+    path.unlink(missing_ok=True)
+    os.close(descriptor)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether some process holds the lock; writes nothing."""
+    import fcntl
+
+    try:
+        with open(path, "rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
 # ---------------------------------------------------------------------------------------------------- experiment folder
 
-OUTPUTS = ("train.log", "history.jsonl", "last.pth.tar", "best.pth.tar", "run.json", "samples.png", "metrics_*.json")
+OUTPUTS = (
+    "train.log",
+    "history.jsonl",
+    "last.pth.tar",
+    "best.pth.tar",
+    "run.json",
+    "samples.png",
+    "metrics_*.json",
+    "trial.json",
+)
+RUN_LOCK = ".lock"  # held while train.py works in a folder
+LOCK_PATIENCE = 8.0  # seconds; loader processes of a killed run, which inherit its lock, end within five
 
 
 def outputs(model_dir: Path) -> list[Path]:
     """What earlier runs have left in an experiment folder."""
     return sorted(path for pattern in OUTPUTS for path in model_dir.glob(pattern))
+
+
+@contextmanager
+def sole_run(model_dir: Path) -> Iterator[None]:
+    """Hold the folder for one run. Raises UserError if another train.py is at work in it."""
+    path, deadline = model_dir / RUN_LOCK, time.monotonic() + LOCK_PATIENCE
+    while (descriptor := lock(path)) is None:
+        if time.monotonic() > deadline:
+            raise UserError(f"another train.py is at work in {model_dir}; wait for it, or stop it first")
+        time.sleep(0.1)
+    try:
+        yield
+    finally:
+        unlock(path, descriptor)
 
 
 def read_history(model_dir: Path) -> list[dict]:

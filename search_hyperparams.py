@@ -1,0 +1,366 @@
+"""Run a sweep: one train.py per trial. parent_dir holds params.json, the base, and search_space.json, what varies."""
+
+import argparse
+from pathlib import Path
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    for flag, default, meaning in (
+        ("--parent_dir", "experiments/learning_rate", "folder of the sweep"),
+        ("--data_dir", "data", "folder of the data set"),
+    ):
+        parser.add_argument(flag, type=Path, default=Path(default), help=f"{meaning} (default: %(default)s)")
+    parser.add_argument("--sampler", choices=("grid", "random", "tpe"), default="grid", help="(default: %(default)s)")
+    parser.add_argument("--n_trials", type=_count, metavar="N", help="trials in all, for random and tpe")
+    parser.add_argument("--jobs", type=_count, default=1, metavar="N", help="trials at once (default: %(default)s)")
+    parser.add_argument("--storage", metavar="URL", help="database through which several machines share the sweep")
+    parser.add_argument("--prune", action="store_true", help="end trials whose mIoU falls below the others' median")
+    args = parser.parse_args()
+    if (args.sampler == "grid") != (args.n_trials is None):
+        parser.error("--n_trials goes with --sampler random or tpe, which need it; a grid runs every combination")
+    return args
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
+
+
+# Before the imports that take a while, so that --help and a typing error answer at once.
+if __name__ == "__main__":
+    ARGS = parse_args()
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import TrialState
+from tqdm import tqdm
+
+from model import UserError
+from study import Claim, Study, Values, distributions, grid, open_storage, read_spaces, storage_errors
+from utils import ROOT, Params, lock, outputs, read_history, read_json, run_main, unlock, write_json
+
+POLL, LOOK = 0.2, 1.0  # seconds between two looks at the running trials, and at the study
+HEARTBEAT = 15.0  # seconds
+GRACE = 30.0  # seconds that a trial has to end by itself
+LOG_LINES = 5  # of a failed trial
+
+
+@dataclass
+class Job:
+    """A trial at work, and what it holds."""
+
+    claim: Claim
+    process: subprocess.Popen
+    folder: Path
+    locks: list[tuple[Path, int]]
+    bar: tqdm
+    line: int  # of the terminal, below the sweep's own
+    epochs: int = 0  # reported to the study
+    last_beat: float = field(default_factory=time.monotonic)
+    ended_as: str | None = None  # "pruned", "interrupted" or "taken over", where this program ended it
+
+
+class Sweep:
+    """Runs what a study has, some trials at once.
+
+    Args:
+        study: the trials.
+        parent_dir, data_dir: folder of the sweep, and of its data set.
+        max_jobs: trials at once.
+        gpus: the devices to use, as CUDA_VISIBLE_DEVICES calls them, one a trial; [] for the CPU.
+    """
+
+    def __init__(self, study: Study, parent_dir: Path, data_dir: Path, *, max_jobs: int, gpus: list[str]):
+        self.study, self.parent_dir, self.data_dir = study, parent_dir, data_dir
+        self.max_jobs, self.gpus = max_jobs, gpus
+        self.jobs: list[Job] = []
+        self.signals: list[int] = []
+
+    def run(self) -> None:
+        """Run until no trial is left, here or in another process, or until a signal; a second one kills."""
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        before = [signal.signal(number, lambda number, frame: self.signals.append(number)) for number in numbers]
+        self.bar = tqdm(desc=str(self.parent_dir), unit="trial", position=0, leave=False, disable=None)
+        next_look = 0.0
+        try:
+            while not self.signals:
+                if self.collect() or time.monotonic() > next_look:
+                    self.study.take_over()
+                    self.fill()
+                    self.show_progress()
+                    if not self.jobs and not self.study.left():
+                        return
+                    next_look = time.monotonic() + LOOK
+                time.sleep(POLL)
+        finally:
+            self.stop()
+            self.bar.close()
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
+
+    def fill(self) -> None:
+        """Start trials while there are places for them."""
+        while place := self.free_place():
+            gpu, locks = place
+            if (claim := self.study.claim()) is None:
+                release(locks)
+                return
+            try:
+                self.launch(claim, gpu, [*locks, claim.lock])
+            except UserError as error:
+                self.study.fail(claim.trial, [str(error)])
+                release([*locks, claim.lock])
+
+    def free_place(self) -> tuple[str | None, list[tuple[Path, int]]] | None:
+        """A GPU that no trial of this folder uses, with its lock, or room on the CPU; None if all are taken."""
+        if len(self.jobs) >= self.max_jobs:
+            return None
+        if not self.gpus:
+            return None, []
+        for gpu in self.gpus:
+            path = self.study.locks / re.sub(r"[^\w.-]", "-", f"gpu-{socket.gethostname()}-{gpu}")
+            if (descriptor := lock(path)) is not None:
+                return gpu, [(path, descriptor)]
+        return None
+
+    def launch(self, claim: Claim, gpu: str | None, locks: list[tuple[Path, int]]) -> None:
+        """Start train.py in a trial's folder, where it goes on from its last checkpoint if there is one."""
+        folder, params = self.parent_dir / claim.name, self.study.base | claim.values
+        if not prepared(folder, params):
+            folder.mkdir(exist_ok=True)
+            write_json(folder / "params.json", params)
+        resume = (folder / "last.pth.tar").exists()
+        for path in outputs(folder):
+            if not resume or path.name == "trial.json":
+                path.unlink()
+        command = [sys.executable, str(ROOT / "train.py"), "--model_dir", str(folder), "--data_dir", str(self.data_dir)]
+        with open(folder / "train.log", "ab") as log:  # train.py itself writes there what it says on stdout
+            process = subprocess.Popen(
+                [*command, "--restore_file", "last"] if resume else command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                env=os.environ | self.environment(gpu),
+                pass_fds=[descriptor for _, descriptor in locks],
+                start_new_session=True,  # its own group, to be ended with its loader processes
+            )
+        line = min(set(range(1, self.max_jobs + 1)) - {job.line for job in self.jobs})
+        total = Params.parse(params, folder).num_epochs
+        bar = tqdm(desc=f"  {claim.name}", total=total, unit="epoch", position=line, leave=False, disable=None)
+        self.jobs.append(Job(claim, process, folder, locks, bar, line))
+
+    def environment(self, gpu: str | None) -> dict[str, str]:
+        """What the environment of a trial adds: its GPU, or its share of the cores."""
+        if gpu is not None:
+            return {"CUDA_VISIBLE_DEVICES": gpu}
+        share = max(1, len(os.sched_getaffinity(0)) // self.max_jobs)
+        return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(share))}
+
+    def collect(self) -> bool:
+        """Follow every trial and write down how those that have ended did. Returns whether one has."""
+        ended = [job for job in self.jobs if job.process.poll() is not None]  # asked before its last epoch is read
+        for job in self.jobs:
+            if job.ended_as is None:
+                self.follow(job)
+        for job in ended:
+            self.record(job)
+            self.jobs.remove(job)
+            job.bar.close()
+            release(job.locks)
+        return bool(ended)
+
+    def follow(self, job: Job) -> None:
+        """Tell the study of new epochs; end the trial if it prunes it, or has given it to another process."""
+        try:
+            history = read_history(job.folder)
+        except UserError:  # damaged; train.py will say so
+            return
+        try:
+            for epoch in history[job.epochs :]:
+                job.claim.trial.report(score(epoch), epoch["epoch"])
+            if self.study.shared and time.monotonic() - job.last_beat > HEARTBEAT:
+                job.last_beat = time.monotonic()
+                job.claim.trial.set_user_attr("heartbeat", job.last_beat)
+        except UpdateFinishedTrialError:
+            return self.end(job, "taken over")
+        if len(history) > job.epochs:
+            job.epochs = len(history)
+            job.bar.set_postfix(mIoU=f"{score(history[-1]):.4f}", refresh=False)
+            job.bar.update(job.epochs - job.bar.n)
+            unfinished = job.process.poll() is None and job.epochs < job.bar.total
+            if unfinished and job.claim.trial.should_prune():
+                self.end(job, "pruned")
+
+    def end(self, job: Job, reason: str) -> None:
+        """Ask a trial to end."""
+        job.ended_as = reason
+        signal_group(job.process, signal.SIGTERM)
+
+    def record(self, job: Job) -> None:
+        """Write down how a trial ended: in the study, and in trial.json in the folder of one that did not finish."""
+        trial, name, code = job.claim.trial, job.claim.name, job.process.returncode
+        if job.ended_as == "taken over":
+            self.study.mine.discard(trial.number)
+            self.say(f"{name}: stopped, another process has taken it over")
+        elif code == 0:
+            best = max(read_history(job.folder), key=score)
+            self.study.finish(trial.number, TrialState.COMPLETE, score(best))
+            self.say(f"{name}: finished, best mIoU {score(best):.4f} at epoch {best['epoch']}")
+        elif job.ended_as == "pruned":
+            self.study.finish(trial.number, TrialState.PRUNED)
+            write_json(job.folder / "trial.json", {"state": "pruned", "epochs": job.epochs})
+            self.say(f"{name}: pruned after epoch {job.epochs}, its mIoU is below the median of the others")
+        elif job.ended_as == "interrupted":
+            self.study.fail(trial, ["interrupted"])
+        else:
+            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+            reason = [how, *last_lines(job.folder / "train.log")]
+            self.study.fail(trial, reason)
+            write_json(job.folder / "trial.json", {"state": "failed", "reason": reason})
+            self.say(failure(name, reason))
+
+    def stop(self) -> None:
+        """End the running trials and wait for them."""
+        for job in self.jobs:
+            self.end(job, job.ended_as or "interrupted")
+        deadline = time.monotonic() + GRACE
+        while any(job.process.poll() is None for job in self.jobs):
+            if len(self.signals) > 1 or time.monotonic() > deadline:
+                for job in self.jobs:
+                    signal_group(job.process, signal.SIGKILL)
+            time.sleep(POLL)
+        self.stopped = len(self.jobs)
+        self.collect()
+
+    def show_progress(self) -> None:
+        states = [trial.state for trial in self.study.standing().values()]
+        self.bar.total = self.study.expected()
+        self.bar.n = states.count(TrialState.COMPLETE) + states.count(TrialState.PRUNED)
+        self.bar.set_postfix(failed=states.count(TrialState.FAIL))
+
+    def say(self, line: str) -> None:
+        tqdm.write(line)
+        sys.stdout.flush()
+
+
+def score(epoch: dict) -> float:
+    """What a sweep maximises: the validation mIoU of an epoch, 0 where it is not defined."""
+    return epoch["val"]["mIoU"] or 0.0
+
+
+def prepared(folder: Path, params: Values) -> bool:
+    """Whether a trial's folder holds its params.json. Raises UserError if another experiment is in it."""
+    file = folder / "params.json"
+    if not file.exists():
+        return False
+    if read_json(file, if_absent="") != params:
+        raise UserError(f"{file} is not what base and search space say; move {folder} away")
+    return True
+
+
+def signal_group(process: subprocess.Popen, number: int) -> None:
+    """Send a signal to a process and all that it has started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
+def release(locks: list[tuple[Path, int]]) -> None:
+    for path, descriptor in locks:
+        unlock(path, descriptor)
+
+
+def last_lines(log: Path) -> list[str]:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [line for line in lines if line.strip()][-LOG_LINES:]
+
+
+def failure(name: str, reason: list[str]) -> str:
+    return "\n    ".join([f"{name}: failed, {reason[0]}", *reason[1:]])
+
+
+def visible_gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES may hold for one trial each; asks the driver, as importing torch would take seconds."""
+    if (listed := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name for part in listed.split(",") if (name := part.strip()) not in ("", "-1")]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    query = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
+    result = subprocess.run(query, capture_output=True, text=True, timeout=60)
+    return result.stdout.split() if result.returncode == 0 else []
+
+
+def report(study: Study, parent_dir: Path) -> int:
+    """Print how the sweep stands. Returns the exit status: 1 if a trial has failed."""
+    trials = study.standing()
+    failed = {name: trial for name, trial in trials.items() if trial.state == TrialState.FAIL}
+    pruned = sum(trial.state == TrialState.PRUNED for trial in trials.values())
+    finished = {name: trial.value for name, trial in trials.items() if trial.state == TrialState.COMPLETE}
+    for name, trial in failed.items():
+        print(failure(name, trial.user_attrs.get("error", ["its process was lost"])))
+    if study.exhausted:
+        print(f"the search space has no more than these {len(trials)} trials")
+    best = max(finished, key=finished.get, default=None)
+    counts = [f"{len(finished)} finished", f"{pruned} pruned" * bool(pruned), f"{len(failed)} failed" * bool(failed)]
+    print(f"{len(trials)} trials: {', '.join(filter(None, counts))}", end="")
+    print(f"; best mIoU {finished[best]:.4f} by {best}" if best else "")
+    if failed:
+        print("the same command runs the failed ones again")
+    print(f"table and plots: python synthesize_results.py --parent_dir {shlex.quote(str(parent_dir))}")
+    return 1 if failed else 0
+
+
+def main(args: argparse.Namespace) -> int:
+    base_file, space_file = args.parent_dir / "params.json", args.parent_dir / "search_space.json"
+    Params.load(base_file)
+    base = read_json(base_file, if_absent="")
+    spaces = read_spaces(space_file)
+    trials = space = None
+    if args.sampler == "grid":
+        trials = grid(spaces, base, space_file)
+    else:
+        space = distributions(spaces, base, space_file)
+    datasets = {(base | values).get("dataset", Params.dataset) for values in (trials or {"": {}}).values()}
+    if "voc" in datasets and not args.data_dir.is_dir():
+        raise UserError(f"no folder {args.data_dir}; say where the data set is with --data_dir")
+    gpus = visible_gpus()
+    if 0 < len(gpus) < args.jobs:
+        raise UserError(f"--jobs {args.jobs}: every trial has a GPU to itself, and there are {len(gpus)}; lower it")
+
+    with storage_errors():
+        study = Study(
+            open_storage(args.parent_dir, args.storage),
+            args.parent_dir,
+            base,
+            grid=trials,
+            space=space,
+            sampler=args.sampler,
+            n_trials=args.n_trials or 0,
+            shared=args.storage is not None,
+            prune=args.prune,
+        )
+        for name, values in study.wanted().items():
+            prepared(args.parent_dir / name, base | values)
+        study.enqueue_missing()
+        sweep = Sweep(study, args.parent_dir, args.data_dir, max_jobs=args.jobs, gpus=gpus)
+        sweep.run()
+        if not sweep.signals:
+            return report(study, args.parent_dir)
+    print(f"interrupted, {sweep.stopped} running trials stopped; the same command goes on", file=sys.stderr)
+    return 128 + sweep.signals[0]
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_main(lambda: main(ARGS)))

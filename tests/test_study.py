@@ -1,0 +1,427 @@
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import TrialState
+
+import study
+from model import UserError
+from study import Range, Study, distributions, grid, open_storage, read_spaces, trial_name
+from utils import ROOT, Params, is_locked, lock, unlock
+
+
+def space_file(folder: Path, content) -> Path:
+    path = folder / "search_space.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def open_study(folder: Path, trials=None, *, base=None, storage=None, **options) -> Study:
+    """A study of learning rates, in a journal or the database of a URL; every process of a sweep opens its own."""
+    grid_of = {trial_name(values): values for values in trials} if trials is not None else None
+    return Study(open_storage(folder, storage), folder, base or {}, grid=grid_of, shared=storage is not None, **options)
+
+
+RATES = [{"learning_rate": rate} for rate in (0.1, 0.01, 0.001)]
+
+# ---------------------------------------------------------------------------------------- search space
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("", "not valid JSON"),
+        ("[]", "must hold an object"),
+        ("{}", "must hold an object"),
+        ("[{}]", "must hold an object"),
+        ("3", "must hold an object"),
+        ({"learning_rat": [0.1]}, 'did you mean "learning_rate"?'),
+        ({"learning_rat": {"low": 0.1, "high": 1}}, 'did you mean "learning_rate"?'),
+        ({"learning_rate": 0.1}, "allowed: a list of values, or a range"),
+        ({"learning_rate": []}, "allowed: a list of values, or a range"),
+        ({"learning_rate": [0.1, 0.2, -1]}, '"learning_rate" is -1; allowed: a number above 0'),
+        ({"learning_rate": [0.1, 1e-1]}, "lists 0.1 twice"),
+        ({"optimizer": ["sgd", "adam"]}, '"optimizer" is "adam"'),
+        ({"optimizer": {"low": 1, "high": 2}}, '"optimizer" is 1'),
+        ({"augment": {"low": False, "high": True}}, '"augment" needs numbers'),
+        ({"learning_rate": {"low": 0.1}}, 'needs both "low" and "high"'),
+        ({"clip_grad_norm": {"low": None, "high": 1}}, "needs numbers"),
+        ({"learning_rate": {"low": 0.1, "hihg": 1}}, 'did you mean "high"?'),
+        ({"learning_rate": {"low": 1, "high": 0.1}}, '"low" must be less than "high"'),
+        ({"learning_rate": {"low": -1, "high": 0.1}}, '"learning_rate" is -1'),
+        ({"weight_decay": {"low": 0, "high": 0.1, "log": True}}, '"log" is true; allowed'),
+        ({"weight_decay": {"low": 0, "high": 0.1, "log": "yes"}}, '"log" is "yes"; allowed'),
+        ({"weight_decay": {"low": 0, "high": 0.1, "step": 0}}, '"step" is 0; allowed: a number up to 0.1'),
+        ({"batch_size": {"low": 2, "high": 8, "step": 1.5}}, "allowed: a whole number up to 6"),
+        ({"kernel_size": {"low": 3, "high": 15}}, '"kernel_size" is 4; allowed: an integer of at least 3 that is odd'),
+        ({"batch_size": [1, 0], "num_epochs": [0]}, '"num_epochs" is 0'),
+    ],
+)
+def test_a_faulty_search_space_is_refused(tmp_path, content, words):
+    path = space_file(tmp_path, content)
+    with pytest.raises(UserError) as error:
+        read_spaces(path)
+    assert words in str(error.value) and str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_without_a_search_space_the_error_shows_one(tmp_path):
+    with pytest.raises(UserError, match=r"no .*search_space\.json; a sweep has one, as \{\"learning_rate\""):
+        read_spaces(tmp_path / "search_space.json")
+
+
+def test_a_grid_has_every_combination_once(tmp_path):
+    path = space_file(tmp_path, {"batch_size": [4, 8], "learning_rate": [0.0001, 1e-3], "head": ["gcn"]})
+    trials = grid(read_spaces(path), {}, path)
+    assert list(trials) == [
+        f"learning_rate_{rate}__batch_size_{size}__head_gcn" for size in (4, 8) for rate in (0.0001, 0.001)
+    ]
+    combinations = [(values["learning_rate"], values["batch_size"]) for values in trials.values()]
+    assert combinations == [(rate, size) for size, rate in itertools.product((4, 8), (0.0001, 0.001))]
+
+
+def test_a_list_of_spaces_joins_their_grids(tmp_path):
+    path = space_file(tmp_path, [{"head": ["conv1x1"]}, {"kernel_size": [3, 5]}, {"kernel_size": [5, 7]}])
+    assert list(grid(read_spaces(path), {}, path)) == [
+        "head_conv1x1",
+        "kernel_size_3",
+        "kernel_size_5",
+        "kernel_size_7",
+    ]
+
+
+def test_a_grid_holds_every_combination_against_the_base(tmp_path):
+    path = space_file(tmp_path, {"warmup_epochs": [1, 3], "num_epochs": [9, 3]})
+    with pytest.raises(UserError, match='num_epochs_3__warmup_epochs_3: "warmup_epochs" is 3'):
+        grid(read_spaces(path), {}, path)
+    with pytest.raises(UserError, match='"warmup_epochs" is 3'):
+        distributions(read_spaces(path), {}, path)
+    range_path = space_file(tmp_path, {"warmup_epochs": {"low": 0, "high": 40}})
+    with pytest.raises(UserError, match='"warmup_epochs" is 40'):
+        distributions(read_spaces(range_path), {}, range_path)
+
+
+def test_a_grid_takes_no_range_and_a_sampler_no_list_of_spaces(tmp_path):
+    path = space_file(tmp_path, {"learning_rate": {"low": 0.1, "high": 1}})
+    with pytest.raises(UserError, match="learning_rate is a range; list its values, or use --sampler"):
+        grid(read_spaces(path), {}, path)
+    path = space_file(tmp_path, [{"learning_rate": [1]}, {"momentum": [0.9]}])
+    with pytest.raises(UserError, match="need a single object"):
+        distributions(read_spaces(path), {}, path)
+
+
+def test_trials_that_would_share_a_folder_are_refused(tmp_path):
+    path = space_file(tmp_path, {"train_split": ["a b", "a-b"]})
+    with pytest.raises(UserError, match="share the folder train_split_a-b"):
+        grid(read_spaces(path), {}, path)
+
+
+def test_names_are_legible_stable_and_fit_a_file_system():
+    assert trial_name({"batch_size": 8, "learning_rate": 1e-3}) == trial_name({"learning_rate": 0.001, "batch_size": 8})
+    assert trial_name({"learning_rate": 0.00031415926535897}) == "learning_rate_0.000314159"
+    assert trial_name({"learning_rate": 0.12345678}) == "learning_rate_0.12345678"
+    assert trial_name({"learning_rate": 1.0, "augment": True, "clip_grad_norm": None}) == (
+        "learning_rate_1__augment_true__clip_grad_norm_null"
+    )
+    assert trial_name({"loss_weights": {"bce": 0.5, "dice": 1}}) == "loss_weights_bce_0.5+dice_1"
+    assert trial_name({"train_split": "straße/.."}) == "train_split_stra-e-.."
+    long = [trial_name({"train_split": "a" * 300 + end}) for end in "xy"]
+    assert len(set(long)) == 2 and max(map(len, long)) < 200
+
+
+def test_ranges_and_lists_become_the_distributions_they_mean(tmp_path):
+    weights = {"cross_entropy": 1}
+    path = space_file(
+        tmp_path,
+        {
+            "learning_rate": {"low": 1e-5, "high": 0.1, "log": True},
+            "kernel_size": {"low": 3, "high": 15, "step": 2},
+            "optimizer": ["sgd", "adamw"],
+            "loss_weights": [weights, {"bce": 1}],
+        },
+    )
+    assert read_spaces(path)[0]["kernel_size"] == Range(3, 15, step=2)
+    assert distributions(read_spaces(path), {}, path) == {
+        "learning_rate": FloatDistribution(1e-5, 0.1, log=True),
+        "kernel_size": IntDistribution(3, 15, step=2),
+        "optimizer": CategoricalDistribution(["sgd", "adamw"]),
+        "loss_weights": CategoricalDistribution([json.dumps(weights), '{"bce": 1}']),
+    }
+
+
+@pytest.mark.parametrize("sweep", sorted(path.parent for path in (ROOT / "experiments").glob("*/search_space.json")))
+def test_the_ready_sweeps_are_sound(sweep):
+    base = json.loads((sweep / "params.json").read_text())
+    trials = grid(read_spaces(sweep / "search_space.json"), base, sweep)
+    names = {
+        "learning_rate": [f"learning_rate_{rate}" for rate in (0.0001, 0.001, 0.01)],
+        "kernel_size": ["head_conv1x1", *(f"kernel_size_{k}" for k in (3, 5, 7, 9, 11, 13, 15))],
+    }
+    assert list(trials) == names.get(sweep.name, list(trials))
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 99) | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["low", "high", "log", "step"]), inner),
+    max_leaves=6,
+)
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.sampled_from([*study.KINDS, "typo"]), json_values, min_size=1, max_size=3))
+def test_any_search_space_is_either_refused_or_usable(tmp_path_factory, space):
+    path = space_file(tmp_path_factory.mktemp("fuzz"), space)
+    try:
+        spaces = read_spaces(path)
+        distributions(spaces, {}, path)
+        trials = grid(spaces, {}, path)
+    except UserError:
+        return
+    assert all(Params.parse(values, name) for name, values in trials.items())
+
+
+# ---------------------------------------------------------------------------------------- claims
+
+
+def test_every_trial_of_a_grid_is_claimed_once(tmp_path):
+    first, second = (open_study(tmp_path, RATES) for _ in range(2))
+    first.enqueue_missing()
+    second.enqueue_missing()
+    claims = [process.claim() for process in (first, second, first, second)]
+    assert [claim.values for claim in claims[:3]] == RATES and claims[3] is None
+    assert all(is_locked(claim.lock[0]) for claim in claims[:3])
+    assert second.left() == 2, "those of the first"
+    for claim in claims[:3]:
+        first.finish(claim.trial.number, TrialState.COMPLETE, 0.5)
+    assert first.claim() is None and second.left() == 0
+
+
+def test_a_queue_that_two_processes_filled_at_once_runs_each_trial_once(tmp_path):
+    first, second = (open_study(tmp_path, RATES) for _ in range(2))
+    for values in RATES:
+        first._enqueue(values)
+        second._enqueue(values)
+    names = [claim.name for process in (first, second) * 4 if (claim := process.claim())]
+    assert sorted(names) == sorted(map(trial_name, RATES))
+    assert len(first.mine | second.mine) == 3 and first._elsewhere(TrialState.WAITING) == []
+
+
+def test_failed_trials_run_again_at_the_next_start_and_only_then(tmp_path):
+    process = open_study(tmp_path, RATES)
+    process.enqueue_missing()
+    claims = [process.claim() for _ in RATES]
+    process.finish(claims[0].trial.number, TrialState.COMPLETE, 0.5)
+    process.fail(claims[1].trial, ["broken"])
+    process.finish(claims[2].trial.number, TrialState.PRUNED)
+    for claim in claims:
+        unlock(*claim.lock)
+    assert process.claim() is None
+    assert process.standing()[claims[1].name].user_attrs["error"] == ["broken"]
+    again = open_study(tmp_path, RATES)
+    again.enqueue_missing()
+    assert again.claim().values == RATES[1] and again.claim() is None
+
+
+def test_a_grid_can_grow_and_shrink(tmp_path):
+    process = open_study(tmp_path, RATES[:2])
+    process.enqueue_missing()
+    unlock(*process.claim().lock)
+    other = open_study(tmp_path, RATES[2:])
+    other.enqueue_missing()
+    assert other.claim().values == RATES[2], "and not the one that is queued and no longer in the space"
+    assert other.left() == 0
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_samplers_draw_n_trials_within_the_space_and_never_the_same_twice(tmp_path, sampler):
+    space = {
+        "learning_rate": FloatDistribution(1e-4, 0.1, log=True),
+        "optimizer": CategoricalDistribution(["sgd", "adamw"]),
+    }
+    first = open_study(tmp_path, space=space, sampler=sampler, n_trials=12)
+    drawn = []
+    for _ in range(6):
+        drawn.append(first.claim())
+        first.finish(drawn[-1].trial.number, TrialState.COMPLETE, drawn[-1].values["learning_rate"])
+    second = open_study(tmp_path, space=space, sampler=sampler, n_trials=12)
+    drawn += [claim for process in (second, first) * 6 if (claim := process.claim())]
+    assert len({claim.name for claim in drawn}) == len(drawn) == 12
+    assert all(1e-4 <= claim.values["learning_rate"] <= 0.1 for claim in drawn)
+    assert {claim.values["optimizer"] for claim in drawn} == {"sgd", "adamw"}
+    assert drawn[0].trial.params == drawn[0].values
+
+
+def test_the_first_draws_are_the_same_every_time(tmp_path):
+    draws = []
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        process = open_study(
+            tmp_path / name, space={"learning_rate": FloatDistribution(1e-4, 0.1)}, n_trials=3, base={"seed": 5}
+        )
+        draws.append([process.claim().values for _ in range(3)])
+    assert draws[0] == draws[1]
+
+
+def test_a_small_space_ends_when_every_trial_is_known(tmp_path):
+    space = {"loss_weights": CategoricalDistribution(['{"bce": 1}', '{"dice": 1}'])}
+    process = open_study(tmp_path, space=space, n_trials=50)
+    claims = [process.claim() for _ in range(3)]
+    assert claims[2] is None and process.exhausted
+    assert {json.dumps(claim.values) for claim in claims[:2]} == {
+        '{"loss_weights": {"bce": 1}}',
+        '{"loss_weights": {"dice": 1}}',
+    }
+    assert process.expected() == 2
+
+
+def test_a_retried_draw_keeps_its_values(tmp_path):
+    space = {
+        "loss_weights": CategoricalDistribution(['{"bce": 1}', '{"dice": 1}']),
+        "momentum": FloatDistribution(0, 0.9),
+    }
+    process = open_study(tmp_path, space=space, n_trials=2)
+    claim = process.claim()
+    process.fail(claim.trial, ["broken"])
+    unlock(*claim.lock)
+    again = open_study(tmp_path, space=space, n_trials=2)
+    again.enqueue_missing()
+    retried = again.claim()
+    assert retried.values == claim.values and retried.trial.params == claim.trial.params
+    assert again.claim().values != claim.values and again.claim() is None
+
+
+def test_a_changed_base_is_refused_by_key(tmp_path):
+    open_study(tmp_path, RATES, base={"num_epochs": 3, "seed": 1})
+    with pytest.raises(UserError, match=r"has changed since .* \(num_epochs 3 -> 4, seed 1 -> null\): set it back"):
+        open_study(tmp_path, RATES, base={"num_epochs": 4})
+
+
+# ---------------------------------------------------------------------------------------- processes
+
+
+def claim_all(folder: Path, names, storage=None, options=None) -> None:
+    """Claim and finish trials until there are none, and put their names in a queue."""
+    process = open_study(folder, storage=storage, **(options or {"trials": GRID}))
+    process.enqueue_missing()
+    while (claim := process.claim()) or process.left():
+        if claim:
+            names.put(claim.name)
+            time.sleep(0.002)
+            process.finish(claim.trial.number, TrialState.COMPLETE, 0.5)
+            unlock(*claim.lock)
+
+
+GRID = [{"learning_rate": rate / 100} for rate in range(1, 21)]
+DRAWN = {"space": {"batch_size": IntDistribution(1, 40)}, "n_trials": 20}
+
+
+@pytest.mark.parametrize("options", [{"trials": GRID}, DRAWN], ids=["grid", "random"])
+def test_processes_that_share_a_study_never_take_the_same_trial(tmp_path, options):
+    context = multiprocessing.get_context("spawn")
+    names = context.Queue()
+    processes = [context.Process(target=claim_all, args=(tmp_path, names, None, options)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=100)
+        assert process.exitcode == 0
+    counts = Counter(names.get() for _ in range(20))
+    assert names.empty() and len(counts) == 20
+
+
+def hold_a_claim(folder: Path, names, storage: str | None) -> None:
+    process = open_study(folder, GRID[:1], storage=storage)
+    process.enqueue_missing()
+    names.put(process.claim().name)
+    time.sleep(100)
+
+
+@pytest.mark.parametrize("database", [False, True])
+def test_the_trial_of_a_killed_process_is_queued_again_and_that_of_a_living_one_is_not(tmp_path, monkeypatch, database):
+    storage = f"sqlite:///{tmp_path}/sweep.db" if database else None
+    monkeypatch.setattr(study, "DEAD_AFTER", 0.5)
+    context = multiprocessing.get_context("spawn")
+    names = context.Queue()
+    other = context.Process(target=hold_a_claim, args=(tmp_path, names, storage))
+    other.start()
+    name = names.get(timeout=60)
+    process = open_study(tmp_path, GRID[:1], storage=storage)
+    process.enqueue_missing()
+    for _ in range(3):
+        process.take_over()
+        time.sleep(0.3)
+    assert process.claim() is None and process.left() == 1
+    os.kill(other.pid, signal.SIGKILL)
+    other.join()
+    process.take_over()
+    assert process.claim().name == name and process.left() == 0
+
+
+def test_a_heartbeat_in_a_database_keeps_a_trial_whose_lock_is_on_another_machine(tmp_path, monkeypatch):
+    storage = f"sqlite:///{tmp_path}/sweep.db"
+    monkeypatch.setattr(study, "DEAD_AFTER", 1.0)
+    for machine in ("one", "two"):
+        (tmp_path / machine / "sweep").mkdir(parents=True)
+    one, two = (open_study(tmp_path / machine / "sweep", GRID[:1], storage=storage) for machine in ("one", "two"))
+    one.enqueue_missing()
+    claim = one.claim()
+    for beat in range(8):
+        two.take_over()
+        assert two.left() == 1 and two.claim() is None
+        claim.trial.set_user_attr("heartbeat", beat)
+        time.sleep(0.2)
+    two.take_over()
+    time.sleep(1.1)
+    two.take_over()
+    taken = two.claim()
+    assert taken.name == claim.name
+    one.finish(claim.trial.number, TrialState.COMPLETE, 0.1)  # too late
+    two.finish(taken.trial.number, TrialState.COMPLETE, 0.7)
+    assert one.standing()[claim.name].value == 0.7
+
+
+def test_a_journal_that_was_cut_short_goes_on(tmp_path):
+    process = open_study(tmp_path, RATES)
+    process.enqueue_missing()
+    claim = process.claim()
+    process.finish(claim.trial.number, TrialState.COMPLETE, 0.5)
+    unlock(*claim.lock)
+    journal = tmp_path / "study.journal"
+    whole = journal.read_bytes()
+    journal.write_bytes(whole[:-7])
+    again = open_study(tmp_path, RATES)
+    again.enqueue_missing()
+    again.take_over()
+    assert sorted(again.claim().name for _ in RATES) == sorted(map(trial_name, RATES)), "it had not finished after all"
+
+
+def test_a_damaged_journal_and_an_unusable_database_are_one_line(tmp_path):
+    (tmp_path / "study.journal").write_text('{"op_code": 0}\nnonsense\n{"op_code": 1}\n')
+    with pytest.raises(UserError, match=r"study\.journal is damaged .*move it away"):
+        open_storage(tmp_path, None)
+    for url in ("nonsense", "mydb://host/name"):
+        with pytest.raises(UserError, match=r"--storage: .*; give a URL as postgresql"):
+            open_storage(tmp_path, url)
+    with pytest.raises(study.RunFailed, match="the database of --storage cannot be used"):
+        open_storage(tmp_path, f"sqlite:///{tmp_path}/no/such/folder.db")
+
+
+def test_a_lock_is_held_once_and_leaves_no_file(tmp_path):
+    path = tmp_path / "lock"
+    assert not is_locked(path) and not path.exists()
+    held = lock(path)
+    assert is_locked(path) and lock(path) is None
+    unlock(path, held)
+    assert not path.exists() and not is_locked(path)
+    path.touch()
+    assert not is_locked(path)
+    unlock(path, lock(path))
