@@ -151,7 +151,7 @@ def test_a_folder_with_a_run_is_refused_until_told_which_is_meant(finished):
 
 def test_a_run_that_left_no_checkpoint_is_not_offered_to_be_continued(data, tmp_path):
     experiment = make_experiment(tmp_path / "run")
-    (experiment / "train.log").write_text("killed before the end of epoch 1\n")
+    (experiment / "run.json").write_text("{}")
     result = run_train(experiment, data, check=2)
     assert "--restore_file" not in result.stderr
     assert "--overwrite" in result.stderr
