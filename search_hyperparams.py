@@ -48,7 +48,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 from tqdm import tqdm
 
-from model import UserError
+from model import UserError, cores
 from study import Claim, Study, Values, distributions, grid, open_storage, read_spaces, storage_errors
 from utils import ROOT, Params, lock, outputs, read_history, read_json, run_main, unlock, write_json
 
@@ -88,11 +88,13 @@ class Sweep:
         self.max_jobs, self.gpus = max_jobs, gpus
         self.jobs: list[Job] = []
         self.signals: list[int] = []
+        self.stopped = 0  # trials, by a signal
 
     def run(self) -> None:
         """Run until no trial is left, here or in another process, or until a signal; a second one kills."""
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        before = [signal.signal(number, lambda number, frame: self.signals.append(number)) for number in numbers]
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup asks for
+                signal.signal(number, lambda number, frame: self.signals.append(number))
         self.bar = tqdm(desc=str(self.parent_dir), unit="trial", position=0, leave=False, disable=None)
         next_look = 0.0
         try:
@@ -108,8 +110,6 @@ class Sweep:
         finally:
             self.stop()
             self.bar.close()
-            for number, handler in zip(numbers, before, strict=True):
-                signal.signal(number, handler)
 
     def fill(self) -> None:
         """Start trials while there are places for them."""
@@ -166,7 +166,7 @@ class Sweep:
         """What the environment of a trial adds: its GPU, or its share of the cores."""
         if gpu is not None:
             return {"CUDA_VISIBLE_DEVICES": gpu}
-        share = max(1, len(os.sched_getaffinity(0)) // self.max_jobs)
+        share = max(1, cores() // self.max_jobs)
         return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(share))}
 
     def collect(self) -> bool:
@@ -184,10 +184,7 @@ class Sweep:
 
     def follow(self, job: Job) -> None:
         """Tell the study of new epochs; end the trial if it prunes it, or has given it to another process."""
-        try:
-            history = read_history(job.folder)
-        except UserError:  # damaged; train.py will say so
-            return
+        history = history_of(job)
         try:
             for epoch in history[job.epochs :]:
                 job.claim.trial.report(score(epoch), epoch["epoch"])
@@ -212,11 +209,12 @@ class Sweep:
     def record(self, job: Job) -> None:
         """Write down how a trial ended: in the study, and in trial.json in the folder of one that did not finish."""
         trial, name, code = job.claim.trial, job.claim.name, job.process.returncode
+        history = history_of(job) if code == 0 else []
         if job.ended_as == "taken over":
             self.study.mine.discard(trial.number)
             self.say(f"{name}: stopped, another process has taken it over")
-        elif code == 0:
-            best = max(read_history(job.folder), key=score)
+        elif history:
+            best = max(history, key=score)
             self.study.finish(trial.number, TrialState.COMPLETE, score(best))
             self.say(f"{name}: finished, best mIoU {score(best):.4f} at epoch {best['epoch']}")
         elif job.ended_as == "pruned":
@@ -224,7 +222,8 @@ class Sweep:
             write_json(job.folder / "trial.json", {"state": "pruned", "epochs": job.epochs})
             self.say(f"{name}: pruned after epoch {job.epochs}, its mIoU is below the median of the others")
         elif job.ended_as == "interrupted":
-            self.study.fail(trial, ["interrupted"])
+            self.study.put_back(trial.number, job.claim.values)
+            self.stopped += 1
         else:
             how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
             reason = [how, *last_lines(job.folder / "train.log")]
@@ -242,7 +241,6 @@ class Sweep:
                 for job in self.jobs:
                     signal_group(job.process, signal.SIGKILL)
             time.sleep(POLL)
-        self.stopped = len(self.jobs)
         self.collect()
 
     def show_progress(self) -> None:
@@ -259,6 +257,13 @@ class Sweep:
 def score(epoch: dict) -> float:
     """What a sweep maximises: the validation mIoU of an epoch, 0 where it is not defined."""
     return epoch["val"]["mIoU"] or 0.0
+
+
+def history_of(job: Job) -> list[dict]:
+    """The epochs of a trial so far; none if the file is damaged, which then is for train.py to say."""
+    with suppress(UserError):
+        return read_history(job.folder)
+    return []
 
 
 def prepared(folder: Path, params: Values) -> bool:
@@ -358,7 +363,7 @@ def main(args: argparse.Namespace) -> int:
         sweep.run()
         if not sweep.signals:
             return report(study, args.parent_dir)
-    print(f"interrupted, {sweep.stopped} running trials stopped; the same command goes on", file=sys.stderr)
+    print(f"interrupted; trials stopped: {sweep.stopped}; the same command goes on", file=sys.stderr)
     return 128 + sweep.signals[0]
 
 

@@ -377,8 +377,7 @@ class Study:
             if self._shows_life(trial) or (descriptor := lock(path)) is None:
                 continue
             if self._state(trial.number) == TrialState.RUNNING:
-                self.finish(trial.number, TrialState.FAIL)
-                self._enqueue(trial.user_attrs["values"])
+                self.put_back(trial.number, trial.user_attrs["values"])
             unlock(path, descriptor)
 
     def _shows_life(self, trial: FrozenTrial) -> bool:
@@ -396,6 +395,11 @@ class Study:
         """How many trials are neither finished nor here."""
         undrawn = 0 if self.grid is not None or self.exhausted else max(0, self.n_trials - len(self.attempts()))
         return undrawn + len(self._elsewhere(TrialState.RUNNING, TrialState.WAITING))
+
+    def put_back(self, number: int, values: Values) -> None:
+        """Queue a trial again that was cut short through no fault of its own."""
+        self.finish(number, TrialState.FAIL)
+        self._enqueue(values)
 
     def fail(self, trial: Trial, reason: list[str]) -> None:
         """Write down a failure; the next start of the sweep tries again."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from tqdm import tqdm
 
-from model import UserError
+from model import UserError, cores
 from model.sample import draw_sample
 from model.transforms import Augmentation, squash
 from model.voc import CLASS_NAMES, VOID
@@ -271,7 +271,7 @@ class SegmentationDataset(Dataset):
             except UserError as error:
                 return error
 
-        with ThreadPoolExecutor(_cores()) as pool:
+        with ThreadPoolExecutor(cores()) as pool:
             bar = tqdm(total=len(self), desc=f"reading {self.split.name}", unit="img", leave=False, disable=None)
             for start in range(0, len(self), 256):  # map() would read ahead without bound
                 for result in pool.map(attempt, range(start, min(start + 256, len(self)))):
@@ -361,7 +361,7 @@ def make_loader(
 
     With a seed in an order of its own every epoch (call loader.sampler.set_epoch), else in the order of the list.
     """
-    workers = min(num_workers, _cores(), -(-len(dataset) // batch_size))
+    workers = min(num_workers, cores(), -(-len(dataset) // batch_size))
     return DataLoader(
         dataset,
         batch_size=batch_size,
@@ -371,7 +371,3 @@ def make_loader(
         pin_memory=pin_memory,
         generator=torch.Generator(),  # its own, so that fetching data does not advance the network's random numbers
     )
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -139,7 +139,7 @@ def test_an_interrupt_ends_every_trial_and_the_same_command_goes_on(tmp_path, da
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130 and not train_processes(sweep)
-    assert stderr == "interrupted, 2 running trials stopped; the same command goes on\n", stdout
+    assert stderr == "interrupted; trials stopped: 2; the same command goes on\n", stdout
     assert not any(is_locked(path) for path in (sweep / ".locks").iterdir())
 
     assert "2 trials: 2 finished" in search(sweep, data_dir, "--jobs", 2).stdout
