@@ -248,6 +248,8 @@ class Sweep:
         self.bar.total = self.study.expected()
         self.bar.n = states.count(TrialState.COMPLETE) + states.count(TrialState.PRUNED)
         self.bar.set_postfix(failed=states.count(TrialState.FAIL))
+        for job in self.jobs:
+            job.bar.refresh()  # the time
 
     def say(self, line: str) -> None:
         tqdm.write(line)
