@@ -8,6 +8,7 @@ from utils import (
     Params,
     autocast,
     checkpoint_path,
+    end_at_once_on_interrupt,
     experiment_parser,
     load_checkpoint,
     load_weights,
@@ -33,6 +34,7 @@ def parse_args() -> argparse.Namespace:
 # Before the seconds that importing torch takes, so that --help and a typing error answer at once.
 if __name__ == "__main__":
     ARGS = parse_args()
+    end_at_once_on_interrupt()
 
 import torch
 from tabulate import tabulate

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from utils import end_at_once_on_interrupt
+
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -31,6 +33,7 @@ def _count(text: str) -> int:
 # Before the imports that take a while, so that --help and a typing error answer at once.
 if __name__ == "__main__":
     ARGS = parse_args()
+    end_at_once_on_interrupt()
 
 import os
 import re
@@ -176,6 +179,7 @@ class Sweep:
             if job.ended_as is None:
                 self.follow(job)
         for job in ended:
+            kill_group(job.process)  # loader processes that a killed one has left
             self.record(job)
             self.jobs.remove(job)
             job.bar.close()
@@ -204,7 +208,7 @@ class Sweep:
     def end(self, job: Job, reason: str) -> None:
         """Ask a trial to end."""
         job.ended_as = reason
-        signal_group(job.process, signal.SIGTERM)
+        job.process.terminate()
 
     def record(self, job: Job) -> None:
         """Write down how a trial ended: in the study, and in trial.json in the folder of one that did not finish."""
@@ -239,7 +243,7 @@ class Sweep:
         while any(job.process.poll() is None for job in self.jobs):
             if len(self.signals) > 1 or time.monotonic() > deadline:
                 for job in self.jobs:
-                    signal_group(job.process, signal.SIGKILL)
+                    kill_group(job.process)
             time.sleep(POLL)
         self.collect()
 
@@ -278,10 +282,10 @@ def prepared(folder: Path, params: Values) -> bool:
     return True
 
 
-def signal_group(process: subprocess.Popen, number: int) -> None:
-    """Send a signal to a process and all that it has started."""
+def kill_group(process: subprocess.Popen) -> None:
+    """Kill what is left of a process and all that it has started."""
     with suppress(ProcessLookupError):
-        os.killpg(process.pid, number)
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def release(locks: list[tuple[Path, int]]) -> None:

@@ -3,8 +3,11 @@
 import argparse
 import logging
 import re
+import shlex
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,6 +32,7 @@ def parse_args() -> argparse.Namespace:
 # Before the seconds that importing torch takes, so that --help and a typing error answer at once.
 if __name__ == "__main__":
     ARGS = parse_args()
+    utils.end_at_once_on_interrupt()
 
 import torch
 from PIL import Image
@@ -76,6 +80,16 @@ class Training:
         self.epoch = 0  # finished ones
         self.best_epoch = 0
         self.best_mIoU = -1.0
+
+    @property
+    def finished(self) -> str:
+        """Why there is nothing left to train; "" if there is."""
+        patience = self.params.early_stopping_patience
+        if self.epoch >= self.params.num_epochs:
+            return f"trained {self.epoch} of {self.params.num_epochs} epochs"
+        if patience is not None and self.epoch - self.best_epoch >= patience:
+            return f"stopped early after epoch {self.epoch}: no better mIoU in {patience} epochs"
+        return ""
 
     @property
     def predictor(self) -> nn.Module:
@@ -205,11 +219,21 @@ def stop_if_not_finite(losses: torch.Tensor, rates: list[float], training: Train
     if not (bad := losses.isfinite().logical_not().nonzero()).numel():
         return
     step = bad[0].item()
-    kept = f"last.pth.tar holds epoch {training.epoch}" if training.epoch else "no checkpoint was written yet"
     raise RunFailed(
         f"the loss became {losses[step].item()} at step {step + 1} of epoch {training.epoch + 1}, "
-        f'at learning rate {rates[step]:g}; {kept}. Lower "learning_rate", or set "clip_grad_norm"'
+        f"at learning rate {rates[step]:g}; {way_back(training)}"
     )
+
+
+def way_back(training: Training) -> str:
+    """What is left of a run that has diverged, and what to do about it."""
+    kept = f"last.pth.tar holds epoch {training.epoch}" if training.epoch else "no checkpoint was written yet"
+    return f'{kept}. Lower "learning_rate", or set "clip_grad_norm"'
+
+
+def has_finite_weights(model: nn.Module) -> bool:
+    """Whether every parameter and running statistic is finite."""
+    return all(torch.stack([tensor.isfinite().all() for tensor in model.state_dict().values()]).tolist())
 
 
 def train(
@@ -221,17 +245,16 @@ def train(
     """
     params = training.params
     history = [record for record in history if record["epoch"] <= training.epoch]
-    patience = params.early_stopping_patience or params.num_epochs
-    while training.epoch < params.num_epochs and training.epoch - training.best_epoch < patience:
+    while not training.finished:
         start = time.perf_counter()
         train_loader.sampler.set_epoch(training.epoch)
         train_metrics = train_epoch(training, train_loader)
         train_seconds = time.perf_counter() - start
         val_metrics = evaluate(training.predictor, val_loader, params, training.device)
-        if val_metrics["loss"] is None:
+        if val_metrics["loss"] is None or not has_finite_weights(training.model):
             raise RunFailed(
-                f"the validation loss of epoch {training.epoch + 1} is not finite; "
-                f"{model_dir} keeps epoch {training.epoch}"
+                f"epoch {training.epoch + 1} ended with weights or a validation loss that are not finite, "
+                f"at learning rate {train_metrics['learning_rate']:g}; {way_back(training)}"
             )
 
         training.epoch += 1
@@ -249,8 +272,9 @@ def train(
         history.append(record)
         save_epoch(training, history, val_metrics, val_loader.dataset, model_dir, is_best=is_best)
         logging.info(describe(record, params, is_best=is_best))
-    reason = "done" if training.epoch >= params.num_epochs else f"stopped early: no better mIoU in {patience} epochs"
-    logging.info(f"{reason}; best mIoU {training.best_mIoU:.4f} at epoch {training.best_epoch}, in {model_dir}")
+    logging.info(
+        f"{training.finished}; best mIoU {training.best_mIoU:.4f} at epoch {training.best_epoch}, in {model_dir}"
+    )
 
 
 def save_epoch(
@@ -299,19 +323,20 @@ def describe(record: dict, params: Params, *, is_best: bool) -> str:
     )
 
 
-def start_from(model: nn.Module, file: Path) -> bool:
-    """Load weights only. Score layers stay as initialised if their class count differs; returns whether it does."""
+def start_from(model: nn.Module, file: Path) -> str:
+    """Load weights only. Score layers stay as initialised if their class count differs; returns which those are."""
     given, fresh = utils.predicting_weights(utils.load_checkpoint(file)), model.state_dict()
 
     def classes(state_dict: dict) -> list[int]:  # the last bias of a head has one value a class
         return [len(tensor) for name, tensor in state_dict.items() if re.fullmatch(r"gcn1\.(.+\.)?bias", name)][-1:]
 
-    other_classes = classes(given) != classes(fresh)
-    if other_classes:
+    layers = ""
+    if classes(given) != classes(fresh):
         given = {name: tensor for name, tensor in given.items() if not name.startswith(SCORE_LAYERS)}
         given |= {name: tensor for name, tensor in fresh.items() if name.startswith(SCORE_LAYERS)}
+        layers = ", ".join(name for name, _ in model.named_children() if name.startswith(SCORE_LAYERS))
     utils.load_weights(model, given, file)
-    return other_classes
+    return layers
 
 
 def refuse_unclear(args: argparse.Namespace, earlier: list[Path]) -> None:
@@ -375,34 +400,53 @@ def run(params: Params, device: torch.device, args: argparse.Namespace) -> None:
     utils.seed_everything(params.seed, deterministic=params.deterministic)
     new_encoder = params.pretrained and not (checkpoint or args.init_from)
     model = FCN_GCN(**params.network_options(), pretrained=new_encoder)
-    other_classes = start_from(model, args.init_from) if args.init_from else False
+    fresh_layers = start_from(model, args.init_from) if args.init_from else ""
     utils.to_device(model, params, device)
     train_loader, val_loader = make_loaders(*data, params, device)
     training = Training(model, params, steps_per_epoch=-(-len(train_loader) // params.accumulation_steps))
     if checkpoint:
         training.load_state_dict(checkpoint, checkpoint_file)
-        if training.epoch >= params.num_epochs:
-            print(f"{args.model_dir} is complete: {training.epoch} epochs; raise num_epochs to train on")
+        if training.finished:
+            print(f"nothing to do in {args.model_dir}: {training.finished}; raise num_epochs to train on")
             return
 
     for path in (earlier if args.overwrite else []) + list(args.model_dir.glob(".*.tmp")):  # .tmp: a save cut short
         path.unlink()
     utils.set_logger(args.model_dir / "train.log")
-    utils.write_json(args.model_dir / "run.json", utils.provenance(device, params))
+    utils.write_provenance(args.model_dir, device, params, resumed=checkpoint is not None)
     sizes = f"{len(train_loader.dataset)} images of {params.train_split}, {len(val_loader.dataset)} of val"
     logging.info(f"{args.model_dir}: {sizes}, on {device} in {params.precision}")
     if params.num_channels is not None:
         logging.info('"num_channels" is accepted for old params.json files; this network has no use for it')
-    if other_classes:
-        logging.info(f"{args.init_from} has another number of classes: the layers gcn* and br* start afresh")
+    if fresh_layers:
+        logging.info(f"{args.init_from} has another number of classes; these layers start afresh: {fresh_layers}")
     if checkpoint:
         changed = [key for key, value in asdict(params).items() if checkpoint["params"].get(key) != value]
         logging.info(f"continuing after epoch {training.epoch}; changed since: {', '.join(changed) or 'nothing'}")
-    try:
+    with explained_end(training, args):
         train(training, train_loader, val_loader, args.model_dir, history)
-    except KeyboardInterrupt:
-        way_on = "; continue with --restore_file last" if (args.model_dir / "last.pth.tar").exists() else ""
-        raise KeyboardInterrupt(f"interrupted in epoch {training.epoch + 1}{way_on}") from None
+
+
+@contextmanager
+def explained_end(training: Training, args: argparse.Namespace) -> Iterator[None]:
+    """Say how to go on when a signal or a full disk cuts a run short; leave nothing of one that never fitted memory."""
+    has_checkpoint = (args.model_dir / "last.pth.tar").exists
+    try:
+        yield
+    except (KeyboardInterrupt, OSError) as error:
+        what = str(error)
+        if isinstance(error, KeyboardInterrupt):
+            what = "terminated" if isinstance(error, utils.Terminated) else "interrupted"
+            what += f" in epoch {min(training.epoch + 1, training.params.num_epochs)}"
+        start = ["--restore_file", "last"] if has_checkpoint() else ["--overwrite"]
+        where = ["--model_dir", str(args.model_dir), "--data_dir", str(args.data_dir)]
+        command = shlex.join(["python", "train.py", *where, *start])
+        raise type(error)(f"{what}; go on with: {command}") from None
+    except RuntimeError as error:
+        if utils.is_out_of_memory(error) and not has_checkpoint():
+            for path in utils.outputs(args.model_dir):
+                path.unlink()
+        raise
 
 
 if __name__ == "__main__":

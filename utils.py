@@ -10,6 +10,7 @@ import logging
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from model import GCN_PADDINGS, HEADS, LOSS_TERMS, UserError
@@ -28,8 +30,24 @@ class RunFailed(RuntimeError):
     """A run that cannot go on through no fault of the input. Scripts print it as one line and exit with status 1."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as batch systems send it at the end of the time."""
+
+
+def end_at_once_on_interrupt() -> None:
+    """Let Ctrl-C end the process without a traceback until run_main(): imports have nothing to clean up."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored, as in a background job
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run_main(main: Callable[[], int | None]) -> int:
-    """Call main and turn the errors a user can do something about into one line on stderr and an exit status."""
+    """Call main and turn the errors a user can do something about into one line on stderr and an exit status.
+
+    2 for a mistake in the input, 1 for any other failure, 130 for SIGINT, 143 for SIGTERM.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         return main() or 0
     except UserError as error:
@@ -37,9 +55,34 @@ def run_main(main: Callable[[], int | None]) -> int:
     except (RunFailed, OSError) as error:
         status, message = 1, str(error)
     except KeyboardInterrupt as error:
-        status, message = 130, str(error) or "interrupted"
+        status, message = 143 if isinstance(error, Terminated) else 130, str(error) or "interrupted"
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            status, message = 2, OUT_OF_MEMORY
+        elif "DataLoader worker" in str(error):
+            status, message = 1, f'a loader process died ({_first_line(error)}); lower "num_workers" if memory is short'
+        else:
+            raise
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # it is ending already
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     return status
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated
+
+
+OUT_OF_MEMORY = (
+    'out of memory; lower "batch_size" (raising "accumulation_steps" makes up for it) or "image_size", '
+    'or set "precision" to "bf16"'
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether PyTorch, on any device, or NumPy has found no memory."""
+    words = ("out of memory", "not enough memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in words))
 
 
 def experiment_parser(description: str) -> argparse.ArgumentParser:
@@ -227,6 +270,15 @@ def replacing(path: str | Path) -> Iterator[Path]:
         with open(temporary, "rb+") as stream:
             os.fsync(stream.fileno())
         os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # or a power cut could undo the renaming
+        finally:
+            os.close(folder)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -337,6 +389,20 @@ def write_history(model_dir: Path, history: list[dict]) -> None:
     write_text(model_dir / "history.jsonl", "".join(json.dumps(epoch, allow_nan=False) + "\n" for epoch in history))
 
 
+class _LogFile(logging.FileHandler):
+    """A log on a full disk ends the run like any other file, instead of a traceback for every line."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except OSError as error:
+            error.filename = self.baseFilename
+            raise
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        raise  # what emit() has caught
+
+
 def set_logger(log_file: Path) -> None:
     """Log to the terminal, and with times to log_file."""
     logger = logging.getLogger()
@@ -344,7 +410,7 @@ def set_logger(log_file: Path) -> None:
     for handler in logger.handlers[:]:
         logger.removeHandler(handler)
         handler.close()
-    to_file = logging.FileHandler(log_file, encoding="utf-8")
+    to_file = _LogFile(log_file, encoding="utf-8")
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(to_file)
     logger.addHandler(logging.StreamHandler(sys.stdout))
@@ -374,6 +440,16 @@ def provenance(device: Any, params: Params) -> dict[str, Any]:
         "seed": params.seed,
         "params": asdict(params),
     }
+
+
+def write_provenance(model_dir: Path, device: Any, params: Params, *, resumed: bool) -> None:
+    """Write run.json; what a resume was run with is added under "resumed"."""
+    path, record = model_dir / "run.json", provenance(device, params)
+    if resumed and path.exists():
+        with suppress(UserError):  # damaged, and then written anew
+            first = read_json(path, if_absent="")
+            record = first | {"resumed": [*first.get("resumed", []), record]}
+    write_json(path, record)
 
 
 def git_commit() -> str | None:
@@ -441,7 +517,12 @@ def save_checkpoint(state: dict[str, Any], model_dir: Path, *, is_best: bool) ->
     import torch
 
     with replacing(model_dir / "last.pth.tar") as temporary:
-        torch.save(state, temporary)
+        try:
+            torch.save(state, temporary)
+        except RuntimeError as error:  # what PyTorch makes of a full disk
+            raise OSError(
+                f"cannot write {model_dir / 'last.pth.tar'} ({_first_line(error)}); is the disk full?"
+            ) from None
         if is_best:
             with replacing(model_dir / "best.pth.tar") as second_name:
                 try:
@@ -466,19 +547,20 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     import torch
 
     path = Path(path)
+    found = sorted(p.name for p in path.parent.glob("*.pth.tar") if p != path)
+    others = f"; use {' or '.join(found)}, as with --restore_file {found[0].removesuffix('.pth.tar')}" if found else ""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        found = ", ".join(sorted(p.name for p in path.parent.glob("*.pth.tar"))) or "none"
-        raise UserError(f"no checkpoint {path}; in this folder: {found}") from None
+        raise UserError(f"no checkpoint {path}; in this folder: {', '.join(found) or 'none'}") from None
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path} is refused: damaged, or holds more than tensors and plain values ({_first_line(error)})"
+            f"{path} is refused: damaged, or holds more than tensors and plain values ({_first_line(error)}){others}"
         ) from None
-    except (
-        Exception
-    ) as error:  # whatever torch.load makes of other bytes: RuntimeError, EOFError, OSError, KeyError, ...
-        raise UserError(f"{path} is damaged or unreadable ({_first_line(error)}); use another one") from None
+    except Exception as error:  # whatever torch.load makes of other bytes: RuntimeError, EOFError, KeyError, ...
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"{path} is damaged or unreadable ({_first_line(error)}){others}") from None
     state_dict = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state_dict, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state_dict.values()):
         raise UserError(f'{path} is not a checkpoint of this network: it has no "state_dict" of tensors')

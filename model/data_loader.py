@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import os
+import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -180,8 +181,15 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
+STRETCHED = {"1": 255, "L;2": 85, "L;4": 17}  # what Pillow multiplies grey values of fewer than 8 bits by
+
+
 def _read_mask(path: Path, size: tuple[int, int], num_classes: int) -> Image.Image:
     mask = _decode(path)
+    with Image.open(path) as header:
+        stored_as = header.tile[0].args if header.tile else None
+    if isinstance(stored_as, str) and stored_as in STRETCHED:
+        mask = mask.convert("L").point(lambda value: value // STRETCHED[stored_as])
     if mask.mode not in ("P", "L"):
         raise UserError(
             f"{path}: the mask is {mask.mode}, not a palette or grey PNG of class indices; "
@@ -367,7 +375,14 @@ def make_loader(
         batch_size=batch_size,
         sampler=SequentialSampler(dataset) if seed is None else EpochSampler(len(dataset), seed=seed),
         num_workers=workers,
+        worker_init_fn=_leave_signals_to_the_main_process,
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # its own, so that fetching data does not advance the network's random numbers
     )
+
+
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    # Ctrl-C and batch systems signal all processes; a worker that dies first would look like a crash.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -6,6 +6,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,8 +17,8 @@ from conftest import ROOT, make_data
 from PIL import Image
 from torch import Tensor
 
-from model import UserError
-from model.data_loader import EpochSampler, Layout, SegmentationDataset, Split, class_names, make_loader
+from model import UserError, data_loader
+from model.data_loader import EpochSampler, Layout, SegmentationDataset, Split, class_names, make_loader, read_example
 from model.voc import CLASS_NAMES, VOID, indices_from_colours, palette
 from visualize import colour_mask
 
@@ -252,6 +253,31 @@ def test_photos_of_other_modes_are_read(data, mode, suffix):
         weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
         before = (before * weights).sum(0).expand(3, -1, -1)
     assert (after.float() - before.float()).abs().mean() < 3
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_grey_masks_of_any_bit_depth_hold_indices(data, bits):
+    labels = np.arange(16 * 24).reshape(16, 24) % 2**bits % 21
+    rows = np.unpackbits(labels.astype(np.uint8)[..., None], axis=-1)[..., 8 - bits :].reshape(16, -1)
+    scanlines = b"".join(b"\0" + np.packbits(row).tobytes() for row in rows)
+    header = struct.pack(">IIBBBBB", 24, 16, bits, 0, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n"
+    for name, content in ((b"IHDR", header), (b"IDAT", zlib.compress(scanlines)), (b"IEND", b"")):
+        png += struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    (data / "SegmentationClass" / "train0.png").write_bytes(png)
+    Image.new("RGB", (24, 16)).save(data / "JPEGImages" / "train0.jpg")
+    mask = data_loader._read_mask(data / "SegmentationClass" / "train0.png", (24, 16), 21)
+    assert np.array_equal(np.array(mask), labels)
+
+
+def test_photos_and_masks_may_be_links(data, tmp_path):
+    split = Split.find(data, "train")
+    before = read_example(split.images[0], split.masks[0], image_size=32, num_classes=21)
+    for path in (split.images[0], split.masks[0]):
+        path.rename(tmp_path / path.name)
+        path.symlink_to(tmp_path / path.name)
+    split = Split.find(data, "train", masks_required=True)
+    assert np.array_equal(before, read_example(split.images[0], split.masks[0], image_size=32, num_classes=21))
 
 
 def test_photos_of_16_bit_keep_their_high_byte(data):

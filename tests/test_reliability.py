@@ -1,0 +1,364 @@
+"""Runs that are killed, stopped, starved of disk or memory, and input of any bytes."""
+
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, make_data, make_experiment, run_script
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import utils
+from model import UserError
+from model.data_loader import Split, read_example
+from model.sample import draw_scene
+from model.voc import colour_mask
+from train import has_finite_weights
+from utils import Params
+
+# Everything random or stateful switched on.
+EVERYTHING = {
+    "deterministic": True,
+    "augment": True,
+    "dropout_rate": 0.2,
+    "ema_decay": 0.5,
+    "schedule": "cosine",
+    "num_epochs": 4,
+    "num_workers": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> tuple[Path, Path]:
+    """A run of four epochs that nothing has disturbed, and its data."""
+    folder = tmp_path_factory.mktemp("straight")
+    data = make_data(folder / "data")
+    experiment = make_experiment(folder / "run", **EVERYTHING)
+    run_script("train.py", "--model_dir", experiment, "--data_dir", data)
+    return experiment, data
+
+
+def start(experiment: Path, data: Path, *more: str, limits: str = "") -> subprocess.Popen:
+    """Start, or go on with, a run as its own process group, under limits of the shell's ulimit."""
+    way = ["--restore_file", "last"] if (experiment / "last.pth.tar").exists() else ["--overwrite"]
+    command = [sys.executable, "train.py", "--model_dir", str(experiment), "--data_dir", str(data), *(more or way)]
+    if limits:
+        command = ["bash", "-c", f'ulimit {limits}; exec "$@"', "bash", *command]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def wait_for(process: subprocess.Popen, condition) -> bool:
+    """Wait until condition() holds; False if the process ended first."""
+    while not condition():
+        if process.poll() is not None:
+            return False
+        time.sleep(0.002)
+    return True
+
+
+def logged(experiment: Path, words: str) -> int:
+    log = experiment / "train.log"
+    return log.read_text().count(words) if log.exists() else 0
+
+
+def kill_at(experiment: Path, data: Path, moment: str | float) -> int:
+    """Start or go on, and kill the process group that many seconds after it began to train, or while it "saves".
+
+    Returns how many processes were killed: 0 if the run was over before.
+    """
+    process = start(experiment, data)
+    begun = logged(experiment, "images of train")
+    if moment == "saves":
+        hit = wait_for(process, lambda: list(experiment.glob(".last.pth.tar.*.tmp")))
+        time.sleep(random.uniform(0, 0.1))
+    else:
+        hit = wait_for(process, lambda: logged(experiment, "images of train") > begun)
+        time.sleep(moment)
+    hit = hit and process.poll() is None
+    if hit:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    if (experiment / "last.pth.tar").exists():
+        assert all(tensor.isfinite().all() for tensor in weights(experiment).values())
+    return int(hit)
+
+
+def finish(experiment: Path, data: Path) -> None:
+    process = start(experiment, data)
+    _, stderr = process.communicate()
+    assert process.returncode == 0 and stderr == ""
+
+
+def weights(experiment: Path, name: str = "last") -> dict[str, torch.Tensor]:
+    return utils.load_checkpoint(experiment / f"{name}.pth.tar")["state_dict"]
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    """Bit by bit the same, but for times."""
+    times = ("seconds", "images_per_second")
+    histories = [
+        [{key: value for key, value in epoch.items() if key not in times} for epoch in utils.read_history(folder)]
+        for folder in (first, second)
+    ]
+    assert histories[0] == histories[1]
+    for name in ("last", "best"):
+        ours, theirs = (utils.load_checkpoint(folder / f"{name}.pth.tar") for folder in (first, second))
+        for part in ("state_dict", "ema_state_dict"):
+            assert all(torch.equal(ours[part][key], theirs[part][key]) for key in theirs[part])
+        states = [checkpoint["optim_dict"]["state"] for checkpoint in (ours, theirs)]
+        assert all(torch.equal(states[0][i]["momentum_buffer"], states[1][i]["momentum_buffer"]) for i in states[1])
+        metrics = [(folder / f"metrics_val_{name}_weights.json").read_bytes() for folder in (first, second)]
+        assert metrics[0] == metrics[1]
+
+
+# ---------------------------------------------------------------------------------------- kills
+
+
+def test_a_run_killed_at_random_moments_ends_as_if_nothing_had_happened(straight, tmp_path):
+    experiment, data = straight
+    cut = make_experiment(tmp_path / "cut", **EVERYTHING)
+    kill_at(cut, data, random.uniform(0, 0.8))
+    assert kill_at(cut, data, "saves")
+    kill_at(cut, data, random.uniform(0, 2))
+    finish(cut, data)
+    assert_same_run(cut, experiment)
+    assert not list(cut.glob(".*"))
+
+
+@pytest.mark.slow
+def test_thirty_kills(straight, tmp_path):
+    experiment, data = straight
+    kills, rounds = 0, 0
+    while kills < 30:
+        cut = make_experiment(tmp_path / f"cut{rounds}", **EVERYTHING)
+        for _ in range(5):
+            kills += kill_at(cut, data, random.choice(["saves", random.uniform(0, 3)]))
+        finish(cut, data)
+        assert_same_run(cut, experiment)
+        rounds += 1
+    print(f"{kills} kills in {rounds} runs")
+
+
+@pytest.mark.parametrize(
+    "number, status, word", [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
+)
+def test_a_signal_ends_the_run_and_names_the_command_that_continues_it(straight, tmp_path, number, status, word):
+    experiment, data = straight
+    cut = make_experiment(tmp_path / "a run", **EVERYTHING)
+    process = start(cut, data)
+    assert wait_for(process, (cut / "last.pth.tar").exists)
+    os.killpg(process.pid, number)  # as terminals and batch systems do: its loaders too
+    _, stderr = process.communicate(timeout=60)
+    command = f"python train.py --model_dir '{cut}' --data_dir {data} --restore_file last"
+    assert process.returncode == status
+    assert stderr.startswith(f"train.py: error: {word} in epoch ") and stderr.endswith(f"; go on with: {command}\n")
+    assert stderr.count("\n") == 1 and not list(cut.glob(".*"))
+    if number == signal.SIGTERM:
+        finish(cut, data)
+        assert_same_run(cut, experiment)
+
+
+def test_a_second_run_is_refused_and_a_signal_before_the_first_checkpoint_says_how_to_start_again(tmp_path, data):
+    many = make_data(tmp_path / "many", train=1)
+    (many / "train.txt").write_text("".join(f"{number}\n" for number in range(3000)))
+    for number in range(3000):
+        (many / "JPEGImages" / f"{number}.jpg").symlink_to(many / "JPEGImages" / "train0.jpg")
+        (many / "SegmentationClass" / f"{number}.png").symlink_to(many / "SegmentationClass" / "train0.png")
+    cut = make_experiment(tmp_path / "run", batch_size=2, num_epochs=1)
+    process = start(cut, many)
+    assert wait_for(process, lambda: logged(cut, "images of train"))
+    second = run_script("train.py", "--model_dir", cut, "--data_dir", data, "--overwrite", check=2)
+    assert second.stderr == f"train.py: error: another train.py is at work in {cut}; wait for it, or stop it first\n"
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "terminated in epoch 1; go on with: " in stderr and stderr.endswith(" --overwrite\n")
+
+
+# ---------------------------------------------------------------------------------------- disk and memory
+
+
+@pytest.mark.parametrize("kilobytes", [1, 60_000])
+def test_a_full_disk_leaves_the_last_checkpoint_and_ends_in_one_line(straight, tmp_path, kilobytes):
+    """Files end at a limit: the log, and the checkpoint."""
+    experiment, data = straight
+    cut = tmp_path / "run"
+    shutil.copytree(experiment, cut)
+    (cut / "params.json").write_text(json.dumps(TINY | EVERYTHING | {"num_epochs": 5, "schedule": "constant"}))
+    before = {name: (cut / name).read_bytes() for name in ("last.pth.tar", "best.pth.tar")}
+    process = start(cut, data, limits=f"-f {kilobytes}")
+    _, stderr = process.communicate()
+    assert process.returncode == 1 and stderr.count("\n") == 1 and stderr.startswith("train.py: error: ")
+    assert "File too large" in stderr or "cannot write" in stderr
+    assert str(cut) in stderr
+    assert {name: (cut / name).read_bytes() for name in before} == before
+    assert not list(cut.glob(".*"))
+    finish(cut, data)
+    assert [epoch["epoch"] for epoch in utils.read_history(cut)] == [1, 2, 3, 4, 5]
+
+
+def test_out_of_memory_is_one_line_that_names_the_keys_and_leaves_nothing(tmp_path):
+    experiment = make_experiment(tmp_path / "run", image_size=2000, batch_size=6)
+    process = start(experiment, make_data(tmp_path / "data", val=1), "--device", "cpu", limits="-v 6500000")
+    _, stderr = process.communicate()
+    assert process.returncode == 2 and stderr.count("\n") == 1
+    assert all(word in stderr for word in ("out of memory", '"batch_size"', '"accumulation_steps"', '"precision"'))
+    assert [path.name for path in experiment.iterdir()] == ["params.json"]
+
+
+def test_weights_that_are_not_finite_are_never_saved(data, tmp_path):
+    experiment = make_experiment(tmp_path / "run", batch_size=6, learning_rate=1e30, num_epochs=2)
+    result = run_script("train.py", "--model_dir", experiment, "--data_dir", data, check=1)
+    assert (
+        "epoch 1 ended with weights or a validation loss that are not finite, at learning rate 1e+30" in result.stderr
+    )
+    assert "no checkpoint was written yet" in result.stderr and result.stderr.count("\n") == 1
+    assert not list(experiment.glob("*.pth.tar"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_single_value_that_is_not_finite_is_seen(value):
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
+    assert has_finite_weights(network)
+    network[1].running_var[2] = value
+    assert not has_finite_weights(network)
+
+
+# ---------------------------------------------------------------------------------------- resuming
+
+
+def test_a_finished_or_early_stopped_run_is_left_as_it_is_and_a_longer_one_continues(tmp_path, data):
+    """At a learning rate of almost 0 only the batch norm's statistics move, and they settle."""
+    experiment = make_experiment(tmp_path / "run", learning_rate=1e-30, early_stopping_patience=2, num_epochs=40)
+    arguments = ("train.py", "--model_dir", experiment, "--data_dir", data)
+    stdout = run_script(*arguments).stdout
+    scores = [epoch["val"]["mIoU"] for epoch in utils.read_history(experiment)]
+    trained = len(scores)
+    assert trained == scores.index(max(scores)) + 3 < 40
+    assert f"stopped early after epoch {trained}: no better mIoU in 2 epochs; best mIoU" in stdout
+    before = {path: path.read_bytes() for path in experiment.iterdir()}
+    result = run_script(*arguments, "--restore_file", "last")
+    assert f"stopped early after epoch {trained}: no better mIoU in 2 epochs" in result.stdout
+    assert {path: path.read_bytes() for path in experiment.iterdir()} == before
+    make_experiment(experiment, learning_rate=1e-30, num_epochs=trained + 1)
+    run_script(*arguments, "--restore_file", "last")
+    assert len(utils.read_history(experiment)) == trained + 1
+    run = json.loads((experiment / "run.json").read_text())
+    assert run["params"]["num_epochs"] == 40 and [each["params"]["num_epochs"] for each in run["resumed"]] == [
+        trained + 1
+    ]
+
+
+def test_a_truncated_checkpoint_offers_the_other(straight, tmp_path):
+    experiment, data = straight
+    cut = tmp_path / "run"
+    shutil.copytree(experiment, cut)
+    content = (cut / "last.pth.tar").read_bytes()
+    (cut / "last.pth.tar").unlink()  # maybe the same file as best.pth.tar
+    (cut / "last.pth.tar").write_bytes(content[: len(content) // 2])
+    result = run_script("train.py", "--model_dir", cut, "--data_dir", data, "--restore_file", "last", check=2)
+    assert f"{cut}/last.pth.tar is damaged or unreadable" in result.stderr and result.stderr.count("\n") == 1
+    assert "use best.pth.tar, as with --restore_file best" in result.stderr
+
+
+def test_ctrl_c_while_modules_are_imported_is_silent(tmp_path, data):
+    for script in ("train.py", "evaluate.py", "search_hyperparams.py"):
+        process = subprocess.Popen([sys.executable, script], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        maps = Path(f"/proc/{process.pid}/maps")
+        wait_for(process, lambda maps=maps: "numpy" in maps.read_text())
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+        assert (process.returncode, stderr) in ((-signal.SIGINT, ""), (2, stderr)) and "Traceback" not in stderr
+
+
+# ---------------------------------------------------------------------------------------- any bytes
+
+fuzz = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+json_text = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+keys = st.sampled_from([*Params.__dataclass_fields__, "typo"])
+
+
+def mutated(content: bytes) -> st.SearchStrategy[bytes]:
+    """content cut short, or with a few bytes replaced."""
+    places = st.integers(0, len(content) - 1)
+    replaced = st.dictionaries(places, st.integers(0, 255), min_size=1, max_size=8)
+    return places.map(lambda end: content[:end]) | replaced.map(
+        lambda changes: bytes(changes.get(index, byte) for index, byte in enumerate(content))
+    )
+
+
+def only_user_errors(function, *arguments, **options) -> None:
+    """Any other error fails the test; what is said must fit one line."""
+    try:
+        function(*arguments, **options)
+    except UserError as error:
+        assert str(error) and "\n" not in str(error)
+
+
+@fuzz
+@given(st.binary(max_size=60) | st.dictionaries(keys, json_text, max_size=4).map(lambda d: json.dumps(d).encode()))
+@example(b"[" * 100_000)
+@example(b'{"seed": ' + b"9" * 5000 + b"}")
+def test_any_params_json(tmp_path, content):
+    (tmp_path / "params.json").write_bytes(content)
+    only_user_errors(Params.load, tmp_path / "params.json")
+
+
+@fuzz
+@given(st.binary(max_size=40) | st.text(max_size=20).map(lambda text: text.encode(errors="surrogatepass")))
+@example(b"../../etc/passwd")
+@example(b"a" * 5000)
+@example(b"train0\x00")
+def test_any_list(data, content):
+    (data / "train.txt").write_bytes(content)
+    try:
+        Split.find(data, "train")
+    except UserError as error:  # a line for each fault
+        assert str(error)
+
+
+@fuzz
+@given(st.data())
+def test_any_photo_and_any_mask(tmp_path, data):
+    photo, mask = tmp_path / "a.jpg", tmp_path / "a.png"
+    photo.write_bytes(data.draw(st.just(PHOTO) | mutated(PHOTO)))
+    mask.write_bytes(data.draw(mutated(MASK) | st.binary(max_size=30)))
+    only_user_errors(read_example, photo, mask, image_size=32, num_classes=21)
+
+
+@fuzz
+@given(st.data())
+def test_any_checkpoint(tmp_path, data):
+    (tmp_path / "last.pth.tar").write_bytes(data.draw(mutated(CHECKPOINT) | st.binary(max_size=30)))
+    only_user_errors(utils.load_checkpoint, tmp_path / "last.pth.tar")
+
+
+def _bytes(save) -> bytes:
+    stream = io.BytesIO()
+    save(stream)
+    return stream.getvalue()
+
+
+_photo, _mask = draw_scene(np.random.default_rng(0))
+PHOTO = _bytes(lambda stream: _photo.resize((40, 30)).save(stream, format="JPEG"))
+MASK = _bytes(
+    lambda stream: colour_mask(np.array(_mask.resize((40, 30), Image.Resampling.NEAREST))).save(stream, format="PNG")
+)
+CHECKPOINT = _bytes(lambda stream: torch.save({"epoch": 1, "state_dict": {"conv.weight": torch.ones(2, 2)}}, stream))
