@@ -46,17 +46,32 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 from tqdm import tqdm
 
 from model import UserError, cores
-from study import Claim, Study, Values, distributions, grid, open_storage, read_spaces, storage_errors
-from utils import ROOT, Params, lock, outputs, read_history, read_json, run_main, unlock, write_json
+from study import STORAGE_ERRORS, Claim, Study, Values, distributions, grid, open_storage, read_spaces, storage_failure
+from utils import (
+    ROOT,
+    RUN_LOCK,
+    Lock,
+    Params,
+    best_epoch,
+    is_locked,
+    lock,
+    outputs,
+    read_history,
+    read_json,
+    run_main,
+    write_json,
+)
 
 POLL, LOOK = 0.2, 1.0  # seconds between two looks at the running trials, and at the study
-HEARTBEAT = 15.0  # seconds
+HEARTBEAT = 15.0  # seconds between two signs of life in a database, four of which may fail to come
+OUTAGE = 600.0  # seconds that a database may be away
 GRACE = 30.0  # seconds that a trial has to end by itself
 LOG_LINES = 5  # of a failed trial
 
@@ -68,10 +83,10 @@ class Job:
     claim: Claim
     process: subprocess.Popen
     folder: Path
-    locks: list[tuple[Path, int]]
+    locks: list[Lock]
     bar: tqdm
     line: int  # of the terminal, below the sweep's own
-    epochs: int = 0  # reported to the study
+    reported: int = 0  # epochs
     last_beat: float = field(default_factory=time.monotonic)
     ended_as: str | None = None  # "pruned", "interrupted" or "taken over", where this program ended it
 
@@ -99,16 +114,22 @@ class Sweep:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup asks for
                 signal.signal(number, lambda number, frame: self.signals.append(number))
         self.bar = tqdm(desc=str(self.parent_dir), unit="trial", position=0, leave=False, disable=None)
-        next_look = 0.0
+        next_look = answered = time.monotonic()
         try:
             while not self.signals:
-                if self.collect() or time.monotonic() > next_look:
-                    self.study.take_over()
-                    self.fill()
-                    self.show_progress()
-                    if not self.jobs and not self.study.left():
-                        return
-                    next_look = time.monotonic() + LOOK
+                try:
+                    if self.collect() or time.monotonic() > next_look:
+                        self.study.take_over()
+                        self.fill()
+                        self.show_progress()
+                        if not self.jobs and not self.study.left():
+                            return
+                        next_look = time.monotonic() + LOOK
+                    answered = time.monotonic()
+                except STORAGE_ERRORS as error:  # the trials here can train on
+                    if time.monotonic() - answered > OUTAGE:
+                        raise storage_failure(error) from None
+                    time.sleep(LOOK)
                 time.sleep(POLL)
         finally:
             self.stop()
@@ -116,53 +137,60 @@ class Sweep:
 
     def fill(self) -> None:
         """Start trials while there are places for them."""
-        while place := self.free_place():
-            gpu, locks = place
-            if (claim := self.study.claim()) is None:
-                release(locks)
+        while len(self.jobs) < self.max_jobs:
+            gpu, locks = self.free_gpu() if self.gpus else (None, [])
+            if self.gpus and gpu is None:
                 return
+            claim = None
             try:
-                self.launch(claim, gpu, [*locks, claim.lock])
-            except UserError as error:
+                if claim := self.study.claim():
+                    locks.append(claim.lock)
+                    self.launch(claim, gpu, locks)
+                    locks = []  # the job's now
+            except (UserError, OSError) as error:
+                if claim is None:
+                    raise
+                # Something is wrong with this trial's folder; the others go on.
                 self.study.fail(claim.trial, [str(error)])
-                release([*locks, claim.lock])
+            finally:
+                for held in locks:
+                    held.release()
+            if claim is None:
+                return
 
-    def free_place(self) -> tuple[str | None, list[tuple[Path, int]]] | None:
-        """A GPU that no trial of this folder uses, with its lock, or room on the CPU; None if all are taken."""
-        if len(self.jobs) >= self.max_jobs:
-            return None
-        if not self.gpus:
-            return None, []
+    def free_gpu(self) -> tuple[str | None, list[Lock]]:
+        """A GPU that no trial of this folder uses, and its lock."""
         for gpu in self.gpus:
-            path = self.study.locks / re.sub(r"[^\w.-]", "-", f"gpu-{socket.gethostname()}-{gpu}")
-            if (descriptor := lock(path)) is not None:
-                return gpu, [(path, descriptor)]
-        return None
+            if held := lock(self.study.locks / re.sub(r"[^\w.-]", "-", f"gpu-{socket.gethostname()}-{gpu}")):
+                return gpu, [held]
+        return None, []
 
-    def launch(self, claim: Claim, gpu: str | None, locks: list[tuple[Path, int]]) -> None:
-        """Start train.py in a trial's folder, where it goes on from its last checkpoint if there is one."""
+    def launch(self, claim: Claim, gpu: str | None, locks: list[Lock]) -> None:
+        """Start train.py in a trial's folder, where it goes on from a checkpoint if there is one."""
         folder, params = self.parent_dir / claim.name, self.study.base | claim.values
-        if not prepared(folder, params):
-            folder.mkdir(exist_ok=True)
-            write_json(folder / "params.json", params)
-        resume = (folder / "last.pth.tar").exists()
+        refuse_other(folder, params)
+        if is_locked(folder / RUN_LOCK):
+            raise UserError(f"another train.py is at work in {folder}")
+        folder.mkdir(exist_ok=True)
+        write_json(folder / "params.json", params)
+        checkpoint = next((name for name in ("last", "best") if (folder / f"{name}.pth.tar").exists()), None)
         for path in outputs(folder):
-            if not resume or path.name == "trial.json":
+            if path.name == "trial.json" or not checkpoint:
                 path.unlink()
         command = [sys.executable, str(ROOT / "train.py"), "--model_dir", str(folder), "--data_dir", str(self.data_dir)]
         with open(folder / "train.log", "ab") as log:  # train.py itself writes there what it says on stdout
             process = subprocess.Popen(
-                [*command, "--restore_file", "last"] if resume else command,
+                [*command, "--restore_file", checkpoint] if checkpoint else command,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=log,
                 env=os.environ | self.environment(gpu),
-                pass_fds=[descriptor for _, descriptor in locks],
+                pass_fds=[held.descriptor for held in locks],
                 start_new_session=True,  # its own group, to be ended with its loader processes
             )
         line = min(set(range(1, self.max_jobs + 1)) - {job.line for job in self.jobs})
-        total = Params.parse(params, folder).num_epochs
-        bar = tqdm(desc=f"  {claim.name}", total=total, unit="epoch", position=line, leave=False, disable=None)
+        counts = {"total": Params.parse(params, folder).num_epochs, "initial": len(history_of(folder))}
+        bar = tqdm(desc=f"  {claim.name}", unit="epoch", position=line, leave=False, disable=None, **counts)
         self.jobs.append(Job(claim, process, folder, locks, bar, line))
 
     def environment(self, gpu: str | None) -> dict[str, str]:
@@ -183,25 +211,26 @@ class Sweep:
             self.record(job)
             self.jobs.remove(job)
             job.bar.close()
-            release(job.locks)
+            for held in job.locks:
+                held.release()
         return bool(ended)
 
     def follow(self, job: Job) -> None:
         """Tell the study of new epochs; end the trial if it prunes it, or has given it to another process."""
-        history = history_of(job)
+        history = history_of(job.folder)
         try:
-            for epoch in history[job.epochs :]:
+            for epoch in history[job.reported :]:
                 job.claim.trial.report(score(epoch), epoch["epoch"])
             if self.study.shared and time.monotonic() - job.last_beat > HEARTBEAT:
+                job.claim.trial.set_user_attr("heartbeat", time.time())
                 job.last_beat = time.monotonic()
-                job.claim.trial.set_user_attr("heartbeat", job.last_beat)
         except UpdateFinishedTrialError:
             return self.end(job, "taken over")
-        if len(history) > job.epochs:
-            job.epochs = len(history)
+        if len(history) > job.reported:
+            job.reported = len(history)
             job.bar.set_postfix(mIoU=f"{score(history[-1]):.4f}", refresh=False)
-            job.bar.update(job.epochs - job.bar.n)
-            unfinished = job.process.poll() is None and job.epochs < job.bar.total
+            job.bar.update(len(history) - job.bar.n)
+            unfinished = job.process.poll() is None and len(history) < job.bar.total
             if unfinished and job.claim.trial.should_prune():
                 self.end(job, "pruned")
 
@@ -213,18 +242,17 @@ class Sweep:
     def record(self, job: Job) -> None:
         """Write down how a trial ended: in the study, and in trial.json in the folder of one that did not finish."""
         trial, name, code = job.claim.trial, job.claim.name, job.process.returncode
-        history = history_of(job) if code == 0 else []
+        history = history_of(job.folder) if code == 0 else []
         if job.ended_as == "taken over":
-            self.study.mine.discard(trial.number)
             self.say(f"{name}: stopped, another process has taken it over")
         elif history:
-            best = max(history, key=score)
+            best = best_epoch(history)
             self.study.finish(trial.number, TrialState.COMPLETE, score(best))
             self.say(f"{name}: finished, best mIoU {score(best):.4f} at epoch {best['epoch']}")
         elif job.ended_as == "pruned":
             self.study.finish(trial.number, TrialState.PRUNED)
-            write_json(job.folder / "trial.json", {"state": "pruned", "epochs": job.epochs})
-            self.say(f"{name}: pruned after epoch {job.epochs}, its mIoU is below the median of the others")
+            self.leave_note(job, state="pruned", reason=["mIoU below the median of the other trials"])
+            self.say(f"{name}: pruned after epoch {job.reported}, mIoU below the median of the other trials")
         elif job.ended_as == "interrupted":
             self.study.put_back(trial.number, job.claim.values)
             self.stopped += 1
@@ -232,8 +260,12 @@ class Sweep:
             how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
             reason = [how, *last_lines(job.folder / "train.log")]
             self.study.fail(trial, reason)
-            write_json(job.folder / "trial.json", {"state": "failed", "reason": reason})
-            self.say(failure(name, reason))
+            self.leave_note(job, state="failed", reason=reason)
+            self.say("\n    ".join([f"{name}: failed, {how}", *reason[1:]]))
+
+    def leave_note(self, job: Job, **note: Any) -> None:
+        with suppress(OSError):  # the folder may be what is wrong
+            write_json(job.folder / "trial.json", note)
 
     def stop(self) -> None:
         """End the running trials and wait for them."""
@@ -256,8 +288,9 @@ class Sweep:
             job.bar.refresh()  # the time
 
     def say(self, line: str) -> None:
-        tqdm.write(line)
-        sys.stdout.flush()
+        with suppress(BrokenPipeError):  # nobody listens any more
+            tqdm.write(line)
+            sys.stdout.flush()
 
 
 def score(epoch: dict) -> float:
@@ -265,21 +298,18 @@ def score(epoch: dict) -> float:
     return epoch["val"]["mIoU"] or 0.0
 
 
-def history_of(job: Job) -> list[dict]:
+def history_of(folder: Path) -> list[dict]:
     """The epochs of a trial so far; none if the file is damaged, which then is for train.py to say."""
-    with suppress(UserError):
-        return read_history(job.folder)
+    with suppress(UserError, OSError):
+        return read_history(folder)
     return []
 
 
-def prepared(folder: Path, params: Values) -> bool:
-    """Whether a trial's folder holds its params.json. Raises UserError if another experiment is in it."""
+def refuse_other(folder: Path, params: Values) -> None:
+    """Raise UserError if the folder of a trial holds another experiment."""
     file = folder / "params.json"
-    if not file.exists():
-        return False
-    if read_json(file, if_absent="") != params:
+    if file.exists() and read_json(file, if_absent="") != params:
         raise UserError(f"{file} is not what base and search space say; move {folder} away")
-    return True
 
 
 def kill_group(process: subprocess.Popen) -> None:
@@ -288,18 +318,12 @@ def kill_group(process: subprocess.Popen) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def release(locks: list[tuple[Path, int]]) -> None:
-    for path, descriptor in locks:
-        unlock(path, descriptor)
-
-
 def last_lines(log: Path) -> list[str]:
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        return [str(error)]
     return [line for line in lines if line.strip()][-LOG_LINES:]
-
-
-def failure(name: str, reason: list[str]) -> str:
-    return "\n    ".join([f"{name}: failed, {reason[0]}", *reason[1:]])
 
 
 def visible_gpus() -> list[str]:
@@ -309,8 +333,10 @@ def visible_gpus() -> list[str]:
     if shutil.which("nvidia-smi") is None:
         return []
     query = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
-    result = subprocess.run(query, capture_output=True, text=True, timeout=60)
-    return result.stdout.split() if result.returncode == 0 else []
+    try:
+        return subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout.split()
+    except (OSError, subprocess.SubprocessError):  # a driver without a device
+        return []
 
 
 def report(study: Study, parent_dir: Path) -> int:
@@ -320,9 +346,10 @@ def report(study: Study, parent_dir: Path) -> int:
     pruned = sum(trial.state == TrialState.PRUNED for trial in trials.values())
     finished = {name: trial.value for name, trial in trials.items() if trial.state == TrialState.COMPLETE}
     for name, trial in failed.items():
-        print(failure(name, trial.user_attrs.get("error", ["its process was lost"])))
+        reason = trial.user_attrs.get("error", ["its process was lost"])
+        print(f"{name}: failed, {reason[0]}: {reason[-1]}" if len(reason) > 1 else f"{name}: failed, {reason[0]}")
     if study.exhausted:
-        print(f"the search space has no more than these {len(trials)} trials")
+        print(f"there are no other trials in this search space than these {len(trials)}")
     best = max(finished, key=finished.get, default=None)
     counts = [f"{len(finished)} finished", f"{pruned} pruned" * bool(pruned), f"{len(failed)} failed" * bool(failed)]
     print(f"{len(trials)} trials: {', '.join(filter(None, counts))}", end="")
@@ -350,7 +377,10 @@ def main(args: argparse.Namespace) -> int:
     if 0 < len(gpus) < args.jobs:
         raise UserError(f"--jobs {args.jobs}: every trial has a GPU to itself, and there are {len(gpus)}; lower it")
 
-    with storage_errors():
+    for name, values in (trials or {}).items():
+        refuse_other(args.parent_dir / name, base | values)
+
+    try:
         study = Study(
             open_storage(args.parent_dir, args.storage),
             args.parent_dir,
@@ -362,13 +392,15 @@ def main(args: argparse.Namespace) -> int:
             shared=args.storage is not None,
             prune=args.prune,
         )
-        for name, values in study.wanted().items():
-            prepared(args.parent_dir / name, base | values)
+        if study.shared and (known := study.attempts()):
+            print(f'joining the sweep "{study.study.study_name}" of the database, with {len(known)} trials', flush=True)
         study.enqueue_missing()
         sweep = Sweep(study, args.parent_dir, args.data_dir, max_jobs=args.jobs, gpus=gpus)
         sweep.run()
         if not sweep.signals:
             return report(study, args.parent_dir)
+    except STORAGE_ERRORS as error:
+        raise storage_failure(error) from None
     print(f"interrupted; trials stopped: {sweep.stopped}; the same command goes on", file=sys.stderr)
     return 128 + sweep.signals[0]
 

@@ -7,10 +7,12 @@ import difflib
 import hashlib
 import itertools
 import json
+import math
+import random
 import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,18 +20,21 @@ from typing import Any
 import optuna
 from filelock import FileLock
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from model import UserError
-from utils import LOCK_PATIENCE, Params, RunFailed, lock, read_json, unlock
+from utils import LOCK_PATIENCE, TRIAL_LOCKS, Lock, Params, RunFailed, lock, read_json
 
 Values = dict[str, Any]  # what a trial sets: keys of params.json and their values
 
 DEAD_AFTER = 60.0  # seconds without a heartbeat
-DRAWS = 100  # in a row that gave a known trial, before the space counts as exhausted
+DUPLICATES = 5  # draws in a row of known trials, before an unknown one is picked from what is left
+ENUMERABLE = 100_000  # trials of a space; in larger ones duplicates are no matter
 KINDS = {f.name: f.type for f in fields(Params)}
 WHOLE, NUMBERS = (int, int | None), (int, int | None, float, float | None)
 
@@ -95,11 +100,15 @@ def _range_faults(key: str, options: dict[str, Any]) -> list[str]:
         return [f'"{key}" goes from {low} to {high}; "low" must be less than "high"']
     if log not in (None, True, False) or (log and (low <= 0 or step is not None)):
         return [f'"{key}": "log" is {json.dumps(log)}; allowed: true or false, true for "low" above 0 without "step"']
-    if step is not None and (type(step) not in ((int,) if whole else (int, float)) or not 0 < step <= high - low):
-        return [f'"{key}": "step" is {json.dumps(step)}; allowed: a{" whole" * whole} number up to {high - low}']
+    if step is not None and (type(step) not in ((int,) if whole else (int, float)) or not _divides(step, high - low)):
+        return [f'"{key}": "step" is {json.dumps(step)}; allowed: a{" whole" * whole} number that divides {high - low}']
     if whole:  # odd numbers only, for one
         return [fault for value in (low, low + (step or 1)) if (fault := Params.fault(key, value))]
     return []
+
+
+def _divides(step: float, span: float) -> bool:
+    return step > 0 and span / step < ENUMERABLE and abs(span / step - round(span / step)) < 1e-6
 
 
 def trial_name(values: Values) -> str:
@@ -156,6 +165,28 @@ def _choice(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, dict) else value  # objects are no choices of Optuna's
 
 
+def unknown_trials(space: dict[str, BaseDistribution], known: Collection[str]) -> list[Values] | None:
+    """The trials of a space that are not known by name; None if there is no end of them."""
+    lists = [_points(distribution) for distribution in space.values()]
+    if not all(lists) or math.prod(map(len, lists)) > ENUMERABLE:
+        return None
+    points = (zip(space, point, strict=True) for point in itertools.product(*lists))
+    trials = ({key: _value(key, choice) for key, choice in point} for point in points)
+    return [values for values in trials if trial_name(values) not in known]
+
+
+def _points(distribution: BaseDistribution) -> list:
+    """Every value of a distribution, [] for those that are continuous."""
+    if isinstance(distribution, CategoricalDistribution):
+        return list(distribution.choices)
+    if isinstance(distribution, IntDistribution):
+        return list(range(distribution.low, distribution.high + 1, distribution.step))
+    if isinstance(distribution, FloatDistribution) and distribution.step is not None:
+        count = round((distribution.high - distribution.low) / distribution.step)
+        return [distribution.low + index * distribution.step for index in range(count + 1)]
+    return []
+
+
 def _value(key: str, choice: Any) -> Any:
     return json.loads(choice) if KINDS[key] == dict[str, float] else choice
 
@@ -163,19 +194,14 @@ def _value(key: str, choice: Any) -> Any:
 # ---------------------------------------------------------------------------------------------------- the study
 
 
-@contextmanager
-def storage_errors() -> Iterator[None]:
-    """Turn the errors of a database into RunFailed."""
-    from sqlalchemy.exc import SQLAlchemyError
+STORAGE_ERRORS = (SQLAlchemyError, optuna.exceptions.StorageInternalError)
 
-    try:
-        yield
-    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        cause = error.__cause__ or error
-        reason = " ".join(str(cause.__cause__ or cause).split("\n")[0].split())
-        raise RunFailed(
-            f"the database of --storage cannot be used ({reason}); the same command goes on later"
-        ) from None
+
+def storage_failure(error: Exception) -> RunFailed:
+    """What to say of a database that does not answer."""
+    cause = error.__cause__ or error
+    reason = " ".join(str(cause.__cause__ or cause).split("\n")[0].split())
+    return RunFailed(f"the database of --storage cannot be used ({reason}); the same command goes on later")
 
 
 def open_storage(parent_dir: Path, url: str | None) -> BaseStorage:
@@ -184,21 +210,19 @@ def open_storage(parent_dir: Path, url: str | None) -> BaseStorage:
     if url is None:
         return _journal(parent_dir / "study.journal")
     from optuna.storages import RDBStorage
-    from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
-    with storage_errors():
-        for remaining in reversed(range(5)):
-            try:
-                return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
-            except (ImportError, ArgumentError, ValueError) as error:
-                reason = " ".join(str(error.__cause__ or error).split("\n")[0].split())
-                raise UserError(
-                    f"--storage: {reason}; give a URL as postgresql+psycopg2://user@host/database"
-                ) from None
-            except SQLAlchemyError:  # two processes that make the tables at the same time trip over each other
-                if not remaining:
-                    raise
-                time.sleep(0.5)
+    if url.startswith("sqlite"):  # it cannot lock a row, and two processes would take the same trial
+        raise UserError("--storage: SQLite cannot be shared; without --storage, processes share the sweep's folder")
+    for remaining in reversed(range(5)):
+        try:
+            return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
+        except (ImportError, ArgumentError, ValueError, RuntimeError) as error:  # the last: tables of an older Optuna
+            reason = " ".join(str(error.__cause__ or error).split("\n")[0].split())
+            raise UserError(f"--storage: {reason}; give a URL as postgresql+psycopg2://user@host/database") from None
+        except STORAGE_ERRORS as error:  # two processes that make the tables at the same time trip over each other
+            if not remaining:
+                raise storage_failure(error) from None
+            time.sleep(0.5)
 
 
 def _journal(path: Path) -> BaseStorage:
@@ -210,38 +234,36 @@ def _journal(path: Path) -> BaseStorage:
     try:
         return JournalStorage(JournalFileBackend(str(path), lock_obj=guard))
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        raise UserError(
-            f"{path} is damaged ({error}); move it away: trials are then taken up from their folders"
-        ) from None
+        raise UserError(f"{path} is damaged ({error}); move it away: folders of finished trials are kept") from None
 
 
 @dataclass
 class Claim:
-    """A trial that is this process's to run, and the lock of its folder as (file, descriptor)."""
+    """A trial that is this process's to run, and the lock of its folder."""
 
     trial: Trial
     name: str
     values: Values
-    lock: tuple[Path, int]
+    lock: Lock
 
 
 class Study:
     """The trials of a sweep, shared by any number of processes; each trial is run by one of them.
 
-    Optuna's study draws the values, numbers the trials and knows the state of each. A process may run a trial if it has
-    taken it from the study and holds the lock of its folder. train.py inherits that lock and so keeps it when the sweep
-    is killed: if a running trial's folder can be locked, nobody works there any more. Processes that share a database
-    may have folders on different machines; there, the trial's heartbeat must have stopped too.
+    Optuna's study draws the values, numbers the attempts at each trial and knows their states. A process may run a
+    trial if it has taken it from the study and holds the lock of its folder. train.py inherits that lock and so keeps
+    it when the sweep is killed: if a running trial's folder can be locked, nobody works there any more. Processes that
+    share a database may have folders on different machines; there, the heartbeat must have stopped too.
 
     Args:
         storage: see open_storage().
         parent_dir: folder of the sweep.
         base: the keys of params.json that every trial begins with.
         grid: all trials by name, or None to draw n_trials from space with the sampler "random" or "tpe".
-        shared: whether the storage is a database.
+        shared: whether the storage is a database, where the sweep has the name of its folder.
         prune: whether should_prune() compares trials.
 
-    Raises UserError if base has changed since the study began: its trials could not be compared.
+    Raises UserError if what was there before does not go with it: another base, or other choices to draw from.
     """
 
     def __init__(
@@ -259,27 +281,39 @@ class Study:
     ):
         self.study = optuna.create_study(
             storage=storage,
-            study_name=parent_dir.resolve().name,
+            study_name=parent_dir.resolve().name if shared else "sweep",
             direction="maximize",
             load_if_exists=True,
             pruner=optuna.pruners.MedianPruner() if prune else optuna.pruners.NopPruner(),
         )
-        self.locks = parent_dir / ".locks"
-        self.locks.mkdir(exist_ok=True)
+        self.parent_dir, self.locks = parent_dir, parent_dir / TRIAL_LOCKS
         self.base, self.grid, self.space, self.n_trials = base, grid, space or {}, n_trials
         self.sampler, self.shared = sampler, shared
-        self.mine: set[int] = set()  # numbers of the trials that run here
+        self.mine: set[int] = set()  # numbers of the attempts made here
         self.exhausted = False
-        self.heartbeats: dict[int, tuple[Any, float]] = {}  # of trials elsewhere: the last one, and when it was new
-        began_with = self.study.user_attrs.get("base", base)
-        if began_with != base:
-            keys = [key for key in {**began_with, **base} if began_with.get(key) != base.get(key)]
-            changes = [f"{key} {json.dumps(began_with.get(key))} -> {json.dumps(base.get(key))}" for key in keys]
+        self.heartbeats: dict[int, tuple[Any, float]] = {}  # of attempts elsewhere: the last one, and when it was new
+        self._check()
+        self.study.set_user_attr("base", base)
+        self.locks.mkdir(exist_ok=True)
+
+    def _check(self) -> None:
+        before = self.study.user_attrs.get("base", self.base)
+        if before != self.base:
+            keys = [key for key in {**before, **self.base} if before.get(key) != self.base.get(key)]
+            changes = [f"{key} {json.dumps(before.get(key))} -> {json.dumps(self.base.get(key))}" for key in keys]
             raise UserError(
-                f"{parent_dir / 'params.json'} has changed since this sweep began ({', '.join(changes)}): "
+                f"{self.parent_dir / 'params.json'} has changed since this sweep began ({', '.join(changes)}): "
                 "set it back, or start a sweep in another folder"
             )
-        self.study.set_user_attr("base", base)
+        for trial in self.study.get_trials(deepcopy=False):
+            for key, drawn_from in trial.distributions.items():
+                now = self.space.get(key, drawn_from)
+                same_kind = type(now) is type(drawn_from) and getattr(now, "log", 0) == getattr(drawn_from, "log", 0)
+                if not same_kind or (isinstance(now, CategoricalDistribution) and now != drawn_from):
+                    raise UserError(
+                        f'{self.parent_dir / "search_space.json"}: "{key}" was drawn from other choices before, and '
+                        "samplers can only move the ends of a range; set it back, or start a sweep in another folder"
+                    )
 
     def attempts(self) -> dict[str, list[FrozenTrial]]:
         """Of every trial by name: the attempts at it, oldest first."""
@@ -290,102 +324,128 @@ class Study:
                 result.setdefault(trial_name(values), []).append(trial)
         return result if self.grid is None else {name: result[name] for name in self.grid if name in result}
 
+    def standing(self) -> dict[str, FrozenTrial]:
+        """Of every trial the attempt that counts: of those that none replaces, a finished one, or else the last."""
+        result, rank = {}, {TrialState.COMPLETE: 2, TrialState.PRUNED: 1}
+        for name, attempts in self.attempts().items():
+            replaced = {number for attempt in attempts for number in attempt.user_attrs.get("replaces", [])}
+            result[name] = max(
+                (attempt for attempt in attempts if attempt.number not in replaced),
+                key=lambda attempt: (rank.get(attempt.state, 0), attempt.number),
+            )
+        return result
+
     def wanted(self) -> dict[str, Values]:
         """What every trial that is known by now sets, by name."""
         known = {name: attempts[0].user_attrs["values"] for name, attempts in self.attempts().items()}
         return known | (self.grid or {})
-
-    def standing(self) -> dict[str, FrozenTrial]:
-        """The attempt that counts of every trial that was begun or queued: one that finished, else the latest."""
-        rank = {TrialState.COMPLETE: 2, TrialState.PRUNED: 1}
-        return {
-            name: max(attempts, key=lambda trial: (rank.get(trial.state, 0), trial.number))
-            for name, attempts in self.attempts().items()
-        }
 
     def expected(self) -> int:
         """How many trials the sweep will have."""
         return len(self.wanted()) if self.exhausted else max(len(self.wanted()), self.n_trials)
 
     def enqueue_missing(self) -> None:
-        """Queue what the grid lacks, and every trial that has only failed so far."""
-        attempts = self.attempts()
+        """Queue what the grid lacks, every trial that has only failed so far, and those whose folder was deleted."""
+        attempts, standing = self.attempts(), self.standing()
         for name, values in self.wanted().items():
-            if all(attempt.state == TrialState.FAIL for attempt in attempts.get(name, [])):
-                self._enqueue(values)
+            state = standing[name].state if name in standing else None
+            deleted = not self.shared and not (self.parent_dir / name).exists()
+            if state in (None, TrialState.FAIL) or (deleted and state in (TrialState.COMPLETE, TrialState.PRUNED)):
+                self._enqueue(values, replaces=[attempt.number for attempt in attempts.get(name, [])])
 
-    def _enqueue(self, values: Values) -> None:
-        drawn = {key: _choice(value) for key, value in values.items()} if self.grid is None else {}
-        self.study.enqueue_trial(drawn, user_attrs={"values": values})
+    def _enqueue(self, values: Values, *, replaces: list[int]) -> None:
+        """Queue an attempt; replaces are the earlier ones at the same trial, as they were when this was decided."""
+        choices = {key: _choice(value) for key, value in values.items()}
+        self.study.enqueue_trial(choices, user_attrs={"values": values, "replaces": replaces})
 
     def claim(self) -> Claim | None:
         """Take a trial that nobody else has; None if there is none at present."""
-        for _ in range(DRAWS):
+        duplicates = 0
+        while True:
             attempts = self.attempts()
             queued = any(attempt.state == TrialState.WAITING for trial in attempts.values() for attempt in trial)
             if not queued and (self.grid is not None or len(attempts) >= self.n_trials):
                 return None
+            if not queued and duplicates >= DUPLICATES:
+                unknown = unknown_trials(self.space, attempts)
+                self.exhausted = unknown == [] or duplicates > 100
+                if self.exhausted:
+                    return None
+                if unknown:
+                    self._enqueue(random.Random(len(attempts)).choice(unknown), replaces=[])
             self.study.sampler = self._next_sampler()
             trial = self.study.ask(self.space)
             values = trial.user_attrs.get("values")
             if fresh := values is None:
                 values = {key: _value(key, choice) for key, choice in trial.params.items()}
                 trial.set_user_attr("values", values)
-            if not self._has_right_of_way(trial.number, values, fresh=fresh):
-                trial.set_user_attr("discarded", True)
-                self.finish(trial.number, TrialState.FAIL)
-                continue
-            path = self.locks / trial_name(values)
-            if (descriptor := _patient_lock(path)) is None:
-                self.fail(trial, ["a train.py of an earlier sweep is still at work in this folder"])
-            elif self._state(trial.number) == TrialState.RUNNING:
-                self.mine.add(trial.number)
-                return Claim(trial, path.name, values, (path, descriptor))
-            else:  # somebody found the folder unlocked just before, and has queued the trial again
-                unlock(path, descriptor)
-        self.exhausted = True
-        return None
+            if self._has_right_of_way(trial.number, values, fresh=fresh):
+                if claim := self._lock(trial, values):
+                    return claim
+            else:
+                duplicates += fresh
+                with suppress(UpdateFinishedTrialError):
+                    trial.set_user_attr("discarded", True)
+                    self.finish(trial.number, TrialState.FAIL)
 
     def _next_sampler(self) -> BaseSampler:
         # The seed moves on with the study: two processes, or one started again, must not draw the same numbers.
-        seed = self.base.get("seed", Params.seed) + len(self.study.get_trials(deepcopy=False))
+        seed = (self.base.get("seed", Params.seed) + len(self.study.get_trials(deepcopy=False))) % 2**32
         if self.sampler == "tpe":
-            return TPESampler(seed=seed % 2**32, constant_liar=True)
-        return RandomSampler(seed=seed % 2**32)
+            return TPESampler(seed=seed, constant_liar=True)  # running trials count as bad ones, or all would be alike
+        return RandomSampler(seed=seed)
 
     def _has_right_of_way(self, number: int, values: Values, *, fresh: bool) -> bool:
         """Whether this attempt, of several with the same values or one too many, is the one to run.
 
-        Queued attempts have their values from the start, so the lowest number goes first. Fresh ones get theirs
-        a moment later, so of two that see each other both step back, and draw again.
+        Queued attempts have their values from the start, so the lowest number goes first among those that replace the
+        same ones. Fresh ones get theirs a moment later, so of two that see each other both step back, and draw again.
         """
         attempts, name = self.attempts(), trial_name(values)
         if self.grid is not None and name not in self.grid:
             return False
-        same = [attempt for attempt in attempts.pop(name, []) if attempt.number != number]
+        same = attempts.pop(name, [])
         if fresh:
-            return not same and len(attempts) < self.n_trials
-        return not any(attempt.number < number and attempt.state != TrialState.FAIL for attempt in same)
+            return [attempt.number for attempt in same] == [number] and len(attempts) < self.n_trials
+        replaced = next(attempt.user_attrs["replaces"] for attempt in same if attempt.number == number)
+        return all(attempt.number in replaced for attempt in same if attempt.number < number)
+
+    def _lock(self, trial: Trial, values: Values) -> Claim | None:
+        """The claim to a trial, unless somebody found its folder unlocked just before, and has queued it again."""
+        name = trial_name(values)
+        if (held := lock(self.locks / name, patience=LOCK_PATIENCE)) is None:
+            self.fail(trial, ["a train.py of an earlier sweep is still at work in this folder"])
+            return None
+        try:
+            if self._state(trial.number) == TrialState.RUNNING:
+                self.mine.add(trial.number)
+                return Claim(trial, name, values, held)
+        finally:
+            if trial.number not in self.mine:
+                held.release()
+        return None
 
     def _state(self, number: int) -> TrialState:
         return self.study.get_trials(deepcopy=False)[number].state
 
     def take_over(self) -> None:
         """Queue again the trials whose process is dead."""
-        for trial in self._elsewhere(TrialState.RUNNING):
-            path = self.locks / trial_name(trial.user_attrs["values"])
-            if self._shows_life(trial) or (descriptor := lock(path)) is None:
+        for attempt in self._elsewhere(TrialState.RUNNING):
+            values = attempt.user_attrs["values"]
+            if self._shows_life(attempt) or (held := lock(self.locks / trial_name(values))) is None:
                 continue
-            if self._state(trial.number) == TrialState.RUNNING:
-                self.put_back(trial.number, trial.user_attrs["values"])
-            unlock(path, descriptor)
+            try:
+                if self._state(attempt.number) == TrialState.RUNNING:
+                    self.put_back(attempt.number, values)
+            finally:
+                held.release()
 
-    def _shows_life(self, trial: FrozenTrial) -> bool:
-        """Whether the heartbeat of a trial in a database has changed of late, by the clock of this machine."""
-        beat, now = trial.user_attrs.get("heartbeat"), time.monotonic()
-        if trial.number not in self.heartbeats or self.heartbeats[trial.number][0] != beat:
-            self.heartbeats[trial.number] = (beat, now)
-        return self.shared and now - self.heartbeats[trial.number][1] < DEAD_AFTER
+    def _shows_life(self, attempt: FrozenTrial) -> bool:
+        """Whether the heartbeat of an attempt in a database has changed of late, by the clock of this machine."""
+        beat, now = attempt.user_attrs.get("heartbeat"), time.monotonic()
+        if attempt.number not in self.heartbeats or self.heartbeats[attempt.number][0] != beat:
+            self.heartbeats[attempt.number] = (beat, now)
+        return self.shared and now - self.heartbeats[attempt.number][1] < DEAD_AFTER
 
     def _elsewhere(self, *states: TrialState) -> list[FrozenTrial]:
         attempts = (attempt for trial in self.attempts().values() for attempt in trial)
@@ -399,21 +459,16 @@ class Study:
     def put_back(self, number: int, values: Values) -> None:
         """Queue a trial again that was cut short through no fault of its own."""
         self.finish(number, TrialState.FAIL)
-        self._enqueue(values)
+        attempts = self.attempts().get(trial_name(values), [])
+        self._enqueue(values, replaces=[attempt.number for attempt in attempts if attempt.number <= number])
 
     def fail(self, trial: Trial, reason: list[str]) -> None:
         """Write down a failure; the next start of the sweep tries again."""
-        trial.set_user_attr("error", reason)
+        with suppress(UpdateFinishedTrialError):
+            trial.set_user_attr("error", reason)
         self.finish(trial.number, TrialState.FAIL)
 
     def finish(self, number: int, state: TrialState, mIoU: float | None = None) -> None:
-        """Write down how a trial ended, unless somebody else has."""
-        self.mine.discard(number)
-        self.study.tell(number, mIoU, state=state, skip_if_finished=True)
-
-
-def _patient_lock(path: Path) -> int | None:
-    deadline = time.monotonic() + LOCK_PATIENCE
-    while (descriptor := lock(path)) is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return descriptor
+        """Write down how an attempt ended, unless somebody else has."""
+        with suppress(UpdateFinishedTrialError):
+            self.study.tell(number, mIoU, state=state, skip_if_finished=True)

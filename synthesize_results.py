@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,20 @@ from typing import Any
 from tabulate import tabulate
 
 from model import UserError
-from utils import RUN_LOCK, Params, is_locked, outputs, read_history, read_json, replacing, run_main, write_text
+from utils import (
+    RUN_LOCK,
+    TRIAL_LOCKS,
+    Params,
+    best_epoch,
+    is_locked,
+    is_number,
+    outputs,
+    read_history,
+    read_json,
+    replacing,
+    run_main,
+    write_text,
+)
 
 METRICS = ("mIoU", "pixel_accuracy", "loss")  # of validation
 DESCENDING = ("mIoU", "pixel_accuracy")
@@ -57,16 +71,16 @@ class Result:
         }
 
 
-def best_epoch(history: list[dict]) -> dict:
-    return max(history, key=lambda epoch: epoch["val"]["mIoU"] or 0.0)
-
-
 def find(parent_dir: Path) -> list[Path]:
     """The experiment folders under parent_dir, or itself; a sweep's own params.json is only the base of its trials."""
     if not parent_dir.is_dir():
         raise UserError(f"no folder {parent_dir}; give the folder of your experiments with --parent_dir")
-    found = []
-    for folder, subfolders, files in os.walk(parent_dir):
+    found, seen = [], set()
+    for folder, subfolders, files in os.walk(parent_dir, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:  # a link to where we were
+            subfolders[:] = []
+            continue
+        seen.add(real)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         if "search_space.json" not in files and ("params.json" in files or outputs(Path(folder))):
             found.append(Path(folder))
@@ -77,7 +91,8 @@ def find(parent_dir: Path) -> list[Path]:
 
 def read(folder: Path, parent_dir: Path) -> Result:
     """What an experiment folder holds; a damaged file makes it "unreadable", and is named as the problem."""
-    result = Result(folder.resolve().name if folder == parent_dir else str(folder.relative_to(parent_dir)))
+    name = folder.resolve().name if folder == parent_dir else str(folder.relative_to(parent_dir))
+    result = Result(os.fsencode(name).decode(errors="replace"))
     try:
         params = Params.load(folder / "params.json")
         result.params = asdict(params)
@@ -94,8 +109,8 @@ def check(history: list, folder: Path) -> None:
     """Raise UserError unless every epoch has the numbers that the table needs."""
     for line, epoch in enumerate(history, 1):
         try:
-            numbers = [epoch["epoch"], epoch["seconds"], *(epoch["val"][metric] or 0 for metric in METRICS)]
-            sane = all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
+            numbers = [epoch["epoch"], epoch["seconds"], *(epoch["val"][metric] for metric in METRICS)]
+            sane = all(is_number(n) or (n is None and index > 1) for index, n in enumerate(numbers))
         except (KeyError, TypeError):
             sane = False
         if not sane:
@@ -104,7 +119,7 @@ def check(history: list, folder: Path) -> None:
 
 def state(folder: Path, params: Params, history: list[dict]) -> tuple[str, str]:
     """The state of an experiment, and what is the matter with it, if anything."""
-    if is_locked(folder / RUN_LOCK):
+    if is_locked(folder / RUN_LOCK) or is_locked(folder.parent / TRIAL_LOCKS / folder.name):  # train.py's, a sweep's
         return "running", ""
     patience = params.early_stopping_patience or math.inf
     if history and (len(history) >= params.num_epochs or len(history) - best_epoch(history)["epoch"] >= patience):
@@ -147,7 +162,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     digits = dict.fromkeys(METRICS, ".4f") | {"minutes": ".1f"}
     cells = [
         [
-            "-" if value is None else format(value, digits[key]) if key in digits else spell(value).replace("|", r"\|")
+            "-" if value is None else format(value, digits[key]) if key in digits else cell(spell(value))
             for key, value in row.items()
         ]
         for row in rows
@@ -155,6 +170,10 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     numeric = [any(type(row[key]) in (int, float) for row in rows) for key in rows[0]]
     alignment = ["right" if right else "left" for right in numeric]
     return tabulate(cells, headers=list(rows[0]), tablefmt="pipe", disable_numparse=True, colalign=alignment)
+
+
+def cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", r"\|")
 
 
 def comma_separated(rows: list[dict[str, Any]]) -> str:
@@ -188,7 +207,8 @@ def main(args: argparse.Namespace) -> None:
             {run.name: [epoch["val"]["mIoU"] or 0.0 for epoch in run.history] for run in runs},
             {key: {run.name: run.params[key] for run in runs} for key in varying},
         )
-        with replacing(args.parent_dir / "results.png") as temporary:
+        with replacing(args.parent_dir / "results.png") as temporary, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph")  # names in scripts that the font lacks
             figure.savefig(temporary, format="png", dpi=120)
 
 

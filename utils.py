@@ -110,7 +110,7 @@ def _key(default: Any, allowed: str, check: Callable[[Any], bool]) -> Any:
 def _number(default: float | None, allowed: str, check: Callable[[float], bool]) -> Any:
     nullable = default is None
     allowed = f"a number {allowed}" + (" or null" if nullable else "")
-    return _key(default, allowed, lambda v: (nullable and v is None) or (_is_number(v) and check(v)))
+    return _key(default, allowed, lambda v: (nullable and v is None) or (is_number(v) and check(v)))
 
 
 def _integer(
@@ -132,14 +132,15 @@ def _flag(default: bool) -> Any:
     return _key(default, "true or false", lambda v: isinstance(v, bool))
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value from JSON is a finite number, and no truth value."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max  # false for NaN too
 
 
 def _are_loss_weights(value: Any) -> bool:
     if not isinstance(value, dict) or not set(value) <= set(LOSS_TERMS):
         return False
-    return all(_is_number(w) and w >= 0 for w in value.values()) and any(value.values())
+    return all(is_number(w) and w >= 0 for w in value.values()) and any(value.values())
 
 
 @dataclass(frozen=True)
@@ -297,31 +298,40 @@ def write_json(path: str | Path, value: Any) -> None:
 # ---------------------------------------------------------------------------------------------------- locks
 
 
-def lock(path: Path) -> int | None:
-    """Lock a file, made if need be, without waiting. Returns None if it is locked already, else a descriptor.
-
-    The lock belongs to the descriptor: it lasts until unlock(), or until every process that has inherited the
-    descriptor has ended, however it ended. There are no stale locks.
+@dataclass(frozen=True)
+class Lock:
+    """A locked file. The lock lasts until release(), or until every process that has inherited the descriptor has
+    ended, however it ended: there are no stale locks.
     """
+
+    path: Path
+    descriptor: int
+
+    def release(self) -> None:
+        """Give the lock back and remove its file."""
+        self.path.unlink(missing_ok=True)
+        os.close(self.descriptor)
+
+
+def lock(path: Path, *, patience: float = 0.0) -> Lock | None:
+    """Lock a file, made if need be; None if another process holds it for patience seconds."""
     import fcntl
 
+    deadline = time.monotonic() + patience
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            return None
-        with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                return descriptor
-        os.close(descriptor)  # of a file that its last owner has removed in the meantime
-
-
-def unlock(path: Path, descriptor: int) -> None:
-    """Give a lock back and remove its file."""
-    path.unlink(missing_ok=True)
-    os.close(descriptor)
+                return Lock(path, descriptor)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                os.close(descriptor)
+                return None
+            time.sleep(0.05)
+        except FileNotFoundError:  # the last owner has removed it in the meantime, or, above, replaced it
+            pass
+        os.close(descriptor)
 
 
 def is_locked(path: Path) -> bool:
@@ -351,6 +361,7 @@ OUTPUTS = (
     "trial.json",
 )
 RUN_LOCK = ".lock"  # held while train.py works in a folder
+TRIAL_LOCKS = ".locks"  # in the folder of a sweep; one for every trial that is started or at work
 LOCK_PATIENCE = 8.0  # seconds; loader processes of a killed run, which inherit its lock, end within five
 
 
@@ -362,15 +373,12 @@ def outputs(model_dir: Path) -> list[Path]:
 @contextmanager
 def sole_run(model_dir: Path) -> Iterator[None]:
     """Hold the folder for one run. Raises UserError if another train.py is at work in it."""
-    path, deadline = model_dir / RUN_LOCK, time.monotonic() + LOCK_PATIENCE
-    while (descriptor := lock(path)) is None:
-        if time.monotonic() > deadline:
-            raise UserError(f"another train.py is at work in {model_dir}; wait for it, or stop it first")
-        time.sleep(0.1)
+    if (held := lock(model_dir / RUN_LOCK, patience=LOCK_PATIENCE)) is None:
+        raise UserError(f"another train.py is at work in {model_dir}; wait for it, or stop it first")
     try:
         yield
     finally:
-        unlock(path, descriptor)
+        held.release()
 
 
 def read_history(model_dir: Path) -> list[dict]:
@@ -380,8 +388,13 @@ def read_history(model_dir: Path) -> list[dict]:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except FileNotFoundError:
         return []
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); mend or remove the line") from None
+
+
+def best_epoch(history: list[dict]) -> dict:
+    """The first of the epochs with the highest validation mIoU, which counts as 0 where it is not defined."""
+    return max(history, key=lambda epoch: epoch["val"]["mIoU"] or 0.0)
 
 
 def write_history(model_dir: Path, history: list[dict]) -> None:

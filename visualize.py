@@ -84,7 +84,9 @@ def learning_curves(
     figure = Figure(figsize=(5 * columns, 3.6 * rows + 0.25 * min(len(curves), COLOURS)), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for name in reversed(curves):  # the best on top
-        axes[0].plot(range(1, len(curves[name]) + 1), curves[name], color=colours[name], marker=".", label=name)
+        axes[0].plot(
+            range(1, len(curves[name]) + 1), curves[name], color=colours[name], marker=".", label=_spelling(name)
+        )
     axes[0].set(xlabel="epoch", ylabel="validation mIoU", ylim=(0, None))
     axes[0].xaxis.get_major_locator().set_params(integer=True)
     handles, names = axes[0].get_legend_handles_labels()
@@ -115,4 +117,7 @@ def _positions(axis: "Axes", values: list) -> list[float]:
 
 
 def _spelling(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
+    text = f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
+    return f"{' ' * text.startswith('_')}{text}".replace(
+        "$", r"\$"
+    )  # matplotlib hides "_x", and reads "$x$" as a formula

@@ -2,18 +2,26 @@
 
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 # One thread: on networks this small two are hardly faster, and much slower where another process wants a core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from model.sample import draw_scene
 from model.voc import colour_mask
+
+settings.register_profile("thorough", max_examples=5000)  # pytest --hypothesis-profile thorough
 
 ROOT = Path(__file__).resolve().parent.parent
 VOC2012 = ROOT.parent / "shared" / "voc2012"
@@ -63,3 +71,38 @@ def voc2012() -> Path:
     if not VOC2012.is_dir():
         pytest.skip("no VOC2012 photos beside the repository")
     return VOC2012
+
+
+@pytest.fixture(scope="session")
+def postgresql_server(tmp_path_factory) -> Iterator[str]:
+    """A PostgreSQL of our own; the URL of its databases but for their name. Skipped where it is not installed."""
+    pytest.importorskip("psycopg2")
+    if not shutil.which("pg_ctl"):
+        pytest.skip("no PostgreSQL")
+    folder = Path(tempfile.mkdtemp(prefix="pg", dir="/tmp"))  # short, for its socket, and open to its user
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    user = {"user": "nobody"} if os.getuid() == 0 else {}  # it refuses to run as root
+    if user:
+        shutil.chown(folder, "nobody")
+    environment = {"env": os.environ | {"LC_ALL": "C"}, "cwd": folder, "check": True, "stdout": subprocess.DEVNULL}
+    subprocess.run(["initdb", "-D", folder / "data", "-U", "postgres", "--auth=trust"], **environment, **user)
+    server = ["pg_ctl", "-D", folder / "data", "-w", "-o", f"-p {port} -k {folder} -F", "-l", folder / "log"]
+    subprocess.run([*server, "start"], **environment, **user)
+    yield f"postgresql+psycopg2://postgres@127.0.0.1:{port}/"
+    subprocess.run([*server, "-m", "immediate", "stop"], **environment, **user)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def postgresql(postgresql_server: str) -> str:
+    """The URL of an empty database."""
+    import sqlalchemy
+
+    name = f"test{time.time_ns()}"
+    engine = sqlalchemy.create_engine(postgresql_server + "postgres", isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(sqlalchemy.text(f"create database {name}"))
+    engine.dispose()
+    return postgresql_server + name

@@ -191,7 +191,7 @@ def test_a_second_run_is_refused_and_a_signal_before_the_first_checkpoint_says_h
 # ---------------------------------------------------------------------------------------- disk and memory
 
 
-@pytest.mark.parametrize("kilobytes", [1, 60_000])
+@pytest.mark.parametrize("kilobytes", [pytest.param(1, marks=pytest.mark.slow), 60_000])
 def test_a_full_disk_leaves_the_last_checkpoint_and_ends_in_one_line(straight, tmp_path, kilobytes):
     """Files end at a limit: the log, and the checkpoint."""
     experiment, data = straight
@@ -286,7 +286,7 @@ def test_ctrl_c_while_modules_are_imported_is_silent(tmp_path, data):
 
 # ---------------------------------------------------------------------------------------- any bytes
 
-fuzz = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+fuzz = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 json_text = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),

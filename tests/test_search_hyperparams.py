@@ -14,7 +14,7 @@ from conftest import ROOT, TINY, make_data, run_script
 from optuna.trial import TrialState
 
 from study import Study, open_storage, trial_name
-from utils import is_locked, read_history
+from utils import is_locked, lock, read_history
 
 
 def make_sweep(folder: Path, space, **params) -> Path:
@@ -76,17 +76,17 @@ def data_dir(tmp_path_factory):
 
 
 def test_a_sweep_trains_every_trial_and_one_that_fails_does_not_hinder_the_others(tmp_path, data_dir):
-    sweep = make_sweep(tmp_path / "my sweep; $(echo)", {"batch_size": [100, 2, 3]})
+    sweep = make_sweep(tmp_path / "my sweep; $(echo)", {"batch_size": [7, 2, 3], "image_size": 64})
     result = search(sweep, data_dir, "--jobs", 2, check=1)
-    assert trials(sweep) == ["batch_size_100", "batch_size_2", "batch_size_3"]
+    assert trials(sweep) == ["batch_size_2", "batch_size_3", "batch_size_7"]
     best = {size: read_history(sweep / f"batch_size_{size}")[0]["val"]["mIoU"] for size in (2, 3)}
     for size, mIoU in best.items():
         assert f"batch_size_{size}: finished, best mIoU {mIoU:.4f} at epoch 1\n" in result.stdout
         resolved = json.loads((sweep / f"batch_size_{size}" / "run.json").read_text())["params"]
         assert resolved["batch_size"] == size and resolved["stem_maxpool"] is True
-    fault = 'train.py: error: "batch_size" is 100, but train has 6 images; lower it'
-    assert f"batch_size_100: failed, exit status 2\n    {fault}\n" in result.stdout
-    assert json.loads((sweep / "batch_size_100" / "trial.json").read_text())["reason"] == ["exit status 2", fault]
+    fault = 'train.py: error: "batch_size" is 7, but train has 6 images; lower it'
+    assert f"batch_size_7: failed, exit status 2\n    {fault}\n" in result.stdout
+    assert json.loads((sweep / "batch_size_7" / "trial.json").read_text())["reason"] == ["exit status 2", fault]
     winner = max(best, key=best.get)
     assert f"3 trials: 2 finished, 1 failed; best mIoU {best[winner]:.4f} by batch_size_{winner}\n" in result.stdout
     assert f"synthesize_results.py --parent_dir '{sweep}'" in result.stdout
@@ -94,10 +94,10 @@ def test_a_sweep_trains_every_trial_and_one_that_fails_does_not_hinder_the_other
 
     # Again: the failed one alone, which by now can succeed.
     before = {trial: (sweep / trial / "last.pth.tar").stat() for trial in ("batch_size_2", "batch_size_3")}
-    more_data = make_data(tmp_path / "more", train=100)
+    more_data = make_data(tmp_path / "more", train=8)
     search(sweep, more_data)
     assert {trial: (sweep / trial / "last.pth.tar").stat() for trial in before} == before
-    assert len(read_history(sweep / "batch_size_100")) == 1 and not (sweep / "batch_size_100" / "trial.json").exists()
+    assert len(read_history(sweep / "batch_size_7")) == 1 and not (sweep / "batch_size_7" / "trial.json").exists()
     assert list((sweep / ".locks").iterdir()) == []
 
     # And again: nothing is left to do.
@@ -114,6 +114,7 @@ def test_a_sweep_killed_midway_and_started_again_finishes_each_trial_once(tmp_pa
     process.communicate()
     assert len(read_history(first)) == 2 and not third.exists()
     assert train_processes(sweep), "the trial at work goes on by itself"
+    assert is_locked(sweep / ".locks" / second.name), "and keeps others away"
     result = search(sweep, data_dir)
     assert "3 trials: 3 finished" in result.stdout
     for trial in (first, second, third):
@@ -148,9 +149,9 @@ def test_an_interrupt_ends_every_trial_and_the_same_command_goes_on(tmp_path, da
         assert logged(folder, "epoch 1/5") == 1 and logged(folder, "continuing after epoch [1-4]") == 1
 
 
-def test_two_processes_share_a_sweep_and_a_killed_trial_leaves_the_others(tmp_path, data_dir):
+def test_two_processes_share_a_sweep_and_a_killed_trial_leaves_the_others(tmp_path, data_dir, postgresql):
     sweep = make_sweep(tmp_path / "sweep", {"learning_rate": [0.1, 0.01, 0.001, 0.0001]})
-    storage = ("--storage", f"sqlite:///{tmp_path}/sweep.db")
+    storage = ("--storage", postgresql)
     processes = [start(sweep, data_dir, *storage) for _ in range(2)]
     victim = sweep / "learning_rate_0.1"
     wait_until(lambda: logged(victim, "on cpu"))
@@ -160,7 +161,7 @@ def test_two_processes_share_a_sweep_and_a_killed_trial_leaves_the_others(tmp_pa
     assert [process.returncode for process in processes] == [1, 1]
     for stdout, stderr in outputs:
         assert stderr == "" and "4 trials: 3 finished, 1 failed" in stdout
-        assert "learning_rate_0.1: failed, killed by SIGKILL\n" in stdout
+        assert "learning_rate_0.1: failed, killed by SIGKILL: " in stdout
     said = "".join(stdout for stdout, _ in outputs)
     for rate in (0.01, 0.001, 0.0001):
         folder = sweep / f"learning_rate_{rate}"
@@ -168,10 +169,51 @@ def test_two_processes_share_a_sweep_and_a_killed_trial_leaves_the_others(tmp_pa
     assert not (sweep / "study.journal").exists()
 
 
+def test_a_trial_that_was_given_to_another_process_is_stopped(tmp_path, data_dir, postgresql):
+    sweep = make_sweep(tmp_path / "sweep", {"learning_rate": [0.1]}, num_epochs=1000)
+    process = start(sweep, data_dir, "--storage", postgresql)
+    trial = sweep / "learning_rate_0.1"
+    wait_until(lambda: logged(trial, "epoch 1/1000"))
+    base = json.loads((sweep / "params.json").read_text())
+    other = Study(open_storage(sweep, postgresql), sweep, base, grid={trial.name: {"learning_rate": 0.1}}, shared=True)
+    other.finish(0, TrialState.FAIL)
+    wait_until(lambda: not train_processes(trial))
+    stdout, stderr = process.communicate(timeout=60)
+    assert f"{trial.name}: stopped, another process has taken it over" in stdout and stderr == ""
+
+
+def test_what_is_wrong_with_the_folder_of_a_trial_does_not_hinder_the_others(tmp_path, data_dir):
+    sweep = make_sweep(tmp_path / "sweep", {"learning_rate": [0.1, 0.01, 0.001]})
+    (sweep / "learning_rate_0.1").write_text("in the way\n")
+    busy = sweep / "learning_rate_0.01"
+    busy.mkdir()
+    (busy / "run.json").write_text("{}")
+    held = lock(busy / ".lock")  # as a train.py that was started by hand
+    result = search(sweep, data_dir, check=1)
+    held.release()
+    assert "learning_rate_0.1: failed, [Errno " in result.stdout
+    assert f"learning_rate_0.01: failed, another train.py is at work in {busy}" in result.stdout
+    assert "3 trials: 1 finished, 2 failed" in result.stdout and (busy / "run.json").exists()
+
+
+def test_results_without_a_last_checkpoint_are_taken_up_from_the_best_one(tmp_path, data_dir):
+    sweep = make_sweep(tmp_path / "sweep", {"learning_rate": [0.1]})
+    search(sweep, data_dir)
+    trial = sweep / "learning_rate_0.1"
+    (trial / "last.pth.tar").unlink()
+    (trial / "metrics_test_best.json").write_text("{}")
+    before = {path: path.read_bytes() for path in trial.iterdir()}
+    (sweep / "study.journal").unlink()
+    assert "1 trials: 1 finished" in search(sweep, data_dir).stdout
+    assert {path: path.read_bytes() for path in trial.iterdir()} == before
+
+
 def test_prune_ends_a_trial_below_the_median(tmp_path, data_dir):
     sweep = make_sweep(tmp_path / "sweep", {"learning_rate": [1e-9, *range(1, 6)]}, num_epochs=30)
     base = json.loads((sweep / "params.json").read_text())
     names = {trial_name(values): values for rate in range(1, 6) for values in [{"learning_rate": rate}]}
+    for name in names:
+        (sweep / name).mkdir()
     earlier = Study(open_storage(sweep, None), sweep, base, grid=names)
     earlier.enqueue_missing()
     for _ in names:
@@ -225,4 +267,4 @@ def test_a_folder_that_holds_another_experiment_is_left_alone(tmp_path, data_dir
     (sweep / "learning_rate_0.01" / "params.json").write_text('{"learning_rate": 0.02}')
     result = search(sweep, data_dir, check=2)
     assert "learning_rate_0.01/params.json is not what base and search space say; move" in result.stderr
-    assert trials(sweep) == ["learning_rate_0.01"]
+    assert {path.name for path in sweep.iterdir()} == {"params.json", "search_space.json", "learning_rate_0.01"}

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from optuna.trial import TrialState
 import study
 from model import UserError
 from study import Range, Study, distributions, grid, open_storage, read_spaces, trial_name
-from utils import ROOT, Params, is_locked, lock, unlock
+from utils import ROOT, Params, is_locked, lock
 
 
 def space_file(folder: Path, content) -> Path:
@@ -60,8 +61,10 @@ RATES = [{"learning_rate": rate} for rate in (0.1, 0.01, 0.001)]
         ({"learning_rate": {"low": -1, "high": 0.1}}, '"learning_rate" is -1'),
         ({"weight_decay": {"low": 0, "high": 0.1, "log": True}}, '"log" is true; allowed'),
         ({"weight_decay": {"low": 0, "high": 0.1, "log": "yes"}}, '"log" is "yes"; allowed'),
-        ({"weight_decay": {"low": 0, "high": 0.1, "step": 0}}, '"step" is 0; allowed: a number up to 0.1'),
-        ({"batch_size": {"low": 2, "high": 8, "step": 1.5}}, "allowed: a whole number up to 6"),
+        ({"weight_decay": {"low": 0, "high": 0.1, "step": 0}}, '"step" is 0; allowed: a number that divides 0.1'),
+        ({"weight_decay": {"low": 0, "high": 0.1, "step": 0.04}}, "allowed: a number that divides 0.1"),
+        ({"weight_decay": {"low": 0, "high": 0.1, "step": 1e-300}}, "allowed: a number that divides 0.1"),
+        ({"batch_size": {"low": 2, "high": 8, "step": 1.5}}, "allowed: a whole number that divides 6"),
         ({"kernel_size": {"low": 3, "high": 15}}, '"kernel_size" is 4; allowed: an integer of at least 3 that is odd'),
         ({"batch_size": [1, 0], "num_epochs": [0]}, '"num_epochs" is 0'),
     ],
@@ -198,7 +201,7 @@ def test_every_trial_of_a_grid_is_claimed_once(tmp_path):
     second.enqueue_missing()
     claims = [process.claim() for process in (first, second, first, second)]
     assert [claim.values for claim in claims[:3]] == RATES and claims[3] is None
-    assert all(is_locked(claim.lock[0]) for claim in claims[:3])
+    assert all(is_locked(claim.lock.path) for claim in claims[:3])
     assert second.left() == 2, "those of the first"
     for claim in claims[:3]:
         first.finish(claim.trial.number, TrialState.COMPLETE, 0.5)
@@ -208,22 +211,75 @@ def test_every_trial_of_a_grid_is_claimed_once(tmp_path):
 def test_a_queue_that_two_processes_filled_at_once_runs_each_trial_once(tmp_path):
     first, second = (open_study(tmp_path, RATES) for _ in range(2))
     for values in RATES:
-        first._enqueue(values)
-        second._enqueue(values)
+        first._enqueue(values, replaces=[])
+        second._enqueue(values, replaces=[])
     names = [claim.name for process in (first, second) * 4 if (claim := process.claim())]
     assert sorted(names) == sorted(map(trial_name, RATES))
     assert len(first.mine | second.mine) == 3 and first._elsewhere(TrialState.WAITING) == []
+
+
+def test_a_trial_that_two_starts_queued_is_not_run_a_second_time_when_it_fails(tmp_path):
+    first, second = (open_study(tmp_path, RATES[:1]) for _ in range(2))
+    for process in (first, second):
+        process._enqueue(RATES[0], replaces=[])
+    claim = first.claim()
+    first.fail(claim.trial, ["broken"])
+    claim.lock.release()
+    assert first.claim() is None and second.claim() is None and first.left() == 0
+    assert first.standing()[claim.name].user_attrs["error"] == ["broken"]
+
+
+def test_a_trial_whose_folder_was_deleted_runs_again(tmp_path):
+    process = open_study(tmp_path, RATES[:2])
+    process.enqueue_missing()
+    for score, claim in ((0.5, process.claim()), (0.7, process.claim())):
+        process.finish(claim.trial.number, TrialState.COMPLETE, score)
+        claim.lock.release()
+    (tmp_path / trial_name(RATES[0])).mkdir()
+    again = open_study(tmp_path, RATES[:2])
+    again.enqueue_missing()
+    assert again.standing()[trial_name(RATES[1])].state == TrialState.WAITING, "its old result does not count"
+    claim = again.claim()
+    assert claim.values == RATES[1] and again.claim() is None
+    again.finish(claim.trial.number, TrialState.COMPLETE, 0.6)
+    assert again.standing()[claim.name].value == 0.6
+
+
+def test_a_finished_attempt_counts_whatever_else_was_queued(tmp_path):
+    process = open_study(tmp_path, RATES[:1])
+    process._enqueue(RATES[0], replaces=[])
+    claim = process.claim()
+    process.finish(claim.trial.number, TrialState.COMPLETE, 0.5)
+    process._enqueue(RATES[0], replaces=[])
+    assert process.standing()[claim.name].value == 0.5
+    process.enqueue_missing()
+
+
+def test_a_trial_that_is_taken_over_before_its_lock_is_held_is_not_run(tmp_path):
+    slow, quick = (open_study(tmp_path, RATES[:1]) for _ in range(2))
+    slow.enqueue_missing()
+    held = lock(tmp_path / ".locks" / trial_name(RATES[0]))
+    with ThreadPoolExecutor(1) as pool:
+        claim = pool.submit(slow.claim)  # takes the trial, and waits for the lock
+        while not (running := quick._elsewhere(TrialState.RUNNING)):
+            time.sleep(0.01)
+        quick.put_back(running[0].number, RATES[0])
+        held.release()
+        claim = claim.result()
+    assert claim.trial.number != running[0].number and quick.claim() is None
 
 
 def test_failed_trials_run_again_at_the_next_start_and_only_then(tmp_path):
     process = open_study(tmp_path, RATES)
     process.enqueue_missing()
     claims = [process.claim() for _ in RATES]
+    for claim in claims:
+        (tmp_path / claim.name).mkdir()
     process.finish(claims[0].trial.number, TrialState.COMPLETE, 0.5)
     process.fail(claims[1].trial, ["broken"])
     process.finish(claims[2].trial.number, TrialState.PRUNED)
     for claim in claims:
-        unlock(*claim.lock)
+        claim.lock.release()
     assert process.claim() is None
     assert process.standing()[claims[1].name].user_attrs["error"] == ["broken"]
     again = open_study(tmp_path, RATES)
@@ -234,7 +290,7 @@ def test_failed_trials_run_again_at_the_next_start_and_only_then(tmp_path):
 def test_a_grid_can_grow_and_shrink(tmp_path):
     process = open_study(tmp_path, RATES[:2])
     process.enqueue_missing()
-    unlock(*process.claim().lock)
+    process.claim().lock.release()
     other = open_study(tmp_path, RATES[2:])
     other.enqueue_missing()
     assert other.claim().values == RATES[2], "and not the one that is queued and no longer in the space"
@@ -271,6 +327,48 @@ def test_the_first_draws_are_the_same_every_time(tmp_path):
     assert draws[0] == draws[1]
 
 
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_a_finite_space_is_drawn_to_its_last_trial(tmp_path, sampler):
+    space = {
+        "kernel_size": IntDistribution(3, 9, step=2),
+        "dropout_rate": FloatDistribution(0, 0.2, step=0.1),
+        "optimizer": CategoricalDistribution(["sgd", "adamw"]),
+    }
+    process = open_study(tmp_path, space=space, sampler=sampler, n_trials=100)
+    names = set()
+    while claim := process.claim():
+        names.add(claim.name)
+        process.finish(claim.trial.number, TrialState.COMPLETE, claim.values["kernel_size"] / 10)
+        claim.lock.release()
+    assert len(names) == 4 * 3 * 2 == process.expected() and process.exhausted and process.left() == 0
+
+
+def test_samplers_refuse_other_choices_than_before_and_take_other_ends(tmp_path):
+    before = {"optimizer": CategoricalDistribution(["sgd"]), "momentum": FloatDistribution(0.5, 0.9)}
+    open_study(tmp_path, space=before, n_trials=1).claim()
+    open_study(tmp_path, space=before | {"momentum": FloatDistribution(0.1, 0.95)}, n_trials=2).claim()
+    for other in (
+        {"optimizer": CategoricalDistribution(["sgd", "adamw"])},
+        {"momentum": FloatDistribution(0.5, 0.9, log=True)},
+        {"momentum": CategoricalDistribution([0.9])},
+    ):
+        with pytest.raises(UserError, match=f'"{next(iter(other))}" was drawn from other choices before'):
+            open_study(tmp_path, space=before | other, n_trials=3)
+
+
+def test_tpe_learns_from_the_trials_of_a_grid(tmp_path):
+    process = open_study(tmp_path, RATES)
+    process.enqueue_missing()
+    process.fail(process.claim().trial, ["broken"])
+    for path in (tmp_path / ".locks").iterdir():
+        path.unlink()
+    again = open_study(tmp_path, space={"learning_rate": FloatDistribution(1e-4, 1)}, sampler="tpe", n_trials=3)
+    again.enqueue_missing()
+    retried = [again.claim() for _ in RATES]
+    assert {claim.values["learning_rate"] for claim in retried} == {0.1, 0.01, 0.001}
+    assert all(claim.trial.params == claim.values for claim in retried)
+
+
 def test_a_small_space_ends_when_every_trial_is_known(tmp_path):
     space = {"loss_weights": CategoricalDistribution(['{"bce": 1}', '{"dice": 1}'])}
     process = open_study(tmp_path, space=space, n_trials=50)
@@ -291,7 +389,7 @@ def test_a_retried_draw_keeps_its_values(tmp_path):
     process = open_study(tmp_path, space=space, n_trials=2)
     claim = process.claim()
     process.fail(claim.trial, ["broken"])
-    unlock(*claim.lock)
+    claim.lock.release()
     again = open_study(tmp_path, space=space, n_trials=2)
     again.enqueue_missing()
     retried = again.claim()
@@ -315,9 +413,9 @@ def claim_all(folder: Path, names, storage=None, options=None) -> None:
     while (claim := process.claim()) or process.left():
         if claim:
             names.put(claim.name)
-            time.sleep(0.002)
+            (folder / claim.name).mkdir()
             process.finish(claim.trial.number, TrialState.COMPLETE, 0.5)
-            unlock(*claim.lock)
+            claim.lock.release()
 
 
 GRID = [{"learning_rate": rate / 100} for rate in range(1, 21)]
@@ -325,10 +423,12 @@ DRAWN = {"space": {"batch_size": IntDistribution(1, 40)}, "n_trials": 20}
 
 
 @pytest.mark.parametrize("options", [{"trials": GRID}, DRAWN], ids=["grid", "random"])
-def test_processes_that_share_a_study_never_take_the_same_trial(tmp_path, options):
+@pytest.mark.parametrize("database", [False, True], ids=["journal", "postgresql"])
+def test_processes_that_share_a_study_never_take_the_same_trial(tmp_path, request, database, options):
+    storage = request.getfixturevalue("postgresql") if database else None
     context = multiprocessing.get_context("spawn")
     names = context.Queue()
-    processes = [context.Process(target=claim_all, args=(tmp_path, names, None, options)) for _ in range(4)]
+    processes = [context.Process(target=claim_all, args=(tmp_path, names, storage, options)) for _ in range(4)]
     for process in processes:
         process.start()
     for process in processes:
@@ -346,9 +446,12 @@ def hold_a_claim(folder: Path, names, storage: str | None) -> None:
 
 
 @pytest.mark.parametrize("database", [False, True])
-def test_the_trial_of_a_killed_process_is_queued_again_and_that_of_a_living_one_is_not(tmp_path, monkeypatch, database):
-    storage = f"sqlite:///{tmp_path}/sweep.db" if database else None
-    monkeypatch.setattr(study, "DEAD_AFTER", 0.5)
+def test_the_trial_of_a_killed_process_is_queued_again_and_that_of_a_living_one_is_not(
+    tmp_path, monkeypatch, request, database
+):
+    storage = request.getfixturevalue("postgresql") if database else None
+    if database:  # in a folder of its own there is no need to wait for heartbeats
+        monkeypatch.setattr(study, "DEAD_AFTER", 0.5)
     context = multiprocessing.get_context("spawn")
     names = context.Queue()
     other = context.Process(target=hold_a_claim, args=(tmp_path, names, storage))
@@ -366,8 +469,8 @@ def test_the_trial_of_a_killed_process_is_queued_again_and_that_of_a_living_one_
     assert process.claim().name == name and process.left() == 0
 
 
-def test_a_heartbeat_in_a_database_keeps_a_trial_whose_lock_is_on_another_machine(tmp_path, monkeypatch):
-    storage = f"sqlite:///{tmp_path}/sweep.db"
+def test_a_heartbeat_in_a_database_keeps_a_trial_whose_lock_is_on_another_machine(tmp_path, monkeypatch, postgresql):
+    storage = postgresql
     monkeypatch.setattr(study, "DEAD_AFTER", 1.0)
     for machine in ("one", "two"):
         (tmp_path / machine / "sweep").mkdir(parents=True)
@@ -394,7 +497,7 @@ def test_a_journal_that_was_cut_short_goes_on(tmp_path):
     process.enqueue_missing()
     claim = process.claim()
     process.finish(claim.trial.number, TrialState.COMPLETE, 0.5)
-    unlock(*claim.lock)
+    claim.lock.release()
     journal = tmp_path / "study.journal"
     whole = journal.read_bytes()
     journal.write_bytes(whole[:-7])
@@ -412,7 +515,9 @@ def test_a_damaged_journal_and_an_unusable_database_are_one_line(tmp_path):
         with pytest.raises(UserError, match=r"--storage: .*; give a URL as postgresql"):
             open_storage(tmp_path, url)
     with pytest.raises(study.RunFailed, match="the database of --storage cannot be used"):
-        open_storage(tmp_path, f"sqlite:///{tmp_path}/no/such/folder.db")
+        open_storage(tmp_path, "postgresql+psycopg2://nobody@127.0.0.1:1/nothing")
+    with pytest.raises(UserError, match="SQLite cannot be shared; without --storage"):
+        open_storage(tmp_path, f"sqlite:///{tmp_path}/sweep.db")
 
 
 def test_a_lock_is_held_once_and_leaves_no_file(tmp_path):
@@ -420,8 +525,29 @@ def test_a_lock_is_held_once_and_leaves_no_file(tmp_path):
     assert not is_locked(path) and not path.exists()
     held = lock(path)
     assert is_locked(path) and lock(path) is None
-    unlock(path, held)
+    held.release()
     assert not path.exists() and not is_locked(path)
     path.touch()
     assert not is_locked(path)
-    unlock(path, lock(path))
+    lock(path).release()
+
+
+def take_turns(path: Path, rounds: int) -> None:
+    """Lock and release; whoever finds the mark of another inside fails."""
+    mark = path.with_name("mark")
+    for _ in range(rounds):
+        held = lock(path, patience=60)
+        os.close(os.open(mark, os.O_CREAT | os.O_EXCL))
+        mark.unlink()
+        held.release()
+
+
+def test_two_processes_never_hold_a_lock_together(tmp_path):
+    """Also in the moments in which its file is removed and made anew."""
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=take_turns, args=(tmp_path / "lock", 1500)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=100)
+        assert process.exitcode == 0

@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 from conftest import ROOT, run_script
 from PIL import Image
 
-from utils import RUN_LOCK, lock, unlock, write_history
+from utils import RUN_LOCK, TRIAL_LOCKS, lock, write_history
 from visualize import learning_curves
 
 METRICS = ("pixel_accuracy", "mean_accuracy", "frequency_weighted_IoU", "mean_dice")
@@ -73,15 +74,20 @@ def parent(tmp_path) -> Path:
 
 def test_the_table_has_a_row_for_every_experiment_best_first(parent):
     running = experiment(parent / "running", [0.05], num_epochs=3)
-    held = lock(running / RUN_LOCK)
+    starting = experiment(parent / "starting")
+    (starting / "train.log").touch()
+    (parent / TRIAL_LOCKS).mkdir()
+    held = [lock(running / RUN_LOCK), lock(parent / TRIAL_LOCKS / "starting")]
     result = synthesize(parent)
-    unlock(running / RUN_LOCK, held)
+    for each in held:
+        each.release()
     rows = table(result.stdout)
     assert [row["name"] for row in rows[:6]] == ["b", "deeper/c", "a", "running", "pruned", "crashed"]
     assert {row["name"]: row["state"] for row in rows} == {
         **dict.fromkeys(["a", "b", "deeper/c"], "finished"),
         **dict.fromkeys(["crashed", "log only", "failed"], "failed"),
         **{name: name for name in ("running", "pruned", "not started")},
+        "starting": "running",
     }
     assert rows[0] == {
         "name": "b",
@@ -128,6 +134,10 @@ def test_the_files_say_what_the_terminal_says(parent):
         ("history.jsonl", '{"epoch": 1, "val": {"mIoU": 0.3}}\n'),
         ("history.jsonl", json.dumps(epoch(1, float("nan"))) + "\n"),
         ("history.jsonl", json.dumps(epoch(1, 0.3) | {"seconds": None}) + "\n"),
+        ("history.jsonl", json.dumps(epoch(1, "")) + "\n"),
+        ("history.jsonl", json.dumps(epoch(1, False)) + "\n"),
+        ("history.jsonl", json.dumps(epoch(1, 10**400)) + "\n"),
+        ("history.jsonl", "[" * 100_000),
         ("history.jsonl", b"\xff\xfe\x00"),
         ("history.jsonl", "folder"),
         ("trial.json", "{"),
@@ -190,12 +200,22 @@ def test_mistakes_are_one_line(tmp_path, parent):
     assert not list(empty.iterdir())
 
 
-def test_names_cannot_break_the_table(tmp_path):
-    experiment(tmp_path / "sweep" / 'a|b, "c"', [0.1])
+def test_names_cannot_break_table_or_plot(tmp_path):
+    names = ['a|b, "c"', "two\nlines", "$x$_$", "_hidden", "実験"]
+    for rank, name in enumerate(names):
+        experiment(tmp_path / "sweep" / name, [0.9 - rank / 10], train_split=f"$\\x$_{rank}")
+    Path(os.fsdecode(bytes(tmp_path / "sweep") + b"/\xff")).mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    experiment(tmp_path / "elsewhere" / "linked", [0.05])
+    (tmp_path / "sweep" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "sweep" / "loop").symlink_to(tmp_path / "sweep")
     result = synthesize(tmp_path / "sweep")
-    assert r"| a\|b, " in result.stdout
+    assert result.stderr == ""
+    rows = [line.split(" | ")[0].strip("| ") for line in result.stdout.splitlines()[2:]]
+    assert rows == [r"a\|b, \"c\"".replace(r"\"", '"'), "two lines", "$x$_$", "_hidden", "実験", "link/linked"]
     with open(tmp_path / "sweep" / "results.csv", newline="") as stream:
-        assert next(csv.DictReader(stream))["name"] == 'a|b, "c"'
+        assert [row["name"] for row in csv.DictReader(stream)] == [*names, "link/linked"]
+    assert (tmp_path / "sweep" / "results.png").exists()
 
 
 def test_neither_table_nor_sweep_imports_torch():

@@ -524,6 +524,7 @@ def ids_of(voc2012, split: str) -> list[str]:
     return (voc2012 / "ImageSets" / "Segmentation" / f"{split}.txt").read_text().split()
 
 
+@pytest.mark.slow
 def test_the_loss_falls_on_real_photos(voc2012, tmp_path):
     train_ids, val_ids = ids_of(voc2012, "train")[:16], ids_of(voc2012, "val")[:4]
     data = photos(tmp_path / "data", voc2012, train=train_ids, val=val_ids)

@@ -1,0 +1,301 @@
+"""Measure this program against the original recipe (baseline.py): both sides in turn, ratios of medians.
+
+python benchmarks/run.py [--data_dir data] prints the table, on the device that there is. Without --data_dir, drawn
+scenes of the size of VOC's photos stand in for them.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from tabulate import tabulate
+from tqdm import tqdm
+
+from benchmarks import baseline
+from evaluate import evaluate
+from model.data_loader import SegmentationDataset, Split, make_loader, read_example
+from model.losses import SegmentationLoss
+from model.net import FCN_GCN
+from model.sample import draw_scene
+from model.transforms import to_input
+from model.voc import CLASS_NAMES, colour_mask
+from train import Training
+from utils import Params, autocast, pick_device, resolve_precision, seed_everything, to_device
+
+SIZE, BATCH = 224, 5
+PHOTO = (500, 375)  # VOC's usual size
+FLOPS = 37.2e9  # of a forward pass for one image of 224 x 224, twice the multiply-adds; backward costs twice as much
+SMALL, COUNTS = 64, (100, 1_000, 10_000)  # image size and images of the scaling test
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", type=Path, help="VOC2012, for real photos")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each side (default: %(default)s)")
+    parser.add_argument("--peak_memory_of", choices=("baseline", "ours"), help=argparse.SUPPRESS)  # in its own process
+    return parser.parse_args()
+
+
+def cached(split: Split, count: int) -> torch.utils.data.DataLoader:
+    """The first photos of a split, in batches from the cache."""
+    parts = (split.ids[:count], split.images[:count], split.masks[:count])
+    dataset = SegmentationDataset(Split(f"benchmark{count}", *parts), class_names=CLASS_NAMES, image_size=SIZE)
+    return make_loader(dataset, batch_size=BATCH, num_workers=0)
+
+
+class Sides:
+    """Both sides' network, on the same photos."""
+
+    def __init__(self, split: Split, device: torch.device):
+        self.device, self.split = device, split
+        self.params = resolve_precision(Params(pretrained=False, batch_size=BATCH, num_workers=0), device)
+        seed_everything(0, deterministic=False)
+
+    def baseline(self) -> tuple[Callable, Callable]:
+        """Functions for one training step and for the evaluation of one batch."""
+        examples = [baseline.load(*self.split_pair(index), SIZE) for index in range(BATCH)]
+        images, targets = (torch.stack(part).to(self.device) for part in zip(*examples, strict=True))
+        model = FCN_GCN(pretrained=False).to(self.device)
+        optimizer = baseline.optimizer(model)
+
+        def step() -> None:
+            model.train()
+            baseline.train_step(model, optimizer, images, targets)
+
+        def evaluate_batch() -> None:
+            model.eval()
+            baseline.evaluate_batch(model, images, targets)
+
+        return step, evaluate_batch
+
+    def ours(self) -> tuple[Callable, Callable]:
+        """The same, as train.py does it."""
+        model = FCN_GCN(**self.params.network_options(), pretrained=False)
+        to_device(model, self.params, self.device)
+        training = Training(model, self.params, steps_per_epoch=1000)
+        criterion = SegmentationLoss(self.params.loss_weights)
+        loader = cached(self.split, BATCH)
+        images, labels = next(iter(loader))
+
+        def step() -> None:
+            model.train()
+            with autocast(self.device, self.params.precision):
+                logits = training.forward(to_input(images, self.device, **self.params.input_options()))
+            training.step(criterion(logits, labels.to(self.device)), last_of_group=True)
+
+        return step, lambda: evaluate(model, loader, self.params, self.device)
+
+    def split_pair(self, index: int) -> tuple[Path, Path]:
+        return self.split.images[index], self.split.masks[index]
+
+
+def in_turn(ours: Callable, theirs: Callable, repeats: int, bar: tqdm, device: torch.device) -> tuple[list, list]:
+    """Seconds of each side's runs, after one of each that does not count."""
+    seconds: tuple[list, list] = ([], [])
+    for repeat in range(repeats + 1):
+        for side, function in enumerate((ours, theirs)):
+            start = time.perf_counter()
+            function()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if repeat:
+                seconds[side].append(time.perf_counter() - start)
+        bar.update()
+    return seconds
+
+
+def compared(what: str, ours: list[float], theirs: list[float], scale: float = 1000, unit: str = "ms") -> tuple:
+    """A row of the table: medians with the spread from fastest to slowest, and the ratio of the medians."""
+
+    def text(seconds: list[float]) -> str:
+        low, middle, high = (scale * value for value in (min(seconds), statistics.median(seconds), max(seconds)))
+        return f"{middle:.4g} ({low:.4g}-{high:.4g}) {unit}"
+
+    return what, text(theirs), text(ours), f"{statistics.median(theirs) / statistics.median(ours):.2f}"
+
+
+def peak_memory(side: str, args: argparse.Namespace) -> float:
+    """MiB at most, of a process that does two training steps: on a GPU what PyTorch allocated, else resident."""
+    command = [sys.executable, __file__, "--peak_memory_of", side, "--device", args.device, "--data_dir", args.data_dir]
+    return float(subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout)
+
+
+def print_peak_memory(sides: Sides, side: str) -> None:
+    step, _ = getattr(sides, side)()
+    for _ in range(2):
+        step()
+    if sides.device.type == "cuda":
+        print(torch.cuda.max_memory_allocated() / 2**20)
+    else:
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+
+
+def input_pipeline(split: Split, repeats: int, bar: tqdm) -> list[tuple]:
+    """From files to a batch of tensors, on one core: the first time, and from the cache."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    count = 20
+    pairs = list(zip(split.images, split.masks, strict=True))[:count]
+    loader = cached(split, count)
+
+    def theirs() -> None:
+        for start in range(0, count, BATCH):
+            images, targets = zip(*(baseline.load(*pair, SIZE) for pair in pairs[start : start + BATCH]), strict=True)
+            torch.stack(images), torch.stack(targets)
+
+    def first_pass() -> None:
+        for start in range(0, count, BATCH):
+            batch = [read_example(*pair, image_size=SIZE, num_classes=21) for pair in pairs[start : start + BATCH]]
+            torch.from_numpy(np.stack(batch))
+
+    def from_cache() -> None:
+        for _ in loader:
+            pass
+
+    device = torch.device("cpu")
+    first = compared("input, first pass, an image", *in_turn(first_pass, theirs, repeats, bar, device), 1000 / count)
+    again = compared("input, cached, an image", *in_turn(from_cache, theirs, repeats, bar, device), 1000 / count)
+    os.sched_setaffinity(0, cores)
+    torch.set_num_threads(threads)
+    return [first, again]
+
+
+def scaling(folder: Path, bar: tqdm) -> list[tuple]:
+    """Images a second from the cache, and memory that is not the mapped cache, for ever larger data sets."""
+    for name in ("JPEGImages", "SegmentationClass"):
+        (folder / name).mkdir(parents=True)
+    image, mask = draw_scene(np.random.default_rng(0))
+    image.save(folder / "image.jpg")
+    colour_mask(np.array(mask)).save(folder / "mask.png")
+    for index in range(max(COUNTS)):
+        os.link(folder / "image.jpg", folder / "JPEGImages" / f"{index}.jpg")
+        os.link(folder / "mask.png", folder / "SegmentationClass" / f"{index}.png")
+    rows = []
+    for count in COUNTS:
+        (folder / "train.txt").write_text("".join(f"{index}\n" for index in range(count)))
+        dataset = SegmentationDataset(Split.find(folder, "train"), class_names=CLASS_NAMES, image_size=SMALL)
+        loader = make_loader(dataset, batch_size=20, num_workers=0, seed=0)
+        rates = []
+        for epoch in range(1 + 10_000 // count):
+            loader.sampler.set_epoch(epoch)
+            start = time.perf_counter()
+            for _ in loader:
+                pass
+            rates.append(count / (time.perf_counter() - start))
+        rows.append((count, f"{statistics.median(rates[1:]):.0f}", f"{anonymous_memory():.0f}"))
+        bar.update()
+    return rows
+
+
+def anonymous_memory() -> float:
+    """MiB of this process that no file stands behind."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 2**10
+
+
+def seconds_to_first_step(folder: Path, data_dir: Path, bar: tqdm) -> float:
+    """Of train.py on a data set that is cached, until it says that training begins."""
+    folder.mkdir()
+    (folder / "params.json").write_text(json.dumps({"pretrained": False, "image_size": SIZE, "num_workers": 0}))
+    command = [sys.executable, str(ROOT / "train.py"), "--model_dir", str(folder), "--data_dir", str(data_dir)]
+    for _ in range(2):  # the first one makes the cache
+        start = time.perf_counter()
+        with subprocess.Popen([*command, "--overwrite"], stdout=subprocess.PIPE, text=True) as process:
+            process.stdout.readline()
+            seconds = time.perf_counter() - start
+            process.kill()
+        bar.update()
+    return seconds
+
+
+def ceilings(device: torch.device, precision: str) -> tuple[float, float]:
+    """What this device reaches at best: FLOP/s of a square matrix product in that precision, bytes/s of a copy."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    n = 8192 if device.type == "cuda" else 2048
+    matrix = torch.randn(n, n, device=device, dtype=dtype)
+    vector = torch.empty(2**28 if device.type == "cuda" else 2**26, device=device)
+    target = torch.empty_like(vector)
+    none = torch.device("cpu")
+    products, copies = in_turn(
+        lambda: (matrix @ matrix, device.type == "cuda" and torch.cuda.synchronize()),
+        lambda: (target.copy_(vector), device.type == "cuda" and torch.cuda.synchronize()),
+        5,
+        tqdm(disable=True),
+        none,
+    )
+    return 2 * n**3 / min(products), 2 * vector.nbytes / min(copies)
+
+
+def make_scenes(folder: Path, count: int) -> Path:
+    """Drawn scenes of the size of VOC's photos."""
+    for name in ("JPEGImages", "SegmentationClass"):
+        (folder / name).mkdir(parents=True)
+    for index in range(count):
+        image, mask = draw_scene(np.random.default_rng(index))
+        image.resize(PHOTO).save(folder / "JPEGImages" / f"{index}.jpg", quality=90)
+        mask = np.array(mask.resize(PHOTO, Image.Resampling.NEAREST))
+        colour_mask(mask).save(folder / "SegmentationClass" / f"{index}.png")
+    for name in ("train", "val"):
+        (folder / f"{name}.txt").write_text("".join(f"{index}\n" for index in range(count)))
+    return folder
+
+
+def main(args: argparse.Namespace) -> None:
+    device = pick_device(args.device)
+    if args.peak_memory_of:
+        return print_peak_memory(Sides(Split.find(args.data_dir, "val"), device), args.peak_memory_of)
+    with tempfile.TemporaryDirectory() as temporary, tqdm(total=4 * (args.repeats + 1) + 7, unit="run") as bar:
+        temporary = Path(temporary)
+        args.data_dir = args.data_dir or make_scenes(temporary / "scenes", 40)
+        sides = Sides(Split.find(args.data_dir, "val"), device)
+        (our_step, our_evaluation), (step, evaluation) = sides.ours(), sides.baseline()
+        steps = in_turn(our_step, step, args.repeats, bar, device)
+        rows = [
+            compared(f"training step, batch {BATCH}", *steps),
+            compared(f"evaluation, batch {BATCH}", *in_turn(our_evaluation, evaluation, args.repeats, bar, device)),
+        ]
+        rows += input_pipeline(sides.split, args.repeats, bar)
+        peaks = [peak_memory(side, args) for side in ("baseline", "ours")]
+        bar.update(2)
+        rows.append(("peak memory, two steps", *(f"{peak:.0f} MiB" for peak in peaks), f"{peaks[0] / peaks[1]:.2f}"))
+        scaled = scaling(temporary / "scaling", bar)
+        first_step = seconds_to_first_step(temporary / "run", args.data_dir, bar)
+        flops, bandwidth = ceilings(device, sides.params.precision)
+    achieved = 3 * FLOPS * BATCH / statistics.median(steps[0])
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.processor() or 'CPU'}"
+    print(
+        f"{name}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads, "
+        f"PyTorch {torch.__version__}, torchvision {torchvision.__version__}; {SIZE}x{SIZE}, "
+        f"{sides.params.precision} against fp32; median (fastest-slowest) of {args.repeats}\n"
+    )
+    print(tabulate(rows, headers=("", "original recipe", "this program", "ratio"), tablefmt="pipe"))
+    print()
+    print(tabulate(scaled, headers=("images", "images/s, cached", "MiB besides the cache"), tablefmt="pipe"))
+    print(f"\ntrain.py reaches its first step after {first_step:.1f} s, with the data cached")
+    print(
+        f"a step runs at {achieved / 1e9:.0f} GFLOP/s, {achieved / flops:.0%} of the {flops / 1e9:.0f} that a matrix "
+        f"product reaches in {sides.params.precision}; a copy moves {bandwidth / 1e9:.1f} GB/s"
+    )
+
+
+if __name__ == "__main__":
+    main(parse_args())
