@@ -76,7 +76,7 @@ def data_dir(tmp_path_factory):
 
 
 def test_a_sweep_trains_every_trial_and_one_that_fails_does_not_hinder_the_others(tmp_path, data_dir):
-    sweep = make_sweep(tmp_path / "my sweep; $(echo)", {"batch_size": [7, 2, 3], "image_size": 64})
+    sweep = make_sweep(tmp_path / "my sweep; $(echo)", {"batch_size": [7, 2, 3]})
     result = search(sweep, data_dir, "--jobs", 2, check=1)
     assert trials(sweep) == ["batch_size_2", "batch_size_3", "batch_size_7"]
     best = {size: read_history(sweep / f"batch_size_{size}")[0]["val"]["mIoU"] for size in (2, 3)}
@@ -94,7 +94,7 @@ def test_a_sweep_trains_every_trial_and_one_that_fails_does_not_hinder_the_other
 
     # Again: the failed one alone, which by now can succeed.
     before = {trial: (sweep / trial / "last.pth.tar").stat() for trial in ("batch_size_2", "batch_size_3")}
-    more_data = make_data(tmp_path / "more", train=8)
+    more_data = make_data(tmp_path / "more", train=9)
     search(sweep, more_data)
     assert {trial: (sweep / trial / "last.pth.tar").stat() for trial in before} == before
     assert len(read_history(sweep / "batch_size_7")) == 1 and not (sweep / "batch_size_7" / "trial.json").exists()
