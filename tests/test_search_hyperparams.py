@@ -94,7 +94,7 @@ def test_a_sweep_trains_every_trial_and_one_that_fails_does_not_hinder_the_other
 
     # Again: the failed one alone, which by now can succeed.
     before = {trial: (sweep / trial / "last.pth.tar").stat() for trial in ("batch_size_2", "batch_size_3")}
-    more_data = make_data(tmp_path / "more", train=9)
+    more_data = make_data(tmp_path / "more", train=14)
     search(sweep, more_data)
     assert {trial: (sweep / trial / "last.pth.tar").stat() for trial in before} == before
     assert len(read_history(sweep / "batch_size_7")) == 1 and not (sweep / "batch_size_7" / "trial.json").exists()
