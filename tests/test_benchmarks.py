@@ -1,0 +1,75 @@
+"""Both sides of the benchmarks compute the same, or their times could not be compared."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_data, run_script
+from PIL import Image
+
+from benchmarks import baseline
+from evaluate import evaluate
+from model.data_loader import SegmentationDataset, Split, make_loader
+from model.losses import SegmentationLoss
+from model.net import FCN_GCN
+from model.transforms import to_input
+from model.voc import CLASS_NAMES
+from train import Training
+from utils import Params
+
+
+@pytest.fixture
+def split(tmp_path):
+    """Four scenes without void, which the original recipe counts as background."""
+    data = make_data(tmp_path / "data", train=4)
+    for path in (data / "SegmentationClass").iterdir():
+        mask = Image.open(path)
+        labels = np.array(mask)
+        cleaned = Image.fromarray(np.where(labels == 255, 0, labels).astype(np.uint8), mode="P")
+        cleaned.putpalette(mask.getpalette())
+        cleaned.save(path)
+    return Split.find(data, "train")
+
+
+def test_one_training_step_of_both_sides_gives_the_same_weights_and_the_same_score(split):
+    params = Params(pretrained=False, precision="fp32", normalize=False, batch_size=4, image_size=32)
+    dataset = SegmentationDataset(split, class_names=CLASS_NAMES, image_size=32)
+    loader = make_loader(dataset, batch_size=4, num_workers=0)
+    images, labels = next(iter(loader))
+    pairs = zip(split.images, split.masks, strict=True)
+    plain_images, targets = map(torch.stack, zip(*(baseline.load(*pair, 32) for pair in pairs), strict=True))
+    torch.testing.assert_close(to_input(images, "cpu", normalize=False), plain_images)
+    assert torch.equal(targets.argmax(1), labels.long())
+
+    torch.manual_seed(0)
+    model = FCN_GCN(pretrained=False)
+    plain = copy.deepcopy(model)
+    model.to(memory_format=torch.channels_last)
+    training = Training(model, params, steps_per_epoch=1)
+    loss = SegmentationLoss(params.loss_weights)(model(to_input(images, "cpu", **params.input_options())), labels)
+    training.step(loss, last_of_group=True)
+    plain_loss = baseline.train_step(plain, baseline.optimizer(plain), plain_images, targets)
+    assert loss.item() == pytest.approx(plain_loss, rel=1e-5)
+    for name, weight in plain.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], weight, rtol=1e-3, atol=1e-5, msg=name)
+
+    plain.load_state_dict(model.state_dict())
+    ours = evaluate(model, loader, params, torch.device("cpu"))
+    plain_loss, plain_mIoU = baseline.evaluate_batch(plain.eval(), plain_images, targets)
+    assert ours["loss"] == pytest.approx(plain_loss, rel=1e-4)
+    assert ours["mIoU"] == pytest.approx(plain_mIoU, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_the_benchmark_prints_its_tables():
+    stdout = run_script("benchmarks/run.py", "--repeats", "1").stdout
+    for row in (
+        "training step, batch 5",
+        "evaluation, batch 5",
+        "input, first pass",
+        "input, cached",
+        "peak memory",
+        "10000",
+    ):
+        assert row in stdout
