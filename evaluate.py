@@ -17,6 +17,7 @@ from utils import (
     refuse_changed,
     resolve_precision,
     run_main,
+    stop_if_asked,
     to_device,
     write_json,
 )
@@ -62,6 +63,7 @@ def evaluate(model: nn.Module, loader: DataLoader, params: Params, device: torch
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     with tqdm(total=len(loader.dataset), desc="evaluating", unit="img", leave=False, disable=None) as bar:
         for images, labels in loader:
+            stop_if_asked()
             labels = labels.to(device, non_blocking=True)
             with autocast(device, params.precision):
                 logits = model(to_input(images, device, **params.input_options()))

@@ -80,6 +80,8 @@ class Training:
         self.epoch = 0  # finished ones
         self.best_epoch = 0
         self.best_mIoU = -1.0
+        self.history: list[dict] = []  # what history.jsonl holds
+        self.metrics: dict[str, dict] = {}  # of validation, at the "last" and at the "best" epoch
 
     @property
     def finished(self) -> str:
@@ -124,6 +126,8 @@ class Training:
             "scaler": self.scaler.state_dict(),
             "best_epoch": self.best_epoch,
             "best_mIoU": self.best_mIoU,
+            "history": self.history,
+            "metrics": self.metrics,
             "rng": torch.get_rng_state(),
             "rng_cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
             "params": asdict(self.params),
@@ -132,7 +136,7 @@ class Training:
     def load_state_dict(self, state: dict, source: Path) -> None:
         """Continue from a checkpoint. Options of the optimizer and the schedule are those of params.json as it is now.
 
-        Raises UserError when the checkpoint holds weights only, or those of another network.
+        Raises UserError when the checkpoint is damaged, or holds weights only, or those of another network.
         """
         if "rng" not in state:
             raise UserError(
@@ -140,13 +144,35 @@ class Training:
                 "start from its weights with --init_from, in another --model_dir"
             )
         utils.load_weights(self.model, state["state_dict"], source)
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["optim_dict"]["state"]})
-        if self.ema is not None and state["ema_state_dict"] is not None:
+        if self.ema is not None and state.get("ema_state_dict") is not None:
             utils.load_weights(self.ema.module, state["ema_state_dict"], source)
+        try:
+            self._load_rest(state)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            if utils.is_out_of_memory(error):
+                raise
+            raise UserError(f"{source} is damaged: its training state cannot be what it says ({error!r})") from None
+
+    def _load_rest(self, state: dict) -> None:
+        """Whatever of the state is not weights; any error means that it is not sound."""
+        epoch, best_epoch, best_mIoU = state["epoch"], state["best_epoch"], state["best_mIoU"]
+        if type(best_epoch) is not int or not 0 <= best_epoch <= epoch or not utils.is_number(best_mIoU):
+            raise ValueError(f"epoch {epoch}, best_epoch {best_epoch}, best_mIoU {best_mIoU}")
+        self.epoch, self.best_epoch, self.best_mIoU = epoch, best_epoch, best_mIoU
+        self.history, self.metrics = [dict(record) for record in state["history"]], dict(state["metrics"])
+        if [record["epoch"] for record in self.history] != list(range(1, epoch + 1)):
+            raise ValueError("history")
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["optim_dict"]["state"]})
+        for weight, buffers in self.optimizer.state.items():
+            for name, buffer in buffers.items():
+                if buffer is not None and (buffer.shape not in (weight.shape, ()) or not buffer.isfinite().all()):
+                    raise ValueError(f"optimizer {name}")
+        if not has_finite_weights(self.model):
+            raise ValueError("weights that are not finite")
+        if self.ema is not None and state["ema_state_dict"] is not None:
             self.ema.n_averaged.copy_(state["ema_updates"])
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        self.epoch, self.best_epoch, self.best_mIoU = state["epoch"], state["best_epoch"], state["best_mIoU"]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # steps of the schedule without steps of the optimizer
             for _ in range(self.epoch * self.steps_per_epoch):
@@ -194,6 +220,7 @@ def train_epoch(training: Training, loader: DataLoader) -> dict:
     title = f"epoch {training.epoch + 1}/{params.num_epochs}"
     with tqdm(total=len(loader.dataset), desc=title, unit="img", leave=False, disable=None) as bar:
         for step, (images, labels) in enumerate(loader):
+            utils.stop_if_asked()
             labels = labels.to(device, non_blocking=True)
             with utils.autocast(device, params.precision):
                 logits = training.forward(to_input(images, device, **params.input_options()))
@@ -236,15 +263,9 @@ def has_finite_weights(model: nn.Module) -> bool:
     return all(torch.stack([tensor.isfinite().all() for tensor in model.state_dict().values()]).tolist())
 
 
-def train(
-    training: Training, train_loader: DataLoader, val_loader: DataLoader, model_dir: Path, history: list[dict]
-) -> None:
-    """Train until num_epochs or the early stop, and write every output of an epoch when it ends.
-
-    history holds the epochs of an earlier run; those after training.epoch will be trained again.
-    """
+def train(training: Training, train_loader: DataLoader, val_loader: DataLoader, model_dir: Path) -> None:
+    """Train until num_epochs or the early stop, and write every output of an epoch when it ends."""
     params = training.params
-    history = [record for record in history if record["epoch"] <= training.epoch]
     while not training.finished:
         start = time.perf_counter()
         train_loader.sampler.set_epoch(training.epoch)
@@ -269,33 +290,28 @@ def train(
             "seconds": round(time.perf_counter() - start, 3),
             "images_per_second": round(len(train_loader.dataset) / train_seconds, 2),
         }
-        history.append(record)
-        save_epoch(training, history, val_metrics, val_loader.dataset, model_dir, is_best=is_best)
+        training.history.append(record)
+        training.metrics["last"] = {"epoch": training.epoch, **val_metrics}
+        if is_best:
+            training.metrics["best"] = training.metrics["last"]
+        write_metrics(training, model_dir)
+        picture = sample_predictions(training, val_loader.dataset)
+        with utils.replacing(model_dir / "samples.png") as temporary:
+            picture.save(temporary, format="PNG")
+        # Last, so that a resume repeats whatever was cut short.
+        utils.save_checkpoint(training.state_dict(), model_dir, is_best=is_best)
+        utils.stop_if_asked()
         logging.info(describe(record, params, is_best=is_best))
     logging.info(
         f"{training.finished}; best mIoU {training.best_mIoU:.4f} at epoch {training.best_epoch}, in {model_dir}"
     )
 
 
-def save_epoch(
-    training: Training,
-    history: list[dict],
-    val_metrics: dict,
-    val_set: SegmentationDataset,
-    model_dir: Path,
-    *,
-    is_best: bool,
-) -> None:
-    """Write the outputs of an epoch; the checkpoint comes last, so that a resume repeats whatever was cut short."""
-    utils.write_history(model_dir, history)
-    metrics = {"epoch": training.epoch, **val_metrics}
-    utils.write_json(model_dir / "metrics_val_last_weights.json", metrics)
-    if is_best:
-        utils.write_json(model_dir / "metrics_val_best_weights.json", metrics)
-    picture = sample_predictions(training, val_set)
-    with utils.replacing(model_dir / "samples.png") as temporary:
-        picture.save(temporary, format="PNG")
-    utils.save_checkpoint(training.state_dict(), model_dir, is_best=is_best)
+def write_metrics(training: Training, model_dir: Path) -> None:
+    """Write history.jsonl and the validation metrics of the last and the best epoch."""
+    utils.write_history(model_dir, training.history)
+    for name, metrics in training.metrics.items():
+        utils.write_json(model_dir / f"metrics_val_{name}_weights.json", metrics)
 
 
 @torch.inference_mode()
@@ -327,8 +343,8 @@ def start_from(model: nn.Module, file: Path) -> str:
     """Load weights only. Score layers stay as initialised if their class count differs; returns which those are."""
     given, fresh = utils.predicting_weights(utils.load_checkpoint(file)), model.state_dict()
 
-    def classes(state_dict: dict) -> list[int]:  # the last bias of a head has one value a class
-        return [len(tensor) for name, tensor in state_dict.items() if re.fullmatch(r"gcn1\.(.+\.)?bias", name)][-1:]
+    def classes(state_dict: dict) -> list[tuple]:  # the last bias of a head has one value a class
+        return [tensor.shape for name, tensor in state_dict.items() if re.fullmatch(r"gcn1\.(.+\.)?bias", name)][-1:]
 
     layers = ""
     if classes(given) != classes(fresh):
@@ -381,7 +397,7 @@ def main(args: argparse.Namespace) -> None:
     device = utils.pick_device(args.device)
     params = utils.resolve_precision(params, device)
     refuse_unclear(args, utils.outputs(args.model_dir))
-    with utils.sole_run(args.model_dir):
+    with utils.sole_run(args.model_dir), explained_end(args):
         run(params, device, args)
 
 
@@ -389,12 +405,11 @@ def run(params: Params, device: torch.device, args: argparse.Namespace) -> None:
     """Train in a folder that is this process's alone."""
     earlier = utils.outputs(args.model_dir)
     refuse_unclear(args, earlier)  # again: another run may have ended just before the folder became ours
-    checkpoint, history = None, []
+    checkpoint = None
     if args.restore_file is not None:
         checkpoint_file = utils.checkpoint_path(args.model_dir, args.restore_file)
         checkpoint = utils.load_checkpoint(checkpoint_file)
         utils.refuse_changed(RESUME_NEEDS, checkpoint, params, checkpoint_file)
-        history = utils.read_history(args.model_dir)
     data = find_data(params, args.data_dir)
 
     utils.seed_everything(params.seed, deterministic=params.deterministic)
@@ -410,7 +425,7 @@ def run(params: Params, device: torch.device, args: argparse.Namespace) -> None:
             print(f"nothing to do in {args.model_dir}: {training.finished}; raise num_epochs to train on")
             return
 
-    for path in (earlier if args.overwrite else []) + list(args.model_dir.glob(".*.tmp")):  # .tmp: a save cut short
+    for path in (earlier if args.overwrite else []) + unfinished_files(args.model_dir):
         path.unlink()
     utils.set_logger(args.model_dir / "train.log")
     utils.write_provenance(args.model_dir, device, params, resumed=checkpoint is not None)
@@ -421,32 +436,59 @@ def run(params: Params, device: torch.device, args: argparse.Namespace) -> None:
     if fresh_layers:
         logging.info(f"{args.init_from} has another number of classes; these layers start afresh: {fresh_layers}")
     if checkpoint:
-        changed = [key for key, value in asdict(params).items() if checkpoint["params"].get(key) != value]
-        logging.info(f"continuing after epoch {training.epoch}; changed since: {', '.join(changed) or 'nothing'}")
-    with explained_end(training, args):
-        train(training, train_loader, val_loader, args.model_dir, history)
+        take_up(training, checkpoint, checkpoint_file, args.model_dir)
+    train(training, train_loader, val_loader, args.model_dir)
+
+
+def take_up(training: Training, checkpoint: dict, file: Path, model_dir: Path) -> None:
+    """Bring the other outputs to where a checkpoint is, from which a kill or a full disk may have parted them."""
+    changed = [key for key, value in asdict(training.params).items() if checkpoint["params"].get(key) != value]
+    logging.info(f"continuing after epoch {training.epoch}; changed since: {', '.join(changed) or 'nothing'}")
+    write_metrics(training, model_dir)
+    if file.name == "last.pth.tar" and training.epoch == training.best_epoch:
+        utils.make_best(model_dir)
+
+
+def unfinished_files(model_dir: Path) -> list[Path]:
+    """What a run that was killed had begun to write."""
+    names = ("last.pth.tar", "best.pth.tar", "history.jsonl", "run.json", "samples.png", "metrics_val_*_weights.json")
+    return [path for name in names for path in model_dir.glob(f".{name}.*.tmp")]
 
 
 @contextmanager
-def explained_end(training: Training, args: argparse.Namespace) -> Iterator[None]:
+def explained_end(args: argparse.Namespace) -> Iterator[None]:
     """Say how to go on when a signal or a full disk cuts a run short; leave nothing of one that never fitted memory."""
-    has_checkpoint = (args.model_dir / "last.pth.tar").exists
+    last = args.model_dir / "last.pth.tar"
+
+    def version() -> int:
+        return last.stat().st_mtime_ns if last.exists() else 0
+
+    before, earlier = version(), utils.outputs(args.model_dir)
     try:
-        yield
+        try:
+            yield
+        except RuntimeError as error:
+            utils.stop_if_asked()  # a loader process may have felt the signal first
+            if utils.is_out_of_memory(error) and args.restore_file is None and version() == before:
+                for path in set(utils.outputs(args.model_dir)) - set(earlier):
+                    path.unlink()
+            raise
     except (KeyboardInterrupt, OSError) as error:
-        what = str(error)
-        if isinstance(error, KeyboardInterrupt):
-            what = "terminated" if isinstance(error, utils.Terminated) else "interrupted"
-            what += f" in epoch {min(training.epoch + 1, training.params.num_epochs)}"
-        start = ["--restore_file", "last"] if has_checkpoint() else ["--overwrite"]
-        where = ["--model_dir", str(args.model_dir), "--data_dir", str(args.data_dir)]
-        command = shlex.join(["python", "train.py", *where, *start])
+        what = str(error) or ("terminated" if isinstance(error, utils.Terminated) else "interrupted")
+        command = shlex.join(continuing_command(args, saved=version() != before))
         raise type(error)(f"{what}; go on with: {command}") from None
-    except RuntimeError as error:
-        if utils.is_out_of_memory(error) and not has_checkpoint():
-            for path in utils.outputs(args.model_dir):
-                path.unlink()
-        raise
+
+
+def continuing_command(args: argparse.Namespace, *, saved: bool) -> list[str]:
+    """The command line that goes on where this run has stopped; saved says whether it has written a checkpoint."""
+    command = ["python", "train.py", "--model_dir", str(args.model_dir), "--data_dir", str(args.data_dir)]
+    if args.device != "auto":
+        command += ["--device", args.device]
+    if saved or args.restore_file:
+        return [*command, "--restore_file", "last" if saved else args.restore_file]
+    if args.init_from:
+        command += ["--init_from", str(args.init_from)]
+    return [*command, "--overwrite"] if args.overwrite or utils.outputs(args.model_dir) else command
 
 
 if __name__ == "__main__":

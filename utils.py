@@ -45,17 +45,18 @@ def run_main(main: Callable[[], int | None]) -> int:
 
     2 for a mistake in the input, 1 for any other failure, 130 for SIGINT, 143 for SIGTERM.
     """
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _stop)
     try:
         return main() or 0
     except UserError as error:
-        status, message = 2, str(error)
+        status, message = 2, _last_line_if_from_a_worker(error)
     except (RunFailed, OSError) as error:
-        status, message = 1, str(error)
+        status, message = 1, _last_line_if_from_a_worker(error)
     except KeyboardInterrupt as error:
-        status, message = 143 if isinstance(error, Terminated) else 130, str(error) or "interrupted"
+        terminated = isinstance(error, Terminated)
+        status, message = 143 if terminated else 130, str(error) or ("terminated" if terminated else "interrupted")
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             status, message = 2, OUT_OF_MEMORY
@@ -63,14 +64,36 @@ def run_main(main: Callable[[], int | None]) -> int:
             status, message = 1, f'a loader process died ({_first_line(error)}); lower "num_workers" if memory is short'
         else:
             raise
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # it is ending already
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # it is ending already
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     return status
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise Terminated
+_signals: list[int] = []  # that asked this process to stop
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    _signals.append(number)
+    stop_if_asked()
+
+
+def stop_if_asked() -> None:
+    """Raise KeyboardInterrupt or Terminated if a signal has come.
+
+    The handler raises it at once; loops call this too, because Python drops what is raised in a destructor or a fork.
+    """
+    if _signals:
+        raise Terminated if signal.SIGTERM in _signals else KeyboardInterrupt
+
+
+def _last_line_if_from_a_worker(error: Exception) -> str:
+    """What a loader process said, without the traceback that PyTorch wraps it in."""
+    text = str(error)
+    if "Original Traceback" not in text:
+        return text
+    return text.strip().splitlines()[-1].removeprefix("model.").removeprefix("UserError: ")
 
 
 OUT_OF_MEMORY = (
@@ -114,11 +137,16 @@ def _number(default: float | None, allowed: str, check: Callable[[float], bool])
 
 
 def _integer(
-    default: int | None, minimum: int, *, also: str = "", check: Callable[[int], bool] = lambda v: True
+    default: int | None, minimum: int, maximum: int = 2**31 - 1, *, also: str = "", check: Callable = lambda v: True
 ) -> Any:
     nullable = default is None
-    allowed = f"an integer of at least {minimum}{also}" + (" or null" if nullable else "")
-    return _key(default, allowed, lambda v: (nullable and v is None) or (type(v) is int and v >= minimum and check(v)))
+    most = f" and at most {maximum}" if maximum < 2**31 - 1 else ""
+    allowed = f"an integer of at least {minimum}{most}{also}" + (" or null" if nullable else "")
+    return _key(
+        default,
+        allowed,
+        lambda v: (nullable and v is None) or (type(v) is int and minimum <= v <= maximum and check(v)),
+    )
 
 
 def _choice(default: str, *others: str) -> Any:
@@ -156,12 +184,14 @@ class Params:
     num_channels: int | None = _integer(None, 1)
 
     dataset: str = _choice("voc", "sample")
-    image_size: int = _integer(224, 32)
-    num_classes: int = _integer(21, 2, also=" and at most 255", check=lambda v: v <= 255)
+    image_size: int = _integer(224, 32, 16384)
+    num_classes: int = _integer(21, 2, 255)
     augment: bool = _flag(False)
     normalize: bool = _flag(True)
     cache: bool = _flag(True)
-    train_split: str = _key("train", "the name of a list", lambda v: isinstance(v, str) and v == Path(v).name != "")
+    train_split: str = _key(
+        "train", "the name of a list", lambda v: isinstance(v, str) and v.isprintable() and v == Path(v).name != ""
+    )
 
     loss_weights: dict[str, float] = _key(
         {"bce": 0.4, "dice": 0.4, "inverse_dice": 0.2},
@@ -181,10 +211,10 @@ class Params:
     precision: str = _choice("auto", "fp32", "bf16", "fp16")
     channels_last: bool = _flag(True)
     compile: bool = _flag(False)
-    seed: int = _integer(230, 0, also=" and below 2^63", check=lambda v: v < 2**63)
+    seed: int = _integer(230, 0, 2**63 - 1, also=" and below 2^63")
     deterministic: bool = _flag(False)
 
-    kernel_size: int = _integer(7, 3, also=" that is odd", check=lambda v: v % 2 == 1)
+    kernel_size: int = _integer(7, 3, 255, also=" that is odd", check=lambda v: v % 2 == 1)
     head: str = _choice(*HEADS)
     boundary_refinement: bool = _flag(True)
     stem_maxpool: bool = _flag(False)
@@ -272,10 +302,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
             os.fsync(stream.fileno())
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
-        try:
+        with suppress(OSError):  # not every file system can
             os.fsync(folder)  # or a power cut could undo the renaming
-        finally:
-            os.close(folder)
+        os.close(folder)
     except OSError as error:
         if error.errno is not None and error.filename is None:
             error.filename = str(path)
@@ -459,7 +488,7 @@ def write_provenance(model_dir: Path, device: Any, params: Params, *, resumed: b
     """Write run.json; what a resume was run with is added under "resumed"."""
     path, record = model_dir / "run.json", provenance(device, params)
     if resumed and path.exists():
-        with suppress(UserError):  # damaged, and then written anew
+        with suppress(UserError, TypeError, AttributeError):  # damaged, and then written anew
             first = read_json(path, if_absent="")
             record = first | {"resumed": [*first.get("resumed", []), record]}
     write_json(path, record)
@@ -526,7 +555,7 @@ def seed_everything(seed: int, *, deterministic: bool) -> None:
 
 
 def save_checkpoint(state: dict[str, Any], model_dir: Path, *, is_best: bool) -> None:
-    """Write last.pth.tar, and best.pth.tar too if is_best; last is replaced last, so it vouches for all the rest."""
+    """Write last.pth.tar, then best.pth.tar too if is_best."""
     import torch
 
     with replacing(model_dir / "last.pth.tar") as temporary:
@@ -536,12 +565,17 @@ def save_checkpoint(state: dict[str, Any], model_dir: Path, *, is_best: bool) ->
             raise OSError(
                 f"cannot write {model_dir / 'last.pth.tar'} ({_first_line(error)}); is the disk full?"
             ) from None
-        if is_best:
-            with replacing(model_dir / "best.pth.tar") as second_name:
-                try:
-                    os.link(temporary, second_name)  # checkpoints are replaced, never edited, so two may be one file
-                except OSError:
-                    shutil.copyfile(temporary, second_name)
+    if is_best:
+        make_best(model_dir)
+
+
+def make_best(model_dir: Path) -> None:
+    """Let best.pth.tar be last.pth.tar."""
+    with replacing(model_dir / "best.pth.tar") as second_name:
+        try:
+            os.link(model_dir / "last.pth.tar", second_name)  # checkpoints are replaced, never edited
+        except OSError:
+            shutil.copyfile(model_dir / "last.pth.tar", second_name)
 
 
 def checkpoint_path(model_dir: Path, restore_file: str) -> Path:
@@ -560,7 +594,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     import torch
 
     path = Path(path)
-    found = sorted(p.name for p in path.parent.glob("*.pth.tar") if p != path)
+    found = sorted(p.name for p in path.parent.glob("*.pth.tar") if not (path.exists() and p.samefile(path)))
     others = f"; use {' or '.join(found)}, as with --restore_file {found[0].removesuffix('.pth.tar')}" if found else ""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -574,12 +608,41 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         if is_out_of_memory(error):
             raise
         raise UserError(f"{path} is damaged or unreadable ({_first_line(error)}){others}") from None
-    state_dict = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
-    if not isinstance(state_dict, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state_dict.values()):
+    if not isinstance(checkpoint, dict) or not _are_tensors(checkpoint.get("state_dict")):
         raise UserError(f'{path} is not a checkpoint of this network: it has no "state_dict" of tensors')
-    if not isinstance(checkpoint.setdefault("params", {}), dict):
-        raise UserError(f'{path} is not a checkpoint of this network: "params" is no dict')
+    averaged, epoch = checkpoint.get("ema_state_dict"), checkpoint.get("epoch")
+    sound = {
+        "params": _is_plain(checkpoint.setdefault("params", {})),
+        "ema_state_dict": averaged is None or _are_tensors(averaged),
+        "epoch": epoch is None or (type(epoch) is int and 0 <= epoch < 10**6),
+    }
+    if faults := [key for key, is_sound in sound.items() if not is_sound]:
+        raise UserError(
+            f"{path} is not a checkpoint of this network, or damaged: {', '.join(faults)} cannot be what it says{others}"
+        )
     return checkpoint
+
+
+def _are_tensors(value: Any) -> bool:
+    import torch
+
+    return isinstance(value, dict) and all(
+        isinstance(name, str)
+        and isinstance(tensor, torch.Tensor)
+        # stored in full, and real numbers
+        and tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and not tensor.is_complex()
+        for name, tensor in value.items()
+    )
+
+
+def _is_plain(params: Any) -> bool:
+    try:
+        json.dumps(params)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return isinstance(params, dict)
 
 
 def _first_line(error: Exception) -> str:

@@ -2,6 +2,8 @@
 
 import glob
 import hashlib
+import io
+import math
 import os
 import signal
 from collections import Counter
@@ -101,6 +103,8 @@ def read_list(path: Path) -> list[str]:
         found = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt") if p.name != "classes.txt"))
         found = found or "none; `python build_dataset.py --split 0.8 0.1 0.1` deals photos into lists"
         raise UserError(f"no list {path}; splits here: {found}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not a UTF-8 text file ({error.reason})") from None
     if not ids:
@@ -297,26 +301,38 @@ def _cached(dataset: SegmentationDataset) -> Path:
     """The cache file of a data set, built now unless one of the same files, size and classes is there."""
     split, size = dataset.split, dataset.image_size
     digest = hashlib.sha256(repr((CACHE_VERSION, size, len(dataset.class_names))).encode())
+    faults = []
     for path in [*split.images, *(split.masks or [])]:
-        status = path.stat()
+        try:
+            status = path.stat()
+        except OSError as error:  # a link to nowhere
+            faults.append(f"{path}: {error.strerror}")
+            continue
         digest.update(repr((path.name, status.st_size, status.st_mtime_ns)).encode())
+    if faults:
+        raise _faults(f"split {split.name}", faults)
     folder = _cache_folder(split.images[0].parent.parent)
     prefix = f"{split.name}-{size}px-{len(dataset.class_names)}classes"
     file = folder / f"{prefix}-{digest.hexdigest()[:16]}.npy"
+    header = io.BytesIO()
+    shape = (len(dataset), size, size, 4)
+    np.lib.format.write_array_header_2_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
     with FileLock(folder / f"{prefix}.lock"):  # one process builds, the others wait
-        if not file.exists():
+        if not file.exists() or file.stat().st_size != header.tell() + math.prod(shape):  # as after half a copy
             temporary = file.with_suffix(".tmp")
-            header = {"descr": "|u1", "fortran_order": False, "shape": (len(dataset), size, size, 4)}
             try:
                 with open(temporary, "wb") as stream:  # not a writable map: a full disk would end that with SIGBUS
-                    np.lib.format.write_array_header_2_0(stream, header)
+                    stream.write(header.getvalue())
                     stream.writelines(dataset.decode_all())
                     stream.flush()
                     os.fsync(stream.fileno())
                 temporary.replace(file)
+            except OSError as error:
+                error.filename = error.filename or str(file)
+                raise
             finally:
                 temporary.unlink(missing_ok=True)
-            for stale in set(folder.glob(f"{glob.escape(prefix)}-*.npy")) - {file}:
+            for stale in {path for path in folder.glob(f"{glob.escape(prefix)}-*") if path.suffix != ".lock"} - {file}:
                 stale.unlink(missing_ok=True)
     return file
 
@@ -383,6 +399,8 @@ def make_loader(
 
 
 def _leave_signals_to_the_main_process(worker: int) -> None:
-    # Ctrl-C and batch systems signal all processes; a worker that dies first would look like a crash.
+    # Ctrl-C and batch systems signal all processes; a worker that dies before the main process has understood would
+    # look like a crash. So it dies a little later, for at the end the main process itself ends workers by SIGTERM.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(2))

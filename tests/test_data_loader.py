@@ -467,6 +467,31 @@ def test_cache_is_what_is_read(data):
     assert (images == 9).all() and (labels == 9).all()
 
 
+@pytest.mark.parametrize("size", [0, 50, 5000])
+def test_a_cache_that_was_cut_short_is_made_again(data, size):
+    before = arrays(load(data))
+    (file,) = (data / ".cache").glob("*.npy")
+    os.truncate(file, size)
+    assert all(torch.equal(one, other) for one, other in zip(arrays(load(data)), before, strict=True))
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_links_to_nowhere_are_all_named(data, cache):
+    for path in (photo(data, "train0"), data / "SegmentationClass" / "train2.png"):
+        path.unlink()
+        path.symlink_to(data / "nowhere")
+    with pytest.raises(UserError) as error:
+        load(data, cache=cache)
+    assert "2 faults" in str(error.value) and "train0.jpg" in str(error.value) and "train2.png" in str(error.value)
+
+
+def test_a_list_that_is_a_folder_is_refused(data):
+    (data / "train.txt").unlink()
+    (data / "train.txt").mkdir()
+    with pytest.raises(UserError, match=r"train\.txt cannot be read: Is a directory"):
+        load(data)
+
+
 def test_cache_follows_a_changed_photo(data):
     load(data)
     with Image.open(photo(data, "train2")) as image:

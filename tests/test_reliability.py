@@ -20,11 +20,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import utils
+from evaluate import evaluate
 from model import UserError
-from model.data_loader import Split, read_example
+from model.data_loader import SegmentationDataset, Split, make_loader, read_example
+from model.net import FCN_GCN
 from model.sample import draw_scene
-from model.voc import colour_mask
-from train import has_finite_weights
+from model.voc import CLASS_NAMES, colour_mask
+from train import Training, has_finite_weights, train_epoch
 from utils import Params
 
 # Everything random or stateful switched on.
@@ -164,28 +166,62 @@ def test_a_signal_ends_the_run_and_names_the_command_that_continues_it(straight,
     _, stderr = process.communicate(timeout=60)
     command = f"python train.py --model_dir '{cut}' --data_dir {data} --restore_file last"
     assert process.returncode == status
-    assert stderr.startswith(f"train.py: error: {word} in epoch ") and stderr.endswith(f"; go on with: {command}\n")
-    assert stderr.count("\n") == 1 and not list(cut.glob(".*"))
+    assert stderr == f"train.py: error: {word}; go on with: {command}\n"
+    assert not list(cut.glob(".*"))
     if number == signal.SIGTERM:
         finish(cut, data)
         assert_same_run(cut, experiment)
 
 
-def test_a_second_run_is_refused_and_a_signal_before_the_first_checkpoint_says_how_to_start_again(tmp_path, data):
+def test_a_second_run_is_refused_and_a_signal_before_the_first_checkpoint_says_how_to_start_again(
+    straight, tmp_path, data
+):
     many = make_data(tmp_path / "many", train=1)
     (many / "train.txt").write_text("".join(f"{number}\n" for number in range(3000)))
     for number in range(3000):
         (many / "JPEGImages" / f"{number}.jpg").symlink_to(many / "JPEGImages" / "train0.jpg")
         (many / "SegmentationClass" / f"{number}.png").symlink_to(many / "SegmentationClass" / "train0.png")
     cut = make_experiment(tmp_path / "run", batch_size=2, num_epochs=1)
-    process = start(cut, many)
+    process = start(cut, many, "--device", "cpu", "--init_from", str(straight[0] / "best.pth.tar"))
     assert wait_for(process, lambda: logged(cut, "images of train"))
     second = run_script("train.py", "--model_dir", cut, "--data_dir", data, "--overwrite", check=2)
     assert second.stderr == f"train.py: error: another train.py is at work in {cut}; wait for it, or stop it first\n"
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 143
-    assert "terminated in epoch 1; go on with: " in stderr and stderr.endswith(" --overwrite\n")
+    command = f"python train.py --model_dir {cut} --data_dir {many} --device cpu --init_from {straight[0]}/best.pth.tar"
+    assert stderr == f"train.py: error: terminated; go on with: {command} --overwrite\n"
+
+
+def test_a_signal_whose_exception_was_dropped_ends_the_next_batch(data, monkeypatch):
+    """Python drops what a handler raises inside a destructor or a fork."""
+    params = Params(**TINY | {"batch_size": 3})
+    split = Split.find(data, "train")
+    loader = make_loader(
+        SegmentationDataset(split, class_names=CLASS_NAMES, image_size=32), batch_size=3, num_workers=0, seed=0
+    )
+    training = Training(FCN_GCN(pretrained=False), params, steps_per_epoch=2)
+    monkeypatch.setattr(utils, "_signals", [signal.SIGTERM])
+    with pytest.raises(utils.Terminated):
+        train_epoch(training, loader)
+    with pytest.raises(utils.Terminated):
+        evaluate(training.model, loader, params, training.device)
+    assert not training.optimizer.state
+
+
+def test_an_unforeseen_error_ends_the_process_though_loaders_live(data):
+    code = """
+import sys, utils
+from model.data_loader import SegmentationDataset, Split, make_loader
+from model.voc import CLASS_NAMES
+def main():
+    data = SegmentationDataset(Split.find(sys.argv[1], "train"), class_names=CLASS_NAMES, image_size=32)
+    for batch in make_loader(data, batch_size=2, num_workers=1):
+        raise ZeroDivisionError
+utils.run_main(main)
+"""
+    result = subprocess.run([sys.executable, "-c", code, data], cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert result.returncode == 1 and result.stderr.rstrip().endswith("ZeroDivisionError")
 
 
 # ---------------------------------------------------------------------------------------- disk and memory
@@ -217,6 +253,20 @@ def test_out_of_memory_is_one_line_that_names_the_keys_and_leaves_nothing(tmp_pa
     assert process.returncode == 2 and stderr.count("\n") == 1
     assert all(word in stderr for word in ("out of memory", '"batch_size"', '"accumulation_steps"', '"precision"'))
     assert [path.name for path in experiment.iterdir()] == ["params.json"]
+
+
+@pytest.mark.slow
+def test_out_of_memory_leaves_an_earlier_run_as_it_is(straight, tmp_path):
+    experiment, data = straight
+    cut = tmp_path / "run"
+    shutil.copytree(experiment, cut)
+    (cut / "last.pth.tar").unlink()
+    (cut / "params.json").write_text(json.dumps(TINY | EVERYTHING | {"num_epochs": 9, "image_size": 2000}))
+    before = {path.name for path in cut.iterdir()}
+    process = start(cut, data, "--device", "cpu", "--restore_file", "best", limits="-v 6500000")
+    _, stderr = process.communicate()
+    assert process.returncode == 2 and "out of memory" in stderr and stderr.count("\n") == 1
+    assert {path.name for path in cut.iterdir()} == before
 
 
 def test_weights_that_are_not_finite_are_never_saved(data, tmp_path):
@@ -254,7 +304,11 @@ def test_a_finished_or_early_stopped_run_is_left_as_it_is_and_a_longer_one_conti
     assert f"stopped early after epoch {trained}: no better mIoU in 2 epochs" in result.stdout
     assert {path: path.read_bytes() for path in experiment.iterdir()} == before
     make_experiment(experiment, learning_rate=1e-30, num_epochs=trained + 1)
+    best = (experiment / "metrics_val_best_weights.json").read_bytes()
+    for name in ("history.jsonl", "metrics_val_best_weights.json", "best.pth.tar"):  # the checkpoint knows better
+        (experiment / name).write_text('{"epoch": 99}\n')
     run_script(*arguments, "--restore_file", "last")
+    assert (experiment / "metrics_val_best_weights.json").read_bytes() == best
     assert len(utils.read_history(experiment)) == trained + 1
     run = json.loads((experiment / "run.json").read_text())
     assert run["params"]["num_epochs"] == 40 and [each["params"]["num_epochs"] for each in run["resumed"]] == [
@@ -262,16 +316,51 @@ def test_a_finished_or_early_stopped_run_is_left_as_it_is_and_a_longer_one_conti
     ]
 
 
-def test_a_truncated_checkpoint_offers_the_other(straight, tmp_path):
-    experiment, data = straight
-    cut = tmp_path / "run"
-    shutil.copytree(experiment, cut)
-    content = (cut / "last.pth.tar").read_bytes()
-    (cut / "last.pth.tar").unlink()  # maybe the same file as best.pth.tar
-    (cut / "last.pth.tar").write_bytes(content[: len(content) // 2])
-    result = run_script("train.py", "--model_dir", cut, "--data_dir", data, "--restore_file", "last", check=2)
-    assert f"{cut}/last.pth.tar is damaged or unreadable" in result.stderr and result.stderr.count("\n") == 1
-    assert "use best.pth.tar, as with --restore_file best" in result.stderr
+def test_a_truncated_checkpoint_offers_another_file_if_there_is_one(straight, tmp_path):
+    content = (straight[0] / "last.pth.tar").read_bytes()
+    last, best = tmp_path / "last.pth.tar", tmp_path / "best.pth.tar"
+    last.write_bytes(content[: len(content) // 2])
+    best.hardlink_to(last)
+    with pytest.raises(UserError) as error:
+        utils.load_checkpoint(last)
+    assert f"{last} is damaged or unreadable" in str(error.value) and "best" not in str(error.value)
+    best.unlink()
+    best.write_bytes(content)
+    with pytest.raises(UserError, match=r"use best\.pth\.tar, as with --restore_file best"):
+        utils.load_checkpoint(last)
+
+
+def test_a_checkpoint_whose_values_cannot_be_is_refused(straight, tmp_path):
+    experiment, _ = straight
+    params = Params.load(experiment / "params.json")
+    training = Training(FCN_GCN(pretrained=False, dropout_rate=0.2), params, steps_per_epoch=2)
+    sound = torch.load(experiment / "last.pth.tar", weights_only=True)
+    name = next(iter(sound["state_dict"]))
+    nan = sound["state_dict"] | {name: sound["state_dict"][name] * float("nan")}
+    momentum = {0: {"momentum_buffer": torch.ones(3)}}
+    faults = [
+        *({"epoch": value} for value in ("3", None, 2.5, [1], -5, True, 10**9, torch.tensor(2), 3)),
+        *({"best_epoch": value} for value in ("x", None, 5, -1)),
+        *({"best_mIoU": value} for value in ("x", None, [], float("nan"))),
+        *({"optim_dict": value} for value in (3, [], {"state": 3}, {"state": {0: 3}}, {"state": momentum}, {})),
+        *({"rng": value} for value in (3, None, [], torch.ones(3), torch.zeros(3, dtype=torch.uint8))),
+        *(
+            {"state_dict": value}
+            for value in (nan, 3, {1: torch.ones(1)}, {name: sound["state_dict"][name].to_sparse()})
+        ),
+        *({"ema_state_dict": value} for value in (3, ["x"], {"x": torch.ones(1)})),
+        *({"ema_updates": value} for value in ("x", None)),
+        *({"params": value} for value in (3, {"num_classes": torch.tensor(21)})),
+        *({"history": value} for value in (3, [], [{}], [3])),
+        *({"metrics": value} for value in (3, None)),
+    ]
+    file = tmp_path / "last.pth.tar"
+    for fault in faults:
+        torch.save(sound | fault, file)
+        with pytest.raises(UserError) as error:
+            training.load_state_dict(utils.load_checkpoint(file), file)
+        assert str(file) in str(error.value), fault
+    training.load_state_dict(utils.load_checkpoint(experiment / "last.pth.tar"), file)
 
 
 def test_ctrl_c_while_modules_are_imported_is_silent(tmp_path, data):
