@@ -618,7 +618,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     }
     if faults := [key for key, is_sound in sound.items() if not is_sound]:
         raise UserError(
-            f"{path} is not a checkpoint of this network, or damaged: {', '.join(faults)} cannot be what it says{others}"
+            f"{path} is not a checkpoint of this network, or damaged: {', '.join(faults)} cannot be as it is{others}"
         )
     return checkpoint
 

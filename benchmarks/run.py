@@ -8,7 +8,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -72,7 +71,7 @@ class Sides:
         """Functions for one training step and for the evaluation of one batch."""
         examples = [baseline.load(*self.split_pair(index), SIZE) for index in range(BATCH)]
         images, targets = (torch.stack(part).to(self.device) for part in zip(*examples, strict=True))
-        model = FCN_GCN(pretrained=False).to(self.device)
+        model = baseline.network().to(self.device)
         optimizer = baseline.optimizer(model)
 
         def step() -> None:
@@ -144,7 +143,7 @@ def print_peak_memory(sides: Sides, side: str) -> None:
     if sides.device.type == "cuda":
         print(torch.cuda.max_memory_allocated() / 2**20)
     else:
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+        print(own_memory("VmHWM"))  # not getrusage's, which counts the process that started this one too
 
 
 def input_pipeline(split: Split, repeats: int, bar: tqdm) -> list[tuple]:
@@ -201,15 +200,15 @@ def scaling(folder: Path, bar: tqdm) -> list[tuple]:
             for _ in loader:
                 pass
             rates.append(count / (time.perf_counter() - start))
-        rows.append((count, f"{statistics.median(rates[1:]):.0f}", f"{anonymous_memory():.0f}"))
+        rows.append((count, f"{statistics.median(rates[1:]):.0f}", f"{own_memory('RssAnon'):.0f}"))
         bar.update()
     return rows
 
 
-def anonymous_memory() -> float:
-    """MiB of this process that no file stands behind."""
+def own_memory(kind: str) -> float:
+    """MiB of this process: "VmHWM", its peak, or "RssAnon", what no file stands behind."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 2**10
+    return next(int(line.split()[1]) for line in lines if line.startswith(kind)) / 2**10
 
 
 def seconds_to_first_step(folder: Path, data_dir: Path, bar: tqdm) -> float:
