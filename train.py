@@ -1,6 +1,7 @@
 """Train one experiment: model_dir/params.json in, checkpoints and metrics out."""
 
 import argparse
+import hashlib
 import logging
 import re
 import shlex
@@ -82,6 +83,7 @@ class Training:
         self.best_mIoU = -1.0
         self.history: list[dict] = []  # what history.jsonl holds
         self.metrics: dict[str, dict] = {}  # of validation, at the "last" and at the "best" epoch
+        self.images = ""  # a digest of the list that is trained on
 
     @property
     def finished(self) -> str:
@@ -128,6 +130,7 @@ class Training:
             "best_mIoU": self.best_mIoU,
             "history": self.history,
             "metrics": self.metrics,
+            "images": self.images,
             "rng": torch.get_rng_state(),
             "rng_cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
             "params": asdict(self.params),
@@ -419,6 +422,7 @@ def run(params: Params, device: torch.device, args: argparse.Namespace) -> None:
     utils.to_device(model, params, device)
     train_loader, val_loader = make_loaders(*data, params, device)
     training = Training(model, params, steps_per_epoch=-(-len(train_loader) // params.accumulation_steps))
+    training.images = hashlib.sha256("\n".join(data[0].ids).encode()).hexdigest()
     if checkpoint:
         training.load_state_dict(checkpoint, checkpoint_file)
         if training.finished:
@@ -443,6 +447,8 @@ def run(params: Params, device: torch.device, args: argparse.Namespace) -> None:
 def take_up(training: Training, checkpoint: dict, file: Path, model_dir: Path) -> None:
     """Bring the other outputs to where a checkpoint is, from which a kill or a full disk may have parted them."""
     changed = [key for key, value in asdict(training.params).items() if checkpoint["params"].get(key) != value]
+    if checkpoint.get("images") != training.images:
+        changed.append("the list of training images")
     logging.info(f"continuing after epoch {training.epoch}; changed since: {', '.join(changed) or 'nothing'}")
     write_metrics(training, model_dir)
     if file.name == "last.pth.tar" and training.epoch == training.best_epoch:

@@ -307,7 +307,9 @@ def test_a_finished_or_early_stopped_run_is_left_as_it_is_and_a_longer_one_conti
     best = (experiment / "metrics_val_best_weights.json").read_bytes()
     for name in ("history.jsonl", "metrics_val_best_weights.json", "best.pth.tar"):  # the checkpoint knows better
         (experiment / name).write_text('{"epoch": 99}\n')
-    run_script(*arguments, "--restore_file", "last")
+    (data / "train.txt").write_text("".join(f"train{number}\n" for number in range(5)))
+    result = run_script(*arguments, "--restore_file", "last")
+    assert "changed since: num_epochs, early_stopping_patience, the list of training images" in result.stdout
     assert (experiment / "metrics_val_best_weights.json").read_bytes() == best
     assert len(utils.read_history(experiment)) == trained + 1
     run = json.loads((experiment / "run.json").read_text())
