@@ -3,16 +3,13 @@
 import argparse
 from pathlib import Path
 
-from utils import end_at_once_on_interrupt
+from utils import add_folder, end_at_once_on_interrupt
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    for flag, default, meaning in (
-        ("--parent_dir", "experiments/learning_rate", "folder of the sweep"),
-        ("--data_dir", "data", "folder of the data set"),
-    ):
-        parser.add_argument(flag, type=Path, default=Path(default), help=f"{meaning} (default: %(default)s)")
+    add_folder(parser, "--parent_dir", "experiments/learning_rate", "folder of the sweep")
+    add_folder(parser, "--data_dir", "data", "folder of the data set")
     parser.add_argument("--sampler", choices=("grid", "random", "tpe"), default="grid", help="(default: %(default)s)")
     parser.add_argument("--n_trials", type=_count, metavar="N", help="trials in all, for random and tpe")
     parser.add_argument("--jobs", type=_count, default=1, metavar="N", help="trials at once (default: %(default)s)")

@@ -19,6 +19,7 @@ from utils import (
     RUN_LOCK,
     TRIAL_LOCKS,
     Params,
+    add_folder,
     best_epoch,
     is_locked,
     is_number,
@@ -36,9 +37,7 @@ DESCENDING = ("mIoU", "pixel_accuracy")
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--parent_dir", type=Path, default=Path("experiments"), help="where to look (default: %(default)s)"
-    )
+    add_folder(parser, "--parent_dir", "experiments", "where to look")
     parser.add_argument("--sort", default="mIoU", metavar="COLUMN", help="any column (default: %(default)s)")
     return parser.parse_args()
 

@@ -111,13 +111,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 def experiment_parser(description: str) -> argparse.ArgumentParser:
     """A parser with the flags that every script on one experiment has."""
     parser = argparse.ArgumentParser(description=description)
-    for flag, default, meaning in (
-        ("--model_dir", "experiments/base_model", "folder of the experiment: params.json and all output"),
-        ("--data_dir", "data", "folder of the data set"),
-    ):
-        parser.add_argument(flag, type=Path, default=Path(default), help=f"{meaning} (default: %(default)s)")
+    add_folder(parser, "--model_dir", "experiments/base_model", "folder of the experiment: params.json and all output")
+    add_folder(parser, "--data_dir", "data", "folder of the data set")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
     return parser
+
+
+def add_folder(parser: argparse.ArgumentParser, flag: str, default: str, meaning: str) -> None:
+    """Add a flag that names a folder."""
+    parser.add_argument(flag, type=Path, default=Path(default), help=f"{meaning} (default: %(default)s)")
 
 
 # ---------------------------------------------------------------------------------------------------- params.json
