@@ -87,7 +87,7 @@ def learning_curves(
         axes[0].plot(
             range(1, len(curves[name]) + 1), curves[name], color=colours[name], marker=".", label=_spelling(name)
         )
-    axes[0].set(xlabel="epoch", ylabel="validation mIoU", ylim=(0, None))
+    axes[0].set(xlabel="epoch", ylabel="validation mIoU")
     axes[0].xaxis.get_major_locator().set_params(integer=True)
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles[::-1][:COLOURS], names[::-1][:COLOURS], loc="outside lower left", fontsize="small")
@@ -97,7 +97,7 @@ def learning_curves(
         if len(hyperparameters) == 1:
             axis.plot(*zip(*sorted(zip(positions, best, strict=True)), strict=True), color="lightgrey", zorder=0)
         axis.scatter(positions, best, c=[colours[name] for name in values])
-        axis.set(xlabel=key, ylabel="best validation mIoU", ylim=(0, None))
+        axis.set(xlabel=key, ylabel="best validation mIoU")
     for axis in axes[1 + len(hyperparameters) :]:
         axis.remove()
     return figure
