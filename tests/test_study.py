@@ -65,7 +65,10 @@ RATES = [{"learning_rate": rate} for rate in (0.1, 0.01, 0.001)]
         ({"weight_decay": {"low": 0, "high": 0.1, "step": 0.04}}, "allowed: a number that divides 0.1"),
         ({"weight_decay": {"low": 0, "high": 0.1, "step": 1e-300}}, "allowed: a number that divides 0.1"),
         ({"batch_size": {"low": 2, "high": 8, "step": 1.5}}, "allowed: a whole number that divides 6"),
-        ({"kernel_size": {"low": 3, "high": 15}}, '"kernel_size" is 4; allowed: an integer of at least 3 that is odd'),
+        (
+            {"kernel_size": {"low": 3, "high": 15}},
+            '"kernel_size" is 4; allowed: an integer of at least 3 and at most 255 that is odd',
+        ),
         ({"batch_size": [1, 0], "num_epochs": [0]}, '"num_epochs" is 0'),
     ],
 )

@@ -390,6 +390,7 @@ def test_a_resumed_training_knows_all_that_the_interrupted_one_knew(finished):
     state = utils.load_checkpoint(file) | {"best_epoch": 1, "best_mIoU": 0.75}
     resumed = Training(network(), Params(**state["params"]), 2)
     resumed.load_state_dict(state, file)
+    resumed.images = state["images"]  # is that of the data at hand
 
     def equal(first, second) -> bool:
         if isinstance(first, dict):
