@@ -130,20 +130,26 @@ def compared(what: str, ours: list[float], theirs: list[float], scale: float = 1
     return what, text(theirs), text(ours), f"{statistics.median(theirs) / statistics.median(ours):.2f}"
 
 
-def peak_memory(side: str, args: argparse.Namespace) -> float:
-    """MiB at most, of a process that does two training steps: on a GPU what PyTorch allocated, else resident."""
+def peak_memory(side: str, args: argparse.Namespace) -> tuple[float, float]:
+    """MiB at most, of a process that does two training steps: in all, and beyond what it has when all is imported.
+
+    On a GPU both are what PyTorch allocated.
+    """
     command = [sys.executable, __file__, "--peak_memory_of", side, "--device", args.device, "--data_dir", args.data_dir]
-    return float(subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout)
+    total, own = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout.split()
+    return float(total), float(own)
 
 
 def print_peak_memory(sides: Sides, side: str) -> None:
+    imported = own_memory("VmRSS")
     step, _ = getattr(sides, side)()
     for _ in range(2):
         step()
     if sides.device.type == "cuda":
-        print(torch.cuda.max_memory_allocated() / 2**20)
+        print(*2 * [torch.cuda.max_memory_allocated() / 2**20])
     else:
-        print(own_memory("VmHWM"))  # not getrusage's, which counts the process that started this one too
+        peak = own_memory("VmHWM")  # not getrusage's, which counts the process that started this one too
+        print(peak, peak - imported)
 
 
 def input_pipeline(split: Split, repeats: int, bar: tqdm) -> list[tuple]:
@@ -206,7 +212,7 @@ def scaling(folder: Path, bar: tqdm) -> list[tuple]:
 
 
 def own_memory(kind: str) -> float:
-    """MiB of this process: "VmHWM", its peak, or "RssAnon", what no file stands behind."""
+    """MiB of this process: "VmRSS" as it is, "VmHWM" at its peak, "RssAnon" what no file stands behind."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(kind)) / 2**10
 
@@ -275,7 +281,8 @@ def main(args: argparse.Namespace) -> None:
         rows += input_pipeline(sides.split, args.repeats, bar)
         peaks = [peak_memory(side, args) for side in ("baseline", "ours")]
         bar.update(2)
-        rows.append(("peak memory, two steps", *(f"{peak:.0f} MiB" for peak in peaks), f"{peaks[0] / peaks[1]:.2f}"))
+        for what, theirs, ours in zip(("peak memory, two steps", "the same, without libraries"), *peaks, strict=True):
+            rows.append((what, f"{theirs:.0f} MiB", f"{ours:.0f} MiB", f"{theirs / ours:.2f}"))
         scaled = scaling(temporary / "scaling", bar)
         first_step = seconds_to_first_step(temporary / "run", args.data_dir, bar)
         flops, bandwidth = ceilings(device, sides.params.precision)
