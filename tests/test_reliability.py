@@ -216,7 +216,8 @@ from model.data_loader import SegmentationDataset, Split, make_loader
 from model.voc import CLASS_NAMES
 def main():
     data = SegmentationDataset(Split.find(sys.argv[1], "train"), class_names=CLASS_NAMES, image_size=32)
-    for batch in make_loader(data, batch_size=2, num_workers=1):
+    loader = make_loader(data, batch_size=2, num_workers=1)  # kept alive by the traceback
+    for batch in loader:
         raise ZeroDivisionError
 utils.run_main(main)
 """
