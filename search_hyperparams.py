@@ -63,6 +63,7 @@ from utils import (
     read_history,
     read_json,
     run_main,
+    score,
     write_json,
 )
 
@@ -288,11 +289,6 @@ class Sweep:
         with suppress(BrokenPipeError):  # nobody listens any more
             tqdm.write(line)
             sys.stdout.flush()
-
-
-def score(epoch: dict) -> float:
-    """What a sweep maximises: the validation mIoU of an epoch, 0 where it is not defined."""
-    return epoch["val"]["mIoU"] or 0.0
 
 
 def history_of(folder: Path) -> list[dict]:

@@ -199,9 +199,13 @@ STORAGE_ERRORS = (SQLAlchemyError, optuna.exceptions.StorageInternalError)
 
 def storage_failure(error: Exception) -> RunFailed:
     """What to say of a database that does not answer."""
-    cause = error.__cause__ or error
-    reason = " ".join(str(cause.__cause__ or cause).split("\n")[0].split())
+    reason = _reason(error.__cause__ or error)
     return RunFailed(f"the database of --storage cannot be used ({reason}); the same command goes on later")
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of an error, or of the one behind it."""
+    return " ".join(str(error.__cause__ or error).split("\n")[0].split())
 
 
 def open_storage(parent_dir: Path, url: str | None) -> BaseStorage:
@@ -217,8 +221,9 @@ def open_storage(parent_dir: Path, url: str | None) -> BaseStorage:
         try:
             return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
         except (ImportError, ArgumentError, ValueError, RuntimeError) as error:  # the last: tables of an older Optuna
-            reason = " ".join(str(error.__cause__ or error).split("\n")[0].split())
-            raise UserError(f"--storage: {reason}; give a URL as postgresql+psycopg2://user@host/database") from None
+            raise UserError(
+                f"--storage: {_reason(error)}; give a URL as postgresql+psycopg2://user@host/database"
+            ) from None
         except STORAGE_ERRORS as error:  # two processes that make the tables at the same time trip over each other
             if not remaining:
                 raise storage_failure(error) from None

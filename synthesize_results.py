@@ -28,6 +28,7 @@ from utils import (
     read_json,
     replacing,
     run_main,
+    score,
     write_text,
 )
 
@@ -203,7 +204,7 @@ def main(args: argparse.Namespace) -> None:
     runs = sorted((result for result in results if result.history), key=lambda result: ranks[result.name])
     if runs:
         figure = learning_curves(
-            {run.name: [epoch["val"]["mIoU"] or 0.0 for epoch in run.history] for run in runs},
+            {run.name: [score(epoch) for epoch in run.history] for run in runs},
             {key: {run.name: run.params[key] for run in runs} for key in varying},
         )
         with replacing(args.parent_dir / "results.png") as temporary, warnings.catch_warnings():

@@ -423,9 +423,14 @@ def read_history(model_dir: Path) -> list[dict]:
         raise UserError(f"{path} is damaged ({error}); mend or remove the line") from None
 
 
+def score(epoch: dict) -> float:
+    """What makes an epoch of history.jsonl better than another: its validation mIoU, 0 where it is not defined."""
+    return epoch["val"]["mIoU"] or 0.0
+
+
 def best_epoch(history: list[dict]) -> dict:
-    """The first of the epochs with the highest validation mIoU, which counts as 0 where it is not defined."""
-    return max(history, key=lambda epoch: epoch["val"]["mIoU"] or 0.0)
+    """The first of the epochs with the highest score."""
+    return max(history, key=score)
 
 
 def write_history(model_dir: Path, history: list[dict]) -> None:

@@ -118,6 +118,5 @@ def _positions(axis: "Axes", values: list) -> list[float]:
 
 def _spelling(value: Any) -> str:
     text = f"{value:g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
-    return f"{' ' * text.startswith('_')}{text}".replace(
-        "$", r"\$"
-    )  # matplotlib hides "_x", and reads "$x$" as a formula
+    shown = f" {text}" if text.startswith("_") else text  # matplotlib hides "_x" from a legend
+    return shown.replace("$", r"\$")  # and reads "$x$" as a formula

@@ -190,10 +190,11 @@ STRETCHED = {"1": 255, "L;2": 85, "L;4": 17}  # what Pillow multiplies grey valu
 
 def _read_mask(path: Path, size: tuple[int, int], num_classes: int) -> Image.Image:
     mask = _decode(path)
-    with Image.open(path) as header:
-        stored_as = header.tile[0].args if header.tile else None
-    if isinstance(stored_as, str) and stored_as in STRETCHED:
-        mask = mask.convert("L").point(lambda value: value // STRETCHED[stored_as])
+    if mask.mode in ("1", "L"):  # how it was stored shows only before it is decoded
+        with Image.open(path) as header:
+            stored_as = header.tile[0].args if header.tile else None
+        if isinstance(stored_as, str) and stored_as in STRETCHED:
+            mask = mask.convert("L").point(lambda value: value // STRETCHED[stored_as])
     if mask.mode not in ("P", "L"):
         raise UserError(
             f"{path}: the mask is {mask.mode}, not a palette or grey PNG of class indices; "
