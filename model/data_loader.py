@@ -403,5 +403,5 @@ def _leave_signals_to_the_main_process(worker: int) -> None:
     # Ctrl-C and batch systems signal all processes; a worker that dies before the main process has understood would
     # look like a crash. So it dies a little later, for at the end the main process itself ends workers by SIGTERM.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))  # a death by signal is raised in the main process
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(2))
