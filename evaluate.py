@@ -40,10 +40,9 @@ if __name__ == "__main__":
 import torch
 from tabulate import tabulate
 from torch import nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from model.data_loader import SegmentationDataset, Split, class_names, data_root, make_loader
+from model.data_loader import Loader, SegmentationDataset, Split, class_names, data_root, make_loader
 from model.losses import SegmentationLoss
 from model.metrics import ConfusionMatrix
 from model.net import FCN_GCN
@@ -51,7 +50,7 @@ from model.transforms import to_input
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, loader: DataLoader, params: Params, device: torch.device) -> dict:
+def evaluate(model: nn.Module, loader: Loader, params: Params, device: torch.device) -> dict:
     """Score a network on every image of a loader, at the loader's image size.
 
     Returns a dict for JSON: the mean loss over images and ConfusionMatrix.compute()'s metrics over all pixels, those
@@ -103,9 +102,7 @@ def main(args: argparse.Namespace) -> None:
     names = class_names(root, params.num_classes)
     split = Split.find(root, args.split, masks_required=True)
     dataset = SegmentationDataset(split, class_names=names, image_size=params.image_size, cache=params.cache)
-    loader = make_loader(
-        dataset, batch_size=params.batch_size, num_workers=params.num_workers, pin_memory=device.type == "cuda"
-    )
+    loader = make_loader(dataset, batch_size=params.batch_size, num_workers=params.num_workers, device=device)
 
     metrics = evaluate(model, loader, params, device)
     output = args.model_dir / f"metrics_{args.split}_{args.restore_file}.json"

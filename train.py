@@ -1,6 +1,7 @@
 """Train one experiment: model_dir/params.json in, checkpoints and metrics out."""
 
 import argparse
+import copy
 import hashlib
 import logging
 import re
@@ -39,13 +40,12 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.optim import lr_scheduler
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from evaluate import evaluate
 from model import UserError
-from model.data_loader import SegmentationDataset, Split, class_names, data_root, make_loader
+from model.data_loader import Loader, SegmentationDataset, Split, class_names, data_root, make_loader
 from model.losses import SegmentationLoss
 from model.metrics import ConfusionMatrix
 from model.net import FCN_GCN
@@ -71,10 +71,9 @@ class Training:
         self.params = params
         self.steps_per_epoch = steps_per_epoch
         self.device = next(model.parameters()).device
-        self.forward = torch.compile(model) if params.compile else model
-        self.ema = None
-        if params.ema_decay is not None:
-            self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(params.ema_decay), use_buffers=True)
+        self.forward = compiled(model, params) if params.compile else model
+        self.ema = copy.deepcopy(model).requires_grad_(False) if params.ema_decay is not None else None
+        self.ema_updates = 0
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=params.precision == "fp16")
         self.optimizer = build_optimizer(model, params)
         self.schedule = build_schedule(self.optimizer, params, steps_per_epoch)
@@ -98,7 +97,7 @@ class Training:
     @property
     def predictor(self) -> nn.Module:
         """The network to evaluate: the averaged one where there is one."""
-        return self.model if self.ema is None else self.ema.module
+        return self.model if self.ema is None else self.ema
 
     def step(self, loss: torch.Tensor, *, last_of_group: bool) -> None:
         """Accumulate the gradient of loss; with the last loss of a group, update the weights."""
@@ -115,7 +114,20 @@ class Training:
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
             self.schedule.step()
         if self.ema is not None:
-            self.ema.update_parameters(self.model)
+            self._update_average()
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        """Of weights and running statistics; the first one is a copy.
+
+        torch's AveragedModel does the same, but at every update its counter makes the host wait for the GPU.
+        """
+        pairs = list(zip(self.ema.state_dict().values(), self.model.state_dict().values(), strict=True))
+        averaged, current = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+        get_ema_multi_avg_fn(self.params.ema_decay if self.ema_updates else 0.0)(averaged, current, self.ema_updates)
+        for count, now in (pair for pair in pairs if not pair[0].is_floating_point()):  # of batches, in batch norm
+            count.copy_(now)
+        self.ema_updates += 1
 
     def state_dict(self) -> dict:
         """Tensors and plain values; epoch, state_dict and optim_dict are named as in the original implementation."""
@@ -123,8 +135,8 @@ class Training:
             "epoch": self.epoch,
             "state_dict": self.model.state_dict(),
             "optim_dict": self.optimizer.state_dict(),
-            "ema_state_dict": None if self.ema is None else self.ema.module.state_dict(),
-            "ema_updates": None if self.ema is None else self.ema.n_averaged,
+            "ema_state_dict": None if self.ema is None else self.ema.state_dict(),
+            "ema_updates": self.ema_updates,
             "scaler": self.scaler.state_dict(),
             "best_epoch": self.best_epoch,
             "best_mIoU": self.best_mIoU,
@@ -148,7 +160,7 @@ class Training:
             )
         utils.load_weights(self.model, state["state_dict"], source)
         if self.ema is not None and state.get("ema_state_dict") is not None:
-            utils.load_weights(self.ema.module, state["ema_state_dict"], source)
+            utils.load_weights(self.ema, state["ema_state_dict"], source)
         try:
             self._load_rest(state)
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -173,7 +185,7 @@ class Training:
         if not has_finite_weights(self.model):
             raise ValueError("weights that are not finite")
         if self.ema is not None and state["ema_state_dict"] is not None:
-            self.ema.n_averaged.copy_(state["ema_updates"])
+            self.ema_updates = int(state["ema_updates"])
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         with warnings.catch_warnings():
@@ -183,6 +195,15 @@ class Training:
         torch.set_rng_state(state["rng"])
         if self.device.type == "cuda" and len(state["rng_cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(state["rng_cuda"])
+
+
+def compiled(model: nn.Module, params: Params) -> nn.Module:
+    """The network compiled for training; on a GPU with CUDA graphs, as launching hundreds of kernels takes its time.
+
+    Not where gradients are accumulated: they would lie in memory that the next batch's graph writes to.
+    """
+    graphs = next(model.parameters()).is_cuda and params.accumulation_steps == 1
+    return torch.compile(model, mode="reduce-overhead" if graphs else "default", dynamic=False)
 
 
 def build_optimizer(model: nn.Module, params: Params) -> torch.optim.Optimizer:
@@ -208,7 +229,7 @@ def build_schedule(optimizer: torch.optim.Optimizer, params: Params, steps_per_e
     return lr_scheduler.SequentialLR(optimizer, [rise, main()], milestones=[warmup])
 
 
-def train_epoch(training: Training, loader: DataLoader) -> dict:
+def train_epoch(training: Training, loader: Loader) -> dict:
     """One pass over the training data. Returns the mean loss over images, the metrics on every save_summary_steps-th
     batch while it was trained on, and the learning rate of the last step.
 
@@ -266,7 +287,7 @@ def has_finite_weights(model: nn.Module) -> bool:
     return all(torch.stack([tensor.isfinite().all() for tensor in model.state_dict().values()]).tolist())
 
 
-def train(training: Training, train_loader: DataLoader, val_loader: DataLoader, model_dir: Path) -> None:
+def train(training: Training, train_loader: Loader, val_loader: Loader, model_dir: Path) -> None:
     """Train until num_epochs or the early stop, and write every output of an epoch when it ends."""
     params = training.params
     while not training.finished:
@@ -386,12 +407,12 @@ def find_data(params: Params, data_dir: Path) -> tuple[Split, Split, list[str]]:
 
 def make_loaders(
     train_split: Split, val_split: Split, names: list[str], params: Params, device: torch.device
-) -> tuple[DataLoader, DataLoader]:
+) -> tuple[Loader, Loader]:
     """Decode both splits, or find them decoded, and load them in batches. Raises UserError naming every faulty file."""
     options = {"class_names": names, "image_size": params.image_size, "cache": params.cache}
     train_set = SegmentationDataset(train_split, augment=params.augment, **options)
     val_set = SegmentationDataset(val_split, **options)
-    loading = {"batch_size": params.batch_size, "num_workers": params.num_workers, "pin_memory": device.type == "cuda"}
+    loading = {"batch_size": params.batch_size, "num_workers": params.num_workers, "device": device}
     return make_loader(train_set, seed=params.seed, **loading), make_loader(val_set, **loading)
 
 

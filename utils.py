@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import FrameType
@@ -546,8 +546,9 @@ def autocast(device: Any, precision: str) -> Any:
     """The context in which a network computes in "fp32", "bf16" or "fp16"."""
     import torch
 
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
 
 
 def seed_everything(seed: int, *, deterministic: bool) -> None:

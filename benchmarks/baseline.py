@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as TF
 
 from model.net import FCN_GCN
@@ -28,6 +29,23 @@ def load(photo: Path, mask: Path, size: int) -> tuple[Tensor, Tensor]:
             index = indices[x, y]
             target[0 if index == VOID else index, y, x] = 1
     return image, torch.from_numpy(target)
+
+
+class Photos(Dataset):
+    """Pairs of files, decoded at every access."""
+
+    def __init__(self, pairs: list[tuple[Path, Path]], size: int):
+        self.pairs, self.size = pairs, size
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return load(*self.pairs[index], self.size)
+
+
+def loader(pairs: list[tuple[Path, Path]], size: int, batch_size: int, num_workers: int) -> DataLoader:
+    return DataLoader(Photos(pairs, size), batch_size=batch_size, shuffle=True, num_workers=num_workers)
 
 
 def network() -> nn.Module:
@@ -73,3 +91,19 @@ def evaluate_batch(model: nn.Module, images: Tensor, target: Tensor) -> tuple[fl
         if union:
             ious.append(((predicted == index) & (true == index)).sum() / union)
     return value, float(np.mean(ious))
+
+
+def epoch(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    train_loader: DataLoader,
+    val_loader: DataLoader,
+    device: torch.device,
+) -> float:
+    """One pass over the training data and one over the validation data; the mean of the batches' mIoU."""
+    model.train()
+    for images, target in train_loader:
+        train_step(model, optimizer, images.to(device), target.to(device))
+    model.eval()
+    scores = [evaluate_batch(model, images.to(device), target.to(device))[1] for images, target in val_loader]
+    return float(np.mean(scores))

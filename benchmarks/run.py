@@ -24,22 +24,24 @@ import torch
 import torchvision
 from PIL import Image
 from tabulate import tabulate
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from benchmarks import baseline
+from benchmarks import baseline, roofline
 from evaluate import evaluate
-from model.data_loader import SegmentationDataset, Split, make_loader, read_example
+from model.data_loader import Loader, SegmentationDataset, Split, make_loader, read_example
 from model.losses import SegmentationLoss
 from model.net import FCN_GCN
 from model.sample import draw_scene
 from model.transforms import to_input
 from model.voc import CLASS_NAMES, colour_mask
-from train import Training
+from train import Training, train_epoch
 from utils import Params, autocast, pick_device, resolve_precision, seed_everything, to_device
 
 SIZE, BATCH = 224, 5
 PHOTO = (500, 375)  # VOC's usual size
-FLOPS = 37.2e9  # of a forward pass for one image of 224 x 224, twice the multiply-adds; backward costs twice as much
+EPOCH = {"cpu": (20, 10), "cuda": (320, 160)}  # images to train and to validate on
 SMALL, COUNTS = 64, (100, 1_000, 10_000)  # image size and images of the scaling test
 
 
@@ -52,11 +54,11 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def cached(split: Split, count: int) -> torch.utils.data.DataLoader:
+def cached(split: Split, count: int, device: torch.device | str = "cpu") -> Loader:
     """The first photos of a split, in batches from the cache."""
     parts = (split.ids[:count], split.images[:count], split.masks[:count])
     dataset = SegmentationDataset(Split(f"benchmark{count}", *parts), class_names=CLASS_NAMES, image_size=SIZE)
-    return make_loader(dataset, batch_size=BATCH, num_workers=0)
+    return make_loader(dataset, batch_size=BATCH, seed=0, device=device)
 
 
 class Sides:
@@ -86,20 +88,40 @@ class Sides:
 
     def ours(self) -> tuple[Callable, Callable]:
         """The same, as train.py does it."""
-        model = FCN_GCN(**self.params.network_options(), pretrained=False)
-        to_device(model, self.params, self.device)
-        training = Training(model, self.params, steps_per_epoch=1000)
+        training = self.training()
         criterion = SegmentationLoss(self.params.loss_weights)
-        loader = cached(self.split, BATCH)
+        loader = cached(self.split, BATCH, self.device)
         images, labels = next(iter(loader))
 
         def step() -> None:
-            model.train()
+            training.model.train()
             with autocast(self.device, self.params.precision):
                 logits = training.forward(to_input(images, self.device, **self.params.input_options()))
             training.step(criterion(logits, labels.to(self.device)), last_of_group=True)
 
-        return step, lambda: evaluate(model, loader, self.params, self.device)
+        return step, lambda: evaluate(training.model, loader, self.params, self.device)
+
+    def training(self) -> Training:
+        model = FCN_GCN(**self.params.network_options(), pretrained=False)
+        to_device(model, self.params, self.device)
+        return Training(model, self.params, steps_per_epoch=1000)
+
+    def epochs(self) -> tuple[Callable, Callable]:
+        """A whole epoch with validation, as this program (its data cached) and as the original recipe do it."""
+        counts = [min(count, len(self.split.ids)) for count in EPOCH[self.device.type]]
+        training = self.training()
+        loaders = [cached(self.split, count, self.device) for count in counts]
+
+        def ours() -> None:
+            train_epoch(training, loaders[0])
+            evaluate(training.predictor, loaders[1], self.params, self.device)
+
+        model = baseline.network().to(self.device)
+        optimizer = baseline.optimizer(model)
+        pairs = list(zip(self.split.images, self.split.masks, strict=True))
+        workers = 0 if self.device.type == "cpu" else 4  # which would compete with the training for the same cores
+        their_loaders = [baseline.loader(pairs[:count], SIZE, BATCH, workers) for count in counts]
+        return ours, lambda: baseline.epoch(model, optimizer, *their_loaders, self.device)
 
     def split_pair(self, index: int) -> tuple[Path, Path]:
         return self.split.images[index], self.split.masks[index]
@@ -250,6 +272,19 @@ def ceilings(device: torch.device, precision: str) -> tuple[float, float]:
     return 2 * n**3 / min(products), 2 * vector.nbytes / min(copies)
 
 
+def idle_share(step: Callable, count: int = 20) -> float:
+    """The part of the time in which a GPU has no kernel to run, by the profiler."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        start = time.perf_counter()
+        for _ in range(count):
+            step()
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+    busy = sum(event.device_time_total for event in profiler.events() if event.device_type == DeviceType.CUDA)
+    return 1 - busy / 1e6 / seconds  # one stream, so kernels do not overlap
+
+
 def make_scenes(folder: Path, count: int) -> Path:
     """Drawn scenes of the size of VOC's photos."""
     for name in ("JPEGImages", "SegmentationClass"):
@@ -268,7 +303,10 @@ def main(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     if args.peak_memory_of:
         return print_peak_memory(Sides(Split.find(args.data_dir, "val"), device), args.peak_memory_of)
-    with tempfile.TemporaryDirectory() as temporary, tqdm(total=4 * (args.repeats + 1) + 7, unit="run") as bar:
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        tqdm(total=4 * args.repeats + min(3, args.repeats) + 12, unit="run") as bar,
+    ):
         temporary = Path(temporary)
         args.data_dir = args.data_dir or make_scenes(temporary / "scenes", 40)
         sides = Sides(Split.find(args.data_dir, "val"), device)
@@ -278,6 +316,8 @@ def main(args: argparse.Namespace) -> None:
             compared(f"training step, batch {BATCH}", *steps),
             compared(f"evaluation, batch {BATCH}", *in_turn(our_evaluation, evaluation, args.repeats, bar, device)),
         ]
+        epochs = in_turn(*sides.epochs(), min(3, args.repeats), bar, device)
+        rows.append(compared(f"an epoch, {' + '.join(map(str, EPOCH[device.type]))} images", *epochs, 1, "s"))
         rows += input_pipeline(sides.split, args.repeats, bar)
         peaks = [peak_memory(side, args) for side in ("baseline", "ours")]
         bar.update(2)
@@ -285,22 +325,29 @@ def main(args: argparse.Namespace) -> None:
             rows.append((what, f"{theirs:.0f} MiB", f"{ours:.0f} MiB", f"{theirs / ours:.2f}"))
         scaled = scaling(temporary / "scaling", bar)
         first_step = seconds_to_first_step(temporary / "run", args.data_dir, bar)
-        flops, bandwidth = ceilings(device, sides.params.precision)
-    achieved = 3 * FLOPS * BATCH / statistics.median(steps[0])
+        peak, bandwidth = ceilings(device, sides.params.precision)
+        least = roofline.bound(our_step, peak, bandwidth)
+        idle = idle_share(our_step) if device.type == "cuda" else None
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.processor() or 'CPU'}"
     print(
         f"{name}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads, "
-        f"PyTorch {torch.__version__}, torchvision {torchvision.__version__}; {SIZE}x{SIZE}, "
+        f"PyTorch {torch.__version__}, torchvision {torchvision.__version__}; {SIZE}x{SIZE}, batch {BATCH}, "
         f"{sides.params.precision} against fp32; median (fastest-slowest) of {args.repeats}\n"
     )
     print(tabulate(rows, headers=("", "original recipe", "this program", "ratio"), tablefmt="pipe"))
     print()
     print(tabulate(scaled, headers=("images", "images/s, cached", "MiB besides the cache"), tablefmt="pipe"))
     print(f"\ntrain.py reaches its first step after {first_step:.1f} s, with the data cached")
+    seconds = statistics.median(steps[0])
     print(
-        f"a step runs at {achieved / 1e9:.0f} GFLOP/s, {achieved / flops:.0%} of the {flops / 1e9:.0f} that a matrix "
-        f"product reaches in {sides.params.precision}; a copy moves {bandwidth / 1e9:.1f} GB/s"
+        f"a matrix product in {sides.params.precision} reaches {peak / 1e9:.0f} GFLOP/s, a copy "
+        f"{bandwidth / 1e9:.1f} GB/s; a step is {least.flops / 1e9:.0f} GFLOP and moves {least.bytes / 1e9:.1f} GB, "
+        f"operation by operation {1000 * least.seconds:.0f} ms at that speed: {least.seconds / seconds:.0%} is reached"
     )
+    parts = ", ".join(f"{name} {1000 * seconds:.0f}" for name, seconds in [*least.by_operation.items()][:8])
+    print(f"of those ms: {parts}")
+    if idle is not None:
+        print(f"the GPU is idle for {idle:.0%} of a step")
 
 
 if __name__ == "__main__":

@@ -267,6 +267,14 @@ class SegmentationDataset(Dataset):
         self.__dict__.update(state)
         self._examples = np.load(self.cache_file, mmap_mode="r") if self.cache_file else None
 
+    def on_device(self, device: torch.device) -> Tensor:
+        """The whole decoded split as uint8 (N, S, S, 4) on a device; needs the cache."""
+        examples = torch.empty(self._examples.shape, dtype=torch.uint8, device=device)
+        for start in range(0, len(self), 256):  # never all of it in the host's memory
+            part = np.array(self._examples[start : start + 256])
+            examples[start : start + 256] = torch.from_numpy(part)
+        return examples
+
     def decode(self, index: int) -> np.ndarray:
         """uint8 (S, S, 4) from the files, see read_example."""
         mask = self.split.masks[index] if self.split.masks else None
@@ -374,29 +382,66 @@ class EpochSampler(Sampler):
         return zip(order, seeds, strict=True)
 
 
+class DeviceLoader:
+    """Batches of a split that lies on the device as a whole, so that the host has nothing to fetch and to send.
+
+    Stands in for a DataLoader of the same data set, batch_size and sampler, and gives the same batches.
+    """
+
+    def __init__(self, dataset: SegmentationDataset, *, batch_size: int, sampler: Sampler, device: torch.device):
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.sampler = sampler
+        self._examples = dataset.on_device(device)
+
+    def __len__(self) -> int:
+        return -(-len(self.dataset) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.tensor([key[0] if isinstance(key, tuple) else key for key in self.sampler])
+        for batch in order.to(self._examples.device).split(self.batch_size):
+            examples = self._examples[batch]
+            yield examples[..., :3].permute(0, 3, 1, 2), examples[..., 3]
+
+
+Loader = DataLoader | DeviceLoader
+
+
 def make_loader(
     dataset: SegmentationDataset,
     *,
     batch_size: int,
     num_workers: int = 0,
     seed: int | None = None,
-    pin_memory: bool = False,
-) -> DataLoader:
+    device: torch.device | str = "cpu",
+) -> Loader:
     """Batches of uint8 (B, 3, S, S) and (B, S, S), the last one smaller where the data set ends.
 
     With a seed in an order of its own every epoch (call loader.sampler.set_epoch), else in the order of the list.
+    They lie on the device already if the whole split fits there, otherwise in memory that it can copy from by itself.
     """
+    device = torch.device(device)
+    sampler = SequentialSampler(dataset) if seed is None else EpochSampler(len(dataset), seed=seed)
+    if _fits(dataset, device):
+        return DeviceLoader(dataset, batch_size=batch_size, sampler=sampler, device=device)
     workers = min(num_workers, cores(), -(-len(dataset) // batch_size))
     return DataLoader(
         dataset,
         batch_size=batch_size,
-        sampler=SequentialSampler(dataset) if seed is None else EpochSampler(len(dataset), seed=seed),
+        sampler=sampler,
         num_workers=workers,
         worker_init_fn=_leave_signals_to_the_main_process,
         persistent_workers=workers > 0,
-        pin_memory=pin_memory,
+        pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # its own, so that fetching data does not advance the network's random numbers
     )
+
+
+def _fits(dataset: SegmentationDataset, device: torch.device) -> bool:
+    """Whether a split needs nothing but its cache and takes no more than an eighth of a GPU's free memory."""
+    if device.type != "cuda" or dataset.cache_file is None or dataset.augmentation is not None:
+        return False
+    return dataset.cache_file.stat().st_size <= torch.cuda.mem_get_info(device)[0] / 8
 
 
 def _leave_signals_to_the_main_process(worker: int) -> None:

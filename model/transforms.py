@@ -1,5 +1,7 @@
 """From a decoded photo to what the network reads, and the joint augmentation of photo and mask."""
 
+from functools import cache
+
 import torch
 from PIL import Image
 from torch import Tensor
@@ -25,9 +27,17 @@ def to_input(
     """uint8 (B, 3, H, W) -> float32 on device: values in [0, 1], with ImageNet's mean and deviation if normalize."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     x = images.to(device, non_blocking=True).to(torch.float32, memory_format=layout)
-    mean = x.new_tensor(IMAGENET_MEAN if normalize else (0.0, 0.0, 0.0)).view(3, 1, 1)
-    std = x.new_tensor(IMAGENET_STD if normalize else (1.0, 1.0, 1.0)).view(3, 1, 1)
-    return x.sub_(mean * 255).div_(std * 255)
+    mean, std = _mean_and_deviation(x.device, normalize)
+    return x.sub_(mean).div_(std)
+
+
+@cache  # on a GPU: to send them anew would make the host wait at every step
+def _mean_and_deviation(device: torch.device, normalize: bool) -> tuple[Tensor, Tensor]:
+    """float32 (3, 1, 1) of values in [0, 255]."""
+    with torch.inference_mode(False):  # evaluation may come first, and tensors made in it are of no use to training
+        mean = torch.tensor(IMAGENET_MEAN if normalize else (0.0, 0.0, 0.0)).view(3, 1, 1)
+        std = torch.tensor(IMAGENET_STD if normalize else (1.0, 1.0, 1.0)).view(3, 1, 1)
+        return (255 * mean).to(device), (255 * std).to(device)
 
 
 class Augmentation:

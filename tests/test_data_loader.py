@@ -18,7 +18,16 @@ from PIL import Image
 from torch import Tensor
 
 from model import UserError, data_loader
-from model.data_loader import EpochSampler, Layout, SegmentationDataset, Split, class_names, make_loader, read_example
+from model.data_loader import (
+    DeviceLoader,
+    EpochSampler,
+    Layout,
+    SegmentationDataset,
+    Split,
+    class_names,
+    make_loader,
+    read_example,
+)
 from model.voc import CLASS_NAMES, VOID, indices_from_colours, palette
 from visualize import colour_mask
 
@@ -713,3 +722,53 @@ def test_a_colour_of_no_class_is_refused_by_name(colour):
     colours[2, 3] = colour
     with pytest.raises(UserError, match=rf"colour \({colour[0]}, {colour[1]}, {colour[2]}\)"):
         indices_from_colours(colours)
+
+
+# ---------------------------------------------------------------------------------------- a split on the device
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_a_split_on_the_device_gives_the_batches_of_the_files(data, seed):
+    dataset = load(data, image_size=48)
+    plain = make_loader(dataset, batch_size=4, seed=seed)
+    on_device = DeviceLoader(dataset, batch_size=4, sampler=plain.sampler, device=torch.device("cpu"))
+    assert len(on_device) == len(plain) == 2
+    for epoch in range(2):
+        if seed is not None:
+            on_device.sampler.set_epoch(epoch)
+        for ours, theirs in zip(on_device, plain, strict=True):
+            for part, expected in zip(ours, theirs, strict=True):
+                assert part.dtype == torch.uint8
+                assert torch.equal(part, expected)
+
+
+@pytest.mark.parametrize(
+    ("free", "options", "fits"),
+    [
+        (8 * 60_000, {}, True),  # 6 images of 48 x 48 x 4 bytes are 55 kB
+        (8 * 50_000, {}, False),
+        (8 * 60_000, {"cache": False}, False),
+        (8 * 60_000, {"augment": True}, False),
+    ],
+    ids=str,
+)
+def test_a_split_goes_to_the_device_as_a_whole_if_it_fits(data, monkeypatch, free, options, fits):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
+    dataset = load(data, image_size=48, **options)
+    assert data_loader._fits(dataset, torch.device("cuda")) is fits
+    assert not data_loader._fits(dataset, torch.device("cpu"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("options", [{}, {"augment": True, "num_workers": 2}], ids=str)
+def test_batches_for_a_gpu_are_there_or_on_their_way(data, options):
+    workers = options.pop("num_workers", 0)
+    dataset = load(data, image_size=48, **options)
+    plain = make_loader(dataset, batch_size=4, seed=3)
+    loader = make_loader(dataset, batch_size=4, seed=3, num_workers=workers, device="cuda")
+    assert isinstance(loader, DeviceLoader) == (not options)
+    for ours, theirs in zip(loader, plain, strict=True):
+        for part, expected in zip(ours, theirs, strict=True):
+            assert part.is_cuda or part.is_pinned()
+            assert torch.equal(part.cpu(), expected)

@@ -2,6 +2,7 @@ import json
 import math
 import re
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 
 import train
 import utils
+from evaluate import evaluate
 from model import UserError
 from model.data_loader import SegmentationDataset, Split, class_names, make_loader
 from train import Training, build_optimizer, build_schedule, start_from, train_epoch
@@ -506,6 +508,55 @@ def test_a_checkpoint_crosses_devices_with_its_optimizer(data, tmp_path, first, 
     assert state["epoch"] == 2
     assert {entry["step"].item() for entry in state["optim_dict"]["state"].values()} == {4}
     run_script("evaluate.py", "--model_dir", experiment, "--data_dir", data, "--device", first)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"clip_grad_norm": 1.0, "ema_decay": 0.9, "loss_weights": {"cross_entropy": 1.0}},
+        {"optimizer": "adamw", "schedule": "poly", "augment": True},
+        {"precision": "fp16"},
+    ],
+    ids=str,
+)
+def test_steps_on_a_gpu_wait_for_nothing(tmp_path, options):
+    """What CUDA says: as many waits in an epoch of five steps as in one of two."""
+    params = Params(**TINY | {"precision": "bf16", "batch_size": 2} | options)
+    waits = []
+    for count in (4, 10):
+        data = make_data(tmp_path / str(count), train=count)
+        split = Split.find(data, "train")
+        dataset = SegmentationDataset(split, class_names=class_names(data, 21), image_size=32, augment=params.augment)
+        loader = make_loader(dataset, batch_size=2, seed=1, device="cuda")
+        training = Training(network().cuda(), params, 10)
+        train_epoch(training, loader)  # sends constants, which stay there
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                train_epoch(training, loader)
+                evaluate(training.predictor, loader, params, training.device)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        waits.append(sum("synchronizing CUDA" in str(warning.message) for warning in seen))
+    assert 0 < waits[1] <= waits[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("options", [{}, {"accumulation_steps": 2}], ids=str)
+def test_cuda_graphs_train_to_the_same_loss(data, options):
+    """Three epochs, so that graphs are recorded and replayed, and with a smaller last batch."""
+    losses = []
+    for compile_ in (False, True):
+        params = Params(**TINY | {"compile": compile_, "batch_size": 4} | options)
+        loader = make_loader(loader_of(data).dataset, batch_size=4, seed=1, device="cuda")
+        training = Training(network().cuda(), params, 2)
+        losses.append([train_epoch(training, loader)["loss"] for _ in range(3)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 # ---------------------------------------------------------------------------------------- real photos

@@ -1,0 +1,82 @@
+"""An epoch makes the host wait for the GPU a fixed number of times, however many batches it has.
+
+Seen here without a GPU, on the meta device, whose tensors have a shape and no values: whoever reads one waits. The
+tests marked gpu ask CUDA itself.
+"""
+
+import pytest
+import torch
+from conftest import TINY
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from evaluate import evaluate
+from model.net import FCN_GCN
+from model.transforms import _mean_and_deviation
+from model.voc import CLASS_NAMES
+from train import Training, train_epoch
+from utils import Params
+
+META = torch.device("meta")
+READS = {"item": 1, "is_nonzero": True, "_local_scalar_dense": 1, "nonzero": torch.empty(0, 1, dtype=torch.long)}
+
+
+class Waits(TorchDispatchMode):
+    """Lists the operations that wait for the device, and gives some value to those that read one from it."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().removeprefix("aten::").split(".")[0]
+        if name.startswith("_fused_"):  # the optimizer: one kernel, unknown to this device
+            return None
+        given = dict(zip((argument.name for argument in function._schema.arguments), args, strict=False)) | kwargs
+        tensors = [value for value in given.values() if isinstance(value, torch.Tensor)]
+        on_device = any(tensor.is_meta for tensor in tensors)
+        if name in READS and on_device:
+            self.seen.append(name)
+            return READS[name]
+        to_host = name in ("to", "_to_copy") and on_device and torch.device(given.get("device") or META) != META
+        result = torch.zeros(tensors[0].shape, dtype=tensors[0].dtype) if to_host else function(*args, **kwargs)
+        if name in ("to", "_to_copy", "copy_") and not given.get("non_blocking"):
+            self.seen += [name] * (len({tensor.is_meta for tensor in [*tensors, result]}) > 1)
+        return result
+
+
+class Batches(list):
+    """Images and labels, such as a loader gives."""
+
+    class_names = CLASS_NAMES
+
+    def __init__(self, count: int):
+        batch = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2, 32, 32, dtype=torch.uint8)
+        super().__init__([batch] * count)
+
+    @property
+    def dataset(self):
+        return self
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"clip_grad_norm": 1.0, "ema_decay": 0.9, "dropout_rate": 0.1, "loss_weights": {"cross_entropy": 1.0}},
+        {"accumulation_steps": 2, "schedule": "poly"},
+    ],
+    ids=str,
+)
+def test_waits_do_not_grow_with_the_number_of_batches(options):
+    training = Training(FCN_GCN(pretrained=False), Params(**TINY | options), 10)
+    training.device = META
+    training.model.to(META)
+    training.predictor.to(META)
+    _mean_and_deviation(META, True)  # stays there
+    seen = {}
+    for count in (2, 6):
+        with Waits() as waits:
+            train_epoch(training, Batches(count))
+            evaluate(training.predictor, Batches(count), training.params, META)
+        seen[count] = waits.seen
+    assert seen[6] == seen[2]
+    assert 0 < len(seen[2]) <= 8  # losses and metrics are read at the end
