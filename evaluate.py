@@ -1,24 +1,24 @@
-"""Score a checkpoint on a split: a table a class on the terminal, metrics_<split>_<restore_file>.json in model_dir."""
+"""Score a checkpoint on a split: a table a class on the terminal, metrics_<split>_<restore_file>.json and .png."""
 
 import argparse
+import heapq
 import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
 
 from utils import (
-    ARCHITECTURE,
     Params,
+    add_testing_flags,
     autocast,
-    checkpoint_path,
     end_at_once_on_interrupt,
     experiment_parser,
-    load_checkpoint,
-    load_weights,
+    load_network,
     pick_device,
-    predicting_weights,
-    refuse_changed,
-    resolve_precision,
+    positive,
+    replacing,
     run_main,
     stop_if_asked,
-    to_device,
     write_json,
 )
 
@@ -29,7 +29,21 @@ def parse_args() -> argparse.Namespace:
         "--restore_file", default="best", help="which checkpoint of model_dir: best, last (default: %(default)s)"
     )
     parser.add_argument("--split", default="val", help="which list of the data set (default: %(default)s)")
-    return parser.parse_args()
+    parser.add_argument(
+        "--original_size",
+        action="store_true",
+        help="score every photo at its own size, as the VOC challenge does; the flags below do so too",
+    )
+    add_testing_flags(parser)
+    parser.add_argument(
+        "--save_predictions", type=Path, metavar="DIR", help="write palette PNGs as the VOC server takes them"
+    )
+    parser.add_argument(
+        "--save_overlays", type=positive, metavar="N", help="draw the N photos with the lowest mIoU, in model_dir"
+    )
+    args = parser.parse_args()
+    args.original_size |= args.flip or bool(args.scales or args.save_predictions or args.save_overlays)
+    return args
 
 
 # Before the seconds that importing torch takes, so that --help and a typing error answer at once.
@@ -39,26 +53,43 @@ if __name__ == "__main__":
 
 import torch
 from tabulate import tabulate
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from model.data_loader import Loader, SegmentationDataset, Split, class_names, data_root, make_loader
+from model.data_loader import (
+    Loader,
+    OriginalDataset,
+    SegmentationDataset,
+    Split,
+    class_names,
+    data_root,
+    make_loader,
+    make_original_loader,
+    read_mask,
+    read_photo,
+)
+from model.inference import Segmenter, Window, class_map
 from model.losses import SegmentationLoss
-from model.metrics import ConfusionMatrix
-from model.net import FCN_GCN
+from model.metrics import BoundaryMetrics, ConfusionMatrix
 from model.transforms import to_input
+from model.voc import colour_mask
+from visualize import confusion_figure, error_picture
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, loader: Loader, params: Params, device: torch.device) -> dict:
+def evaluate(
+    model: nn.Module, loader: Loader, params: Params, device: torch.device, *, matrix: ConfusionMatrix | None = None
+) -> dict:
     """Score a network on every image of a loader, at the loader's image size.
 
     Returns a dict for JSON: the mean loss over images and ConfusionMatrix.compute()'s metrics over all pixels, those
-    that go by class as {name: value}. Leaves the network in evaluation mode.
+    that go by class as {name: value}. The counts are added to matrix if one is given. Leaves the network in evaluation
+    mode.
     """
     model.eval()
     criterion = SegmentationLoss(params.loss_weights)
-    matrix = ConfusionMatrix(params.num_classes, device)
+    matrix = matrix or ConfusionMatrix(params.num_classes, device)
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     with tqdm(total=len(loader.dataset), desc="evaluating", unit="img", leave=False, disable=None) as bar:
         for images, labels in loader:
@@ -71,47 +102,151 @@ def evaluate(model: nn.Module, loader: Loader, params: Params, device: torch.dev
             bar.update(len(images))
     loss = loss_sum.item() / len(loader.dataset)
     metrics = {"loss": loss if math.isfinite(loss) else None, "images": len(loader.dataset), **matrix.compute()}
+    return by_name(metrics, loader.dataset.class_names)
+
+
+def by_name(metrics: dict, names: Sequence[str]) -> dict:
+    """Lists of one value a class become {name: value}."""
     return {
-        key: dict(zip(loader.dataset.class_names, value, strict=True)) if isinstance(value, list) else value
+        key: dict(zip(names, value, strict=True)) if isinstance(value, list) else value
         for key, value in metrics.items()
     }
 
 
+def segmenter(model: nn.Module, params: Params, device: torch.device, args: argparse.Namespace) -> Segmenter:
+    """A network that looks at photos as add_testing_flags() have it. Raises UserError for scales that cannot be."""
+    return Segmenter(
+        model,
+        device,
+        image_size=params.image_size,
+        scales=args.scales or (1.0,),
+        flip=args.flip,
+        autocast=partial(autocast, device, params.precision),
+        **params.input_options(),
+    )
+
+
+def predictions(segmenter: Segmenter, loader: DataLoader) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """Index, class map and mask of every photo at its own size: uint8 (H, W) on the device."""
+    with tqdm(total=len(loader.dataset), desc="predicting", unit="img", leave=False, disable=None) as bar:
+        for indices, sizes, inputs, masks in loader:
+            for index, (width, height), maps, mask in zip(indices, sizes, segmenter.logits(inputs), masks, strict=True):
+                stop_if_asked()
+                prediction = class_map([Window((0, 0, width, height), maps)], width=width, height=height)
+                yield index, prediction, mask if mask is None else mask.to(segmenter.device)
+                bar.update()
+
+
+class Worst:
+    """The predictions with the lowest mIoU of those it was shown, at most count of them."""
+
+    def __init__(self, count: int, num_classes: int):
+        self.count, self.num_classes = count, num_classes
+        self._kept: list[tuple] = []
+
+    def add(self, index: int, prediction: Tensor, mask: Tensor) -> None:
+        matrix = ConfusionMatrix(self.num_classes, prediction.device)
+        matrix.update(prediction, mask)
+        mIoU = matrix.compute()["mIoU"]
+        if mIoU is not None:  # else the photo is all void
+            entry = (-mIoU, -index, prediction.cpu().numpy())
+            (heapq.heappush if len(self._kept) < self.count else heapq.heappushpop)(self._kept, entry)
+
+    def draw(self, dataset: OriginalDataset, folder: Path) -> None:
+        """One PNG each, the worst first by name, in place of those of an earlier evaluation."""
+        folder.mkdir(exist_ok=True)
+        for picture in folder.glob("*.png"):
+            picture.unlink()
+        names = dataset.class_names
+        for rank, (mIoU, index, prediction) in enumerate(sorted(self._kept, key=lambda kept: kept[:2])[::-1], start=1):
+            photo = read_photo(dataset.split.images[-index])
+            mask = read_mask(dataset.split.masks[-index], photo.size, len(names))
+            name = dataset.split.ids[-index]
+            picture = error_picture(photo, mask, prediction, names, title=f"{name}, mIoU {-mIoU:.3f}")
+            with replacing(folder / f"{rank:0{len(str(self.count))}d}_{name}.png") as temporary:
+                picture.save(temporary, format="PNG")
+
+
+def score_originals(
+    segmenter: Segmenter, split: Split, names: list[str], params: Params, args: argparse.Namespace
+) -> tuple[dict, ConfusionMatrix | None]:
+    """Predict every photo at its own size and write what the flags ask for. Without masks the metrics are {}."""
+    dataset = OriginalDataset(split, class_names=names)
+    loader = make_original_loader(
+        dataset, segmenter.sizes, batch_size=params.batch_size, num_workers=params.num_workers
+    )
+    matrix, boundary = (metric(params.num_classes, segmenter.device) for metric in (ConfusionMatrix, BoundaryMetrics))
+    worst = Worst(args.save_overlays or 0, params.num_classes)
+    folder = args.save_predictions and args.save_predictions / server_folder(split.name)
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+    for index, prediction, mask in predictions(segmenter, loader):
+        if folder:
+            with replacing(folder / f"{split.ids[index]}.png") as temporary:
+                colour_mask(prediction.cpu().numpy()).save(temporary, format="PNG")
+        if mask is not None:
+            matrix.update(prediction, mask)
+            boundary.update(prediction, mask)
+            if args.save_overlays:
+                worst.add(index, prediction, mask)
+    if split.masks is None:
+        return {}, None
+    if args.save_overlays:
+        worst.draw(dataset, args.model_dir / f"overlays_{split.name}_{args.restore_file}")
+    metrics = {"images": len(dataset), **matrix.compute(), **boundary.compute()}
+    return by_name(metrics, names), matrix
+
+
+def server_folder(split: str) -> Path:
+    """Where the VOC server looks for the predictions of a split (comp5: trained on VOC's own data)."""
+    return Path("results", "VOC2012", "Segmentation", f"comp5_{split}_cls")
+
+
 def table(metrics: dict) -> str:
     """The result as text: a row a class, then the metrics over all classes."""
-    rows = [(name, *(metrics[column][name] for column in ("IoU", "accuracy", "frequency"))) for name in metrics["IoU"]]
-    classes = tabulate(
-        rows, headers=("class", "IoU", "accuracy", "share of pixels"), tablefmt="pipe", floatfmt=".4f", missingval="-"
-    )
+    columns = {
+        "IoU": "IoU",
+        "accuracy": "accuracy",
+        "boundary IoU": "boundary_IoU",
+        "share of pixels": "frequency",
+    }
+    columns = {title: metrics[key] for title, key in columns.items() if key in metrics}
+    rows = [(name, *(column[name] for column in columns.values())) for name in metrics["IoU"]]
+    classes = tabulate(rows, headers=("class", *columns), tablefmt="pipe", floatfmt=".4f", missingval="-")
     overall = [(key, value) for key, value in metrics.items() if isinstance(value, float)]
     return f"{classes}\n\n{tabulate(overall, headers=('metric', 'value'), tablefmt='pipe', floatfmt='.4f')}"
 
 
 def main(args: argparse.Namespace) -> None:
-    params = Params.load(args.model_dir / "params.json")
     device = pick_device(args.device)
-    params = resolve_precision(params, device)
-    file = checkpoint_path(args.model_dir, args.restore_file)
-    checkpoint = load_checkpoint(file)
-    model = FCN_GCN(**params.network_options(), pretrained=False)
-    refuse_changed((*ARCHITECTURE, "normalize"), checkpoint, params, file)
-    load_weights(model, predicting_weights(checkpoint), file)
-    to_device(model, params, device)
-
+    model, params, checkpoint = load_network(args.model_dir, args.restore_file, device)
     root = data_root(params.dataset, args.data_dir)
     names = class_names(root, params.num_classes)
-    split = Split.find(root, args.split, masks_required=True)
-    dataset = SegmentationDataset(split, class_names=names, image_size=params.image_size, cache=params.cache)
-    loader = make_loader(dataset, batch_size=params.batch_size, num_workers=params.num_workers, device=device)
-
-    metrics = evaluate(model, loader, params, device)
-    output = args.model_dir / f"metrics_{args.split}_{args.restore_file}.json"
-    write_json(output, {"epoch": checkpoint.get("epoch"), **metrics})
-    print(table(metrics))
-    print(
-        f"\n{len(dataset)} images of {args.split} at {params.image_size}x{params.image_size}, "
-        f"epoch {checkpoint.get('epoch')} -> {output}"
-    )
+    only_predicted = args.save_predictions and not args.save_overlays
+    split = Split.find(root, args.split, masks_required=not only_predicted)
+    name = f"metrics_{args.split}_{args.restore_file}"
+    record = {"epoch": checkpoint.get("epoch")}
+    if args.original_size:
+        name += "_original_size"
+        record |= {"scales": args.scales or [1.0], "flip": args.flip}
+        metrics, matrix = score_originals(segmenter(model, params, device, args), split, names, params, args)
+    else:
+        dataset = SegmentationDataset(split, class_names=names, image_size=params.image_size, cache=params.cache)
+        loader = make_loader(dataset, batch_size=params.batch_size, num_workers=params.num_workers, device=device)
+        matrix = ConfusionMatrix(params.num_classes, device)
+        metrics = evaluate(model, loader, params, device, matrix=matrix)
+    if metrics:
+        output = args.model_dir / f"{name}.json"
+        write_json(output, record | metrics)
+        with replacing(output.with_suffix(".png")) as temporary:
+            confusion_figure(matrix.matrix.cpu().numpy(), metrics["IoU"]).savefig(temporary, format="png", dpi=100)
+        print(table(metrics))
+        size = "their own size" if args.original_size else f"{params.image_size}x{params.image_size}"
+        print(f"\n{len(split.ids)} images of {args.split} at {size}, epoch {record['epoch']} -> {output} and .png")
+    if args.save_overlays:
+        print(f"the worst of them -> {args.model_dir / f'overlays_{args.split}_{args.restore_file}'}")
+    if args.save_predictions:
+        print(f"{len(split.ids)} predictions -> {args.save_predictions / server_folder(args.split)}")
 
 
 if __name__ == "__main__":

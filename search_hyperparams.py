@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from utils import add_folder, end_at_once_on_interrupt
+from utils import add_folder, end_at_once_on_interrupt, positive
 
 
 def parse_args() -> argparse.Namespace:
@@ -11,20 +11,14 @@ def parse_args() -> argparse.Namespace:
     add_folder(parser, "--parent_dir", "experiments/learning_rate", "folder of the sweep")
     add_folder(parser, "--data_dir", "data", "folder of the data set")
     parser.add_argument("--sampler", choices=("grid", "random", "tpe"), default="grid", help="(default: %(default)s)")
-    parser.add_argument("--n_trials", type=_count, metavar="N", help="trials in all, for random and tpe")
-    parser.add_argument("--jobs", type=_count, default=1, metavar="N", help="trials at once (default: %(default)s)")
+    parser.add_argument("--n_trials", type=positive, metavar="N", help="trials in all, for random and tpe")
+    parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="trials at once (default: %(default)s)")
     parser.add_argument("--storage", metavar="URL", help="database through which several machines share the sweep")
     parser.add_argument("--prune", action="store_true", help="end trials whose mIoU falls below the others' median")
     args = parser.parse_args()
     if (args.sampler == "grid") != (args.n_trials is None):
         parser.error("--n_trials goes with --sampler random or tpe, which need it; a grid runs every combination")
     return args
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
-    return int(text)
 
 
 # Before the imports that take a while, so that --help and a typing error answer at once.

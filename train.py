@@ -4,6 +4,7 @@ import argparse
 import copy
 import hashlib
 import logging
+import math
 import re
 import shlex
 import time
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import utils
 from utils import Params, RunFailed
@@ -25,6 +27,7 @@ def parse_args() -> argparse.Namespace:
         "--init_from", type=Path, metavar="FILE", help="start a new run from the weights of this checkpoint"
     )
     parser.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in model_dir")
+    parser.add_argument("--tensorboard", action="store_true", help="write events for TensorBoard to model_dir too")
     args = parser.parse_args()
     if args.restore_file is not None and args.overwrite:
         parser.error("--restore_file continues a run, --overwrite deletes it: give one of them")
@@ -36,11 +39,11 @@ if __name__ == "__main__":
     ARGS = parse_args()
     utils.end_at_once_on_interrupt()
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 from torch.optim import lr_scheduler
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from evaluate import evaluate
@@ -50,8 +53,12 @@ from model.losses import SegmentationLoss
 from model.metrics import ConfusionMatrix
 from model.net import FCN_GCN
 from model.transforms import to_input
-from visualize import comparison
+from visualize import comparison, training_curves
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+DRAWING_INTERVAL = 10.0  # seconds between two drawings of curves.png, or short epochs would wait for it
 SCORE_LAYERS = ("gcn", "br")  # what the names of their tensors begin with
 RESUME_NEEDS = (*utils.ARCHITECTURE, "normalize", "optimizer", "dataset")  # as they were
 SCALARS = ("loss", "mIoU", "pixel_accuracy", "mean_accuracy", "frequency_weighted_IoU", "mean_dice")
@@ -71,7 +78,9 @@ class Training:
         self.params = params
         self.steps_per_epoch = steps_per_epoch
         self.device = next(model.parameters()).device
-        self.forward = compiled(model, params) if params.compile else model
+        self.forward = model
+        if params.compile:
+            self.forward = torch.compile(model, mode=compile_mode(self.device, params), dynamic=False)
         self.ema = copy.deepcopy(model).requires_grad_(False) if params.ema_decay is not None else None
         self.ema_updates = 0
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=params.precision == "fp16")
@@ -83,6 +92,7 @@ class Training:
         self.history: list[dict] = []  # what history.jsonl holds
         self.metrics: dict[str, dict] = {}  # of validation, at the "last" and at the "best" epoch
         self.images = ""  # a digest of the list that is trained on
+        self.class_names: list[str] = []
 
     @property
     def finished(self) -> str:
@@ -118,15 +128,21 @@ class Training:
 
     @torch.no_grad()
     def _update_average(self) -> None:
-        """Of weights and running statistics; the first one is a copy.
+        """Of the weights and of batch norm's statistics; its counters are copied, and so is everything at first.
 
-        torch's AveragedModel does the same, but at every update its counter makes the host wait for the GPU.
+        Not torch's AveragedModel, whose own counter makes the host wait for the GPU at every update.
         """
-        pairs = list(zip(self.ema.state_dict().values(), self.model.state_dict().values(), strict=True))
-        averaged, current = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
-        get_ema_multi_avg_fn(self.params.ema_decay if self.ema_updates else 0.0)(averaged, current, self.ema_updates)
-        for count, now in (pair for pair in pairs if not pair[0].is_floating_point()):  # of batches, in batch norm
-            count.copy_(now)
+        if self.ema_updates == 0:
+            self.ema.load_state_dict(self.model.state_dict())
+        else:
+            averaged, current = list(self.ema.parameters()), list(self.model.parameters())
+            for average, now in zip(self.ema.buffers(), self.model.buffers(), strict=True):
+                if average.is_floating_point():
+                    averaged.append(average)
+                    current.append(now)
+                else:
+                    average.copy_(now)
+            torch._foreach_lerp_(averaged, current, 1 - self.params.ema_decay)
         self.ema_updates += 1
 
     def state_dict(self) -> dict:
@@ -143,6 +159,7 @@ class Training:
             "history": self.history,
             "metrics": self.metrics,
             "images": self.images,
+            "class_names": self.class_names,
             "rng": torch.get_rng_state(),
             "rng_cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
             "params": asdict(self.params),
@@ -197,13 +214,12 @@ class Training:
             torch.cuda.set_rng_state_all(state["rng_cuda"])
 
 
-def compiled(model: nn.Module, params: Params) -> nn.Module:
-    """The network compiled for training; on a GPU with CUDA graphs, as launching hundreds of kernels takes its time.
+def compile_mode(device: torch.device, params: Params) -> str:
+    """On a GPU with CUDA graphs, for launching hundreds of kernels takes its time.
 
     Not where gradients are accumulated: they would lie in memory that the next batch's graph writes to.
     """
-    graphs = next(model.parameters()).is_cuda and params.accumulation_steps == 1
-    return torch.compile(model, mode="reduce-overhead" if graphs else "default", dynamic=False)
+    return "reduce-overhead" if device.type == "cuda" and params.accumulation_steps == 1 else "default"
 
 
 def build_optimizer(model: nn.Module, params: Params) -> torch.optim.Optimizer:
@@ -287,9 +303,11 @@ def has_finite_weights(model: nn.Module) -> bool:
     return all(torch.stack([tensor.isfinite().all() for tensor in model.state_dict().values()]).tolist())
 
 
-def train(training: Training, train_loader: Loader, val_loader: Loader, model_dir: Path) -> None:
+def train(
+    training: Training, train_loader: Loader, val_loader: Loader, model_dir: Path, *, board: "SummaryWriter | None"
+) -> None:
     """Train until num_epochs or the early stop, and write every output of an epoch when it ends."""
-    params = training.params
+    params, drawn = training.params, -math.inf
     while not training.finished:
         start = time.perf_counter()
         train_loader.sampler.set_epoch(training.epoch)
@@ -322,6 +340,11 @@ def train(training: Training, train_loader: Loader, val_loader: Loader, model_di
         picture = sample_predictions(training, val_loader.dataset)
         with utils.replacing(model_dir / "samples.png") as temporary:
             picture.save(temporary, format="PNG")
+        if training.finished or time.monotonic() - drawn > DRAWING_INTERVAL:
+            draw_curves(training, model_dir)
+            drawn = time.monotonic()
+        if board:
+            log_to_board(board, record, picture)
         # Last, so that a resume repeats whatever was cut short.
         utils.save_checkpoint(training.state_dict(), model_dir, is_best=is_best)
         utils.stop_if_asked()
@@ -336,6 +359,34 @@ def write_metrics(training: Training, model_dir: Path) -> None:
     utils.write_history(model_dir, training.history)
     for name, metrics in training.metrics.items():
         utils.write_json(model_dir / f"metrics_val_{name}_weights.json", metrics)
+
+
+def draw_curves(training: Training, model_dir: Path) -> None:
+    """Write curves.png."""
+    with utils.replacing(model_dir / "curves.png") as temporary:
+        training_curves(training.history).savefig(temporary, format="png", dpi=100)
+
+
+def log_to_board(board: "SummaryWriter", record: dict, picture: Image.Image) -> None:
+    """Write an epoch of history.jsonl and samples.png as TensorBoard's events."""
+    epoch = record["epoch"]
+    for part in ("train", "val"):
+        for metric, value in record[part].items():
+            if value is not None:
+                board.add_scalar(f"{metric}/{part}", value, epoch)
+    board.add_scalar("learning_rate", record["learning_rate"], epoch)
+    board.add_scalar("images_per_second", record["images_per_second"], epoch)
+    board.add_image("samples", np.array(picture), epoch, dataformats="HWC")
+    board.flush()
+
+
+def open_board(model_dir: Path, *, epoch: int) -> "SummaryWriter":
+    """A writer of events after an epoch, from which a resume starts. Raises UserError without TensorBoard."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs TensorBoard: pip install tensorboard") from None
+    return SummaryWriter(model_dir / "tensorboard", purge_step=epoch + 1)
 
 
 @torch.inference_mode()
@@ -443,6 +494,7 @@ def run(params: Params, device: torch.device, args: argparse.Namespace) -> None:
     utils.to_device(model, params, device)
     train_loader, val_loader = make_loaders(*data, params, device)
     training = Training(model, params, steps_per_epoch=-(-len(train_loader) // params.accumulation_steps))
+    training.class_names = data[2]
     training.images = hashlib.sha256("\n".join(data[0].ids).encode()).hexdigest()
     if checkpoint:
         training.load_state_dict(checkpoint, checkpoint_file)
@@ -462,7 +514,8 @@ def run(params: Params, device: torch.device, args: argparse.Namespace) -> None:
         logging.info(f"{args.init_from} has another number of classes; these layers start afresh: {fresh_layers}")
     if checkpoint:
         take_up(training, checkpoint, checkpoint_file, args.model_dir)
-    train(training, train_loader, val_loader, args.model_dir)
+    board = open_board(args.model_dir, epoch=training.epoch) if args.tensorboard else None
+    train(training, train_loader, val_loader, args.model_dir, board=board)
 
 
 def take_up(training: Training, checkpoint: dict, file: Path, model_dir: Path) -> None:
@@ -472,13 +525,17 @@ def take_up(training: Training, checkpoint: dict, file: Path, model_dir: Path) -
         changed.append("the list of training images")
     logging.info(f"continuing after epoch {training.epoch}; changed since: {', '.join(changed) or 'nothing'}")
     write_metrics(training, model_dir)
+    draw_curves(training, model_dir)
     if file.name == "last.pth.tar" and training.epoch == training.best_epoch:
         utils.make_best(model_dir)
 
 
 def unfinished_files(model_dir: Path) -> list[Path]:
     """What a run that was killed had begun to write."""
-    names = ("last.pth.tar", "best.pth.tar", "history.jsonl", "run.json", "samples.png", "metrics_val_*_weights.json")
+    names = (
+        *("last.pth.tar", "best.pth.tar", "history.jsonl", "run.json", "samples.png", "curves.png"),
+        "metrics_val_*_weights.json",
+    )
     return [path for name in names for path in model_dir.glob(f".{name}.*.tmp")]
 
 

@@ -108,13 +108,33 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in words))
 
 
-def experiment_parser(description: str) -> argparse.ArgumentParser:
-    """A parser with the flags that every script on one experiment has."""
+def experiment_parser(description: str, *, data: bool = True) -> argparse.ArgumentParser:
+    """A parser with the flags that every script on one experiment has; data: --data_dir too."""
     parser = argparse.ArgumentParser(description=description)
     add_folder(parser, "--model_dir", "experiments/base_model", "folder of the experiment: params.json and all output")
-    add_folder(parser, "--data_dir", "data", "folder of the data set")
+    if data:
+        add_folder(parser, "--data_dir", "data", "folder of the data set")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
     return parser
+
+
+def add_testing_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say how a photo is looked at."""
+    parser.add_argument(
+        "--scales",
+        type=float,
+        nargs="+",
+        metavar="S",
+        help="average over these multiples of image_size, as 0.75 1 1.25",
+    )
+    parser.add_argument("--flip", action="store_true", help="average with the mirror image")
+
+
+def positive(text: str) -> int:
+    """The type of a flag whose value is a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
 
 
 def add_folder(parser: argparse.ArgumentParser, flag: str, default: str, meaning: str) -> None:
@@ -388,7 +408,11 @@ OUTPUTS = (
     "best.pth.tar",
     "run.json",
     "samples.png",
+    "curves.png",
     "metrics_*.json",
+    "metrics_*.png",
+    "overlays_*/*.png",
+    "tensorboard/events.*",
     "trial.json",
 )
 RUN_LOCK = ".lock"  # held while train.py works in a folder
@@ -683,6 +707,23 @@ def load_weights(model: Any, state_dict: dict[str, Any], source: str | Path) -> 
 def predicting_weights(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """The weights to evaluate and predict with: the averaged ones if the run kept any."""
     return checkpoint.get("ema_state_dict") or checkpoint["state_dict"]
+
+
+def load_network(model_dir: Path, restore_file: str, device: Any) -> tuple[Any, Params, dict[str, Any]]:
+    """The network of an experiment with the weights of a checkpoint, on its device, its params and the checkpoint.
+
+    Raises UserError for a faulty params.json, a faulty checkpoint, or two that do not belong together.
+    """
+    from model.net import FCN_GCN
+
+    params = resolve_precision(Params.load(model_dir / "params.json"), device)
+    file = checkpoint_path(model_dir, restore_file)
+    checkpoint = load_checkpoint(file)
+    refuse_changed((*ARCHITECTURE, "normalize"), checkpoint, params, file)
+    model = FCN_GCN(**params.network_options(), pretrained=False)
+    load_weights(model, predicting_weights(checkpoint), file)
+    to_device(model, params, device)
+    return model, params, checkpoint
 
 
 def refuse_changed(keys: Iterable[str], checkpoint: dict[str, Any], params: Params, source: str | Path) -> None:

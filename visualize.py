@@ -37,7 +37,7 @@ def comparison(
     left = 90
     present = [index for index in np.unique([labels, predictions]).tolist() if index != VOID]
     width = max(left + len(images) * (side + MARGIN), left + side * 3)
-    legend = _legend(present, names, width, font)
+    legend = _legend([(index, names[index]) for index in present], width, font)
     canvas = Image.new("RGB", (width, 3 * (side + MARGIN) + MARGIN + legend.height), "white")
     draw = ImageDraw.Draw(canvas)
     for row, (title, tiles, resampling) in enumerate(rows):
@@ -49,22 +49,140 @@ def comparison(
     return canvas
 
 
-def _legend(present: Sequence[int], names: Sequence[str], width: int, font: ImageFont.FreeTypeFont) -> Image.Image:
-    """Colour swatches with names, in as many lines as they need."""
+def error_picture(
+    photo: Image.Image, truth: Image.Image, prediction: np.ndarray, names: Sequence[str], *, title: str, side: int = 320
+) -> Image.Image:
+    """Photo, truth, prediction and error beside one another, and a legend of the classes in them.
+
+    In the last one wrong pixels are red and void ones grey, over a pale photo.
+
+    Args:
+        photo: RGB.
+        truth: class indices, of the photo's size.
+        prediction: uint8 (H, W), of the photo's size.
+        names: a name for every class index.
+        title: written above.
+        side: pixels of the longer side of a tile.
+    """
+    font = ImageFont.load_default(size=14)
+    labels = np.array(truth)
+    error = np.array(Image.blend(photo, Image.new("RGB", photo.size, "white"), 0.6))
+    error[(prediction != labels) & (labels != VOID)] = (215, 30, 30)
+    error[labels == VOID] = (128, 128, 128)
+    tiles = {
+        "photo": photo,
+        "truth": colour_mask(labels).convert("RGB"),
+        "prediction": colour_mask(prediction).convert("RGB"),
+        "error": Image.fromarray(error),
+    }
+    width, height = (max(1, round(length * side / max(photo.size))) for length in photo.size)
+    present = [index for index in np.union1d(labels, prediction).tolist() if index != VOID]
+    legend = _legend([(index, names[index]) for index in present], 4 * (width + MARGIN) + MARGIN, font)
+    canvas = Image.new("RGB", (legend.width, 2 * TEXT + height + MARGIN + legend.height), "white")
+    draw = ImageDraw.Draw(canvas)
+    draw.text((MARGIN, TEXT // 2), title, fill="black", font=font, anchor="lm")
+    for column, (name, tile) in enumerate(tiles.items()):
+        left = MARGIN + column * (width + MARGIN)
+        draw.text((left, TEXT + TEXT // 2), name, fill="black", font=font, anchor="lm")
+        resampling = Image.Resampling.NEAREST if name != "photo" else Image.Resampling.BICUBIC
+        canvas.paste(tile.resize((width, height), resampling), (left, 2 * TEXT))
+    canvas.paste(legend, (0, canvas.height - legend.height))
+    return canvas
+
+
+def overlay(photo: Image.Image, prediction: np.ndarray, labels: Mapping[int, str], *, side: int = 1600) -> Image.Image:
+    """A photo under the colours of its classes, the background left as it is, and a legend.
+
+    Args:
+        photo: RGB.
+        prediction: uint8 (H, W), of the photo's size.
+        labels: what the legend says for each class index, in that order.
+        side: the longer side of the result at most, in pixels, for photos larger than that are shrunk.
+    """
+    if max(photo.size) > side:
+        photo = photo.copy()
+        photo.thumbnail((side, side))
+    colours = colour_mask(prediction).resize(photo.size, Image.Resampling.NEAREST)
+    mixed = Image.blend(photo, colours.convert("RGB"), 0.55)
+    objects = Image.fromarray(np.array(colours) != 0)
+    legend = _legend(list(labels.items()), max(photo.width, 240), ImageFont.load_default(size=14))
+    canvas = Image.new("RGB", (legend.width, photo.height + MARGIN + legend.height), "white")
+    canvas.paste(Image.composite(mixed, photo, objects), (0, 0))
+    canvas.paste(legend, (0, photo.height + MARGIN))
+    return canvas
+
+
+def _legend(entries: Sequence[tuple[int, str]], width: int, font: ImageFont.FreeTypeFont) -> Image.Image:
+    """Colour swatches of class indices with their labels, in as many lines as they need."""
     colours = palette()
     places, x, y = [], MARGIN, 0
-    for index in present:
-        advance = TEXT + int(font.getlength(names[index])) + 2 * MARGIN
+    for index, label in entries:
+        advance = TEXT + int(font.getlength(label)) + 2 * MARGIN
         if x + advance > width and x > MARGIN:
             x, y = MARGIN, y + TEXT
-        places.append((index, x, y))
+        places.append((index, label, x, y))
         x += advance
     legend = Image.new("RGB", (width, y + TEXT + MARGIN), "white")
     draw = ImageDraw.Draw(legend)
-    for index, x, y in places:
+    for index, label, x, y in places:
         draw.rectangle((x, y + 3, x + 14, y + 17), fill=tuple(colours[index].tolist()), outline="black")
-        draw.text((x + TEXT, y + 10), names[index], fill="black", font=font, anchor="lm")
+        draw.text((x + TEXT, y + 10), label, fill="black", font=font, anchor="lm")
     return legend
+
+
+def training_curves(history: Sequence[Mapping]) -> "Figure":
+    """Loss, mIoU and learning rate of a run by epoch; history is what history.jsonl holds."""
+    from matplotlib.figure import Figure
+
+    epochs = [record["epoch"] for record in history]
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    panels = figure.subplots(1, 3)
+    for axes, metric in zip(panels, ("loss", "mIoU"), strict=False):
+        for part in ("train", "val"):
+            values = [np.nan if record[part][metric] is None else record[part][metric] for record in history]
+            axes.plot(epochs, values, marker="." if len(epochs) < 50 else "", label=part)
+        axes.set(xlabel="epoch", ylabel=metric)
+        axes.legend()
+    panels[2].plot(epochs, [record["learning_rate"] for record in history], marker="." if len(epochs) < 50 else "")
+    panels[2].set(xlabel="epoch", ylabel="learning rate, at the end of the epoch")
+    panels[2].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    for axes in panels:
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def confusion_figure(counts: np.ndarray, iou: Mapping[str, float | None]) -> "Figure":
+    """Where the pixels of each class went, as shares of its pixels, and each class's IoU as a bar.
+
+    Args:
+        counts: pixels (C, C) by label and prediction.
+        iou: a value for each of the C names; None where the class occurs nowhere.
+    """
+    from matplotlib.figure import Figure
+
+    names = [_spelling(name) for name in iou]
+    side = 2.5 + 0.32 * len(names)
+    figure = Figure(figsize=(1.7 * side, side), layout="constrained")
+    matrix, bars = figure.subplots(1, 2, width_ratios=(1.5, 1))
+    totals = counts.sum(1, keepdims=True)
+    shares = np.divide(counts, totals, out=np.full(counts.shape, np.nan), where=totals > 0)
+    image = matrix.imshow(shares, vmin=0, vmax=1, cmap="Blues")
+    figure.colorbar(image, ax=matrix, shrink=0.7, label="share of the pixels of the label")
+    matrix.set(xlabel="prediction", ylabel="label")
+    matrix.set_xticks(range(len(names)), names, rotation=90)
+    matrix.set_yticks(range(len(names)), names)
+    values = list(iou.values())
+    bars.barh(range(len(names)), [value or 0 for value in values])
+    for position, value in enumerate(values):
+        bars.text(
+            (value or 0) + 0.01, position, "-" if value is None else f"{value:.2f}", va="center", fontsize="small"
+        )
+    present = [value for value in values if value is not None]
+    bars.axvline(np.mean(present), color="grey", linestyle="--", linewidth=1)
+    bars.set(xlim=(0, 1.1), xlabel=f"IoU; the line is the mean, {np.mean(present):.3f}")
+    bars.set_yticks(range(len(names)), names)
+    bars.invert_yaxis()
+    return figure
 
 
 def learning_curves(

@@ -1,36 +1,65 @@
-"""The least time that a computation can take, operation by operation, on a device of given speed."""
+"""An estimate of the time that a computation needs on a device of given speed, operation by operation."""
 
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+FREE = ("empty", "_unsafe_view", "detach", "lift")  # what such names begin with moves nothing
+OVERWRITE = ("copy_", "fill_", "zero_")  # do not read what they write to
+
+
+class Operation(NamedTuple):
+    name: str
+    flops: int
+    bytes: int
+
 
 class Operations(TorchDispatchMode):
-    """Lists every operation as (name, FLOP, bytes): those of its operands and results, each read or written once."""
+    """Lists every operation with its FLOP and with the bytes of what it reads and of what it writes."""
 
     def __init__(self):
         super().__init__()
-        self.seen: list[tuple[str, int, int]] = []
+        self.seen: list[Operation] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
-        if not function.is_view:
-            tensors = [value for value in tree_leaves((args, kwargs, result)) if isinstance(value, torch.Tensor)]
+        name = function.name().removeprefix("aten::").split(".")[0]
+        if not function.is_view and not name.startswith(FREE):
             count = flop_registry.get(function.overloadpacket)
             flops = count(*args, **kwargs, out_val=result) if count else 0
-            self.seen.append((function.name(), flops, sum(tensor.nbytes for tensor in tensors)))
+            self.seen.append(Operation(name, flops, _traffic(function, name, args, kwargs, result)))
         return result
+
+
+def _traffic(function, name: str, args: tuple, kwargs: dict, result) -> int:
+    """Bytes of all distinct operands and results, and once more of operands that are changed in place."""
+    given = dict(zip((argument.name for argument in function._schema.arguments), args, strict=False)) | kwargs
+    changed = [a.name for a in function._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    operands = _sizes([value for key, value in given.items() if not (name in OVERWRITE and key in changed)])
+    written = _sizes([given[key] for key in changed if key in given])
+    results = {place: size for place, size in _sizes(result).items() if place not in written and place not in operands}
+    return sum(sum(sizes.values()) for sizes in (operands, written, results))
+
+
+def _sizes(values) -> dict[tuple, int]:
+    """Bytes of every distinct tensor; an expanded one has no more than lie in memory."""
+    return {
+        (tensor.data_ptr(), tensor.shape, tensor.dtype): min(tensor.nbytes, tensor.untyped_storage().nbytes())
+        for tensor in tree_leaves(values)
+        if isinstance(tensor, torch.Tensor)
+    }
 
 
 @dataclass(frozen=True)
 class Bound:
-    """What a computation needs at least: seconds on that device, FLOP, bytes moved, and the seconds by operation."""
+    """What a computation needs: seconds on that device, FLOP, bytes moved, and the seconds by operation."""
 
     seconds: float
     flops: int
@@ -47,7 +76,7 @@ def bound(step: Callable, peak: float, bandwidth: float) -> Bound:
     with Operations() as operations:
         step()
     seconds = defaultdict(float)
-    for name, flops, bytes_ in operations.seen:
-        seconds[name.removeprefix("aten::").split(".")[0]] += max(flops / peak, bytes_ / bandwidth)
-    flops, bytes_ = (sum(operation[i] for operation in operations.seen) for i in (1, 2))
+    for operation in operations.seen:
+        seconds[operation.name] += max(operation.flops / peak, operation.bytes / bandwidth)
+    flops, bytes_ = (sum(column) for column in list(zip(*operations.seen, strict=True))[1:])
     return Bound(sum(seconds.values()), flops, bytes_, dict(sorted(seconds.items(), key=lambda item: -item[1])))

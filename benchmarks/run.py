@@ -101,6 +101,11 @@ class Sides:
 
         return step, lambda: evaluate(training.model, loader, self.params, self.device)
 
+    @property
+    def epoch_sizes(self) -> list[int]:
+        """Images to train and to validate on, as far as there are so many."""
+        return [min(count, len(self.split.ids)) for count in EPOCH[self.device.type]]
+
     def training(self) -> Training:
         model = FCN_GCN(**self.params.network_options(), pretrained=False)
         to_device(model, self.params, self.device)
@@ -108,7 +113,7 @@ class Sides:
 
     def epochs(self) -> tuple[Callable, Callable]:
         """A whole epoch with validation, as this program (its data cached) and as the original recipe do it."""
-        counts = [min(count, len(self.split.ids)) for count in EPOCH[self.device.type]]
+        counts = self.epoch_sizes
         training = self.training()
         loaders = [cached(self.split, count, self.device) for count in counts]
 
@@ -259,8 +264,8 @@ def ceilings(device: torch.device, precision: str) -> tuple[float, float]:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     n = 8192 if device.type == "cuda" else 2048
     matrix = torch.randn(n, n, device=device, dtype=dtype)
-    vector = torch.empty(2**28 if device.type == "cuda" else 2**26, device=device)
-    target = torch.empty_like(vector)
+    vector = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)  # pages never written cost nothing
+    target = torch.zeros_like(vector)
     none = torch.device("cpu")
     products, copies = in_turn(
         lambda: (matrix @ matrix, device.type == "cuda" and torch.cuda.synchronize()),
@@ -272,17 +277,18 @@ def ceilings(device: torch.device, precision: str) -> tuple[float, float]:
     return 2 * n**3 / min(products), 2 * vector.nbytes / min(copies)
 
 
-def idle_share(step: Callable, count: int = 20) -> float:
-    """The part of the time in which a GPU has no kernel to run, by the profiler."""
+def idle_share(step: Callable, seconds: float) -> float:
+    """The part of a step, which takes so many seconds unobserved, in which a GPU has no kernel to run."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        start = time.perf_counter()
-        for _ in range(count):
-            step()
+        step()
         torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-    busy = sum(event.device_time_total for event in profiler.events() if event.device_type == DeviceType.CUDA)
-    return 1 - busy / 1e6 / seconds  # one stream, so kernels do not overlap
+    kernels = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    busy, end = 0.0, 0.0  # microseconds
+    for kernel in sorted(kernels, key=lambda kernel: kernel.time_range.start):
+        busy += max(0.0, kernel.time_range.end - max(end, kernel.time_range.start))
+        end = max(end, kernel.time_range.end)
+    return 1 - busy / 1e6 / seconds
 
 
 def make_scenes(folder: Path, count: int) -> Path:
@@ -308,7 +314,7 @@ def main(args: argparse.Namespace) -> None:
         tqdm(total=4 * args.repeats + min(3, args.repeats) + 12, unit="run") as bar,
     ):
         temporary = Path(temporary)
-        args.data_dir = args.data_dir or make_scenes(temporary / "scenes", 40)
+        args.data_dir = args.data_dir or make_scenes(temporary / "scenes", 2 * max(EPOCH[device.type]))
         sides = Sides(Split.find(args.data_dir, "val"), device)
         (our_step, our_evaluation), (step, evaluation) = sides.ours(), sides.baseline()
         steps = in_turn(our_step, step, args.repeats, bar, device)
@@ -317,7 +323,7 @@ def main(args: argparse.Namespace) -> None:
             compared(f"evaluation, batch {BATCH}", *in_turn(our_evaluation, evaluation, args.repeats, bar, device)),
         ]
         epochs = in_turn(*sides.epochs(), min(3, args.repeats), bar, device)
-        rows.append(compared(f"an epoch, {' + '.join(map(str, EPOCH[device.type]))} images", *epochs, 1, "s"))
+        rows.append(compared(f"an epoch, {' + '.join(map(str, sides.epoch_sizes))} images", *epochs, 1, "s"))
         rows += input_pipeline(sides.split, args.repeats, bar)
         peaks = [peak_memory(side, args) for side in ("baseline", "ours")]
         bar.update(2)
@@ -327,7 +333,7 @@ def main(args: argparse.Namespace) -> None:
         first_step = seconds_to_first_step(temporary / "run", args.data_dir, bar)
         peak, bandwidth = ceilings(device, sides.params.precision)
         least = roofline.bound(our_step, peak, bandwidth)
-        idle = idle_share(our_step) if device.type == "cuda" else None
+        idle = idle_share(our_step, statistics.median(steps[0])) if device.type == "cuda" else None
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.processor() or 'CPU'}"
     print(
         f"{name}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads, "

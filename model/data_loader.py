@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +20,16 @@ from filelock import FileLock
 from PIL import ExifTags, Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
+from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from model import UserError, cores
 from model.sample import draw_sample
-from model.transforms import Augmentation, squash
+from model.transforms import Augmentation, squash, squashed
 from model.voc import CLASS_NAMES, VOID
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+AT_ONCE = 256  # examples in the host's memory while a split is decoded or sent to a GPU
 CACHE_VERSION = 1  # part of every cache's name: raise it when the same files would give other bytes
 
 
@@ -134,6 +137,11 @@ def class_names(data_dir: str | Path, num_classes: int) -> list[str]:
         if len(names) != num_classes:
             raise UserError(f"{path} names {len(names)} classes, num_classes is {num_classes}; make them agree")
         return names
+    return default_class_names(num_classes)
+
+
+def default_class_names(num_classes: int) -> list[str]:
+    """VOC's names where there are 21 classes, else the indices as text."""
     return list(CLASS_NAMES) if num_classes == len(CLASS_NAMES) else [str(index) for index in range(num_classes)]
 
 
@@ -143,17 +151,22 @@ def read_example(image_path: Path, mask_path: Path | None, *, image_size: int, n
     Returns uint8 (image_size, image_size, 4): red, green, blue, class index (void without a mask).
     Raises UserError naming the file and what is wrong with it.
     """
-    image = _upright(_decode(image_path))
-    if image.mode.startswith("I;16"):  # convert() would clip
-        image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
-    image = image.convert("RGB")
-    mask = None if mask_path is None else _read_mask(mask_path, image.size, num_classes)
+    image = read_photo(image_path)
+    mask = None if mask_path is None else read_mask(mask_path, image.size, num_classes)
     image, mask = squash(image, mask, image_size)
     example = np.full((image_size, image_size, 4), VOID, dtype=np.uint8)
     example[..., :3] = image
     if mask is not None:
         example[..., 3] = mask
     return example
+
+
+def read_photo(path: Path) -> Image.Image:
+    """An upright RGB photo. Raises UserError naming the file and what is wrong with it."""
+    image = _upright(_decode(path))
+    if image.mode.startswith("I;16"):  # convert() would clip
+        image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def _decode(path: Path) -> Image.Image:
@@ -188,7 +201,8 @@ def _upright(image: Image.Image) -> Image.Image:
 STRETCHED = {"1": 255, "L;2": 85, "L;4": 17}  # what Pillow multiplies grey values of fewer than 8 bits by
 
 
-def _read_mask(path: Path, size: tuple[int, int], num_classes: int) -> Image.Image:
+def read_mask(path: Path, size: tuple[int, int], num_classes: int) -> Image.Image:
+    """The mask of a photo of that size (width, height), its pixel values class indices. Raises UserError likewise."""
     mask = _decode(path)
     if mask.mode in ("1", "L"):  # how it was stored shows only before it is decoded
         with Image.open(path) as header:
@@ -267,12 +281,17 @@ class SegmentationDataset(Dataset):
         self.__dict__.update(state)
         self._examples = np.load(self.cache_file, mmap_mode="r") if self.cache_file else None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole decoded split."""
+        return len(self) * self.image_size**2 * 4
+
     def on_device(self, device: torch.device) -> Tensor:
         """The whole decoded split as uint8 (N, S, S, 4) on a device; needs the cache."""
         examples = torch.empty(self._examples.shape, dtype=torch.uint8, device=device)
-        for start in range(0, len(self), 256):  # never all of it in the host's memory
-            part = np.array(self._examples[start : start + 256])
-            examples[start : start + 256] = torch.from_numpy(part)
+        for start in range(0, len(self), AT_ONCE):
+            part = np.array(self._examples[start : start + AT_ONCE])
+            examples[start : start + AT_ONCE] = torch.from_numpy(part)
         return examples
 
     def decode(self, index: int) -> np.ndarray:
@@ -294,8 +313,8 @@ class SegmentationDataset(Dataset):
 
         with ThreadPoolExecutor(cores()) as pool:
             bar = tqdm(total=len(self), desc=f"reading {self.split.name}", unit="img", leave=False, disable=None)
-            for start in range(0, len(self), 256):  # map() would read ahead without bound
-                for result in pool.map(attempt, range(start, min(start + 256, len(self)))):
+            for start in range(0, len(self), AT_ONCE):  # map() would read ahead without bound
+                for result in pool.map(attempt, range(start, min(start + AT_ONCE, len(self)))):
                     bar.update()
                     if isinstance(result, UserError):
                         faults.append(str(result))
@@ -358,6 +377,22 @@ def _cache_folder(root: Path) -> Path:
     folder = base / "global_convolutional_network" / hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+class OriginalDataset(Dataset):
+    """A split at its photos' own size: dataset[index] is (index, photo, mask), RGB and class indices or None."""
+
+    def __init__(self, split: Split, *, class_names: Sequence[str]):
+        self.split = split
+        self.class_names = class_names
+
+    def __len__(self) -> int:
+        return len(self.split.ids)
+
+    def __getitem__(self, index: int) -> tuple[int, Image.Image, Image.Image | None]:
+        photo = read_photo(self.split.images[index])
+        masks = self.split.masks
+        return index, photo, masks and read_mask(masks[index], photo.size, len(self.class_names))
 
 
 class EpochSampler(Sampler):
@@ -437,11 +472,32 @@ def make_loader(
     )
 
 
+def make_original_loader(
+    dataset: OriginalDataset, sizes: Sequence[int], *, batch_size: int, num_workers: int
+) -> DataLoader:
+    """Batches in the order of the list: indices, (width, height) of the photos, squashed(photos, sizes), and masks,
+    each uint8 (H, W) or None.
+    """
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        num_workers=min(num_workers, cores(), -(-len(dataset) // batch_size)),
+        collate_fn=partial(_collate_originals, sizes=sizes),
+        worker_init_fn=_leave_signals_to_the_main_process,
+    )
+
+
+def _collate_originals(examples: list[tuple], sizes: Sequence[int]) -> tuple[list, list, list[Tensor], list]:
+    indices, photos, masks = map(list, zip(*examples, strict=True))
+    masks = [mask and pil_to_tensor(mask)[0] for mask in masks]
+    return indices, [photo.size for photo in photos], squashed(photos, sizes), masks
+
+
 def _fits(dataset: SegmentationDataset, device: torch.device) -> bool:
-    """Whether a split needs nothing but its cache and takes no more than an eighth of a GPU's free memory."""
+    """Whether a split needs nothing but its cache and takes no more than a sixteenth of a GPU's free memory."""
     if device.type != "cuda" or dataset.cache_file is None or dataset.augmentation is not None:
         return False
-    return dataset.cache_file.stat().st_size <= torch.cuda.mem_get_info(device)[0] / 8
+    return dataset.nbytes <= torch.cuda.mem_get_info(device)[0] / 16
 
 
 def _leave_signals_to_the_main_process(worker: int) -> None:

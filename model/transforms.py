@@ -1,5 +1,6 @@
 """From a decoded photo to what the network reads, and the joint augmentation of photo and mask."""
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -7,6 +8,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
+from torchvision.transforms.functional import pil_to_tensor
 
 from model.voc import VOID
 
@@ -19,6 +21,11 @@ def squash(image: Image.Image, mask: Image.Image | None, image_size: int) -> tup
     size = (image_size, image_size)
     image = image.resize(size, Image.Resampling.BILINEAR)
     return image, None if mask is None else mask.resize(size, Image.Resampling.NEAREST)
+
+
+def squashed(photos: Sequence[Image.Image], sizes: Sequence[int]) -> list[Tensor]:
+    """For every size S the photos as one uint8 (B, 3, S, S)."""
+    return [torch.stack([pil_to_tensor(squash(photo, None, size)[0]) for photo in photos]) for size in sizes]
 
 
 def to_input(
@@ -34,10 +41,9 @@ def to_input(
 @cache  # on a GPU: to send them anew would make the host wait at every step
 def _mean_and_deviation(device: torch.device, normalize: bool) -> tuple[Tensor, Tensor]:
     """float32 (3, 1, 1) of values in [0, 255]."""
-    with torch.inference_mode(False):  # evaluation may come first, and tensors made in it are of no use to training
-        mean = torch.tensor(IMAGENET_MEAN if normalize else (0.0, 0.0, 0.0)).view(3, 1, 1)
-        std = torch.tensor(IMAGENET_STD if normalize else (1.0, 1.0, 1.0)).view(3, 1, 1)
-        return (255 * mean).to(device), (255 * std).to(device)
+    mean = torch.tensor(IMAGENET_MEAN if normalize else (0.0, 0.0, 0.0)).view(3, 1, 1)
+    std = torch.tensor(IMAGENET_STD if normalize else (1.0, 1.0, 1.0)).view(3, 1, 1)
+    return (255 * mean).to(device), (255 * std).to(device)
 
 
 class Augmentation:

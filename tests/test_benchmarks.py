@@ -8,7 +8,7 @@ import torch
 from conftest import make_data, run_script
 from PIL import Image
 
-from benchmarks import baseline
+from benchmarks import baseline, roofline
 from evaluate import evaluate
 from model.data_loader import SegmentationDataset, Split, make_loader
 from model.losses import SegmentationLoss
@@ -61,15 +61,40 @@ def test_one_training_step_of_both_sides_gives_the_same_weights_and_the_same_sco
     assert ours["mIoU"] == pytest.approx(plain_mIoU, abs=1e-3)
 
 
+def test_the_roofline_counts_what_an_operation_reads_and_writes():
+    a, b = torch.ones(10, 20), torch.ones(20, 30)
+
+    def step():
+        (a @ b).view(-1)  # 4 x (200 + 600 + 300) bytes
+        a.add_(1.0)  # 2 x 800
+        b.copy_(torch.ones(1).expand(20, 30))  # ones: 4, then 4 + 2400
+        torch._foreach_add_([a], [a])  # reads a once, writes it
+
+    with roofline.Operations() as operations:
+        step()
+    seen = {operation.name: operation[1:] for operation in operations.seen}
+    assert seen["mm"] == (2 * 10 * 20 * 30, 4400)
+    assert seen["add_"] == (0, 1600)
+    assert seen["copy_"] == (0, 2404)
+    assert seen["_foreach_add_"] == (0, 1600)
+    assert "view" not in seen
+    bound = roofline.bound(step, peak=12_000, bandwidth=1600)
+    assert bound.by_operation["mm"] == pytest.approx(4400 / 1600)  # longer than its second of operations
+    assert bound.seconds == pytest.approx(sum(size for _, size in seen.values()) / 1600)
+    assert roofline.bound(step, peak=1200, bandwidth=1600).by_operation["mm"] == pytest.approx(10)
+
+
 @pytest.mark.slow
 def test_the_benchmark_prints_its_tables():
     stdout = run_script("benchmarks/run.py", "--repeats", "1").stdout
     for row in (
         "training step, batch 5",
         "evaluation, batch 5",
+        "an epoch, 20 + 10 images",
         "input, first pass",
         "input, cached",
         "peak memory",
         "10000",
+        "operation by operation",
     ):
         assert row in stdout

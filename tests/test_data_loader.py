@@ -728,14 +728,18 @@ def test_a_colour_of_no_class_is_refused_by_name(colour):
 
 
 @pytest.mark.parametrize("seed", [None, 3])
-def test_a_split_on_the_device_gives_the_batches_of_the_files(data, seed):
+def test_a_split_on_the_device_gives_the_batches_of_the_files(data, seed, monkeypatch):
+    monkeypatch.setattr(data_loader, "AT_ONCE", 4)
     dataset = load(data, image_size=48)
     plain = make_loader(dataset, batch_size=4, seed=seed)
-    on_device = DeviceLoader(dataset, batch_size=4, sampler=plain.sampler, device=torch.device("cpu"))
+    monkeypatch.setattr(data_loader, "_fits", lambda dataset, device: True)
+    on_device = make_loader(dataset, batch_size=4, seed=seed)
+    assert isinstance(on_device, DeviceLoader)
     assert len(on_device) == len(plain) == 2
     for epoch in range(2):
         if seed is not None:
             on_device.sampler.set_epoch(epoch)
+            plain.sampler.set_epoch(epoch)
         for ours, theirs in zip(on_device, plain, strict=True):
             for part, expected in zip(ours, theirs, strict=True):
                 assert part.dtype == torch.uint8
@@ -745,10 +749,10 @@ def test_a_split_on_the_device_gives_the_batches_of_the_files(data, seed):
 @pytest.mark.parametrize(
     ("free", "options", "fits"),
     [
-        (8 * 60_000, {}, True),  # 6 images of 48 x 48 x 4 bytes are 55 kB
-        (8 * 50_000, {}, False),
-        (8 * 60_000, {"cache": False}, False),
-        (8 * 60_000, {"augment": True}, False),
+        (16 * 55_296, {}, True),  # 6 images of 48 x 48 x 4 bytes
+        (16 * 55_295, {}, False),
+        (16 * 55_296, {"cache": False}, False),
+        (16 * 55_296, {"augment": True}, False),
     ],
     ids=str,
 )
@@ -761,13 +765,12 @@ def test_a_split_goes_to_the_device_as_a_whole_if_it_fits(data, monkeypatch, fre
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("options", [{}, {"augment": True, "num_workers": 2}], ids=str)
-def test_batches_for_a_gpu_are_there_or_on_their_way(data, options):
-    workers = options.pop("num_workers", 0)
-    dataset = load(data, image_size=48, **options)
+@pytest.mark.parametrize(("augment", "workers"), [(False, 0), (True, 2)])
+def test_batches_for_a_gpu_are_there_or_on_their_way(data, augment, workers):
+    dataset = load(data, image_size=48, augment=augment)
     plain = make_loader(dataset, batch_size=4, seed=3)
     loader = make_loader(dataset, batch_size=4, seed=3, num_workers=workers, device="cuda")
-    assert isinstance(loader, DeviceLoader) == (not options)
+    assert isinstance(loader, DeviceLoader) is not augment
     for ours, theirs in zip(loader, plain, strict=True):
         for part, expected in zip(ours, theirs, strict=True):
             assert part.is_cuda or part.is_pinned()
