@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from dataclasses import asdict, dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,9 @@ from utils import (
 )
 
 METRICS = ("mIoU", "pixel_accuracy", "loss")  # of validation
-DESCENDING = ("mIoU", "pixel_accuracy")
+ORIGINAL_SIZE = "metrics_val_best_original_size.json"  # evaluate.py's
+BY_REGION = ("boundary_accuracy", "interior_accuracy")  # in that file
+PUBLISHABLE = ("mIoU", "pixel_accuracy", *BY_REGION)  # all of them from 0 to 1, higher is better
 
 
 def parse_args() -> argparse.Namespace:
@@ -41,6 +44,23 @@ def parse_args() -> argparse.Namespace:
     add_folder(parser, "--parent_dir", "experiments", "where to look")
     parser.add_argument("--sort", default="mIoU", metavar="COLUMN", help="any column (default: %(default)s)")
     return parser.parse_args()
+
+
+@dataclass(frozen=True)
+class Published:
+    """The figures of published.json, to be compared with; none where there is no such file."""
+
+    source: str = ""
+    results: list[dict[str, Any]] = field(default_factory=list)  # "params", and values of PUBLISHABLE
+
+    @property
+    def metrics(self) -> list[str]:
+        """The metrics that some figure is of."""
+        return [metric for metric in PUBLISHABLE if any(metric in result for result in self.results)]
+
+    def of(self, params: dict[str, Any]) -> dict[str, Any]:
+        """The published result of an experiment, {} if there is none."""
+        return next((result for result in self.results if result["params"].items() <= params.items()), {})
 
 
 @dataclass
@@ -54,21 +74,67 @@ class Result:
     name: str
     params: dict[str, Any] = field(default_factory=dict)  # every key of params.json; {} if unreadable
     history: list[dict] = field(default_factory=list)
+    by_region: dict[str, float | None] = field(default_factory=dict)  # accuracies at the photos' own size
     state: str = "unreadable"
     problem: str = ""
 
-    def row(self, varying: list[str]) -> dict[str, Any]:
+    def row(self, varying: list[str], published: Published) -> dict[str, Any]:
         """The columns of the table, None where there is nothing; metrics are those of the epoch of best mIoU."""
         best = best_epoch(self.history) if self.history else {"epoch": None, "val": {}}
+        metrics = {}
+        for metric in dict.fromkeys((*METRICS, *published.metrics)):
+            metrics[metric] = (self.by_region if metric in BY_REGION else best["val"]).get(metric)
+            if metric in published.metrics:
+                metrics[f"published_{metric}"] = published.of(self.params).get(metric)
         return {
             "name": self.name,
             **{key: self.params.get(key) for key in varying},
-            **{metric: best["val"].get(metric) for metric in METRICS},
+            **metrics,
             "best_epoch": best["epoch"],
             "epochs": len(self.history) or None,
             "minutes": sum(epoch["seconds"] for epoch in self.history) / 60 if self.history else None,
             "state": self.state,
         }
+
+
+def read_published(path: Path) -> Published:
+    """Published figures, each with the hyperparameters that say which experiments it belongs to.
+
+    {"source": "where from", "results": [{"params": {"kernel_size": 7}, "mIoU": 0.728}]}. Raises UserError naming every
+    fault, also two results that an experiment could both match.
+    """
+    if not path.exists():
+        return Published()
+    content = read_json(path, if_absent="")
+    if not isinstance(content, dict) or set(content) != {"source", "results"}:
+        raise UserError(f'{path} must hold one object with "source" and "results"')
+    source, results = content["source"], content["results"]
+    if not isinstance(source, str) or not source.isprintable() or not source:
+        raise UserError(f'{path}: "source" is {json.dumps(source)}; allowed: a line of text')
+    if not isinstance(results, list) or not all(isinstance(result, dict) for result in results):
+        raise UserError(f'{path}: "results" must list objects, as {{"params": {{"kernel_size": 7}}, "mIoU": 0.728}}')
+    if faults := [f"result {n}: {fault}" for n, result in enumerate(results, 1) for fault in result_faults(result)]:
+        raise UserError(f"{path}: {'; '.join(faults)}")
+    for (n, one), (m, other) in combinations(enumerate(results, 1), 2):
+        shared = one["params"].keys() & other["params"].keys()
+        if all(one["params"][key] == other["params"][key] for key in shared):
+            raise UserError(f'{path}: results {n} and {m} can match the same trial; give "params" in which they differ')
+    return Published(source, results)
+
+
+def result_faults(result: dict[str, Any]) -> list[str]:
+    """What is wrong with a published result, in words."""
+    params = result.get("params")
+    if not isinstance(params, dict):
+        return [f'"params" is {json.dumps(params)}; allowed: an object with keys of params.json']
+    faults = [fault for key, value in params.items() if (fault := Params.fault(key, value))]
+    figures = {key: value for key, value in result.items() if key != "params"}
+    for key, value in figures.items():
+        if key not in PUBLISHABLE:
+            faults.append(f"unknown metric {json.dumps(key)}; known metrics: {', '.join(PUBLISHABLE)}")
+        elif not (is_number(value) and 0 <= value <= 1):
+            faults.append(f'"{key}" is {json.dumps(value)}; allowed: a number from 0 to 1')
+    return faults if figures else [*faults, f"no figure; known metrics: {', '.join(PUBLISHABLE)}"]
 
 
 def find(parent_dir: Path) -> list[Path]:
@@ -99,6 +165,7 @@ def read(folder: Path, parent_dir: Path) -> Result:
         history = read_history(folder)
         check(history, folder)
         result.history = history
+        result.by_region = read_by_region(folder / ORIGINAL_SIZE)
         result.state, result.problem = state(folder, params, history)
     except (UserError, OSError) as error:
         result.problem = str(error)
@@ -115,6 +182,17 @@ def check(history: list, folder: Path) -> None:
             sane = False
         if not sane:
             raise UserError(f"{folder / 'history.jsonl'} is damaged in line {line}; mend or remove the line")
+
+
+def read_by_region(path: Path) -> dict[str, float | None]:
+    """The accuracies near boundaries and away from them that evaluate.py has found; {} where it has not looked."""
+    if not path.exists():
+        return {}
+    metrics = read_json(path, if_absent="")
+    found = {key: metrics.get(key) for key in BY_REGION} if isinstance(metrics, dict) else {"": ""}
+    if not all(value is None or is_number(value) for value in found.values()):
+        raise UserError(f"{path} is damaged; write it anew with evaluate.py, or remove it")
+    return found
 
 
 def state(folder: Path, params: Params, history: list[dict]) -> tuple[str, str]:
@@ -148,7 +226,8 @@ def sort(rows: list[dict[str, Any]], column: str) -> list[dict[str, Any]]:
     for row in rows:
         (unknown if row[column] is None else known).append(row)
     numeric = all(type(row[column]) in (int, float) for row in known)
-    known.sort(key=lambda row: row[column] if numeric else spell(row[column]), reverse=column in DESCENDING)
+    descending = column.removeprefix("published_") in PUBLISHABLE
+    known.sort(key=lambda row: row[column] if numeric else spell(row[column]), reverse=descending)
     return known + unknown
 
 
@@ -159,7 +238,8 @@ def spell(value: Any) -> str:
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The table as people read it, on a terminal or rendered."""
-    digits = dict.fromkeys(METRICS, ".4f") | {"minutes": ".1f"}
+    metrics = (*METRICS, *PUBLISHABLE, *(f"published_{metric}" for metric in PUBLISHABLE))
+    digits = dict.fromkeys(metrics, ".4f") | {"minutes": ".1f"}
     cells = [
         [
             "-" if value is None else format(value, digits[key]) if key in digits else cell(spell(value))
@@ -186,10 +266,13 @@ def comma_separated(rows: list[dict[str, Any]]) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
-    results = [read(folder, args.parent_dir) for folder in find(args.parent_dir)]
+    folders, published = find(args.parent_dir), read_published(args.parent_dir / "published.json")
+    results = [read(folder, args.parent_dir) for folder in folders]
     varying = varying_keys(results)
-    rows = sort([result.row(varying) for result in results], args.sort)
+    rows = sort([result.row(varying, published) for result in results], args.sort)
     table = markdown(rows)
+    if published.results:
+        table += f"\n\nPublished: {published.source}"
     print(table)
     for result in results:
         if result.problem:
@@ -206,6 +289,7 @@ def main(args: argparse.Namespace) -> None:
         figure = learning_curves(
             {run.name: [score(epoch) for epoch in run.history] for run in runs},
             {key: {run.name: run.params[key] for run in runs} for key in varying},
+            {run.name: mIoU for run in runs if (mIoU := published.of(run.params).get("mIoU")) is not None},
         )
         with replacing(args.parent_dir / "results.png") as temporary, warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph")  # names in scripts that the font lacks

@@ -186,15 +186,19 @@ def confusion_figure(counts: np.ndarray, iou: Mapping[str, float | None]) -> "Fi
 
 
 def learning_curves(
-    curves: Mapping[str, Sequence[float]], hyperparameters: Mapping[str, Mapping[str, Any]]
+    curves: Mapping[str, Sequence[float]],
+    hyperparameters: Mapping[str, Mapping[str, Any]],
+    published: Mapping[str, float] | None = None,
 ) -> "Figure":
     """Validation mIoU by epoch, and a plot of the best one against every hyperparameter.
 
     Args:
         curves: for every run the mIoU of its epochs, the most important run first.
         hyperparameters: for every key that varies its value in every run.
+        published: the mIoU to compare the best one with, for those runs that have one; a ring in the run's colour.
     """
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     colours = {name: f"C{rank}" if rank < COLOURS else "lightgrey" for rank, name in enumerate(curves)}
     columns = min(3, 1 + len(hyperparameters))
@@ -207,14 +211,20 @@ def learning_curves(
         )
     axes[0].set(xlabel="epoch", ylabel="validation mIoU")
     axes[0].xaxis.get_major_locator().set_params(integer=True)
-    handles, names = axes[0].get_legend_handles_labels()
-    figure.legend(handles[::-1][:COLOURS], names[::-1][:COLOURS], loc="outside lower left", fontsize="small")
+    handles, names = (entries[::-1][:COLOURS] for entries in axes[0].get_legend_handles_labels())
+    if published:
+        handles.append(Line2D([], [], linestyle="none", marker="o", color="grey", markerfacecolor="none"))
+        names.append("published")
+    figure.legend(handles, names, loc="outside lower left", fontsize="small")
     for axis, (key, values) in zip(axes[1:], hyperparameters.items(), strict=False):
         positions = _positions(axis, list(values.values()))
         best = [max(curves[name]) for name in values]
         if len(hyperparameters) == 1:
             axis.plot(*zip(*sorted(zip(positions, best, strict=True)), strict=True), color="lightgrey", zorder=0)
         axis.scatter(positions, best, c=[colours[name] for name in values])
+        at = dict(zip(values, positions, strict=True))
+        for name, mIoU in (published or {}).items():
+            axis.plot(at[name], mIoU, "o", color=colours[name], markerfacecolor="none")
         axis.set(xlabel=key, ylabel="best validation mIoU")
     for axis in axes[1 + len(hyperparameters) :]:
         axis.remove()

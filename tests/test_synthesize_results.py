@@ -9,6 +9,8 @@ import pytest
 from conftest import ROOT, run_script
 from PIL import Image
 
+from model import UserError
+from synthesize_results import BY_REGION, read_published
 from utils import RUN_LOCK, TRIAL_LOCKS, lock, write_history
 from visualize import learning_curves
 
@@ -218,6 +220,127 @@ def test_names_cannot_break_table_or_plot(tmp_path):
     assert (tmp_path / "sweep" / "results.png").exists()
 
 
+def publish(folder: Path, *results: dict, source: str = "A paper, table 1") -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / "published.json").write_text(json.dumps({"source": source, "results": results}))
+
+
+def test_published_figures_stand_beside_ours(tmp_path):
+    sweep = tmp_path / "sweep"
+    experiment(sweep / "any name", [0.5], head="conv1x1")
+    experiment(sweep / "seven", [0.6])  # by default
+    experiment(sweep / "nine", [0.4], kernel_size=9)
+    experiment(sweep / "eleven", [0.3], kernel_size=11)
+    experiment(sweep / "new", kernel_size=13)
+    publish(
+        sweep,
+        {"params": {"head": "gcn", "kernel_size": 7}, "mIoU": 0.728},
+        {"params": {"head": "gcn", "kernel_size": 9}, "mIoU": 0.734},
+        {"params": {"head": "gcn", "kernel_size": 13}, "mIoU": 0.74},
+        {"params": {"head": "gcn", "kernel_size": 99}, "mIoU": 0.99},
+        {"params": {"head": "conv1x1"}, "mIoU": 0.69, "pixel_accuracy": 1},
+    )
+    result = synthesize(sweep)
+    rows = table(result.stdout)
+    shown = [(row["name"], row["mIoU"], row["published_mIoU"], row["published_pixel_accuracy"]) for row in rows]
+    assert shown == [
+        ("seven", "0.6000", "0.7280", "-"),
+        ("any name", "0.5000", "0.6900", "1.0000"),
+        ("nine", "0.4000", "0.7340", "-"),
+        ("eleven", "0.3000", "-", "-"),
+        ("new", "-", "0.7400", "-"),
+    ]
+    columns = list(rows[0])
+    assert columns[columns.index("mIoU") + 1] == "published_mIoU"
+    assert not any(metric in column for column in columns for metric in BY_REGION), "nobody has published them"
+    assert result.stdout.endswith("\n\nPublished: A paper, table 1\n")
+    assert (sweep / "results.md").read_text() == result.stdout
+    with open(sweep / "results.csv", newline="") as stream:
+        assert [row["published_mIoU"] for row in csv.DictReader(stream)] == ["0.728", "0.69", "0.734", "", "0.74"]
+    rows = table(synthesize(sweep, "--sort", "published_mIoU").stdout)
+    assert [row["name"] for row in rows] == ["new", "nine", "seven", "any name", "eleven"]
+
+
+def test_accuracies_by_region_come_from_the_evaluation_at_original_size(tmp_path):
+    sweep = tmp_path / "sweep"
+    for name, content in {
+        "both": '{"epoch": 1, "mIoU": 0.9, "boundary_accuracy": 0.61, "interior_accuracy": 0.92}',
+        "one": '{"boundary_accuracy": 0.5, "interior_accuracy": null}',
+        "neither": None,
+        "damaged": '{"boundary_accuracy": "0.5"}',
+        "other": "[]",
+    }.items():
+        folder = experiment(sweep / name, [0.3])
+        if content:
+            (folder / "metrics_val_best_original_size.json").write_text(content)
+    assert not {*BY_REGION} & table(synthesize(sweep).stdout)[0].keys()
+    publish(sweep, {"params": {}, "boundary_accuracy": 0.713, "interior_accuracy": 0.939})
+    result = synthesize(sweep)
+    columns = [f"{kind}{metric}" for metric in BY_REGION for kind in ("", "published_")]
+    rows = {row["name"]: row for row in table(result.stdout)}
+    assert {name: [row[column] for column in columns] for name, row in rows.items()} == {
+        "both": ["0.6100", "0.7130", "0.9200", "0.9390"],
+        "one": ["0.5000", "0.7130", "-", "0.9390"],
+        **{name: ["-", "0.7130", "-", "0.9390"] for name in ("neither", "damaged", "other")},
+    }
+    assert {row["mIoU"] for row in rows.values()} == {"0.3000"} and "published_mIoU" not in rows["both"]
+    assert [rows[name]["state"] for name in ("neither", "damaged", "other")] == ["finished", *2 * ["unreadable"]]
+    assert result.stderr.count("metrics_val_best_original_size.json is damaged") == 2 == result.stderr.count("\n")
+
+
+FIGURE = {"params": {"kernel_size": 7}, "mIoU": 0.7}
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("{", "not valid JSON"),
+        ("[]", 'must hold one object with "source" and "results"'),
+        ({"results": [FIGURE]}, 'must hold one object with "source" and "results"'),
+        ({"source": "x", "results": [FIGURE], "sauce": 1}, 'must hold one object with "source" and "results"'),
+        ({"source": 3, "results": [FIGURE]}, '"source" is 3; allowed: a line of text'),
+        ({"source": "two\nlines", "results": [FIGURE]}, "allowed: a line of text"),
+        ({"source": "", "results": [FIGURE]}, "allowed: a line of text"),
+        ({"source": "x", "results": FIGURE}, '"results" must list objects'),
+        ({"source": "x", "results": [3]}, '"results" must list objects'),
+        ([{"mIoU": 0.7}], 'result 1: "params" is null; allowed: an object with keys of params.json'),
+        ([{"params": 7, "mIoU": 0.7}], 'result 1: "params" is 7'),
+        ([{"params": {"kernal_size": 7}, "mIoU": 0.7}], 'result 1: unknown key "kernal_size"; did you mean "kernel_si'),
+        ([{"params": {"kernel_size": 8}, "mIoU": 0.7}], '"kernel_size" is 8; allowed: an integer'),
+        ([{"params": {}}], "result 1: no figure; known metrics: mIoU, pixel_accuracy, boundary_accuracy"),
+        ([{"params": {}, "miou": 0.7}], 'unknown metric "miou"; known metrics: mIoU'),
+        ([{"params": {}, "loss": 0.7}], 'unknown metric "loss"; known metrics: mIoU'),
+        ([FIGURE, {"params": {"kernel_size": 9}, "mIoU": 72.8}], 'result 2: "mIoU" is 72.8; allowed: a number from 0'),
+        ([{"params": {}, "mIoU": -0.1}], '"mIoU" is -0.1'),
+        ([{"params": {}, "mIoU": None}], '"mIoU" is null'),
+        ([{"params": {}, "mIoU": "0.7"}], '"mIoU" is "0.7"'),
+        ([{"params": {}, "mIoU": True}], '"mIoU" is true'),
+        ([FIGURE, FIGURE], "results 1 and 2 can match the same trial"),
+        ([FIGURE, {"params": {"head": "gcn"}, "mIoU": 0.7}], "results 1 and 2 can match the same trial"),
+        (
+            [FIGURE, {"params": {"kernel_size": 9}, "mIoU": 0.7}, {"params": {}, "mIoU": 0.7}],
+            "results 1 and 3 can match the same trial",
+        ),
+    ],
+)
+def test_faulty_published_figures_are_named(tmp_path, content, words):
+    if isinstance(content, list):
+        content = {"source": "x", "results": content}
+    path = tmp_path / "published.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(UserError) as caught:
+        read_published(path)
+    assert str(caught.value).startswith(str(path)) and words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_faulty_published_figures_stop_the_table(tmp_path):
+    experiment(tmp_path / "sweep" / "trial", [0.3])
+    publish(tmp_path / "sweep", {"params": {"kernel_size": 7}, "mIoU": 72.8})
+    result = synthesize(tmp_path / "sweep", check=2)
+    assert "72.8" in result.stderr and result.stderr.count("\n") == 1 and result.stdout == ""
+    assert not list((tmp_path / "sweep").glob("results.*"))
+
+
 def test_neither_table_nor_sweep_imports_torch():
     for module in ("synthesize_results", "study", "search_hyperparams"):
         code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
@@ -244,3 +367,16 @@ def test_the_plots_show_every_curve_and_every_hyperparameter():
     assert [label.get_text() for label in kernel.get_xticklabels()] == ["3", "5", "7"]
     points = kernel.collections[0].get_offsets()
     assert sorted(map(tuple, points.tolist())) == sorted((3 + 2 * (i % 3), y[1]) for i, y in enumerate(curves.values()))
+
+
+def test_the_plots_ring_what_is_published_in_the_colour_of_its_run():
+    figure = learning_curves(
+        {"nine": [0.1, 0.5], "seven": [0.4], "five": [0.3]},
+        {"kernel_size": {"nine": 9, "seven": 7, "five": 5}, "head": {"nine": "conv", "seven": "gcn", "five": "gcn"}},
+        {"nine": 0.7, "five": 0.6},
+    )
+    _, kernel, head = figure.axes
+    rings = [(*line.get_xydata()[0], line.get_color(), line.get_markerfacecolor()) for line in kernel.lines]
+    assert rings == [(9, 0.7, "C0", "none"), (5, 0.6, "C2", "none")]
+    assert [tuple(line.get_xydata()[0]) for line in head.lines] == [(0, 0.7), (1, 0.6)]
+    assert [text.get_text() for text in figure.legends[0].texts] == ["nine", "seven", "five", "published"]
