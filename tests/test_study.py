@@ -170,7 +170,7 @@ def test_the_ready_sweeps_are_sound(sweep):
     trials = grid(read_spaces(sweep / "search_space.json"), base, sweep)
     names = {
         "learning_rate": [f"learning_rate_{rate}" for rate in (0.0001, 0.001, 0.01)],
-        "kernel_size": ["head_conv1x1", *(f"kernel_size_{k}" for k in (3, 5, 7, 9, 11, 13, 15))],
+        "paper_table1": ["head_conv1x1", *(f"kernel_size_{k}" for k in (3, 5, 7, 9, 11, 13, 15))],
     }
     assert list(trials) == names.get(sweep.name, list(trials))
 

@@ -10,8 +10,9 @@ from conftest import ROOT, run_script
 from PIL import Image
 
 from model import UserError
+from study import grid, read_spaces
 from synthesize_results import BY_REGION, read_published
-from utils import RUN_LOCK, TRIAL_LOCKS, lock, write_history
+from utils import RUN_LOCK, TRIAL_LOCKS, Params, lock, write_history
 from visualize import learning_curves
 
 METRICS = ("pixel_accuracy", "mean_accuracy", "frequency_weighted_IoU", "mean_dice")
@@ -339,6 +340,33 @@ def test_faulty_published_figures_stop_the_table(tmp_path):
     result = synthesize(tmp_path / "sweep", check=2)
     assert "72.8" in result.stderr and result.stderr.count("\n") == 1 and result.stdout == ""
     assert not list((tmp_path / "sweep").glob("results.*"))
+
+
+PAPER = sorted((ROOT / "experiments").glob("paper_*"))
+
+
+def test_the_tables_of_the_paper_are_there():
+    assert [sweep.name for sweep in PAPER] == [f"paper_table{number}" for number in (1, 2, 3, 5)]
+
+
+@pytest.mark.parametrize("sweep", PAPER, ids=lambda sweep: sweep.name)
+def test_every_trial_of_the_paper_can_be_built_and_every_figure_has_one(sweep):
+    import torch
+
+    from model.net import FCN_GCN
+
+    base = json.loads((sweep / "params.json").read_text())
+    trials = grid(read_spaces(sweep / "search_space.json"), base, sweep)
+    params = [Params.parse(base | values, sweep) for values in trials.values()]
+    assert all(each.stem_maxpool and each.gcn_padding == "same" for each in params)
+    published = read_published(sweep / "published.json")
+    assert "1703.02719" in published.source
+    found = [published.of(vars(each)) for each in params]
+    assert all(found.count(result) == 1 for result in published.results)
+    for each in params:
+        with torch.device("meta"):  # shapes alone, as some have 200 million parameters
+            network = FCN_GCN(**each.network_options(), pretrained=False)
+        assert network.gcn4 is not None
 
 
 def test_neither_table_nor_sweep_imports_torch():
