@@ -106,6 +106,8 @@ def predict(file: Path, segmenter: Segmenter, names: Sequence[str], output: Path
 
 
 def main(args: argparse.Namespace) -> int:
+    if args.tile is not None and args.tile < 32:
+        raise UserError(f"--tile {args.tile}: a tile has at least 32 pixels a side")
     photos = find_photos(args.photos, args.output_dir)
     device = pick_device(args.device)
     model, params, checkpoint = load_network(args.model_dir, args.restore_file, device)

@@ -55,15 +55,15 @@ class Segmenter:
         **input_options: bool,
     ):
         self.model, self.device = model.eval(), device
-        self.sizes = [round(scale * image_size) for scale in scales]  # of the squares that the network reads
         self.flip = flip
         self.autocast = autocast
         self.input_options = input_options
-        if not self.sizes or min(self.sizes) < 32 or max(self.sizes) > 16384:
+        if not scales or not all(32 <= scale * image_size <= 16384 for scale in scales):
             raise UserError(
                 f"scales {' '.join(f'{scale:g}' for scale in scales)} of {image_size} pixels: "
                 "each must leave from 32 to 16384"
             )
+        self.sizes = [round(scale * image_size) for scale in scales]  # of the squares that the network reads
 
     @torch.inference_mode()
     def logits(self, inputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -106,3 +106,22 @@ def postgresql(postgresql_server: str) -> str:
         connection.execute(sqlalchemy.text(f"create database {name}"))
     engine.dispose()
     return postgresql_server + name
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> tuple[Path, Path]:
+    """A run of two epochs with TensorBoard, (experiment, data); not to be changed, for several files share it.
+
+    It learns next to nothing, so that it predicts many classes: one that has learned a little says background only.
+    """
+    folder = tmp_path_factory.mktemp("trained")
+    data = make_data(folder / "data")
+    experiment = make_experiment(folder / "run", learning_rate=1e-6, num_workers=1)
+    run_script("train.py", "--model_dir", experiment, "--data_dir", data, "--tensorboard")
+    return experiment, data
+
+
+@pytest.fixture
+def experiment(trained: tuple[Path, Path], tmp_path: Path) -> Path:
+    """A copy of the trained experiment."""
+    return shutil.copytree(trained[0], tmp_path / "experiment", copy_function=os.link)

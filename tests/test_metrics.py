@@ -1,12 +1,15 @@
+import itertools
 import json
+import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassJaccardIndex
 
-from model.metrics import ConfusionMatrix
+from model.metrics import BoundaryMetrics, ConfusionMatrix
 
 CLASSES = 5
 
@@ -92,3 +95,85 @@ def test_perfect_predictions_score_one():
     metrics = score([(labels, labels)])
     assert all(metrics[key] == 1 for key in ("mIoU", "pixel_accuracy", "mean_accuracy", "mean_dice"))
     assert metrics["frequency_weighted_IoU"] == pytest.approx(1)
+
+
+# ---------------------------------------------------------------------------------------- boundaries
+
+
+def naive_boundary_metrics(pairs, num_classes: int) -> dict:
+    """By the definitions, pixel by pixel."""
+    counts = np.zeros((2, 2))
+    rims = np.zeros((2, num_classes))
+    for prediction, labels in pairs:
+        height, width = labels.shape
+        places = list(itertools.product(range(height), range(width)))
+
+        def is_boundary(y, x, labels=labels, height=height, width=width):
+            around = [(y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)]
+            inside = [(v, u) for v, u in around if 0 <= v < height and 0 <= u < width]
+            return labels[y, x] == 255 or any(labels[v, u] != labels[y, x] for v, u in inside)
+
+        boundary = [place for place in places if is_boundary(*place)]
+        valid = [(y, x) for y, x in places if labels[y, x] != 255]
+        for y, x in valid:
+            far = not any(math.hypot(y - v, x - u) <= 7 for v, u in boundary)
+            counts[int(far)] += (prediction[y, x] == labels[y, x], 1)
+        reach = max(1, round(0.02 * math.hypot(height, width)))
+
+        def in_rim(classes, index, y, x, reach=reach, height=height, width=width):
+            steps = itertools.product(range(y - reach, y + reach + 1), range(x - reach, x + reach + 1))
+            return classes[y, x] == index and any(
+                not (0 <= v < height and 0 <= u < width) or classes[v, u] != index for v, u in steps
+            )
+
+        for index, (y, x) in itertools.product(range(num_classes), valid):
+            both = in_rim(prediction, index, y, x), in_rim(labels, index, y, x)
+            rims[:, index] += (all(both), any(both))
+    iou = [a / b if b else None for a, b in rims.T]
+    return {
+        "boundary_accuracy": counts[0, 0] / counts[0, 1] if counts[0, 1] else None,
+        "interior_accuracy": counts[1, 0] / counts[1, 1] if counts[1, 1] else None,
+        "boundary_mIoU": np.mean([value for value in iou if value is not None]),
+        "boundary_IoU": iou,
+    }
+
+
+def test_boundary_metrics_agree_with_a_loop_over_pixels():
+    rng = np.random.default_rng(3)
+    pairs = []
+    for height, width in ((30, 41), (60, 90), (9, 7)):  # at 60 x 90 the rim is two pixels wide
+        labels = np.zeros((height, width), dtype=np.uint8)
+        labels[height // 3 :, : width // 3] = 2
+        labels[height // 2, width // 2 :] = 255
+        prediction = np.roll(labels, 2, axis=1)
+        prediction[prediction == 255] = 1
+        prediction[rng.random(labels.shape) < 0.05] = 3
+        pairs.append((prediction, labels))
+    metrics = BoundaryMetrics(5)
+    for pair in pairs:
+        metrics.update(*map(torch.from_numpy, pair))
+    ours, naive = metrics.compute(), naive_boundary_metrics(pairs, 5)
+    for key, value in naive.items():
+        assert ours[key] == pytest.approx(value), key
+
+
+def test_boundary_metrics_of_a_perfect_a_void_and_a_plain_photo():
+    labels = torch.zeros(40, 50, dtype=torch.uint8)
+    labels[10:30, 10:30] = 2
+    perfect = BoundaryMetrics(3)
+    perfect.update(labels, labels)
+    assert perfect.compute() == {
+        "boundary_accuracy": 1,
+        "interior_accuracy": 1,
+        "boundary_mIoU": 1,
+        "boundary_IoU": [1, None, 1],
+    }
+    void = BoundaryMetrics(3)
+    void.update(labels, torch.full_like(labels, 255))
+    assert void.compute() == dict.fromkeys(("boundary_accuracy", "interior_accuracy", "boundary_mIoU")) | {
+        "boundary_IoU": [None] * 3
+    }
+    plain = BoundaryMetrics(3)
+    plain.update(torch.zeros_like(labels), torch.zeros_like(labels))
+    assert plain.compute()["boundary_accuracy"] is None
+    assert plain.compute()["interior_accuracy"] == 1

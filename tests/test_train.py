@@ -21,6 +21,7 @@ from utils import Params
 
 OUTPUTS = {
     "best.pth.tar",
+    "curves.png",
     "history.jsonl",
     "last.pth.tar",
     "metrics_val_best_weights.json",

@@ -1,0 +1,155 @@
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import run_script
+from PIL import Image
+from torchvision.io import ImageReadMode, decode_image
+
+import utils
+from evaluate import Worst
+from model.data_loader import read_photo
+from model.transforms import squashed, to_input
+
+SERVER_FOLDER = "results/VOC2012/Segmentation/comp5_{}_cls"
+
+
+def run_evaluate(experiment, data, *args, **options):
+    return run_script("evaluate.py", "--model_dir", experiment, "--data_dir", data, *args, **options)
+
+
+def masks_of(data, split: str) -> dict[str, np.ndarray]:
+    ids = (data / f"{split}.txt").read_text().split()
+    return {id_: np.array(Image.open(data / "SegmentationClass" / f"{id_}.png")) for id_ in ids}
+
+
+def expected_prediction(experiment, photo, *, sizes=(32,), flip: bool = False) -> np.ndarray:
+    """By plain PyTorch, one photo at a time."""
+    model, _, _ = utils.load_network(experiment, "best", torch.device("cpu"))
+    total = 0
+    for images in squashed([photo], sizes):
+        x = to_input(images, "cpu")
+        with torch.no_grad():
+            maps = [model.eval()(x)] + ([model(x.flip(-1)).flip(-1)] if flip else [])
+        shape = (photo.height, photo.width)
+        total = total + sum(F.interpolate(logits, shape, mode="bilinear")[0].softmax(0) for logits in maps)
+    return total.argmax(0).numpy()
+
+
+def test_the_official_score_is_that_of_the_predictions_in_the_files(experiment, trained, tmp_path):
+    """Read back by Pillow and by torchvision, and scored with NumPy against the masks at their own size."""
+    _, data = trained
+    stdout = run_evaluate(experiment, data, "--original_size", "--save_predictions", tmp_path / "out").stdout
+    metrics = json.loads((experiment / "metrics_val_best_original_size.json").read_text())
+    counts = np.zeros((21, 21))
+    for id_, mask in masks_of(data, "val").items():
+        file = tmp_path / "out" / SERVER_FOLDER.format("val") / f"{id_}.png"
+        prediction = np.array(Image.open(file))
+        assert Image.open(file).mode == "P"
+        assert Image.open(file).getpalette()[:9] == [0, 0, 0, 128, 0, 0, 0, 128, 0]
+        painted = np.array(Image.open(file).convert("RGB")).transpose(2, 0, 1)
+        assert np.array_equal(decode_image(str(file), mode=ImageReadMode.RGB).numpy(), painted)
+        assert np.array_equal(decode_image(str(file), mode=ImageReadMode.UNCHANGED).numpy()[0], prediction)
+        expected = expected_prediction(experiment, read_photo(data / "JPEGImages" / f"{id_}.jpg"))
+        assert prediction.shape == mask.shape
+        assert (prediction == expected).mean() > 0.999  # ties
+        assert len(np.unique(prediction)) > 2
+        valid = mask != 255
+        np.add.at(counts, (mask[valid], prediction[valid]), 1)
+    hits, union = counts.diagonal(), counts.sum(0) + counts.sum(1) - counts.diagonal()
+    assert metrics["mIoU"] == pytest.approx(np.mean(hits[union > 0] / union[union > 0]))
+    assert metrics["pixel_accuracy"] == pytest.approx(hits.sum() / counts.sum())
+    assert metrics["images"] == 3
+    assert metrics["epoch"] in (1, 2)
+    assert 0 <= metrics["boundary_accuracy"] <= 1
+    for text in ("their own size", "boundary IoU", f"{metrics['mIoU']:.4f}", str(tmp_path / "out")):
+        assert text in stdout
+    assert not (experiment / "metrics_val_best.json").exists()
+
+
+def test_scales_and_flip_reach_the_predictions(experiment, trained, tmp_path):
+    _, data = trained
+    run_evaluate(experiment, data, "--scales", "1", "2", "--flip", "--save_predictions", tmp_path / "out")
+    for id_ in masks_of(data, "val"):
+        prediction = np.array(Image.open(tmp_path / "out" / SERVER_FOLDER.format("val") / f"{id_}.png"))
+        photo = read_photo(data / "JPEGImages" / f"{id_}.jpg")
+        assert (prediction == expected_prediction(experiment, photo, sizes=(32, 64), flip=True)).mean() > 0.999
+    metrics = json.loads((experiment / "metrics_val_best_original_size.json").read_text())
+    assert (metrics["scales"], metrics["flip"]) == ([1.0, 2.0], True)
+
+
+def test_overlays_show_the_worst_photos_first(experiment, trained):
+    _, data = trained
+    (experiment / "overlays_val_best").mkdir()
+    (experiment / "overlays_val_best" / "3_of_before.png").touch()
+    run_evaluate(experiment, data, "--save_overlays", 2)
+    pictures = sorted((experiment / "overlays_val_best").iterdir())
+    assert len(pictures) == 2
+    scores = []
+    for rank, picture in enumerate(pictures, start=1):
+        number, id_ = picture.stem.split("_", 1)
+        assert int(number) == rank
+        mask, photo = masks_of(data, "val")[id_], read_photo(data / "JPEGImages" / f"{id_}.jpg")
+        scores.append(mean_iou(expected_prediction(experiment, photo), mask))
+        assert Image.open(picture).width > 4 * 300  # photo, truth, prediction, error
+    assert scores == sorted(scores)
+    assert "overlays_val_best/1_" in str(utils.outputs(experiment))  # --overwrite deletes them
+
+
+def mean_iou(prediction: np.ndarray, mask: np.ndarray) -> float:
+    valid = mask != 255
+    pairs = [(prediction[valid] == index, mask[valid] == index) for index in range(21)]
+    return np.mean([(a & b).sum() / (a | b).sum() for a, b in pairs if (a | b).any()])
+
+
+def test_the_worst_are_kept_whatever_the_order():
+    rng = np.random.default_rng(0)
+    mask = torch.from_numpy(rng.integers(0, 3, (20, 20)))
+    shares = rng.permutation(np.linspace(0, 0.9, 10))
+    worst = Worst(4, 3)
+    for index, share in enumerate(shares):
+        prediction = torch.where(torch.from_numpy(rng.random((20, 20)) < share), (mask + 1) % 3, mask)
+        worst.add(index, prediction, mask)
+    worst.add(99, mask, torch.full_like(mask, 255))  # nothing to score
+    kept = [-index for _, index, _ in sorted(worst._kept, reverse=True, key=lambda entry: entry[:2])]
+    assert kept == np.argsort(-shares)[:4].tolist()
+
+
+def test_a_split_without_masks_is_predicted_and_not_scored(experiment, trained, tmp_path):
+    _, data = trained
+    target = shutil.copytree(data, tmp_path / "data")
+    photo = Image.open(data / "JPEGImages" / "val0.jpg")
+    photo.resize((77, 50)).save(target / "JPEGImages" / "new.jpg")
+    (target / "test.txt").write_text("new\n")
+    before = set(experiment.iterdir())
+    run_evaluate(experiment, target, "--split", "test", "--save_predictions", tmp_path / "out")
+    assert Image.open(tmp_path / "out" / SERVER_FOLDER.format("test") / "new.png").size == (77, 50)
+    assert set(experiment.iterdir()) == before
+    flags = ["--split", "test", "--save_predictions", tmp_path / "out", "--save_overlays", 1]
+    stderr = run_evaluate(experiment, target, *flags, check=2).stderr
+    assert "has no masks: it can be predicted, not scored" in stderr
+
+
+def test_evaluation_draws_what_it_has_counted(experiment, trained):
+    _, data = trained
+    run_evaluate(experiment, data)
+    assert Image.open(experiment / "metrics_val_best.png").size > (1000, 500)
+
+
+def test_tensorboard_gets_every_epoch(trained):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    experiment, _ = trained
+    events = accumulator.EventAccumulator(str(experiment / "tensorboard"))
+    events.Reload()
+    history = utils.read_history(experiment)
+    for part in ("train", "val"):
+        for metric in ("loss", "mIoU"):
+            logged = [(event.step, event.value) for event in events.Scalars(f"{metric}/{part}")]
+            assert [step for step, _ in logged] == [1, 2]
+            for (_, value), record in zip(logged, history, strict=True):
+                assert math.isclose(value, record[part][metric], rel_tol=1e-5)
+    assert [event.step for event in events.Images("samples")] == [1, 2]

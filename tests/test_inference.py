@@ -1,0 +1,142 @@
+import copy
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import nn
+
+from model import UserError, inference
+from model.inference import Segmenter, Window, class_map, tiles
+from model.sample import draw_scene
+from model.transforms import squashed, to_input
+
+CPU = torch.device("cpu")
+
+
+class PixelNetwork(nn.Module):
+    """Looks at every pixel by itself, so what it says does not depend on the window."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Conv2d(3, 16, 1), nn.Tanh(), nn.Conv2d(16, 5, 1))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+class ContextNetwork(nn.Module):
+    """Looks around, farther than a tile."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 8, 7, padding=12, dilation=4), nn.Tanh(), nn.Conv2d(8, 5, 3, padding=1)
+        )
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def photo(width: int, height: int) -> Image.Image:
+    return draw_scene(np.random.default_rng(5))[0].resize((width, height))
+
+
+def logits(network: nn.Module, picture: Image.Image, size: int, *, flip: bool = False) -> torch.Tensor:
+    """By plain PyTorch, at the size of the picture."""
+    (images,) = squashed([picture], [size])
+    x = to_input(images, "cpu")
+    with torch.no_grad():
+        maps = network(x.flip(-1)).flip(-1) if flip else network(x)
+    return F.interpolate(maps, (picture.height, picture.width), mode="bilinear")[0]
+
+
+@pytest.mark.parametrize("size", [(50, 90), (97, 33), (20, 24)], ids=str)
+@pytest.mark.parametrize("band", [1, 2000, 2**24])
+def test_one_map_gives_the_largest_upsampled_logit(size, band, monkeypatch):
+    monkeypatch.setattr(inference, "BAND_VALUES", band)
+    width, height = size
+    maps = torch.randn(5, 24, 24, generator=torch.Generator().manual_seed(1))
+    expected = F.interpolate(maps[None], (height, width), mode="bilinear")[0].argmax(0)
+    result = class_map([Window((0, 0, width, height), [maps])], width=width, height=height)
+    assert result.dtype == torch.uint8
+    assert (result == expected).float().mean() > 0.999  # ties
+
+
+def test_scales_and_mirror_images_are_averaged_as_probabilities():
+    network, picture = ContextNetwork(), photo(120, 70)
+    result = Segmenter(network, CPU, image_size=64, scales=(0.5, 1.5), flip=True).segment(picture)
+    terms = [logits(network, picture, size, flip=flip) for size in (32, 96) for flip in (False, True)]
+    expected = sum(term.softmax(0) for term in terms).argmax(0)
+    assert (result == expected).float().mean() > 0.999
+    assert (result == terms[0].argmax(0)).float().mean() < 0.98  # it does make a difference
+
+
+def test_with_flip_a_mirrored_photo_gives_the_mirrored_map():
+    segmenter = Segmenter(ContextNetwork(), CPU, image_size=64, flip=True)
+    picture = photo(90, 70)
+    mirrored = segmenter.segment(picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)).flip(1)
+    assert (segmenter.segment(picture) == mirrored).float().mean() > 0.99  # but for rounding when it is squashed
+
+
+@settings(deadline=None)
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(16, 120))
+def test_tiles_cover_the_photo_and_overlap(width, height, side):
+    boxes = tiles(width, height, side)
+    covered = np.zeros((height, width), dtype=int)
+    for left, top, right, bottom in boxes:
+        assert 0 <= left < right <= width
+        assert 0 <= top < bottom <= height
+        assert (right - left, bottom - top) == (min(side, width), min(side, height))
+        covered[top:bottom, left:right] += 1
+    assert covered.min() >= 1
+    assert boxes == sorted(boxes, key=lambda box: box[1])
+    lefts = sorted({box[0] for box in boxes})
+    assert all(b - a <= max(1, 0.75 * side) for a, b in itertools.pairwise(lefts))
+
+
+@pytest.mark.parametrize("band", [3000, 2**24])
+@pytest.mark.parametrize("size", [(150, 100), (40, 130), (64, 64)], ids=str)
+def test_tiles_give_what_the_whole_photo_gives(size, band, monkeypatch):
+    """With a network that needs no context, in tiles of the size that it reads, so that nothing is resampled."""
+    monkeypatch.setattr(inference, "BAND_VALUES", band)
+    network, picture = PixelNetwork(), photo(*size)
+    result = Segmenter(network, CPU, image_size=32).segment(picture, tile=32)
+    with torch.no_grad():
+        expected = network(to_input(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None], "cpu"))[0].argmax(0)
+    assert (result == expected).all()
+
+
+def test_where_tiles_disagree_the_nearer_centre_counts_more():
+    left, right = torch.zeros(2, 8, 8), torch.zeros(2, 8, 8)
+    left[0], right[1] = 4, 4
+    windows = [Window((0, 0, 40, 10), [left]), Window((30, 0, 70, 10), [right])]
+    row = class_map(windows, width=70, height=10)[5]
+    assert row.tolist() == [0] * 35 + [1] * 35
+
+
+def test_a_tile_larger_than_the_photo_is_the_whole_photo():
+    segmenter = Segmenter(ContextNetwork(), CPU, image_size=48)
+    picture = photo(90, 70)
+    assert torch.equal(segmenter.segment(picture, tile=90), segmenter.segment(picture))
+    assert not torch.equal(segmenter.segment(picture, tile=60), segmenter.segment(picture))
+
+
+def test_segmenting_leaves_the_network_as_it_was():
+    network = ContextNetwork()
+    before = copy.deepcopy(network.state_dict())
+    Segmenter(network, CPU, image_size=48).segment(photo(60, 50))
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+
+
+@pytest.mark.parametrize("scales", [(0.4,), (), (1, 400), (-1,), (math.nan,)], ids=str)
+def test_impossible_scales_are_refused(scales):
+    with pytest.raises(UserError, match="each must leave from 32 to 16384"):
+        Segmenter(PixelNetwork(), CPU, image_size=64, scales=scales)

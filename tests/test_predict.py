@@ -1,0 +1,120 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_script
+from PIL import Image
+
+import utils
+from model.data_loader import read_photo
+from model.inference import Segmenter
+from model.sample import draw_scene
+from model.voc import CLASS_NAMES
+from predict import find_photos
+
+
+def run_predict(experiment, *args, **options):
+    return run_script("predict.py", *args, "--model_dir", experiment, **options)
+
+
+def expected_prediction(experiment, file, *, tile=None) -> np.ndarray:
+    model, _, _ = utils.load_network(experiment, "best", torch.device("cpu"))
+    return Segmenter(model, torch.device("cpu"), image_size=32).segment(read_photo(file), tile=tile).numpy()
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder with photos at two levels and a file that is none."""
+    folder = tmp_path / "photos"
+    (folder / "deeper").mkdir(parents=True)
+    for index, name in enumerate(("a.jpg", "b.PNG", "deeper/a.webp")):
+        draw_scene(np.random.default_rng(index))[0].resize((90 + index, 70)).save(folder / name)
+    (folder / "notes.txt").write_text("no photo")
+    return folder
+
+
+def test_every_photo_of_a_folder_gets_three_files(experiment, photos, tmp_path):
+    out = tmp_path / "out"
+    stdout = run_predict(experiment, photos, "--output_dir", out).stdout
+    assert "3 of 3 photos" in stdout
+    found = sorted(str(file.relative_to(out)) for file in out.rglob("*") if file.is_file())
+    names = ("a", "b", "deeper/a")
+    assert found == sorted(name + suffix for name in names for suffix in (".png", ".json", "_overlay.png"))
+    for name, source in zip(names, ("a.jpg", "b.PNG", "deeper/a.webp"), strict=True):
+        picture = Image.open(out / f"{name}.png")
+        prediction = np.array(picture)
+        assert picture.mode == "P"
+        assert np.array_equal(prediction, expected_prediction(experiment, photos / source))
+        record = json.loads((out / f"{name}.json").read_text())
+        assert (record["photo"], record["width"], record["height"]) == (str(photos / source), *picture.size)
+        areas = {label: area["pixels"] for label, area in record["areas"].items()}
+        indices, counts = np.unique(prediction, return_counts=True)
+        assert areas == {CLASS_NAMES[index]: count for index, count in zip(indices, counts, strict=True)}
+        assert sum(area["share"] for area in record["areas"].values()) == pytest.approx(1)
+        overlay = Image.open(out / f"{name}_overlay.png")
+        assert overlay.width >= picture.width
+        assert overlay.height > picture.height  # the legend
+
+
+def test_a_broken_photo_is_reported_and_the_others_go_on(experiment, photos, tmp_path):
+    (photos / "aa.jpg").write_bytes((photos / "a.jpg").read_bytes()[:300])
+    checkpoint = utils.load_checkpoint(experiment / "best.pth.tar")
+    assert checkpoint["class_names"] == list(CLASS_NAMES)
+    (experiment / "best.pth.tar").unlink()  # a link to the one that other tests read
+    torch.save(checkpoint | {"class_names": [f"kind {index}" for index in range(21)]}, experiment / "best.pth.tar")
+    result = run_predict(experiment, photos, "--output_dir", tmp_path / "out", "--tile", 48, check=1)
+    assert "3 of 4 photos" in result.stdout
+    assert result.stderr.count("\n") == 1
+    assert "aa.jpg: cannot be read as an image" in result.stderr
+    prediction = np.array(Image.open(tmp_path / "out" / "a.png"))
+    assert np.array_equal(prediction, expected_prediction(experiment, photos / "a.jpg", tile=48))
+    assert not np.array_equal(prediction, expected_prediction(experiment, photos / "a.jpg"))
+    areas = json.loads((tmp_path / "out" / "a.json").read_text())["areas"]
+    assert all(name.startswith("kind ") for name in areas)  # names are the checkpoint's
+
+
+def test_files_folders_and_patterns_are_found(photos, tmp_path):
+    out = tmp_path / "out"
+    assert set(find_photos([str(photos / "a.jpg")], out).values()) == {photos / "a.jpg"}
+    assert set(find_photos([str(photos / "*.[jP]*")], out).values()) == {photos / "a.jpg", photos / "b.PNG"}
+    assert set(map(str, find_photos([str(photos)], out))) == {"a", "b", "deeper/a"}
+    assert len(find_photos([str(photos), str(photos / "a.jpg")], out)) == 3  # once, though named twice
+    odd = photos / "odd[1].jpg"
+    shutil.copy(photos / "a.jpg", odd)
+    assert set(find_photos([str(odd)], out).values()) == {odd}
+
+
+def test_earlier_results_are_not_photos(photos):
+    shutil.copytree(photos / "deeper", photos / "predictions")
+    assert len(find_photos([str(photos)], photos / "predictions")) == 3
+
+
+def test_two_photos_for_one_result_are_refused(photos, tmp_path):
+    with pytest.raises(utils.UserError, match=r"a\.jpg and .*a\.webp would have the same name"):
+        find_photos([str(photos / "a.jpg"), str(photos / "deeper" / "a.webp")], tmp_path)
+
+
+def test_a_mistake_is_one_line_and_leaves_nothing(experiment, photos, tmp_path):
+    args = [photos, "nowhere.jpg", "--output_dir", tmp_path / "out"]
+    stderr = run_predict(experiment, *args, check=2).stderr
+    assert "nowhere.jpg: no such photo" in stderr
+    assert stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_photo_of_40_megapixels_stays_under_two_gigabytes(experiment, tmp_path):
+    scene = draw_scene(np.random.default_rng(0))[0]
+    scene.resize((8000, 5000)).save(tmp_path / "large.jpg", quality=80)
+    command = [sys.executable, "predict.py", tmp_path / "large.jpg", "--model_dir", experiment]
+    for flags in ([], ["--tile", "512"]):
+        process = subprocess.Popen([*command, *flags, "--output_dir", tmp_path / "out"], cwd=ROOT)
+        _, status, usage = os.wait4(process.pid, 0)
+        assert status == 0
+        assert usage.ru_maxrss < 2 * 2**20  # KiB
+        assert Image.open(tmp_path / "out" / "large.png").size == (8000, 5000)
