@@ -640,6 +640,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         if is_out_of_memory(error):
             raise
         raise UserError(f"{path} is damaged or unreadable ({_first_line(error)}){others}") from None
+    return checked(checkpoint, path, others)
+
+
+def checked(checkpoint: Any, path: Path, others: str = "") -> dict[str, Any]:
+    """A loaded checkpoint whose values can be what they say. Raises UserError, which others ends."""
     if not isinstance(checkpoint, dict) or not _are_tensors(checkpoint.get("state_dict")):
         raise UserError(f'{path} is not a checkpoint of this network: it has no "state_dict" of tensors')
     averaged, epoch = checkpoint.get("ema_state_dict"), checkpoint.get("epoch")

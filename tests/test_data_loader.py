@@ -275,7 +275,7 @@ def test_grey_masks_of_any_bit_depth_hold_indices(data, bits):
         png += struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
     (data / "SegmentationClass" / "train0.png").write_bytes(png)
     Image.new("RGB", (24, 16)).save(data / "JPEGImages" / "train0.jpg")
-    mask = data_loader._read_mask(data / "SegmentationClass" / "train0.png", (24, 16), 21)
+    mask = data_loader.read_mask(data / "SegmentationClass" / "train0.png", (24, 16), 21)
     assert np.array_equal(np.array(mask), labels)
 
 

@@ -359,9 +359,8 @@ def test_a_checkpoint_whose_values_cannot_be_is_refused(straight, tmp_path):
     ]
     file = tmp_path / "last.pth.tar"
     for fault in faults:
-        torch.save(sound | fault, file)
         with pytest.raises(UserError) as error:
-            training.load_state_dict(utils.load_checkpoint(file), file)
+            training.load_state_dict(utils.checked(sound | fault, file), file)
         assert str(file) in str(error.value), fault
     training.load_state_dict(utils.load_checkpoint(experiment / "last.pth.tar"), file)
 

@@ -196,6 +196,7 @@ def test_what_is_wrong_with_the_folder_of_a_trial_does_not_hinder_the_others(tmp
     assert "3 trials: 1 finished, 2 failed" in result.stdout and (busy / "run.json").exists()
 
 
+@pytest.mark.slow
 def test_results_without_a_last_checkpoint_are_taken_up_from_the_best_one(tmp_path, data_dir):
     sweep = make_sweep(tmp_path / "sweep", {"learning_rate": [0.1]})
     search(sweep, data_dir)

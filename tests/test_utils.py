@@ -193,6 +193,7 @@ def test_importing_every_module_builds_no_network_and_touches_no_file(tmp_path):
     assert (result.returncode, result.stderr, os.listdir(tmp_path)) == (0, "", [])
 
 
+@pytest.mark.slow
 def test_pretrained_weights_come_from_torch_home_and_only_for_a_new_encoder(data, tmp_path):
     """Without file and network: one line that names the file and the way out. With the file: the encoder is it."""
     offline = {"TORCH_HOME": str(tmp_path), "https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
