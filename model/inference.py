@@ -16,7 +16,7 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, as Pillow
 
 OVERLAP = 0.25  # of a tile, at least, with its neighbour
 TILES_AT_ONCE = 8
-BAND_VALUES = 2**24  # classes x rows x columns that are upsampled at a time
+BAND_VALUES = 2**22  # classes x rows x columns that are upsampled at a time
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def class_map(windows: Iterable[Window], *, width: int, height: int) -> Tensor:
             present.append(coming)
             coming = next(windows, None)
         present = [window for window in present if window.box[3] > top]
-        result[top:bottom] = _scores(present, range(top, bottom), width).argmax(0)
+        result[top:bottom] = _scores(present, range(top, bottom), width).max(0).indices  # several times argmax's speed
     return result
 
 
@@ -148,11 +148,13 @@ def _scores(windows: Sequence[Window], rows: range, width: int) -> Tensor:
         left, top, right, bottom = window.box
         part = range(max(rows.start, top), min(rows.stop, bottom))
         within = range(part.start - top, part.stop - top)
-        weight = _weight(within, bottom - top).unsqueeze(1) * _weight(range(right - left), right - left)
         for logits in window.maps:
             values = _upsampled(logits, within, right - left, bottom - top)
             if len(windows) > 1 or len(window.maps) > 1:
-                values = values.softmax(0).mul_(weight.to(values))
+                values = values.softmax(0)
+            if len(windows) > 1:
+                weight = _weight(within, bottom - top).unsqueeze(1) * _weight(range(right - left), right - left)
+                values = values.mul_(weight.to(values))
             total[:, part.start - rows.start : part.stop - rows.start, left:right] += values
     return total
 
@@ -171,5 +173,6 @@ def _upsampled(logits: Tensor, rows: range, width: int, height: int) -> Tensor:
     y = ((y + 0.5) * ((last + 1) / height) - 0.5).clamp(0, last)
     above = y.long()
     share = (y - above).to(logits.dtype).view(1, -1, 1)
-    lines = torch.lerp(logits[:, above], logits[:, (above + 1).clamp(max=last)], share)
-    return F.interpolate(lines.unsqueeze(0), size=(len(rows), width), mode="bilinear")[0]
+    below = (above + 1).clamp(max=last)
+    lines = torch.lerp(logits.index_select(1, above), logits.index_select(1, below), share)
+    return F.interpolate(lines.flatten(0, 1).unsqueeze(0), size=width, mode="linear").view(-1, len(rows), width)

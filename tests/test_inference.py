@@ -59,7 +59,7 @@ def logits(network: nn.Module, picture: Image.Image, size: int, *, flip: bool = 
 
 
 @pytest.mark.parametrize("size", [(50, 90), (97, 33), (20, 24)], ids=str)
-@pytest.mark.parametrize("band", [1, 2000, 2**24])
+@pytest.mark.parametrize("band", [1, 2000, 2**22])
 def test_one_map_gives_the_largest_upsampled_logit(size, band, monkeypatch):
     monkeypatch.setattr(inference, "BAND_VALUES", band)
     width, height = size
@@ -102,7 +102,7 @@ def test_tiles_cover_the_photo_and_overlap(width, height, side):
     assert all(b - a <= max(1, 0.75 * side) for a, b in itertools.pairwise(lefts))
 
 
-@pytest.mark.parametrize("band", [3000, 2**24])
+@pytest.mark.parametrize("band", [3000, 2**22])
 @pytest.mark.parametrize("size", [(150, 100), (40, 130), (64, 64)], ids=str)
 def test_tiles_give_what_the_whole_photo_gives(size, band, monkeypatch):
     """With a network that needs no context, in tiles of the size that it reads, so that nothing is resampled."""
