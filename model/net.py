@@ -6,7 +6,7 @@
 from itertools import pairwise
 
 import torch.nn.functional as F
-from torch import Tensor, hub, nn
+from torch import Tensor, compiler, hub, nn, sym_max
 from torchvision.models import ResNet50_Weights, resnet50
 
 from model import GCN_PADDINGS, HEADS, UserError
@@ -53,12 +53,15 @@ class GCN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (B, in, H, W) -> (B, out, H, W)
         left = self.conv_l2(self.conv_l1(x))
         width = x.shape[-1]
-        if width >= self.min_width:
+        # An exported network is for any width: it must not go the way that fits the one that it is exported with.
+        may_be_narrow = self.min_width > 1 and (compiler.is_exporting() or width < self.min_width)
+        if not may_be_narrow:
             return left + self.conv_r2(self.conv_r1(x))
         # Narrower than a swapped kernel: continue the map with zeros up to the kernel's width, and crop afterwards.
-        before = (self.min_width - width) // 2
-        wide = F.pad(x, (before, self.min_width - width - before))
-        return left + self.conv_r2(self.conv_r1(wide))[..., before : before + width]
+        missing = sym_max(self.min_width - width, 0)
+        before = missing // 2
+        wide = F.pad(x, (before, missing - before))
+        return left + self.conv_r2(self.conv_r1(wide)).narrow(-1, before, width)
 
 
 class BR(nn.Module):

@@ -38,12 +38,15 @@ def to_input(
     return x.sub_(mean).div_(std)
 
 
+def mean_and_deviation(normalize: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """What values in [0, 1] are normalized with, one number a channel; zeros and ones where they stay as they are."""
+    return (IMAGENET_MEAN, IMAGENET_STD) if normalize else ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
 @cache  # on a GPU: to send them anew would make the host wait at every step
 def _mean_and_deviation(device: torch.device, normalize: bool) -> tuple[Tensor, Tensor]:
     """float32 (3, 1, 1) of values in [0, 255]."""
-    mean = torch.tensor(IMAGENET_MEAN if normalize else (0.0, 0.0, 0.0)).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_STD if normalize else (1.0, 1.0, 1.0)).view(3, 1, 1)
-    return (255 * mean).to(device), (255 * std).to(device)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in mean_and_deviation(normalize))
 
 
 class Augmentation:
