@@ -406,6 +406,8 @@ OUTPUTS = (
     "history.jsonl",
     "last.pth.tar",
     "best.pth.tar",
+    "last.onnx",  # of the checkpoints of these names; an export under a name of the user's is the user's
+    "best.onnx",
     "run.json",
     "samples.png",
     "curves.png",

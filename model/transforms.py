@@ -47,6 +47,7 @@ def mean_and_deviation(normalize: bool) -> tuple[tuple[float, ...], tuple[float,
 def _mean_and_deviation(device: torch.device, normalize: bool) -> tuple[Tensor, Tensor]:
     """float32 (3, 1, 1) of values in [0, 255]."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in mean_and_deviation(normalize))
+    return (255 * mean).to(device), (255 * std).to(device)
 
 
 class Augmentation:

@@ -1,0 +1,221 @@
+"""Write a checkpoint as an ONNX file, once onnxruntime finds the same logits with it as PyTorch on a photo of val."""
+
+import argparse
+import importlib
+import json
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+from utils import (
+    ARCHITECTURE,
+    Params,
+    RunFailed,
+    checkpoint_path,
+    end_at_once_on_interrupt,
+    experiment_parser,
+    git_commit,
+    load_checkpoint,
+    load_weights,
+    pick_device,
+    predicting_weights,
+    refuse_changed,
+    replacing,
+    run_main,
+)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = experiment_parser(__doc__)
+    parser.set_defaults(device="cpu")  # where PyTorch computes what the file is held against
+    parser.add_argument(
+        "--restore_file", default="best", help="which checkpoint of model_dir: best, last (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="the file to write (default: <restore_file>.onnx in model_dir)"
+    )
+    return parser.parse_args()
+
+
+# Before the seconds that importing torch takes, so that --help and a typing error answer at once.
+if __name__ == "__main__":
+    ARGS = parse_args()
+    end_at_once_on_interrupt()
+
+import numpy as np
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from model import UserError, cores
+from model.data_loader import Split, class_names, data_root, read_example
+from model.net import FCN_GCN
+from model.transforms import mean_and_deviation, to_input
+
+TOLERANCE = 1e-4  # of the largest logit; what rounding in another order makes is about 1e-6
+LARGEST = 1.5 * 2**30  # bytes of weights; beyond it PyTorch puts them into a second file
+
+
+def require_packages() -> None:
+    """Raise UserError unless what PyTorch needs for ONNX, and what the check needs, can be imported."""
+    try:
+        for name in ("onnx", "onnxscript", "onnxruntime"):
+            importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(
+            f"export.py needs packages that cannot be imported here ({error}): pip install -r requirements-export.txt"
+        ) from None
+
+
+def output_path(args: argparse.Namespace) -> Path:
+    """The file to write. Raises UserError for one that cannot be, or that has another's name."""
+    output = args.output or args.model_dir / f"{args.restore_file}.onnx"
+    if output.suffix != ".onnx" or output.is_dir():
+        raise UserError(f"--output {output}: give the name of a file that ends in .onnx")
+    if not output.parent.is_dir():
+        raise UserError(f"--output {output}: there is no folder {output.parent}; make it first")
+    return output
+
+
+def refuse_large(model: nn.Module) -> None:
+    """Raise UserError for a network whose weights do not go into one file."""
+    size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    if size > LARGEST:
+        raise UserError(
+            f"the network has {size / 2**30:.1f} GiB of weights, an ONNX file of one piece holds "
+            f'{LARGEST / 2**30:.1f} GiB; lower "kernel_size" in params.json or choose another "head", and train again'
+        )
+
+
+def describe(params: Params, names: list[str], epoch: int | None) -> dict[str, str]:
+    """What the file says of itself beside the network, each value as JSON."""
+    mean, deviation = mean_and_deviation(params.normalize)
+    values = {
+        "class_names": names,
+        "mean": mean,
+        "std": deviation,
+        "image_size": params.image_size,
+        "epoch": epoch,
+        "git_commit": git_commit(),
+    }
+    return {key: json.dumps(value) for key, value in values.items()}
+
+
+def write_onnx(model: nn.Module, file: Path, metadata: dict[str, str]) -> None:
+    """Write a network as one file: float32 "images" (B, 3, H, W) to "logits" (B, num_classes, H, W).
+
+    B, H and W are free; H and W at least 32, as the network's. Leaves the network in evaluation mode.
+    """
+    # At a size at which no map has an axis of 1, which torch.export would take for fixed.
+    example = torch.zeros(2, 3, 224, 256)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about PyTorch's own insides
+            program = torch.onnx.export(
+                model.eval(),
+                (example,),
+                dynamo=True,
+                dynamic_shapes=({0: "batch", 2: "height", 3: "width"},),
+                input_names=["images"],
+                output_names=["logits"],
+                verbose=False,
+            )
+    except ImportError as error:  # PyTorch asks for a part of onnxscript that bears the number of a version
+        raise UserError(
+            f"PyTorch {torch.__version__} does not go with this onnxscript ({error}): pip install --upgrade onnxscript"
+        ) from None
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # stack traces, with the paths of this machine
+    program.model.metadata_props.clear()
+    program.model.metadata_props.update(metadata)
+    program.save(file, external_data=False)
+
+
+def open_onnx(file: Path) -> Any:
+    """An onnxruntime session on the CPU. Raises RunFailed if the file is not valid ONNX or the runtime refuses it."""
+    import onnx
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors only
+    options.intra_op_num_threads = cores()  # left to itself it tries to pin threads to cores that it may not use
+    try:
+        onnx.checker.check_model(str(file), full_check=True)
+        return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # both have classes of their own
+        raise refused(error) from None
+
+
+def refused(error: Exception) -> RunFailed:
+    return RunFailed(f"the ONNX file cannot be run ({' '.join(str(error).split())[:200]}) and is not kept")
+
+
+def photo_batches(path: Path, params: Params) -> list[Tensor]:
+    """A photo and its mirror image, uint8 (2, 3, H, W): at image_size, and higher, narrower and of odd sides."""
+    size = params.image_size
+    batches = []
+    for height, width in ((size, size), (int(1.25 * size) | 1, max(int(0.75 * size), 32) | 1)):
+        pixels = read_example(path, None, image_size=max(height, width), num_classes=params.num_classes)
+        image = torch.from_numpy(pixels[:height, :width, :3]).permute(2, 0, 1)
+        batches.append(torch.stack([image, image.flip(-1)]))
+    return batches
+
+
+@torch.inference_mode()
+def compare(session: Any, model: nn.Module, images: Tensor) -> dict[str, Any]:
+    """How far the logits of onnxruntime are from those of PyTorch for images as the network reads them.
+
+    Returns a row of the table. Raises RunFailed if they differ by more than TOLERANCE times the largest logit.
+    """
+    expected = model(images).cpu().numpy()
+    try:
+        (logits,) = session.run(["logits"], {"images": images.cpu().numpy()})
+    except Exception as error:  # onnxruntime has classes of its own
+        raise refused(error) from None
+    if logits.shape != expected.shape:
+        raise RunFailed(f"onnxruntime gives logits {logits.shape}, PyTorch {expected.shape}; the file is not kept")
+    row = {
+        "images": " x ".join(map(str, images.shape)),
+        "largest logit": np.abs(expected).max().item(),
+        "largest difference": np.abs(logits - expected).max().item(),
+        "pixels of another class": (logits.argmax(1) != expected.argmax(1)).mean().item(),
+    }
+    if not row["largest difference"] <= TOLERANCE * row["largest logit"] < math.inf:  # false for NaN too
+        raise RunFailed(
+            f"for images {row['images']} onnxruntime and PyTorch differ by {row['largest difference']:.2g} where the "
+            f"largest logit is {row['largest logit']:.2g}; allowed: {TOLERANCE:g} of that; the file is not kept"
+        )
+    return row
+
+
+def main(args: argparse.Namespace) -> None:
+    require_packages()
+    params = Params.load(args.model_dir / "params.json")
+    output = output_path(args)
+    device = pick_device(args.device)
+    file = checkpoint_path(args.model_dir, args.restore_file)
+    checkpoint = load_checkpoint(file)
+    model = FCN_GCN(**params.network_options(), pretrained=False).eval()
+    refuse_changed((*ARCHITECTURE, "normalize"), checkpoint, params, file)
+    load_weights(model, predicting_weights(checkpoint), file)
+    refuse_large(model)
+
+    root = data_root(params.dataset, args.data_dir)
+    metadata = describe(params, class_names(root, params.num_classes), checkpoint.get("epoch"))
+    photo = Split.find(root, "val").images[0]
+    batches = photo_batches(photo, params)
+
+    with replacing(output) as temporary:
+        write_onnx(model, temporary, metadata)
+        session = open_onnx(temporary)
+        model.to(device)
+        torch.backends.cudnn.allow_tf32 = False  # a GPU would round to 10 bits
+        inputs = [to_input(batch, device, normalize=params.normalize, channels_last=False) for batch in batches]
+        rows = [compare(session, model, part) for images in inputs for part in (images[:1], images)]
+    print(tabulate(rows, headers="keys", tablefmt="pipe", floatfmt=".2g"))
+    print(f"\nonnxruntime against PyTorch on {photo}, epoch {checkpoint.get('epoch')} -> {output}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_main(lambda: main(ARGS)))

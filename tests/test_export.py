@@ -1,0 +1,302 @@
+import argparse
+import json
+import math
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import ROOT, make_data, make_experiment, run_script
+from torch import nn
+
+import export
+import utils
+from model import UserError
+from model.data_loader import read_example
+from model.net import FCN_GCN
+from model.transforms import IMAGENET_MEAN, IMAGENET_STD, to_input
+from utils import Params, RunFailed
+
+
+def run_export(experiment, data, *args, **options):
+    return run_script("export.py", "--model_dir", experiment, "--data_dir", data, *args, **options)
+
+
+def export_here(experiment, data, **flags) -> None:
+    """Run export.py's main in this process."""
+    flags = {"model_dir": experiment, "data_dir": data, "restore_file": "best", "output": None, "device": "cpu"} | flags
+    export.main(argparse.Namespace(**flags))
+
+
+def difference(session, model: nn.Module, size: tuple[int, int, int]) -> float:
+    """The largest between the logits of both for a batch of noise, as a share of the largest logit."""
+    images = torch.randn(size[0], 3, *size[1:])
+    with torch.inference_mode():
+        expected = model(images).numpy()
+    (logits,) = session.run(["logits"], {"images": images.numpy()})
+    assert logits.shape == expected.shape
+    return np.abs(logits - expected).max().item() / np.abs(expected).max().item()
+
+
+SIZES = [(1, 32, 32), (3, 33, 46), (1, 45, 32), (2, 130, 71)]  # none of them is one that export.py has seen
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A run with averaged weights and what export.py makes of it: (experiment, data, its output)."""
+    folder = tmp_path_factory.mktemp("exported")
+    data = make_data(folder / "data", train=4, val=2)
+    experiment = make_experiment(folder / "run", num_epochs=1, batch_size=2, ema_decay=0.5, learning_rate=0.01)
+    run_script("train.py", "--model_dir", experiment, "--data_dir", data)
+    return experiment, data, run_export(experiment, data)
+
+
+@pytest.fixture(scope="module")
+def networks(exported):
+    """The session of the exported file, and the network with either weights of the checkpoint."""
+    experiment, _, _ = exported
+    checkpoint = utils.load_checkpoint(experiment / "best.pth.tar")
+    models = [FCN_GCN(pretrained=False).eval() for _ in range(2)]
+    for model, key in zip(models, ("ema_state_dict", "state_dict"), strict=True):
+        model.load_state_dict(checkpoint[key])
+    return export.open_onnx(experiment / "best.onnx"), *models
+
+
+def test_one_file_appears_and_the_check_of_four_batches_is_printed(exported):
+    experiment, data, result = exported
+    assert {path.name for path in experiment.iterdir()} - {"best.onnx"} == {
+        *("params.json", "run.json", "train.log", "history.jsonl", "samples.png", "best.pth.tar", "last.pth.tar"),
+        *("metrics_val_best_weights.json", "metrics_val_last_weights.json"),
+    }
+    rows = re.findall(r"^\| (\d) x 3 x (\d+) x (\d+) +\|", result.stdout, flags=re.MULTILINE)
+    assert rows == [("1", "32", "32"), ("2", "32", "32"), ("1", "41", "33"), ("2", "41", "33")]
+    photo = data / "JPEGImages" / "val0.jpg"
+    assert result.stdout.endswith(f"PyTorch on {photo}, epoch 1 -> {experiment / 'best.onnx'}\n")
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_the_file_takes_batches_of_any_size(networks, size):
+    session, averaged, _ = networks
+    assert difference(session, averaged, size) < 1e-4
+
+
+def test_the_averaged_weights_are_exported(networks):
+    session, _, last = networks
+    assert difference(session, last, (1, 64, 64)) > 1e-3
+
+
+def test_the_file_says_what_it_is_and_nothing_of_the_machine(exported):
+    experiment, data, _ = exported
+    model = onnx.load(experiment / "best.onnx")
+    assert [
+        [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in (*model.graph.input, *model.graph.output)
+    ] == [["batch", 3, "height", "width"], ["batch", 21, "height", "width"]]
+    assert (model.graph.input[0].name, model.graph.output[0].name) == ("images", "logits")
+    about = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
+    assert about.pop("class_names")[:2] == ["background", "aeroplane"]
+    assert about == {
+        "mean": list(IMAGENET_MEAN),
+        "std": list(IMAGENET_STD),
+        "image_size": 32,
+        "epoch": 1,
+        "git_commit": utils.git_commit(),
+    }
+    model.graph.ClearField("initializer")
+    assert not [
+        path
+        for path in (ROOT, data, Path(torch.__file__).parent)
+        if str(path).encode() in bytes(model.SerializeToString())
+    ]
+
+
+def test_without_normalization_the_file_says_zeros_and_ones():
+    about = export.describe(Params(normalize=False), ["a", "b"], None)
+    assert (about["mean"], about["std"], about["epoch"]) == ("[0.0, 0.0, 0.0]", "[1.0, 1.0, 1.0]", "null")
+
+
+def test_the_example_of_the_readme_finds_the_classes_that_evaluate_scores(
+    exported, networks, tmp_path, monkeypatch, capsys
+):
+    experiment, data, _ = exported
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "quickstart").symlink_to(experiment)
+    shutil.copy(data / "JPEGImages" / "val1.jpg", tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    section = (ROOT / "README.md").read_text().split("### Export\n")[1].split("\n#")[0]
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", section, flags=re.DOTALL)[1], names)
+
+    pixels = read_example(tmp_path / "photo.jpg", None, image_size=32, num_classes=21)[None, ..., :3]
+    images = to_input(torch.from_numpy(pixels).permute(0, 3, 1, 2), "cpu", channels_last=False)
+    expected = networks[1](images).argmax(1)[0].numpy()
+    assert (names["classes"] == expected).mean() > 0.999
+    assert "background" in capsys.readouterr().out or 0 not in expected
+
+
+def other_bias(value: float):
+    """What makes of an exported file one with another bias of the last layer."""
+
+    def change(source: Path, file: Path) -> None:
+        model = onnx.load(source)
+        bias = next(tensor for tensor in model.graph.initializer if tensor.name == "br9.conv2.bias")
+        bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + np.float32(value), bias.name))
+        onnx.save(model, file)
+
+    return change
+
+
+def half_a_file(source: Path, file: Path) -> None:
+    file.write_bytes(source.read_bytes()[: 2**20])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (other_bias(0.25), r"differ by 0\.25 where the largest logit is .* not kept"),
+        (other_bias(math.nan), "differ by nan"),
+        (half_a_file, "cannot be run .* not kept"),
+    ],
+    ids=("bias", "nan", "half"),
+)
+def test_a_file_that_fails_its_check_is_not_kept(exported, tmp_path, monkeypatch, change, said):
+    experiment, data, _ = exported
+    monkeypatch.setattr(export, "write_onnx", lambda model, file, metadata: change(experiment / "best.onnx", file))
+    (tmp_path / "x.onnx").write_text("what was there")
+    with pytest.raises(RunFailed, match=said):
+        export_here(experiment, data, output=tmp_path / "x.onnx")
+    assert os.listdir(tmp_path) == ["x.onnx"]
+    assert (tmp_path / "x.onnx").read_text() == "what was there"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"model_dir": Path("nowhere")}, r"no nowhere/params\.json"),
+        ({"restore_file": "third"}, r"no checkpoint .*third\.pth\.tar"),
+        ({"output": Path("best.pth.tar")}, r"--output best\.pth\.tar: .* ends in \.onnx"),
+        ({"output": Path("nowhere/x.onnx")}, "no folder nowhere"),
+        ({"data_dir": Path("nothing")}, "nothing holds no data set"),
+    ],
+    ids=str,
+)
+def test_a_mistake_is_named(exported, flags, said):
+    experiment, data, _ = exported
+    with pytest.raises(UserError, match=said):
+        export_here(experiment, data, **flags)
+
+
+@pytest.mark.parametrize("changed", [{"gcn_padding": "same"}, {"normalize": False}], ids=str)
+def test_a_changed_network_is_refused_by_name(exported, tmp_path, changed):
+    experiment, data, _ = exported
+    other = make_experiment(tmp_path / "run", **changed)
+    (other / "best.pth.tar").symlink_to(experiment / "best.pth.tar")
+    with pytest.raises(UserError, match=f'was trained with "{next(iter(changed))}"'):
+        export_here(other, data)
+    assert sorted(os.listdir(other)) == ["best.pth.tar", "params.json"]
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
+def test_a_missing_package_is_named_with_what_installs_it(tmp_path, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=f"{package}.* pip install -r requirements-export.txt"):
+        export_here(tmp_path, tmp_path)
+
+
+def test_an_onnxscript_older_than_pytorch_is_told_to_be_upgraded(tmp_path, monkeypatch):
+    def older(*args, **options):
+        raise ImportError("No module named 'onnxscript.torch_3'")
+
+    monkeypatch.setattr(torch.onnx, "export", older)
+    with pytest.raises(UserError, match=r"torch_3.*: pip install --upgrade onnxscript"):
+        export.write_onnx(nn.Identity(), tmp_path / "x.onnx", {})
+
+
+def test_without_the_packages_one_line_says_what_to_install(tmp_path):
+    (tmp_path / "onnx.py").write_text("raise ImportError('no onnx here')")
+    result = run_export(tmp_path, tmp_path, check=2, PYTHONPATH=str(tmp_path))
+    assert result.stderr == (
+        "export.py: error: export.py needs packages that cannot be imported here (no onnx here): "
+        "pip install -r requirements-export.txt\n"
+    )
+
+
+def test_help_answers_without_torch_and_onnx(tmp_path):
+    for name in ("torch", "onnx", "onnxscript", "onnxruntime", "numpy"):
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name} was imported')")
+    assert "--output" in run_script("export.py", "--help", PYTHONPATH=str(tmp_path)).stdout
+
+
+def test_starting_over_deletes_what_was_exported_but_not_under_a_name_of_the_users(tmp_path):
+    for name in ("best.onnx", "last.onnx", "mine.onnx"):
+        (tmp_path / name).touch()
+    assert [path.name for path in utils.outputs(tmp_path)] == ["best.onnx", "last.onnx"]
+
+
+def test_weights_that_no_single_file_holds_are_refused_before_the_export():
+    with torch.device("meta"):
+        export.refuse_large(FCN_GCN(head="stack", kernel_size=13, pretrained=False))
+        with pytest.raises(UserError, match=r"2\.9 GiB of weights, .* holds 1\.5 GiB; lower \"kernel_size\""):
+            export.refuse_large(FCN_GCN(head="stack", kernel_size=33, pretrained=False))
+
+
+# ---------------------------------------------------------------------------------------- architectures
+
+
+def build(**options) -> FCN_GCN:
+    """A network whose batch norms have seen something, so that logits are of moderate size."""
+    torch.manual_seed(0)
+    model = FCN_GCN(**{"num_classes": 4, "pretrained": False} | options)
+    for _ in range(2):
+        model.train()(torch.randn(2, 3, 64, 64))
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    "options", [{"gcn_padding": "same", "kernel_size": 3, "stem_maxpool": True, "boundary_refinement": False}], ids=str
+)
+def test_heads_are_exported_after_a_thin_encoder(tmp_path, options):
+    """One convolution a stage: the maps are as large as ever, and the export takes a few seconds less."""
+    model = build(**options)
+    widths = (64, 256, 512, 1024, 2048)
+    for stage in range(4):
+        layer = nn.Conv2d(widths[stage], widths[stage + 1], 1, stride=min(stage, 1) + 1)
+        setattr(model, f"layer{stage + 1}", layer)
+    export.write_onnx(model, tmp_path / "x.onnx", {})
+    session = export.open_onnx(tmp_path / "x.onnx")
+    for size in SIZES:
+        assert difference(session, model, size) < 1e-4, size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gcn_padding": "same"},
+        {"stem_maxpool": True},
+        {"boundary_refinement": False},
+        {"kernel_size": 3, "num_classes": 2},
+        {"kernel_size": 15, "gcn_padding": "same"},
+        {"kernel_size": 63, "stem_maxpool": True},
+        {"dropout_rate": 0.5},
+        {"head": "conv1x1", "num_classes": 255},
+        {"head": "conv"},
+        {"head": "conv", "kernel_size": 3, "num_classes": 2},
+        {"head": "conv", "kernel_size": 5, "stem_maxpool": True},
+        {"head": "stack", "kernel_size": 5},
+    ],
+    ids=str,
+)
+def test_every_architecture_is_exported(tmp_path, options):
+    model = build(**options)
+    export.write_onnx(model, tmp_path / "x.onnx", {})
+    session = export.open_onnx(tmp_path / "x.onnx")
+    for size in (*SIZES, (1, 224, 224), (1, 57, 331)):
+        assert difference(session, model, size) < 1e-4, size
