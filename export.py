@@ -9,18 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from utils import (
-    ARCHITECTURE,
     Params,
     RunFailed,
-    checkpoint_path,
     end_at_once_on_interrupt,
     experiment_parser,
     git_commit,
-    load_checkpoint,
-    load_weights,
+    load_network,
     pick_device,
-    predicting_weights,
-    refuse_changed,
     replacing,
     run_main,
 )
@@ -50,7 +45,6 @@ from torch import Tensor, nn
 
 from model import UserError, cores
 from model.data_loader import Split, class_names, data_root, read_example
-from model.net import FCN_GCN
 from model.transforms import mean_and_deviation, to_input
 
 TOLERANCE = 1e-4  # of the largest logit; what rounding in another order makes is about 1e-6
@@ -191,14 +185,10 @@ def compare(session: Any, model: nn.Module, images: Tensor) -> dict[str, Any]:
 
 def main(args: argparse.Namespace) -> None:
     require_packages()
-    params = Params.load(args.model_dir / "params.json")
     output = output_path(args)
     device = pick_device(args.device)
-    file = checkpoint_path(args.model_dir, args.restore_file)
-    checkpoint = load_checkpoint(file)
-    model = FCN_GCN(**params.network_options(), pretrained=False).eval()
-    refuse_changed((*ARCHITECTURE, "normalize"), checkpoint, params, file)
-    load_weights(model, predicting_weights(checkpoint), file)
+    model, params, checkpoint = load_network(args.model_dir, args.restore_file, torch.device("cpu"))
+    model.to(memory_format=torch.contiguous_format)
     refuse_large(model)
 
     root = data_root(params.dataset, args.data_dir)
