@@ -717,7 +717,7 @@ def predicting_weights(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_network(model_dir: Path, restore_file: str, device: Any) -> tuple[Any, Params, dict[str, Any]]:
-    """The network of an experiment with the weights of a checkpoint, on its device, its params and the checkpoint.
+    """The network of an experiment with the weights of a checkpoint, to predict on device; its params; the checkpoint.
 
     Raises UserError for a faulty params.json, a faulty checkpoint, or two that do not belong together.
     """
@@ -730,7 +730,7 @@ def load_network(model_dir: Path, restore_file: str, device: Any) -> tuple[Any, 
     model = FCN_GCN(**params.network_options(), pretrained=False)
     load_weights(model, predicting_weights(checkpoint), file)
     to_device(model, params, device)
-    return model, params, checkpoint
+    return model.eval(), params, checkpoint
 
 
 def refuse_changed(keys: Iterable[str], checkpoint: dict[str, Any], params: Params, source: str | Path) -> None:

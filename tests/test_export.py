@@ -70,7 +70,8 @@ def networks(exported):
 def test_one_file_appears_and_the_check_of_four_batches_is_printed(exported):
     experiment, data, result = exported
     assert {path.name for path in experiment.iterdir()} - {"best.onnx"} == {
-        *("params.json", "run.json", "train.log", "history.jsonl", "samples.png", "best.pth.tar", "last.pth.tar"),
+        *("params.json", "run.json", "train.log", "history.jsonl", "samples.png", "curves.png"),
+        *("best.pth.tar", "last.pth.tar"),
         *("metrics_val_best_weights.json", "metrics_val_last_weights.json"),
     }
     rows = re.findall(r"^\| (\d) x 3 x (\d+) x (\d+) +\|", result.stdout, flags=re.MULTILINE)
@@ -178,7 +179,7 @@ def test_a_file_that_fails_its_check_is_not_kept(exported, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ({"model_dir": Path("nowhere")}, r"no nowhere/params\.json"),
+        ({"model_dir": Path("nowhere"), "output": Path("x.onnx")}, r"no nowhere/params\.json"),
         ({"restore_file": "third"}, r"no checkpoint .*third\.pth\.tar"),
         ({"output": Path("best.pth.tar")}, r"--output best\.pth\.tar: .* ends in \.onnx"),
         ({"output": Path("nowhere/x.onnx")}, "no folder nowhere"),

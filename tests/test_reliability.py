@@ -228,7 +228,8 @@ utils.run_main(main)
 # ---------------------------------------------------------------------------------------- disk and memory
 
 
-@pytest.mark.parametrize("kilobytes", [pytest.param(1, marks=pytest.mark.slow), 60_000])
+@pytest.mark.slow
+@pytest.mark.parametrize("kilobytes", [1, 60_000])
 def test_a_full_disk_leaves_the_last_checkpoint_and_ends_in_one_line(straight, tmp_path, kilobytes):
     """Files end at a limit: the log, and the checkpoint."""
     experiment, data = straight

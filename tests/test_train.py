@@ -372,7 +372,11 @@ def test_ema_is_the_exponential_mean_of_weights_and_statistics():
         assert name == "1.num_batches_tracked" or not torch.equal(average, model.state_dict()[name])
 
 
-@pytest.mark.parametrize("params", [{"precision": "bf16"}, {"precision": "fp16"}, {"channels_last": False}], ids=str)
+@pytest.mark.parametrize(
+    "params",
+    [{"precision": "bf16"}, pytest.param({"precision": "fp16"}, marks=pytest.mark.slow), {"channels_last": False}],
+    ids=str,
+)
 def test_precision_and_memory_format_change_speed_not_results(tmp_path, params):
     data = make_data(tmp_path / "data", train=2, val=1)
 
