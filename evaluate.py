@@ -14,10 +14,13 @@ from utils import (
     end_at_once_on_interrupt,
     experiment_parser,
     load_network,
+    make_folder,
     pick_device,
     positive,
     replacing,
+    require,
     run_main,
+    save_figure,
     stop_if_asked,
     write_json,
 )
@@ -69,7 +72,7 @@ from model.data_loader import (
     read_mask,
     read_photo,
 )
-from model.inference import Segmenter, Window, class_map
+from model.inference import Segmenter, class_map
 from model.losses import SegmentationLoss
 from model.metrics import BoundaryMetrics, ConfusionMatrix
 from model.transforms import to_input
@@ -132,7 +135,7 @@ def predictions(segmenter: Segmenter, loader: DataLoader) -> Iterator[tuple[int,
         for indices, sizes, inputs, masks in loader:
             for index, (width, height), maps, mask in zip(indices, sizes, segmenter.logits(inputs), masks, strict=True):
                 stop_if_asked()
-                prediction = class_map([Window((0, 0, width, height), maps)], width=width, height=height)
+                prediction = class_map(maps, width=width, height=height)
                 yield index, prediction, mask if mask is None else mask.to(segmenter.device)
                 bar.update()
 
@@ -155,16 +158,19 @@ class Worst:
     def draw(self, dataset: OriginalDataset, folder: Path) -> None:
         """One PNG each, the worst first by name, in place of those of an earlier evaluation."""
         folder.mkdir(exist_ok=True)
-        for picture in folder.glob("*.png"):
-            picture.unlink()
+        earlier = set(folder.glob("*.png"))
         names = dataset.class_names
         for rank, (mIoU, index, prediction) in enumerate(sorted(self._kept, key=lambda kept: kept[:2])[::-1], start=1):
             photo = read_photo(dataset.split.images[-index])
             mask = read_mask(dataset.split.masks[-index], photo.size, len(names))
             name = dataset.split.ids[-index]
             picture = error_picture(photo, mask, prediction, names, title=f"{name}, mIoU {-mIoU:.3f}")
-            with replacing(folder / f"{rank:0{len(str(self.count))}d}_{name}.png") as temporary:
+            file = folder / f"{rank:0{len(str(len(self._kept)))}d}_{name}.png"
+            with replacing(file) as temporary:
                 picture.save(temporary, format="PNG")
+            earlier.discard(file)
+        for picture in earlier:
+            picture.unlink()
 
 
 def score_originals(
@@ -179,7 +185,7 @@ def score_originals(
     worst = Worst(args.save_overlays or 0, params.num_classes)
     folder = args.save_predictions and args.save_predictions / server_folder(split.name)
     if folder:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder, "--save_predictions")
     for index, prediction, mask in predictions(segmenter, loader):
         if folder:
             with replacing(folder / f"{split.ids[index]}.png") as temporary:
@@ -218,6 +224,7 @@ def table(metrics: dict) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
+    require("matplotlib", "pictures")
     device = pick_device(args.device)
     model, params, checkpoint = load_network(args.model_dir, args.restore_file, device)
     root = data_root(params.dataset, args.data_dir)
@@ -227,8 +234,9 @@ def main(args: argparse.Namespace) -> None:
     name = f"metrics_{args.split}_{args.restore_file}"
     record = {"epoch": checkpoint.get("epoch")}
     if args.original_size:
-        name += "_original_size"
-        record |= {"scales": args.scales or [1.0], "flip": args.flip}
+        scales = args.scales or [1.0]
+        name += "_original_size" if scales == [1.0] and not args.flip else "_multi_scale"
+        record |= {"scales": scales, "flip": args.flip}
         metrics, matrix = score_originals(segmenter(model, params, device, args), split, names, params, args)
     else:
         dataset = SegmentationDataset(split, class_names=names, image_size=params.image_size, cache=params.cache)
@@ -238,11 +246,12 @@ def main(args: argparse.Namespace) -> None:
     if metrics:
         output = args.model_dir / f"{name}.json"
         write_json(output, record | metrics)
-        with replacing(output.with_suffix(".png")) as temporary:
-            confusion_figure(matrix.matrix.cpu().numpy(), metrics["IoU"]).savefig(temporary, format="png", dpi=100)
+        save_figure(confusion_figure(matrix.matrix.cpu().numpy(), metrics["IoU"]), output.with_suffix(".png"))
         print(table(metrics))
         size = "their own size" if args.original_size else f"{params.image_size}x{params.image_size}"
         print(f"\n{len(split.ids)} images of {args.split} at {size}, epoch {record['epoch']} -> {output} and .png")
+    else:
+        print(f"{args.split} has no masks and is not scored")
     if args.save_overlays:
         print(f"the worst of them -> {args.model_dir / f'overlays_{args.split}_{args.restore_file}'}")
     if args.save_predictions:

@@ -18,6 +18,7 @@ from utils import (
     pick_device,
     replacing,
     run_main,
+    trained_class_names,
 )
 
 
@@ -44,7 +45,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from model import UserError, cores
-from model.data_loader import Split, class_names, data_root, read_example
+from model.data_loader import Split, data_root, read_example
 from model.transforms import mean_and_deviation, to_input
 
 TOLERANCE = 1e-4  # of the largest logit; what rounding in another order makes is about 1e-6
@@ -192,7 +193,7 @@ def main(args: argparse.Namespace) -> None:
     refuse_large(model)
 
     root = data_root(params.dataset, args.data_dir)
-    metadata = describe(params, class_names(root, params.num_classes), checkpoint.get("epoch"))
+    metadata = describe(params, trained_class_names(checkpoint, params.num_classes), checkpoint.get("epoch"))
     photo = Split.find(root, "val").images[0]
     batches = photo_batches(photo, params)
 

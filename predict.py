@@ -1,6 +1,7 @@
 """Segment photos: for each a palette PNG of class indices, an overlay with a legend, and a JSON of class areas."""
 
 import argparse
+import errno
 import glob
 import sys
 from collections.abc import Sequence
@@ -12,11 +13,13 @@ from utils import (
     end_at_once_on_interrupt,
     experiment_parser,
     load_network,
+    make_folder,
     pick_device,
     positive,
     replacing,
     run_main,
     stop_if_asked,
+    trained_class_names,
     write_json,
 )
 
@@ -51,41 +54,59 @@ import numpy as np
 from tqdm import tqdm
 
 from evaluate import segmenter
-from model.data_loader import IMAGE_SUFFIXES, default_class_names, read_photo
+from model.data_loader import IMAGE_SUFFIXES, read_photo
 from model.inference import Segmenter
 from model.voc import colour_mask
 from visualize import overlay
 
 SUFFIXES = (*IMAGE_SUFFIXES, ".bmp", ".tif", ".tiff", ".webp")  # of photos in folders
+RESULTS = (".png", "_overlay.png", ".json")
 LEAST_AREA = 0.0005  # of a photo, to be in the legend
 
 
 def find_photos(given: Sequence[str], output_dir: Path) -> dict[Path, Path]:
-    """Every photo by what its results are called, without suffix, below output_dir.
+    """Every photo by what its results are called, without suffix: its place below the folder, pattern or file given.
 
-    A folder keeps its structure; what lies in output_dir is not a photo. Raises UserError where there is none, and for
-    two photos whose results would have the same name.
+    An output_dir inside a folder is not searched. Raises UserError where there is no photo, where one lies beside the
+    results, and where two would have the same result.
     """
-    photos: dict[Path, Path] = {}
+    found: dict[Path, tuple[Path, Path]] = {}  # by the resolved path, so that nothing is predicted twice
     for pattern in given:
-        matches = [Path(pattern)] if Path(pattern).exists() else sorted(map(Path, glob.glob(pattern, recursive=True)))
-        found = [(file, root) for match in matches for file, root in _below(match, output_dir.resolve())]
-        if not found:
-            raise UserError(f"{pattern}: no such photo, and no folder of photos ({', '.join(SUFFIXES)})")
-        for file, root in found:
-            name = file.relative_to(root).with_suffix("")
-            other = photos.setdefault(name, file)
-            if other.resolve() != file.resolve():
-                raise UserError(f"the results of {other} and {file} would have the same name; predict them apart")
-    return photos
+        matches = [Path(pattern)] if Path(pattern).exists() else _matches(pattern)
+        photos = [(file, root) for match in matches for file, root in _below(match, output_dir.resolve())]
+        if not photos:
+            raise UserError(f"{pattern}: no photo is there ({', '.join(SUFFIXES)})")
+        for file, root in photos:
+            found.setdefault(file.resolve(), (file, root))
+
+    stems = [file.relative_to(root).with_suffix("") for file, root in found.values()]
+    names = {}
+    for stem, (file, _) in zip(stems, found.values(), strict=True):
+        names[stem if stems.count(stem) == 1 else stem.with_name(f"{stem.name}_{file.suffix[1:]}")] = file
+    results = [(output_dir / name).with_name(name.name + suffix) for name in names for suffix in RESULTS]
+    places = {result.parent.resolve() for result in results}
+    if beside := next((photo for photo in found if photo.parent in places), None):
+        raise UserError(f"results would lie beside the photo {beside}, or replace it; choose another --output_dir")
+    if len(names) < len(found) or len(set(results)) < len(results):
+        twice = next(iter({result for result in results if results.count(result) > 1} or stems))
+        raise UserError(f"two photos would both have the result {twice}; predict them apart")
+    return names
+
+
+def _matches(pattern: str) -> list[Path]:
+    """The folders and photos that a pattern as 'a/*.jpg' means."""
+    paths = map(Path, sorted(glob.glob(pattern, recursive=True)))
+    return [path for path in paths if path.is_dir() or path.suffix.lower() in SUFFIXES]
 
 
 def _below(path: Path, output_dir: Path) -> list[tuple[Path, Path]]:
     """The photos of a folder with that folder, or a file with its own."""
     if not path.is_dir():
         return [(path, path.parent)]
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-    return [(file, path) for file in files if output_dir not in file.resolve().parents]
+    inside = path.resolve() in output_dir.parents
+    files = [file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
+    files = [file for file in sorted(files) if file.is_file()]
+    return [(file, path) for file in files if not (inside and output_dir in file.resolve().parents)]
 
 
 def predict(file: Path, segmenter: Segmenter, names: Sequence[str], output: Path, *, tile: int | None) -> None:
@@ -96,13 +117,13 @@ def predict(file: Path, segmenter: Segmenter, names: Sequence[str], output: Path
     shares = {int(index): counts[index] / prediction.size for index in np.argsort(-counts, kind="stable")}
     output.parent.mkdir(parents=True, exist_ok=True)
     legend = {index: f"{names[index]} {share:.1%}" for index, share in shares.items() if share >= LEAST_AREA}
-    pictures = {".png": colour_mask(prediction), "_overlay.png": overlay(photo, prediction, legend)}
-    for suffix, picture in pictures.items():
-        with replacing(output.with_name(output.name + suffix)) as temporary:
+    files = [output.with_name(output.name + suffix) for suffix in RESULTS]
+    for file_out, picture in zip(files, (colour_mask(prediction), overlay(photo, prediction, legend)), strict=False):
+        with replacing(file_out) as temporary:
             picture.save(temporary, format="PNG")
     areas = {names[index]: {"pixels": int(counts[index]), "share": share} for index, share in shares.items() if share}
     size = {"width": photo.width, "height": photo.height}
-    write_json(output.with_name(output.name + ".json"), {"photo": str(file), **size, "areas": areas})
+    write_json(files[-1], {"photo": str(file), **size, "areas": areas})
 
 
 def main(args: argparse.Namespace) -> int:
@@ -112,14 +133,17 @@ def main(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
     model, params, checkpoint = load_network(args.model_dir, args.restore_file, device)
     ask = segmenter(model, params, device, args)
-    names = checkpoint.get("class_names") or default_class_names(params.num_classes)
+    names = trained_class_names(checkpoint, params.num_classes)
+    make_folder(args.output_dir, "--output_dir")
     faults = []
     with tqdm(photos.items(), desc="predicting", unit="img", leave=False, disable=None) as bar:
         for name, file in bar:
             stop_if_asked()
             try:
                 predict(file, ask, names, args.output_dir / name, tile=args.tile)
-            except UserError as error:
+            except (UserError, OSError) as error:
+                if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:  # which the next photo would meet
+                    raise
                 faults.append(error)
                 bar.write(f"predict.py: {error}; skipped", file=sys.stderr)
     print(f"{len(photos) - len(faults)} of {len(photos)} photos -> {args.output_dir}")

@@ -165,7 +165,7 @@ def read(folder: Path, parent_dir: Path) -> Result:
         history = read_history(folder)
         check(history, folder)
         result.history = history
-        result.by_region = read_by_region(folder / ORIGINAL_SIZE)
+        result.by_region = read_by_region(folder / ORIGINAL_SIZE, history)
         result.state, result.problem = state(folder, params, history)
     except (UserError, OSError) as error:
         result.problem = str(error)
@@ -184,15 +184,17 @@ def check(history: list, folder: Path) -> None:
             raise UserError(f"{folder / 'history.jsonl'} is damaged in line {line}; mend or remove the line")
 
 
-def read_by_region(path: Path) -> dict[str, float | None]:
-    """The accuracies near boundaries and away from them that evaluate.py has found; {} where it has not looked."""
+def read_by_region(path: Path, history: list[dict]) -> dict[str, float | None]:
+    """The accuracies near boundaries and away from them that evaluate.py has found; {} where it has not looked at the
+    best epoch.
+    """
     if not path.exists():
         return {}
     metrics = read_json(path, if_absent="")
     found = {key: metrics.get(key) for key in BY_REGION} if isinstance(metrics, dict) else {"": ""}
     if not all(value is None or is_number(value) for value in found.values()):
         raise UserError(f"{path} is damaged; write it anew with evaluate.py, or remove it")
-    return found
+    return found if history and metrics.get("epoch") == best_epoch(history)["epoch"] else {}
 
 
 def state(folder: Path, params: Params, history: list[dict]) -> tuple[str, str]:

@@ -363,8 +363,7 @@ def write_metrics(training: Training, model_dir: Path) -> None:
 
 def draw_curves(training: Training, model_dir: Path) -> None:
     """Write curves.png."""
-    with utils.replacing(model_dir / "curves.png") as temporary:
-        training_curves(training.history).savefig(temporary, format="png", dpi=100)
+    utils.save_figure(training_curves(training.history), model_dir / "curves.png")
 
 
 def log_to_board(board: "SummaryWriter", record: dict, picture: Image.Image) -> None:
@@ -381,11 +380,9 @@ def log_to_board(board: "SummaryWriter", record: dict, picture: Image.Image) -> 
 
 
 def open_board(model_dir: Path, *, epoch: int) -> "SummaryWriter":
-    """A writer of events after an epoch, from which a resume starts. Raises UserError without TensorBoard."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard needs TensorBoard: pip install tensorboard") from None
+    """A writer of events after an epoch, from which a resume starts."""
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(model_dir / "tensorboard", purge_step=epoch + 1)
 
 
@@ -468,6 +465,9 @@ def make_loaders(
 
 
 def main(args: argparse.Namespace) -> None:
+    utils.require("matplotlib", "curves.png")
+    if args.tensorboard:
+        utils.require("torch.utils.tensorboard", "events")
     params = Params.load(args.model_dir / "params.json")
     device = utils.pick_device(args.device)
     params = utils.resolve_precision(params, device)
@@ -502,7 +502,9 @@ def run(params: Params, device: torch.device, args: argparse.Namespace) -> None:
             print(f"nothing to do in {args.model_dir}: {training.finished}; raise num_epochs to train on")
             return
 
-    for path in (earlier if args.overwrite else []) + unfinished_files(args.model_dir):
+    if args.overwrite:
+        utils.remove_outputs(args.model_dir)
+    for path in unfinished_files(args.model_dir):
         path.unlink()
     utils.set_logger(args.model_dir / "train.log")
     utils.write_provenance(args.model_dir, device, params, resumed=checkpoint is not None)

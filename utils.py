@@ -5,6 +5,7 @@ Importing this module does not import torch, so that every --help answers at onc
 
 import argparse
 import difflib
+import importlib
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import Field, asdict, dataclass, field, fields, replace
@@ -48,6 +50,7 @@ def run_main(main: Callable[[], int | None]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _stop)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # about odd photos, which are read
     try:
         return main() or 0
     except UserError as error:
@@ -128,6 +131,23 @@ def add_testing_flags(parser: argparse.ArgumentParser) -> None:
         help="average over these multiples of image_size, as 0.75 1 1.25",
     )
     parser.add_argument("--flip", action="store_true", help="average with the mirror image")
+
+
+def require(package: str, purpose: str) -> None:
+    """Raise UserError unless a package can be imported."""
+    try:
+        importlib.import_module(package)
+    except ImportError as error:
+        name = package.rsplit(".", 1)[-1]
+        raise UserError(f"{purpose} cannot be made without {name} ({error}): pip install {name}") from None
+
+
+def make_folder(folder: Path, flag: str) -> None:
+    """Make a folder that a flag names. Raises UserError where a file stands in the way."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{flag}: {folder} cannot be a folder, for a file is in the way") from None
 
 
 def positive(text: str) -> int:
@@ -335,6 +355,13 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a matplotlib figure as a PNG, whole or not at all."""
+    with replacing(path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # that the font has not
+        figure.savefig(temporary, format="png", dpi=100)
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file whole or not at all."""
     with replacing(path) as temporary:
@@ -420,6 +447,15 @@ OUTPUTS = (
 RUN_LOCK = ".lock"  # held while train.py works in a folder
 TRIAL_LOCKS = ".locks"  # in the folder of a sweep; one for every trial that is started or at work
 LOCK_PATIENCE = 8.0  # seconds; loader processes of a killed run, which inherit its lock, end within five
+
+
+def remove_outputs(model_dir: Path) -> None:
+    """Delete what earlier runs have left in an experiment folder."""
+    for path in outputs(model_dir):
+        path.unlink()
+        if path.parent != model_dir:
+            with suppress(OSError):  # not empty yet
+                path.parent.rmdir()
 
 
 def outputs(model_dir: Path) -> list[Path]:
@@ -649,10 +685,11 @@ def checked(checkpoint: Any, path: Path, others: str = "") -> dict[str, Any]:
     """A loaded checkpoint whose values can be what they say. Raises UserError, which others ends."""
     if not isinstance(checkpoint, dict) or not _are_tensors(checkpoint.get("state_dict")):
         raise UserError(f'{path} is not a checkpoint of this network: it has no "state_dict" of tensors')
-    averaged, epoch = checkpoint.get("ema_state_dict"), checkpoint.get("epoch")
+    averaged, epoch, names = (checkpoint.get(key) for key in ("ema_state_dict", "epoch", "class_names"))
     sound = {
         "params": _is_plain(checkpoint.setdefault("params", {})),
         "ema_state_dict": averaged is None or _are_tensors(averaged),
+        "class_names": names is None or (isinstance(names, list) and all(isinstance(name, str) for name in names)),
         "epoch": epoch is None or (type(epoch) is int and 0 <= epoch < 10**6),
     }
     if faults := [key for key, is_sound in sound.items() if not is_sound]:
@@ -731,6 +768,14 @@ def load_network(model_dir: Path, restore_file: str, device: Any) -> tuple[Any, 
     load_weights(model, predicting_weights(checkpoint), file)
     to_device(model, params, device)
     return model.eval(), params, checkpoint
+
+
+def trained_class_names(checkpoint: dict[str, Any], num_classes: int) -> list[str]:
+    """The names of the classes that a checkpoint was trained on; VOC's or numbers where it has none."""
+    from model.data_loader import default_class_names
+
+    names = checkpoint.get("class_names") or []
+    return names if len(names) == num_classes else default_class_names(num_classes)
 
 
 def refuse_changed(keys: Iterable[str], checkpoint: dict[str, Any], params: Params, source: str | Path) -> None:

@@ -145,6 +145,7 @@ def training_curves(history: Sequence[Mapping]) -> "Figure":
         axes.legend()
     panels[2].plot(epochs, [record["learning_rate"] for record in history], marker="." if len(epochs) < 50 else "")
     panels[2].set(xlabel="epoch", ylabel="learning rate, at the end of the epoch")
+    panels[2].set_ylim(bottom=0)
     panels[2].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     for axes in panels:
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -160,13 +161,13 @@ def confusion_figure(counts: np.ndarray, iou: Mapping[str, float | None]) -> "Fi
     """
     from matplotlib.figure import Figure
 
-    names = [_spelling(name) for name in iou]
-    side = 2.5 + 0.32 * len(names)
+    names = [_spelling(name if len(name) <= 18 else f"{name[:17]}…") for name in iou]
+    side = max(5.0, 2.5 + 0.32 * len(names))
     figure = Figure(figsize=(1.7 * side, side), layout="constrained")
     matrix, bars = figure.subplots(1, 2, width_ratios=(1.5, 1))
     totals = counts.sum(1, keepdims=True)
     shares = np.divide(counts, totals, out=np.full(counts.shape, np.nan), where=totals > 0)
-    image = matrix.imshow(shares, vmin=0, vmax=1, cmap="Blues")
+    image = matrix.imshow(shares, vmin=0, vmax=1, cmap="Blues", aspect="auto")
     figure.colorbar(image, ax=matrix, shrink=0.7, label="share of the pixels of the label")
     matrix.set(xlabel="prediction", ylabel="label")
     matrix.set_xticks(range(len(names)), names, rotation=90)
@@ -178,10 +179,11 @@ def confusion_figure(counts: np.ndarray, iou: Mapping[str, float | None]) -> "Fi
             (value or 0) + 0.01, position, "-" if value is None else f"{value:.2f}", va="center", fontsize="small"
         )
     present = [value for value in values if value is not None]
-    bars.axvline(np.mean(present), color="grey", linestyle="--", linewidth=1)
-    bars.set(xlim=(0, 1.1), xlabel=f"IoU; the line is the mean, {np.mean(present):.3f}")
+    bars.set(xlim=(0, 1.1), ylim=(len(names) - 0.5, -0.5), xlabel="IoU")  # the rows of the matrix
+    if present:
+        bars.axvline(np.mean(present), color="grey", linestyle="--", linewidth=1)
+        bars.set_xlabel(f"IoU; the line is the mean, {np.mean(present):.3f}")
     bars.set_yticks(range(len(names)), names)
-    bars.invert_yaxis()
     return figure
 
 

@@ -166,6 +166,8 @@ def read_photo(path: Path) -> Image.Image:
     image = _upright(_decode(path))
     if image.mode.startswith("I;16"):  # convert() would clip
         image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise UserError(f"{path}: has 32 bits a pixel, of unknown range; convert it to 8 or 16 bits")
     return image.convert("RGB")
 
 

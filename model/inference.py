@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,16 +14,8 @@ from model.transforms import squashed, to_input
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, as Pillow has it
 
 OVERLAP = 0.25  # of a tile, at least, with its neighbour
-TILES_AT_ONCE = 8
+PIXELS_AT_ONCE = 8 * 224**2  # that the network reads from tiles
 BAND_VALUES = 2**22  # classes x rows x columns that are upsampled at a time
-
-
-@dataclass(frozen=True)
-class Window:
-    """A part of a photo and what a network makes of it: maps of logits (C, h, w), one a scale and mirroring."""
-
-    box: Box
-    maps: Sequence[Tensor]
 
 
 class Segmenter:
@@ -83,15 +74,18 @@ class Segmenter:
 
         The photo is squashed to the network's input as a whole, or tile by tile of that many pixels a side.
         """
-        boxes = tiles(photo.width, photo.height, tile or max(photo.size))
+        if tile is None or tile >= max(photo.size):
+            (maps,) = self.logits(squashed([photo], self.sizes))
+            return class_map(maps, width=photo.width, height=photo.height)
+        boxes = tiles(photo.width, photo.height, tile)
+        count = max(1, PIXELS_AT_ONCE // max(self.sizes) ** 2)
 
-        def windows() -> Iterator[Window]:
-            for start in range(0, len(boxes), TILES_AT_ONCE):
-                part = boxes[start : start + TILES_AT_ONCE]
-                maps = self.logits(squashed([photo.crop(box) for box in part], self.sizes))
-                yield from map(Window, part, maps)
+        def looks() -> Iterator[tuple[Box, list[Tensor]]]:
+            for start in range(0, len(boxes), count):
+                part = boxes[start : start + count]
+                yield from zip(part, self.logits(squashed([photo.crop(box) for box in part], self.sizes)), strict=True)
 
-        return class_map(windows(), width=photo.width, height=photo.height)
+        return blended(looks(), width=photo.width, height=photo.height)
 
 
 def tiles(width: int, height: int, side: int) -> list[Box]:
@@ -112,50 +106,58 @@ def tiles(width: int, height: int, side: int) -> list[Box]:
 
 
 @torch.inference_mode()
-def class_map(windows: Iterable[Window], *, width: int, height: int) -> Tensor:
-    """uint8 (H, W): the class with the highest mean probability at every pixel.
+def class_map(maps: Sequence[Tensor], *, width: int, height: int) -> Tensor:
+    """uint8 (H, W): the class with the highest mean probability at every pixel of a photo.
 
-    Logits are upsampled bilinearly to the size of their box (align_corners=False: the photo was shrunk with pixels
-    taken as areas). Where boxes overlap, each counts the less the nearer its edge. A single map of the whole photo
-    gives the largest upsampled logit, which is the protocol of the VOC challenge.
-
-    Bands of rows are finished one after another, so memory does not grow with the photo.
-
-    Args:
-        windows: in the order of their upper edges; together they cover the photo.
+    maps are logits (C, h, w) of the whole photo. They are upsampled bilinearly (align_corners=False: the photo was
+    shrunk with pixels taken as areas). A single one gives the largest upsampled logit, which is the protocol of the
+    VOC challenge. Only a band of rows is held at a time.
     """
-    windows = iter(windows)
-    coming = next(windows)
-    device, classes = coming.maps[0].device, len(coming.maps[0])
-    result = torch.empty(height, width, dtype=torch.uint8, device=device)
-    band = max(1, BAND_VALUES // (classes * width))
-    present: list[Window] = []
-    for top in range(0, height, band):
-        bottom = min(top + band, height)
-        while coming is not None and coming.box[1] < bottom:
-            present.append(coming)
-            coming = next(windows, None)
-        present = [window for window in present if window.box[3] > top]
-        result[top:bottom] = _scores(present, range(top, bottom), width).max(0).indices  # several times argmax's speed
+    result = torch.empty(height, width, dtype=torch.uint8, device=maps[0].device)
+    for rows in _bands(height, len(maps[0]) * width):
+        scores = _upsampled(maps[0], rows, width, height) if len(maps) == 1 else _shares(maps, rows, width, height)
+        result[rows.start : rows.stop] = scores.max(0).indices  # several times the speed of argmax
     return result
 
 
-def _scores(windows: Sequence[Window], rows: range, width: int) -> Tensor:
-    """(C, rows, width): sums of weighted probabilities, or the logits where there is only one map of them."""
-    first = windows[0].maps[0]
-    total = first.new_zeros(len(first), len(rows), width)
-    for window in windows:
-        left, top, right, bottom = window.box
-        part = range(max(rows.start, top), min(rows.stop, bottom))
-        within = range(part.start - top, part.stop - top)
-        for logits in window.maps:
-            values = _upsampled(logits, within, right - left, bottom - top)
-            if len(windows) > 1 or len(window.maps) > 1:
-                values = values.softmax(0)
-            if len(windows) > 1:
-                weight = _weight(within, bottom - top).unsqueeze(1) * _weight(range(right - left), right - left)
-                values = values.mul_(weight.to(values))
-            total[:, part.start - rows.start : part.stop - rows.start, left:right] += values
+@torch.inference_mode()
+def blended(looks: Iterable[tuple[Box, Sequence[Tensor]]], *, width: int, height: int) -> Tensor:
+    """class_map() of a photo that was looked at in tiles, each with its box, in the order of tiles().
+
+    Where tiles overlap, each counts the less the nearer its edge. One row of tiles is held at a time: C x W times the
+    side of a tile, in float32.
+    """
+    for box, maps in looks:
+        left, top, right, bottom = box
+        if top == 0 and left == 0:
+            scores = maps[0].new_zeros(len(maps[0]), bottom, width)
+            result, first = torch.empty(height, width, dtype=torch.uint8, device=scores.device), 0
+        if top > first:  # the rows above this tile are finished
+            done = top - first
+            result[first:top] = scores[:, :done].max(0).indices
+            for plane in scores:
+                plane[:-done] = plane[done:].clone()
+                plane[-done:] = 0
+            first = top
+        for rows in _bands(bottom - top, len(scores) * (right - left)):
+            weight = _weight(rows, bottom - top).unsqueeze(1) * _weight(range(right - left), right - left)
+            shares = _shares(maps, rows, right - left, bottom - top)
+            scores[:, rows.start : rows.stop, left:right] += shares.mul_(weight.to(shares))
+    result[first:] = scores.max(0).indices
+    return result
+
+
+def _bands(height: int, values: int) -> Iterator[range]:
+    """The rows of a picture in bands, given how many values one row has."""
+    rows = max(1, BAND_VALUES // values)
+    return (range(top, min(top + rows, height)) for top in range(0, height, rows))
+
+
+def _shares(maps: Sequence[Tensor], rows: range, width: int, height: int) -> Tensor:
+    """Some rows of the sum of upsampled probabilities: (C, rows, width)."""
+    total = _upsampled(maps[0], rows, width, height).softmax(0)
+    for logits in maps[1:]:
+        total += _upsampled(logits, rows, width, height).softmax(0)
     return total
 
 

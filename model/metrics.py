@@ -73,37 +73,35 @@ class BoundaryMetrics:
 
     Accuracy near boundaries and inside (Peng et al., arXiv 1703.02719, table 5): of the pixels whose distance to the
     nearest object boundary is at most 7 pixels, and of the others, the share that is labelled right. A boundary pixel
-    is one that has another label than one of its four neighbours, or that is void, as VOC draws object outlines; the
-    distance is Euclidean, from centre to centre.
+    is one that has another label than one of its four neighbours, void being a label too, with which VOC draws object
+    outlines; the distance is Euclidean, from centre to centre.
 
     Boundary IoU (Cheng et al., arXiv 2103.16562, equation 1): for each class the intersection over the union of the
     rims of the two masks, summed over all photos; a rim is what lies inside a mask within d pixels of its contour
     (in a square neighbourhood, as in the authors' code), d being 2 % of the photo's diagonal.
 
-    Void pixels count in neither.
+    Void pixels count in neither, and what is predicted for them makes no difference.
     """
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu"):
         self._pixels = torch.zeros(2, 2, dtype=torch.int64, device=device)  # boundary, interior: right, all
         self._rims = torch.zeros(2, num_classes, dtype=torch.int64, device=device)  # intersection, union
-        steps = torch.arange(-BAND, BAND + 1, device=device)
-        self._disk = (steps**2 + steps.unsqueeze(1) ** 2 <= BAND**2).float().view(1, 1, 2 * BAND + 1, 2 * BAND + 1)
 
     @torch.no_grad()
     def update(self, prediction: Tensor, labels: Tensor) -> None:
         """Add one photo's class indices, both (H, W) and of any integer dtype; labels of 255 are void."""
         prediction, labels = prediction.long(), labels.long()
         valid = labels != VOID
-        near = F.conv2d(_boundary(labels).float()[None, None], self._disk, padding=BAND)[0, 0] > 0.5
+        near = _near(_boundary(labels))
         right = prediction == labels
         for row, region in enumerate((near & valid, ~near & valid)):
             self._pixels[row] += torch.stack([(right & region).sum(), region.sum()])
 
-        classes = torch.cat([prediction[valid], labels[valid]]).unique()
+        prediction = prediction.where(valid, VOID)  # or its contour would run on through the void, unlike the label's
         reach = max(1, round(RIM * math.hypot(*labels.shape)))
-        rims = _rim(torch.cat([prediction == classes.view(-1, 1, 1), labels == classes.view(-1, 1, 1)]), reach) & valid
-        predicted, true = rims.chunk(2)
-        self._rims[:, classes] += torch.stack([(predicted & true).sum((1, 2)), (predicted | true).sum((1, 2))])
+        for index in torch.cat([prediction[valid], labels[valid]]).unique().tolist():
+            predicted, true = (_rim(classes == index, reach) for classes in (prediction, labels))
+            self._rims[:, index] += torch.stack([(predicted & true).sum(), (predicted | true).sum()])
 
     def reduce(self) -> None:
         """Sum over all processes of torch.distributed; nothing to do where there is one."""
@@ -124,8 +122,8 @@ class BoundaryMetrics:
 
 
 def _boundary(labels: Tensor) -> Tensor:
-    """bool (H, W): void, or of another label than one of the four neighbours."""
-    boundary = labels == VOID
+    """bool (H, W): of another label than one of the four neighbours."""
+    boundary = torch.zeros_like(labels, dtype=torch.bool)
     for dim in (0, 1):
         length = labels.shape[dim] - 1
         changes = labels.narrow(dim, 0, length) != labels.narrow(dim, 1, length)
@@ -134,13 +132,27 @@ def _boundary(labels: Tensor) -> Tensor:
     return boundary
 
 
-def _rim(masks: Tensor, reach: int) -> Tensor:
-    """bool (N, H, W): the pixels of each mask with one outside of it, or of the picture, at most reach away."""
+def _near(boundary: Tensor) -> Tensor:
+    """bool (H, W): at most BAND pixels from a boundary pixel."""
+    height, width = boundary.shape
+    # Sums along the rows: each row of the disk is a difference of two, far cheaper than a convolution with it.
+    sums = F.pad(boundary.int(), (BAND + 1, BAND, BAND, BAND)).cumsum(1, dtype=torch.int32)
+    near = torch.zeros_like(boundary)
+    for step in range(-BAND, BAND + 1):
+        reach = math.isqrt(BAND**2 - step**2)
+        rows = sums.narrow(0, BAND + step, height)
+        near |= rows.narrow(1, BAND + 1 + reach, width) > rows.narrow(1, BAND - reach, width)
+    return near
+
+
+def _rim(mask: Tensor, reach: int) -> Tensor:
+    """bool (H, W): the pixels of a mask with one outside of it, or of the picture, at most reach away."""
     # A summed-area table counts the mask's pixels in every square: far cheaper than pooling with kernels this large.
     side = 2 * reach + 1
-    table = F.pad(masks.int(), (reach + 1, reach) * 2).cumsum(1).cumsum(2)
-    inside = table[:, side:, side:] - table[:, :-side, side:] - table[:, side:, :-side] + table[:, :-side, :-side]
-    return masks & (inside < side**2)
+    table = F.pad(mask.int(), (reach + 1, reach) * 2)
+    table = table.cumsum(0, dtype=torch.int32).cumsum(1, dtype=torch.int32)
+    inside = table[side:, side:] - table[:-side, side:] - table[side:, :-side] + table[:-side, :-side]
+    return mask & (inside < side**2)
 
 
 def _mean(values: Tensor) -> float | None:

@@ -78,7 +78,8 @@ def test_scales_and_flip_reach_the_predictions(experiment, trained, tmp_path):
         prediction = np.array(Image.open(tmp_path / "out" / SERVER_FOLDER.format("val") / f"{id_}.png"))
         photo = read_photo(data / "JPEGImages" / f"{id_}.jpg")
         assert (prediction == expected_prediction(experiment, photo, sizes=(32, 64), flip=True)).mean() > 0.999
-    metrics = json.loads((experiment / "metrics_val_best_original_size.json").read_text())
+    assert not (experiment / "metrics_val_best_original_size.json").exists()
+    metrics = json.loads((experiment / "metrics_val_best_multi_scale.json").read_text())
     assert (metrics["scales"], metrics["flip"]) == ([1.0, 2.0], True)
 
 
@@ -126,7 +127,8 @@ def test_a_split_without_masks_is_predicted_and_not_scored(experiment, trained, 
     photo.resize((77, 50)).save(target / "JPEGImages" / "new.jpg")
     (target / "test.txt").write_text("new\n")
     before = set(experiment.iterdir())
-    run_evaluate(experiment, target, "--split", "test", "--save_predictions", tmp_path / "out")
+    stdout = run_evaluate(experiment, target, "--split", "test", "--save_predictions", tmp_path / "out").stdout
+    assert "test has no masks and is not scored" in stdout
     assert Image.open(tmp_path / "out" / SERVER_FOLDER.format("test") / "new.png").size == (77, 50)
     assert set(experiment.iterdir()) == before
     flags = ["--split", "test", "--save_predictions", tmp_path / "out", "--save_overlays", 1]

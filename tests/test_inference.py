@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from model import UserError, inference
-from model.inference import Segmenter, Window, class_map, tiles
+from model.inference import Segmenter, blended, class_map, tiles
 from model.sample import draw_scene
 from model.transforms import squashed, to_input
 
@@ -65,7 +65,7 @@ def test_one_map_gives_the_largest_upsampled_logit(size, band, monkeypatch):
     width, height = size
     maps = torch.randn(5, 24, 24, generator=torch.Generator().manual_seed(1))
     expected = F.interpolate(maps[None], (height, width), mode="bilinear")[0].argmax(0)
-    result = class_map([Window((0, 0, width, height), [maps])], width=width, height=height)
+    result = class_map([maps], width=width, height=height)
     assert result.dtype == torch.uint8
     assert (result == expected).float().mean() > 0.999  # ties
 
@@ -117,9 +117,16 @@ def test_tiles_give_what_the_whole_photo_gives(size, band, monkeypatch):
 def test_where_tiles_disagree_the_nearer_centre_counts_more():
     left, right = torch.zeros(2, 8, 8), torch.zeros(2, 8, 8)
     left[0], right[1] = 4, 4
-    windows = [Window((0, 0, 40, 10), [left]), Window((30, 0, 70, 10), [right])]
-    row = class_map(windows, width=70, height=10)[5]
-    assert row.tolist() == [0] * 35 + [1] * 35
+    looks = [((0, 0, 40, 10), [left]), ((30, 0, 70, 10), [right])]
+    assert blended(looks, width=70, height=10)[5].tolist() == [0] * 35 + [1] * 35
+
+
+def test_a_tile_counts_fully_but_for_a_quarter_at_its_edges():
+    """Tiles of 40 that share 20 columns; the surer right one wins as soon as its weight is an eighth of the other's."""
+    left, right = torch.zeros(2, 8, 8), torch.zeros(2, 8, 8)
+    left[0], right[1] = math.log(0.55 / 0.45), math.log(0.9 / 0.1)
+    looks = [((0, 0, 40, 10), [left]), ((20, 0, 60, 10), [right])]
+    assert blended(looks, width=60, height=10)[5].tolist() == [0] * 21 + [1] * 39
 
 
 def test_a_tile_larger_than_the_photo_is_the_whole_photo():

@@ -108,10 +108,12 @@ def naive_boundary_metrics(pairs, num_classes: int) -> dict:
         height, width = labels.shape
         places = list(itertools.product(range(height), range(width)))
 
+        prediction = np.where(labels == 255, 255, prediction)
+
         def is_boundary(y, x, labels=labels, height=height, width=width):
             around = [(y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)]
             inside = [(v, u) for v, u in around if 0 <= v < height and 0 <= u < width]
-            return labels[y, x] == 255 or any(labels[v, u] != labels[y, x] for v, u in inside)
+            return any(labels[v, u] != labels[y, x] for v, u in inside)
 
         boundary = [place for place in places if is_boundary(*place)]
         valid = [(y, x) for y, x in places if labels[y, x] != 255]
@@ -155,6 +157,19 @@ def test_boundary_metrics_agree_with_a_loop_over_pixels():
     ours, naive = metrics.compute(), naive_boundary_metrics(pairs, 5)
     for key, value in naive.items():
         assert ours[key] == pytest.approx(value), key
+
+
+def test_what_is_predicted_for_void_makes_no_difference():
+    labels = torch.zeros(60, 80, dtype=torch.uint8)
+    labels[20:40, 20:50] = 255
+    labels[23:37, 23:47] = 2
+    results = []
+    for value in (0, 1, 2, 255):
+        metrics = BoundaryMetrics(3)
+        metrics.update(labels.where(labels != 255, value), labels)
+        results.append(metrics.compute())
+    assert results == [results[0]] * 4
+    assert results[0]["boundary_mIoU"] == results[0]["boundary_accuracy"] == 1
 
 
 def test_boundary_metrics_of_a_perfect_a_void_and_a_plain_photo():

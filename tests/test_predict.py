@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, make_experiment, run_script
 from PIL import Image
 
 import utils
@@ -63,13 +63,15 @@ def test_every_photo_of_a_folder_gets_three_files(experiment, photos, tmp_path):
 
 def test_a_broken_photo_is_reported_and_the_others_go_on(experiment, photos, tmp_path):
     (photos / "aa.jpg").write_bytes((photos / "a.jpg").read_bytes()[:300])
+    shutil.copy(photos / "a.jpg", photos / f"{'long' * 62}.jpg")  # a name that leaves no room for _overlay.png
     checkpoint = utils.load_checkpoint(experiment / "best.pth.tar")
     assert checkpoint["class_names"] == list(CLASS_NAMES)
     (experiment / "best.pth.tar").unlink()  # a link to the one that other tests read
     torch.save(checkpoint | {"class_names": [f"kind {index}" for index in range(21)]}, experiment / "best.pth.tar")
     result = run_predict(experiment, photos, "--output_dir", tmp_path / "out", "--tile", 48, check=1)
-    assert "3 of 4 photos" in result.stdout
-    assert result.stderr.count("\n") == 1
+    assert "3 of 5 photos" in result.stdout
+    assert result.stderr.count("\n") == 2
+    assert "File name too long" in result.stderr
     assert "aa.jpg: cannot be read as an image" in result.stderr
     prediction = np.array(Image.open(tmp_path / "out" / "a.png"))
     assert np.array_equal(prediction, expected_prediction(experiment, photos / "a.jpg", tile=48))
@@ -91,30 +93,56 @@ def test_files_folders_and_patterns_are_found(photos, tmp_path):
 
 def test_earlier_results_are_not_photos(photos):
     shutil.copytree(photos / "deeper", photos / "predictions")
+    (photos / "predictions" / "a.png").touch()
     assert len(find_photos([str(photos)], photos / "predictions")) == 3
+    assert len(find_photos([str(photos)], photos / "other")) == 5
 
 
-def test_two_photos_for_one_result_are_refused(photos, tmp_path):
-    with pytest.raises(utils.UserError, match=r"a\.jpg and .*a\.webp would have the same name"):
-        find_photos([str(photos / "a.jpg"), str(photos / "deeper" / "a.webp")], tmp_path)
+def test_no_photo_is_predicted_twice(photos, tmp_path):
+    given = [str(photos / "**"), str(photos), str(photos / "a.jpg")]
+    assert sorted(find_photos(given, tmp_path / "out").values()) == [
+        photos / "a.jpg",
+        photos / "b.PNG",
+        photos / "deeper" / "a.webp",
+    ]
+
+
+def test_photos_that_differ_in_their_suffix_keep_it(photos, tmp_path):
+    shutil.copy(photos / "a.jpg", photos / "a.jpeg")
+    assert set(map(str, find_photos([str(photos)], tmp_path / "out"))) == {"a_jpg", "a_jpeg", "b", "deeper/a"}
+
+
+def test_results_never_replace_photos_or_one_another(photos, tmp_path):
+    for given in (photos / "b.PNG", photos):
+        with pytest.raises(utils.UserError, match=r"results would lie beside the photo .*; choose another"):
+            find_photos([str(given)], photos)
+    (tmp_path / "more").mkdir()
+    other = shutil.copy(photos / "a.jpg", tmp_path / "more")
+    with pytest.raises(utils.UserError, match="two photos would both have the result a"):
+        find_photos([str(photos / "a.jpg"), str(other)], tmp_path / "out")
+    shutil.copy(photos / "a.jpg", photos / "a_overlay.jpg")
+    with pytest.raises(utils.UserError, match=r"both have the result .*a_overlay\.png"):
+        find_photos([str(photos)], tmp_path / "out")
 
 
 def test_a_mistake_is_one_line_and_leaves_nothing(experiment, photos, tmp_path):
     args = [photos, "nowhere.jpg", "--output_dir", tmp_path / "out"]
     stderr = run_predict(experiment, *args, check=2).stderr
-    assert "nowhere.jpg: no such photo" in stderr
+    assert "nowhere.jpg: no photo is there" in stderr
     assert stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
-def test_a_photo_of_40_megapixels_stays_under_two_gigabytes(experiment, tmp_path):
+@pytest.mark.parametrize(("size", "flags"), [(64, []), (64, ["--tile", "1024"]), (512, ["--tile", "512"])], ids=str)
+def test_a_photo_of_40_megapixels_stays_under_two_gigabytes(trained, tmp_path, size, flags):
+    experiment = make_experiment(tmp_path / "run", image_size=size)
+    (experiment / "best.pth.tar").symlink_to(trained[0] / "best.pth.tar")
     scene = draw_scene(np.random.default_rng(0))[0]
     scene.resize((8000, 5000)).save(tmp_path / "large.jpg", quality=80)
-    command = [sys.executable, "predict.py", tmp_path / "large.jpg", "--model_dir", experiment]
-    for flags in ([], ["--tile", "512"]):
-        process = subprocess.Popen([*command, *flags, "--output_dir", tmp_path / "out"], cwd=ROOT)
-        _, status, usage = os.wait4(process.pid, 0)
-        assert status == 0
-        assert usage.ru_maxrss < 2 * 2**20  # KiB
-        assert Image.open(tmp_path / "out" / "large.png").size == (8000, 5000)
+    command = [sys.executable, "predict.py", tmp_path / "large.jpg", "--model_dir", experiment, *flags]
+    process = subprocess.Popen([*command, "--output_dir", tmp_path / "out"], cwd=ROOT)
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0
+    assert usage.ru_maxrss < 2 * 2**20  # KiB
+    assert Image.open(tmp_path / "out" / "large.png").size == (8000, 5000)

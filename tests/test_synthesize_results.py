@@ -266,7 +266,8 @@ def test_accuracies_by_region_come_from_the_evaluation_at_original_size(tmp_path
     sweep = tmp_path / "sweep"
     for name, content in {
         "both": '{"epoch": 1, "mIoU": 0.9, "boundary_accuracy": 0.61, "interior_accuracy": 0.92}',
-        "one": '{"boundary_accuracy": 0.5, "interior_accuracy": null}',
+        "one": '{"epoch": 1, "boundary_accuracy": 0.5, "interior_accuracy": null}',
+        "older": '{"epoch": 2, "boundary_accuracy": 0.5, "interior_accuracy": 0.5}',
         "neither": None,
         "damaged": '{"boundary_accuracy": "0.5"}',
         "other": "[]",
@@ -282,7 +283,7 @@ def test_accuracies_by_region_come_from_the_evaluation_at_original_size(tmp_path
     assert {name: [row[column] for column in columns] for name, row in rows.items()} == {
         "both": ["0.6100", "0.7130", "0.9200", "0.9390"],
         "one": ["0.5000", "0.7130", "-", "0.9390"],
-        **{name: ["-", "0.7130", "-", "0.9390"] for name in ("neither", "damaged", "other")},
+        **{name: ["-", "0.7130", "-", "0.9390"] for name in ("neither", "older", "damaged", "other")},
     }
     assert {row["mIoU"] for row in rows.values()} == {"0.3000"} and "published_mIoU" not in rows["both"]
     assert [rows[name]["state"] for name in ("neither", "damaged", "other")] == ["finished", *2 * ["unreadable"]]
