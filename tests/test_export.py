@@ -259,6 +259,7 @@ def build(**options) -> FCN_GCN:
     return model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{"gcn_padding": "same", "kernel_size": 3, "stem_maxpool": True, "boundary_refinement": False}], ids=str
 )

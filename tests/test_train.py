@@ -234,6 +234,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(data, tmp_pa
     assert not (experiment / "last.pth.tar").exists()
 
 
+@pytest.mark.slow
 def test_photos_of_your_own_need_no_setting_but_their_classes(tmp_path):
     """Own photos, names and class count, lists by build_dataset.py: what the README promises."""
     data = make_data(tmp_path / "mine")
