@@ -149,6 +149,7 @@ def test_an_interrupt_ends_every_trial_and_the_same_command_goes_on(tmp_path, da
         assert logged(folder, "epoch 1/5") == 1 and logged(folder, "continuing after epoch [1-4]") == 1
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_sweep_and_a_killed_trial_leaves_the_others(tmp_path, data_dir, postgresql):
     sweep = make_sweep(tmp_path / "sweep", {"learning_rate": [0.1, 0.01, 0.001, 0.0001]})
     storage = ("--storage", postgresql)
