@@ -9,6 +9,7 @@ from pathlib import Path
 
 from utils import (
     Params,
+    add_restore_file,
     add_testing_flags,
     autocast,
     end_at_once_on_interrupt,
@@ -17,10 +18,10 @@ from utils import (
     make_folder,
     pick_device,
     positive,
-    replacing,
     require,
     run_main,
     save_figure,
+    save_picture,
     stop_if_asked,
     write_json,
 )
@@ -28,9 +29,7 @@ from utils import (
 
 def parse_args() -> argparse.Namespace:
     parser = experiment_parser(__doc__)
-    parser.add_argument(
-        "--restore_file", default="best", help="which checkpoint of model_dir: best, last (default: %(default)s)"
-    )
+    add_restore_file(parser)
     parser.add_argument("--split", default="val", help="which list of the data set (default: %(default)s)")
     parser.add_argument(
         "--original_size",
@@ -160,14 +159,13 @@ class Worst:
         folder.mkdir(exist_ok=True)
         earlier = set(folder.glob("*.png"))
         names = dataset.class_names
-        for rank, (mIoU, index, prediction) in enumerate(sorted(self._kept, key=lambda kept: kept[:2])[::-1], start=1):
+        for rank, (mIoU, index, prediction) in enumerate(sorted(self._kept, reverse=True), start=1):
             photo = read_photo(dataset.split.images[-index])
             mask = read_mask(dataset.split.masks[-index], photo.size, len(names))
             name = dataset.split.ids[-index]
             picture = error_picture(photo, mask, prediction, names, title=f"{name}, mIoU {-mIoU:.3f}")
             file = folder / f"{rank:0{len(str(len(self._kept)))}d}_{name}.png"
-            with replacing(file) as temporary:
-                picture.save(temporary, format="PNG")
+            save_picture(picture, file)
             earlier.discard(file)
         for picture in earlier:
             picture.unlink()
@@ -188,8 +186,7 @@ def score_originals(
         make_folder(folder, "--save_predictions")
     for index, prediction, mask in predictions(segmenter, loader):
         if folder:
-            with replacing(folder / f"{split.ids[index]}.png") as temporary:
-                colour_mask(prediction.cpu().numpy()).save(temporary, format="PNG")
+            save_picture(colour_mask(prediction.cpu().numpy()), folder / f"{split.ids[index]}.png")
         if mask is not None:
             matrix.update(prediction, mask)
             boundary.update(prediction, mask)

@@ -11,6 +11,7 @@ from typing import Any
 from utils import (
     Params,
     RunFailed,
+    add_restore_file,
     end_at_once_on_interrupt,
     experiment_parser,
     git_commit,
@@ -25,9 +26,7 @@ from utils import (
 def parse_args() -> argparse.Namespace:
     parser = experiment_parser(__doc__)
     parser.set_defaults(device="cpu")  # where PyTorch computes what the file is held against
-    parser.add_argument(
-        "--restore_file", default="best", help="which checkpoint of model_dir: best, last (default: %(default)s)"
-    )
+    add_restore_file(parser)
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="the file to write (default: <restore_file>.onnx in model_dir)"
     )

@@ -4,11 +4,13 @@ import argparse
 import errno
 import glob
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from utils import (
     UserError,
+    add_restore_file,
     add_testing_flags,
     end_at_once_on_interrupt,
     experiment_parser,
@@ -16,8 +18,8 @@ from utils import (
     make_folder,
     pick_device,
     positive,
-    replacing,
     run_main,
+    save_picture,
     stop_if_asked,
     trained_class_names,
     write_json,
@@ -32,9 +34,7 @@ def parse_args() -> argparse.Namespace:
         metavar="PHOTO",
         help="files, folders (with all below them) and quoted patterns as 'a/*.jpg'",
     )
-    parser.add_argument(
-        "--restore_file", default="best", help="which checkpoint of model_dir: best, last (default: %(default)s)"
-    )
+    add_restore_file(parser)
     parser.add_argument(
         "--output_dir", type=Path, default=Path("predictions"), help="folder of the results (default: %(default)s)"
     )
@@ -80,9 +80,9 @@ def find_photos(given: Sequence[str], output_dir: Path) -> dict[Path, Path]:
             found.setdefault(file.resolve(), (file, root))
 
     stems = [file.relative_to(root).with_suffix("") for file, root in found.values()]
-    names = {}
+    counts, names = Counter(stems), {}
     for stem, (file, _) in zip(stems, found.values(), strict=True):
-        names[stem if stems.count(stem) == 1 else stem.with_name(f"{stem.name}_{file.suffix[1:]}")] = file
+        names[stem if counts[stem] == 1 else stem.with_name(f"{stem.name}_{file.suffix[1:]}")] = file
     results = [(output_dir / name).with_name(name.name + suffix) for name in names for suffix in RESULTS]
     places = {result.parent.resolve() for result in results}
     if beside := next((photo for photo in found if photo.parent in places), None):
@@ -119,8 +119,7 @@ def predict(file: Path, segmenter: Segmenter, names: Sequence[str], output: Path
     legend = {index: f"{names[index]} {share:.1%}" for index, share in shares.items() if share >= LEAST_AREA}
     files = [output.with_name(output.name + suffix) for suffix in RESULTS]
     for file_out, picture in zip(files, (colour_mask(prediction), overlay(photo, prediction, legend)), strict=False):
-        with replacing(file_out) as temporary:
-            picture.save(temporary, format="PNG")
+        save_picture(picture, file_out)
     areas = {names[index]: {"pixels": int(counts[index]), "share": share} for index, share in shares.items() if share}
     size = {"width": photo.width, "height": photo.height}
     write_json(files[-1], {"photo": str(file), **size, "areas": areas})

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import sys
-import warnings
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -27,8 +26,8 @@ from utils import (
     outputs,
     read_history,
     read_json,
-    replacing,
     run_main,
+    save_figure,
     score,
     write_text,
 )
@@ -293,9 +292,7 @@ def main(args: argparse.Namespace) -> None:
             {key: {run.name: run.params[key] for run in runs} for key in varying},
             {run.name: mIoU for run in runs if (mIoU := published.of(run.params).get("mIoU")) is not None},
         )
-        with replacing(args.parent_dir / "results.png") as temporary, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph")  # names in scripts that the font lacks
-            figure.savefig(temporary, format="png", dpi=120)
+        save_figure(figure, args.parent_dir / "results.png", dpi=120)
 
 
 if __name__ == "__main__":

@@ -338,8 +338,7 @@ def train(
             training.metrics["best"] = training.metrics["last"]
         write_metrics(training, model_dir)
         picture = sample_predictions(training, val_loader.dataset)
-        with utils.replacing(model_dir / "samples.png") as temporary:
-            picture.save(temporary, format="PNG")
+        utils.save_picture(picture, model_dir / "samples.png")
         if training.finished or time.monotonic() - drawn > DRAWING_INTERVAL:
             draw_curves(training, model_dir)
             drawn = time.monotonic()

@@ -121,6 +121,13 @@ def experiment_parser(description: str, *, data: bool = True) -> argparse.Argume
     return parser
 
 
+def add_restore_file(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that names the checkpoint to predict with."""
+    parser.add_argument(
+        "--restore_file", default="best", help="which checkpoint of model_dir: best, last (default: %(default)s)"
+    )
+
+
 def add_testing_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say how a photo is looked at."""
     parser.add_argument(
@@ -355,11 +362,17 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def save_figure(figure: Any, path: Path) -> None:
+def save_picture(picture: Any, path: Path) -> None:
+    """Write a Pillow image as a PNG, whole or not at all."""
+    with replacing(path) as temporary:
+        picture.save(temporary, format="PNG")
+
+
+def save_figure(figure: Any, path: Path, *, dpi: int = 100) -> None:
     """Write a matplotlib figure as a PNG, whole or not at all."""
     with replacing(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # that the font has not
-        figure.savefig(temporary, format="png", dpi=100)
+        figure.savefig(temporary, format="png", dpi=dpi)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -461,14 +461,12 @@ def make_loader(
     sampler = SequentialSampler(dataset) if seed is None else EpochSampler(len(dataset), seed=seed)
     if _fits(dataset, device):
         return DeviceLoader(dataset, batch_size=batch_size, sampler=sampler, device=device)
-    workers = min(num_workers, cores(), -(-len(dataset) // batch_size))
+    loading = _loading(dataset, batch_size, num_workers)
     return DataLoader(
         dataset,
-        batch_size=batch_size,
+        **loading,
         sampler=sampler,
-        num_workers=workers,
-        worker_init_fn=_leave_signals_to_the_main_process,
-        persistent_workers=workers > 0,
+        persistent_workers=loading["num_workers"] > 0,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # its own, so that fetching data does not advance the network's random numbers
     )
@@ -482,10 +480,8 @@ def make_original_loader(
     """
     return DataLoader(
         dataset,
-        batch_size=batch_size,
-        num_workers=min(num_workers, cores(), -(-len(dataset) // batch_size)),
+        **_loading(dataset, batch_size, num_workers),
         collate_fn=partial(_collate_originals, sizes=sizes),
-        worker_init_fn=_leave_signals_to_the_main_process,
     )
 
 
@@ -493,6 +489,15 @@ def _collate_originals(examples: list[tuple], sizes: Sequence[int]) -> tuple[lis
     indices, photos, masks = map(list, zip(*examples, strict=True))
     masks = [mask and pil_to_tensor(mask)[0] for mask in masks]
     return indices, [photo.size for photo in photos], squashed(photos, sizes), masks
+
+
+def _loading(dataset: Dataset, batch_size: int, num_workers: int) -> dict:
+    """The keywords of every DataLoader: no more processes than cores or batches."""
+    return {
+        "batch_size": batch_size,
+        "num_workers": min(num_workers, cores(), -(-len(dataset) // batch_size)),
+        "worker_init_fn": _leave_signals_to_the_main_process,
+    }
 
 
 def _fits(dataset: SegmentationDataset, device: torch.device) -> bool:
