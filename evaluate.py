@@ -5,8 +5,10 @@ import heapq
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
+import distributed
 from utils import (
     Params,
     add_restore_file,
@@ -16,7 +18,6 @@ from utils import (
     experiment_parser,
     load_network,
     make_folder,
-    pick_device,
     positive,
     require,
     run_main,
@@ -74,6 +75,7 @@ from model.data_loader import (
 from model.inference import Segmenter, class_map
 from model.losses import SegmentationLoss
 from model.metrics import BoundaryMetrics, ConfusionMatrix
+from model.parallel import add_up
 from model.transforms import to_input
 from model.voc import colour_mask
 from visualize import confusion_figure, error_picture
@@ -83,17 +85,17 @@ from visualize import confusion_figure, error_picture
 def evaluate(
     model: nn.Module, loader: Loader, params: Params, device: torch.device, *, matrix: ConfusionMatrix | None = None
 ) -> dict:
-    """Score a network on every image of a loader, at the loader's image size.
+    """Score a network on every image of a loader, at the loader's image size; each process on its part of them.
 
-    Returns a dict for JSON: the mean loss over images and ConfusionMatrix.compute()'s metrics over all pixels, those
-    that go by class as {name: value}. The counts are added to matrix if one is given. Leaves the network in evaluation
-    mode.
+    Returns in all processes a dict for JSON: the mean loss over images and ConfusionMatrix.compute()'s metrics over all
+    pixels, those that go by class as {name: value}. The counts are added to matrix if one is given. Leaves the network
+    in evaluation mode.
     """
     model.eval()
     criterion = SegmentationLoss(params.loss_weights)
     matrix = matrix or ConfusionMatrix(params.num_classes, device)
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-    with tqdm(total=len(loader.dataset), desc="evaluating", unit="img", leave=False, disable=None) as bar:
+    with progress(loader, "evaluating") as bar:
         for images, labels in loader:
             stop_if_asked()
             labels = labels.to(device, non_blocking=True)
@@ -102,9 +104,17 @@ def evaluate(
             loss_sum += criterion(logits, labels) * len(images)
             matrix.update(logits.argmax(1), labels)
             bar.update(len(images))
+    add_up(loss_sum)
+    matrix.reduce()
     loss = loss_sum.item() / len(loader.dataset)
     metrics = {"loss": loss if math.isfinite(loss) else None, "images": len(loader.dataset), **matrix.compute()}
     return by_name(metrics, loader.dataset.class_names)
+
+
+def progress(loader: Loader, title: str) -> tqdm:
+    """A bar over the images that are this process's part."""
+    total = sum(loader.batch_sampler.sizes)
+    return tqdm(total=total, desc=title, unit="img", leave=False, disable=distributed.bar_disabled())
 
 
 def by_name(metrics: dict, names: Sequence[str]) -> dict:
@@ -130,7 +140,7 @@ def segmenter(model: nn.Module, params: Params, device: torch.device, args: argp
 
 def predictions(segmenter: Segmenter, loader: DataLoader) -> Iterator[tuple[int, Tensor, Tensor | None]]:
     """Index, class map and mask of every photo at its own size: uint8 (H, W) on the device."""
-    with tqdm(total=len(loader.dataset), desc="predicting", unit="img", leave=False, disable=None) as bar:
+    with progress(loader, "predicting") as bar:
         for indices, sizes, inputs, masks in loader:
             for index, (width, height), maps, mask in zip(indices, sizes, segmenter.logits(inputs), masks, strict=True):
                 stop_if_asked()
@@ -154,6 +164,10 @@ class Worst:
             entry = (-mIoU, -index, prediction.cpu().numpy())
             (heapq.heappush if len(self._kept) < self.count else heapq.heappushpop)(self._kept, entry)
 
+    def reduce(self) -> None:
+        """Keep the lowest of all processes, in each of them."""
+        self._kept = heapq.nlargest(self.count, chain.from_iterable(distributed.gather(self._kept)))
+
     def draw(self, dataset: OriginalDataset, folder: Path) -> None:
         """One PNG each, the worst first by name, in place of those of an earlier evaluation."""
         folder.mkdir(exist_ok=True)
@@ -174,16 +188,20 @@ class Worst:
 def score_originals(
     segmenter: Segmenter, split: Split, names: list[str], params: Params, args: argparse.Namespace
 ) -> tuple[dict, ConfusionMatrix | None]:
-    """Predict every photo at its own size and write what the flags ask for. Without masks the metrics are {}."""
+    """Predict every photo at its own size and write what the flags ask for; each process does its part of the photos.
+
+    Returns the metrics of all; without masks they are {}.
+    """
     dataset = OriginalDataset(split, class_names=names)
     loader = make_original_loader(
-        dataset, segmenter.sizes, batch_size=params.batch_size, num_workers=params.num_workers
+        dataset, segmenter.sizes, batch_size=params.scoring_batch_size, **params.loading_options()
     )
     matrix, boundary = (metric(params.num_classes, segmenter.device) for metric in (ConfusionMatrix, BoundaryMetrics))
     worst = Worst(args.save_overlays or 0, params.num_classes)
     folder = args.save_predictions and args.save_predictions / server_folder(split.name)
     if folder:
-        make_folder(folder, "--save_predictions")
+        with distributed.together():
+            make_folder(folder, "--save_predictions")
     for index, prediction, mask in predictions(segmenter, loader):
         if folder:
             save_picture(colour_mask(prediction.cpu().numpy()), folder / f"{split.ids[index]}.png")
@@ -192,9 +210,12 @@ def score_originals(
             boundary.update(prediction, mask)
             if args.save_overlays:
                 worst.add(index, prediction, mask)
+    worst.reduce()  # first, as it has the patience for processes that are far behind
+    matrix.reduce()
+    boundary.reduce()
     if split.masks is None:
         return {}, None
-    if args.save_overlays:
+    if args.save_overlays and distributed.is_main():
         worst.draw(dataset, args.model_dir / f"overlays_{split.name}_{args.restore_file}")
     metrics = {"images": len(dataset), **matrix.compute(), **boundary.compute()}
     return by_name(metrics, names), matrix
@@ -222,38 +243,58 @@ def table(metrics: dict) -> str:
 
 def main(args: argparse.Namespace) -> None:
     require("matplotlib", "pictures")
-    device = pick_device(args.device)
+    with distributed.processes(args.device) as device:
+        run(device, args)
+
+
+def run(device: torch.device, args: argparse.Namespace) -> None:
+    """Score, and write and print what comes of it."""
     model, params, checkpoint = load_network(args.model_dir, args.restore_file, device)
-    root = data_root(params.dataset, args.data_dir)
-    names = class_names(root, params.num_classes)
-    only_predicted = args.save_predictions and not args.save_overlays
-    split = Split.find(root, args.split, masks_required=not only_predicted)
+    split, names = distributed.first_here(lambda: find_split(params, args))
     name = f"metrics_{args.split}_{args.restore_file}"
     record = {"epoch": checkpoint.get("epoch")}
     if args.original_size:
         scales = args.scales or [1.0]
         name += "_original_size" if scales == [1.0] and not args.flip else "_multi_scale"
         record |= {"scales": scales, "flip": args.flip}
-        metrics, matrix = score_originals(segmenter(model, params, device, args), split, names, params, args)
+        with distributed.together():
+            ask = segmenter(model, params, device, args)
+        metrics, matrix = score_originals(ask, split, names, params, args)
     else:
-        dataset = SegmentationDataset(split, class_names=names, image_size=params.image_size, cache=params.cache)
-        loader = make_loader(dataset, batch_size=params.batch_size, num_workers=params.num_workers, device=device)
+        options = {"class_names": names, "image_size": params.image_size, "cache": params.cache}
+        dataset = distributed.first_here(lambda: SegmentationDataset(split, **options))
+        loader = make_loader(dataset, batch_size=params.scoring_batch_size, device=device, **params.loading_options())
         matrix = ConfusionMatrix(params.num_classes, device)
         metrics = evaluate(model, loader, params, device, matrix=matrix)
-    if metrics:
-        output = args.model_dir / f"{name}.json"
-        write_json(output, record | metrics)
+    if distributed.is_main():
+        report(record | metrics, matrix, len(split.ids), args.model_dir / f"{name}.json", params, args)
+
+
+def find_split(params: Params, args: argparse.Namespace) -> tuple[Split, list[str]]:
+    """What is to be scored or predicted, and the names of the classes."""
+    root = data_root(params.dataset, args.data_dir)
+    names = class_names(root, params.num_classes)
+    only_predicted = args.save_predictions and not args.save_overlays
+    return Split.find(root, args.split, masks_required=not only_predicted), names
+
+
+def report(
+    metrics: dict, matrix: ConfusionMatrix | None, count: int, output: Path, params: Params, args: argparse.Namespace
+) -> None:
+    """Write the metrics of count images as JSON and PNG, if there are any, and say what has been written where."""
+    if matrix:
+        write_json(output, metrics)
         save_figure(confusion_figure(matrix.matrix.cpu().numpy(), metrics["IoU"]), output.with_suffix(".png"))
         print(table(metrics))
         size = "their own size" if args.original_size else f"{params.image_size}x{params.image_size}"
-        print(f"\n{len(split.ids)} images of {args.split} at {size}, epoch {record['epoch']} -> {output} and .png")
+        print(f"\n{count} images of {args.split} at {size}, epoch {metrics['epoch']} -> {output} and .png")
     else:
         print(f"{args.split} has no masks and is not scored")
     if args.save_overlays:
         print(f"the worst of them -> {args.model_dir / f'overlays_{args.split}_{args.restore_file}'}")
     if args.save_predictions:
-        print(f"{len(split.ids)} predictions -> {args.save_predictions / server_folder(args.split)}")
+        print(f"{count} predictions -> {args.save_predictions / server_folder(args.split)}")
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_main(lambda: main(ARGS)))
+    raise SystemExit(run_main(lambda: main(ARGS), shared=True))

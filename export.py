@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from distributed import pick_device
 from utils import (
     Params,
     RunFailed,
@@ -16,7 +17,6 @@ from utils import (
     experiment_parser,
     git_commit,
     load_network,
-    pick_device,
     replacing,
     run_main,
     trained_class_names,

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import distributed
 from utils import (
     UserError,
     add_restore_file,
@@ -16,7 +17,6 @@ from utils import (
     experiment_parser,
     load_network,
     make_folder,
-    pick_device,
     positive,
     run_main,
     save_picture,
@@ -51,6 +51,7 @@ if __name__ == "__main__":
     end_at_once_on_interrupt()
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from evaluate import segmenter
@@ -126,16 +127,21 @@ def predict(file: Path, segmenter: Segmenter, names: Sequence[str], output: Path
 
 
 def main(args: argparse.Namespace) -> int:
-    if args.tile is not None and args.tile < 32:
-        raise UserError(f"--tile {args.tile}: a tile has at least 32 pixels a side")
-    photos = find_photos(args.photos, args.output_dir)
-    device = pick_device(args.device)
+    with distributed.processes(args.device) as device:
+        return run(device, args)
+
+
+def run(device: torch.device, args: argparse.Namespace) -> int:
+    """Predict; each process takes every so-many-th photo. Returns the exit status: 1 if a photo cannot be read."""
+    photos = distributed.from_main(lambda: prepare(args))
     model, params, checkpoint = load_network(args.model_dir, args.restore_file, device)
-    ask = segmenter(model, params, device, args)
+    with distributed.together():
+        ask = segmenter(model, params, device, args)
+        make_folder(args.output_dir, "--output_dir")
     names = trained_class_names(checkpoint, params.num_classes)
-    make_folder(args.output_dir, "--output_dir")
-    faults = []
-    with tqdm(photos.items(), desc="predicting", unit="img", leave=False, disable=None) as bar:
+    own = list(photos.items())[distributed.rank() :: distributed.world_size()]
+    faults = 0
+    with tqdm(own, desc="predicting", unit="img", leave=False, disable=distributed.bar_disabled()) as bar:
         for name, file in bar:
             stop_if_asked()
             try:
@@ -143,11 +149,20 @@ def main(args: argparse.Namespace) -> int:
             except (UserError, OSError) as error:
                 if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:  # which the next photo would meet
                     raise
-                faults.append(error)
+                faults += 1
                 bar.write(f"predict.py: {error}; skipped", file=sys.stderr)
-    print(f"{len(photos) - len(faults)} of {len(photos)} photos -> {args.output_dir}")
+    faults = sum(distributed.gather(faults))
+    if distributed.is_main():
+        print(f"{len(photos) - faults} of {len(photos)} photos -> {args.output_dir}")
     return 1 if faults else 0
 
 
+def prepare(args: argparse.Namespace) -> dict[Path, Path]:
+    """The photos by what their results are called, see find_photos."""
+    if args.tile is not None and args.tile < 32:
+        raise UserError(f"--tile {args.tile}: a tile has at least 32 pixels a side")
+    return find_photos(args.photos, args.output_dir)
+
+
 if __name__ == "__main__":
-    raise SystemExit(run_main(lambda: main(ARGS)))
+    raise SystemExit(run_main(lambda: main(ARGS), shared=True))

@@ -10,11 +10,12 @@ import shlex
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import distributed
 import utils
 from utils import Params, RunFailed
 
@@ -43,6 +44,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import lr_scheduler
 from tqdm import tqdm
 
@@ -52,6 +54,7 @@ from model.data_loader import Loader, SegmentationDataset, Split, class_names, d
 from model.losses import SegmentationLoss
 from model.metrics import ConfusionMatrix
 from model.net import FCN_GCN
+from model.parallel import Dropout2d, copy_to_all, share, synchronize_batch_norm
 from model.transforms import to_input
 from visualize import comparison, training_curves
 
@@ -67,6 +70,9 @@ SCALARS = ("loss", "mIoU", "pixel_accuracy", "mean_accuracy", "frequency_weighte
 class Training:
     """All that changes while a network is trained, and nothing else: state_dict() is what a resume needs.
 
+    Several processes each have one, and all are alike: the network begins as that of rank 0, and batch norm, dropout
+    and the loss are those of the whole batch, of which each process has its share.
+
     Args:
         model: the network, on its device.
         params: the experiment.
@@ -74,17 +80,21 @@ class Training:
     """
 
     def __init__(self, model: nn.Module, params: Params, steps_per_epoch: int):
-        self.model = model
         self.params = params
         self.steps_per_epoch = steps_per_epoch
         self.device = next(model.parameters()).device
-        self.forward = model
+        self.model = self.forward = model
+        self.distributed = None
+        if distributed.world_size() > 1:
+            self.model = synchronize_batch_norm(model, self.device)
+            copy_to_all(self.model)
+            self.distributed = self.forward = distribute(self.model, self.device)
         if params.compile:
-            self.forward = torch.compile(model, mode=compile_mode(self.device, params), dynamic=False)
-        self.ema = copy.deepcopy(model).requires_grad_(False) if params.ema_decay is not None else None
+            self.forward = torch.compile(self.forward, mode=compile_mode(self.device, params), dynamic=False)
+        self.ema = copy.deepcopy(self.model).requires_grad_(False) if params.ema_decay is not None else None
         self.ema_updates = 0
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=params.precision == "fp16")
-        self.optimizer = build_optimizer(model, params)
+        self.optimizer = build_optimizer(self.model, params)
         self.schedule = build_schedule(self.optimizer, params, steps_per_epoch)
         self.epoch = 0  # finished ones
         self.best_epoch = 0
@@ -108,6 +118,19 @@ class Training:
     def predictor(self) -> nn.Module:
         """The network to evaluate: the averaged one where there is one."""
         return self.model if self.ema is None else self.ema
+
+    def share_of(self, batch_size: int, *, last_of_group: bool) -> AbstractContextManager:
+        """In it, forward() is given this process's share of a batch.
+
+        Gradients are added up over the processes after the last batch of a group only.
+        """
+        if self.distributed is None:
+            return nullcontext()
+        first = share(batch_size, distributed.rank(), distributed.world_size()).start
+        for module in self.model.modules():
+            if isinstance(module, Dropout2d):
+                module.whole = first, batch_size
+        return nullcontext() if last_of_group else self.distributed.no_sync()
 
     def step(self, loss: torch.Tensor, *, last_of_group: bool) -> None:
         """Accumulate the gradient of loss; with the last loss of a group, update the weights."""
@@ -160,8 +183,9 @@ class Training:
             "metrics": self.metrics,
             "images": self.images,
             "class_names": self.class_names,
-            "rng": torch.get_rng_state(),
-            "rng_cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+            "job": distributed.job(),
+            "rng": torch.get_rng_state(),  # the same in every process
+            "rng_cuda": [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else [],
             "params": asdict(self.params),
         }
 
@@ -210,16 +234,31 @@ class Training:
             for _ in range(self.epoch * self.steps_per_epoch):
                 self.schedule.step()
         torch.set_rng_state(state["rng"])
-        if self.device.type == "cuda" and len(state["rng_cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["rng_cuda"])
+        if self.device.type == "cuda" and state["rng_cuda"]:
+            torch.cuda.set_rng_state(state["rng_cuda"][0], self.device)
+
+
+def distribute(model: nn.Module, device: torch.device) -> DistributedDataParallel:
+    """The network in a form that adds up the gradients of all processes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`broadcast_buffers`")  # has another name from PyTorch 2.15 on
+        return DistributedDataParallel(
+            model,
+            device_ids=[device] if device.type == "cuda" else None,
+            init_sync=False,
+            broadcast_buffers=False,  # batch norm's are alike already
+            gradient_as_bucket_view=True,
+        )
 
 
 def compile_mode(device: torch.device, params: Params) -> str:
     """On a GPU with CUDA graphs, for launching hundreds of kernels takes its time.
 
-    Not where gradients are accumulated: they would lie in memory that the next batch's graph writes to.
+    Not where gradients are accumulated: they would lie in memory that the next batch's graph writes to. Nor where
+    processes exchange them, which would have to be in the graph.
     """
-    return "reduce-overhead" if device.type == "cuda" and params.accumulation_steps == 1 else "default"
+    alone = params.accumulation_steps == 1 and distributed.world_size() == 1
+    return "reduce-overhead" if device.type == "cuda" and alone else "default"
 
 
 def build_optimizer(model: nn.Module, params: Params) -> torch.optim.Optimizer:
@@ -253,30 +292,34 @@ def train_epoch(training: Training, loader: Loader) -> dict:
     """
     training.model.train()
     params = training.params
-    device, criterion = training.device, SegmentationLoss(params.loss_weights)
+    device, criterion = training.device, SegmentationLoss(params.loss_weights, over_processes=True)
     matrix = ConfusionMatrix(params.num_classes, device)
     losses = torch.zeros(len(loader), device=device)  # stays on the device: reading it at every step would wait for it
-    sizes, rates = [], []
+    sizes, rates = loader.batch_sampler.sizes, []  # of whole batches
     title = f"epoch {training.epoch + 1}/{params.num_epochs}"
-    with tqdm(total=len(loader.dataset), desc=title, unit="img", leave=False, disable=None) as bar:
+    with tqdm(total=sum(sizes), desc=title, unit="img", leave=False, disable=distributed.bar_disabled()) as bar:
         for step, (images, labels) in enumerate(loader):
             utils.stop_if_asked()
+            position = step % params.accumulation_steps
+            group = min(params.accumulation_steps, len(loader) - step + position)  # the last one may be smaller
+            last_of_group = position + 1 == group
             labels = labels.to(device, non_blocking=True)
-            with utils.autocast(device, params.precision):
+            with (
+                training.share_of(sizes[step], last_of_group=last_of_group),
+                utils.autocast(device, params.precision),
+            ):
                 logits = training.forward(to_input(images, device, **params.input_options()))
             loss = criterion(logits, labels)
             losses[step] = loss.detach()
-            sizes.append(len(images))
             rates.append(training.optimizer.param_groups[0]["lr"])
-            position = step % params.accumulation_steps
-            group = min(params.accumulation_steps, len(loader) - step + position)  # the last one may be smaller
-            training.step(loss / group, last_of_group=position + 1 == group)
+            training.step(loss / group, last_of_group=last_of_group)
             if step % params.save_summary_steps == 0:
                 matrix.update(logits.argmax(1), labels)
                 stop_if_not_finite(losses[: step + 1], rates, training)
-            if bar.update(len(images)):
+            if bar.update(sizes[step]):
                 bar.set_postfix(loss=f"{losses[: step + 1].mean():.4f}", refresh=False)
     stop_if_not_finite(losses, rates, training)
+    matrix.reduce()
     mean = (losses.double().cpu() @ torch.tensor(sizes, dtype=torch.float64)).item() / sum(sizes)
     return {"loss": mean, "learning_rate": rates[-1], **matrix.compute()}
 
@@ -310,7 +353,7 @@ def train(
     params, drawn = training.params, -math.inf
     while not training.finished:
         start = time.perf_counter()
-        train_loader.sampler.set_epoch(training.epoch)
+        train_loader.batch_sampler.set_epoch(training.epoch)
         train_metrics = train_epoch(training, train_loader)
         train_seconds = time.perf_counter() - start
         val_metrics = evaluate(training.predictor, val_loader, params, training.device)
@@ -336,16 +379,17 @@ def train(
         training.metrics["last"] = {"epoch": training.epoch, **val_metrics}
         if is_best:
             training.metrics["best"] = training.metrics["last"]
-        write_metrics(training, model_dir)
-        picture = sample_predictions(training, val_loader.dataset)
-        utils.save_picture(picture, model_dir / "samples.png")
-        if training.finished or time.monotonic() - drawn > DRAWING_INTERVAL:
-            draw_curves(training, model_dir)
-            drawn = time.monotonic()
-        if board:
-            log_to_board(board, record, picture)
-        # Last, so that a resume repeats whatever was cut short.
-        utils.save_checkpoint(training.state_dict(), model_dir, is_best=is_best)
+        if distributed.is_main():
+            write_metrics(training, model_dir)
+            picture = sample_predictions(training, val_loader.dataset)
+            utils.save_picture(picture, model_dir / "samples.png")
+            if training.finished or time.monotonic() - drawn > DRAWING_INTERVAL:
+                draw_curves(training, model_dir)
+                drawn = time.monotonic()
+            if board:
+                log_to_board(board, record, picture)
+            # Last, so that a resume repeats whatever was cut short.
+            utils.save_checkpoint(training.state_dict(), model_dir, is_best=is_best)
         utils.stop_if_asked()
         logging.info(describe(record, params, is_best=is_best))
     logging.info(
@@ -441,7 +485,14 @@ def find_data(params: Params, data_dir: Path) -> tuple[Split, Split, list[str]]:
     root = data_root(params.dataset, data_dir)
     train_split = Split.find(root, params.train_split, masks_required=True)
     val_split = Split.find(root, "val", masks_required=True)
-    count = len(train_split.ids)
+    count, processes = len(train_split.ids), distributed.world_size()
+    if params.batch_size % processes:
+        below = params.batch_size // processes * processes
+        nearest = f"{below} or {below + processes}" if below else f"{processes}"
+        raise UserError(
+            f'"batch_size" is {params.batch_size}, the images of a step in all processes together, and cannot be '
+            f"divided among {processes}; use {nearest}"
+        )
     if params.batch_size > count:
         raise UserError(f'"batch_size" is {params.batch_size}, but {params.train_split} has {count} images; lower it')
     if (count % params.batch_size or params.batch_size) == 1 and params.stem_maxpool and params.image_size <= 32:
@@ -459,64 +510,111 @@ def make_loaders(
     options = {"class_names": names, "image_size": params.image_size, "cache": params.cache}
     train_set = SegmentationDataset(train_split, augment=params.augment, **options)
     val_set = SegmentationDataset(val_split, **options)
-    loading = {"batch_size": params.batch_size, "num_workers": params.num_workers, "device": device}
-    return make_loader(train_set, seed=params.seed, **loading), make_loader(val_set, **loading)
+    loading = {"device": device, **params.loading_options()}
+    return (
+        make_loader(train_set, batch_size=params.batch_size, seed=params.seed, **loading),
+        make_loader(val_set, batch_size=params.scoring_batch_size, **loading),
+    )
 
 
 def main(args: argparse.Namespace) -> None:
     utils.require("matplotlib", "curves.png")
     if args.tensorboard:
         utils.require("torch.utils.tensorboard", "events")
-    params = Params.load(args.model_dir / "params.json")
-    device = utils.pick_device(args.device)
-    params = utils.resolve_precision(params, device)
-    refuse_unclear(args, utils.outputs(args.model_dir))
-    with utils.sole_run(args.model_dir), explained_end(args):
-        run(params, device, args)
+    with distributed.processes(args.device) as device, ExitStack() as held:
+        params = distributed.from_main(
+            lambda: utils.resolve_precision(Params.load(args.model_dir / "params.json"), device)
+        )
+        with distributed.together():
+            if distributed.is_main():
+                if distributed.is_restarted():
+                    take_up_own_run(args)
+                refuse_unclear(args, utils.outputs(args.model_dir))
+                held.enter_context(utils.sole_run(args.model_dir))
+                # Again: another run may have ended just before the folder became ours.
+                refuse_unclear(args, utils.outputs(args.model_dir))
+        with explained_end(args):
+            run(params, device, args)
 
 
 def run(params: Params, device: torch.device, args: argparse.Namespace) -> None:
-    """Train in a folder that is this process's alone."""
-    earlier = utils.outputs(args.model_dir)
-    refuse_unclear(args, earlier)  # again: another run may have ended just before the folder became ours
-    checkpoint = None
-    if args.restore_file is not None:
-        checkpoint_file = utils.checkpoint_path(args.model_dir, args.restore_file)
-        checkpoint = utils.load_checkpoint(checkpoint_file)
-        utils.refuse_changed(RESUME_NEEDS, checkpoint, params, checkpoint_file)
-    data = find_data(params, args.data_dir)
+    """Train in a folder that is this run's alone."""
+    checkpoint_file, checkpoint = distributed.from_main(lambda: read_checkpoint(params, args))
+    data = distributed.first_here(lambda: find_data(params, args.data_dir))
+    refuse_other_lists(*data[:2])
 
     utils.seed_everything(params.seed, deterministic=params.deterministic)
-    new_encoder = params.pretrained and not (checkpoint or args.init_from)
-    model = FCN_GCN(**params.network_options(), pretrained=new_encoder)
-    fresh_layers = start_from(model, args.init_from) if args.init_from else ""
+    new_encoder = params.pretrained and not (checkpoint or args.init_from) and distributed.is_main()
+    with distributed.together():
+        model = FCN_GCN(**params.network_options(), pretrained=new_encoder)
+        fresh_layers = start_from(model, args.init_from) if args.init_from and distributed.is_main() else ""
     utils.to_device(model, params, device)
-    train_loader, val_loader = make_loaders(*data, params, device)
+    train_loader, val_loader = distributed.first_here(lambda: make_loaders(*data, params, device))
     training = Training(model, params, steps_per_epoch=-(-len(train_loader) // params.accumulation_steps))
     training.class_names = data[2]
-    training.images = hashlib.sha256("\n".join(data[0].ids).encode()).hexdigest()
+    training.images = digest(data[0])
     if checkpoint:
-        training.load_state_dict(checkpoint, checkpoint_file)
+        with distributed.together():
+            training.load_state_dict(checkpoint, checkpoint_file)
         if training.finished:
-            print(f"nothing to do in {args.model_dir}: {training.finished}; raise num_epochs to train on")
+            if distributed.is_main():
+                print(f"nothing to do in {args.model_dir}: {training.finished}; raise num_epochs to train on")
             return
 
-    if args.overwrite:
-        utils.remove_outputs(args.model_dir)
-    for path in unfinished_files(args.model_dir):
-        path.unlink()
-    utils.set_logger(args.model_dir / "train.log")
-    utils.write_provenance(args.model_dir, device, params, resumed=checkpoint is not None)
-    sizes = f"{len(train_loader.dataset)} images of {params.train_split}, {len(val_loader.dataset)} of val"
-    logging.info(f"{args.model_dir}: {sizes}, on {device} in {params.precision}")
-    if params.num_channels is not None:
-        logging.info('"num_channels" is accepted for old params.json files; this network has no use for it')
-    if fresh_layers:
-        logging.info(f"{args.init_from} has another number of classes; these layers start afresh: {fresh_layers}")
-    if checkpoint:
-        take_up(training, checkpoint, checkpoint_file, args.model_dir)
-    board = open_board(args.model_dir, epoch=training.epoch) if args.tensorboard else None
+    board = None
+    if distributed.is_main():
+        if args.overwrite:
+            utils.remove_outputs(args.model_dir)
+        for path in unfinished_files(args.model_dir):
+            path.unlink()
+        utils.set_logger(args.model_dir / "train.log")
+        utils.write_provenance(args.model_dir, device, params, resumed=checkpoint is not None)
+        sizes = f"{len(train_loader.dataset)} images of {params.train_split}, {len(val_loader.dataset)} of val"
+        logging.info(f"{args.model_dir}: {sizes}, on {distributed.describe(device)} in {params.precision}")
+        if params.num_channels is not None:
+            logging.info('"num_channels" is accepted for old params.json files; this network has no use for it')
+        if fresh_layers:
+            logging.info(f"{args.init_from} has another number of classes; these layers start afresh: {fresh_layers}")
+        if checkpoint:
+            take_up(training, checkpoint, checkpoint_file, args.model_dir)
+        board = open_board(args.model_dir, epoch=training.epoch) if args.tensorboard else None
     train(training, train_loader, val_loader, args.model_dir, board=board)
+
+
+def take_up_own_run(args: argparse.Namespace) -> None:
+    """After a restart by torchrun, let the flags say how to go on with what this very job has done so far.
+
+    What it has done says so itself: a job's name is in its checkpoints and in run.json.
+    """
+    last = args.model_dir / "last.pth.tar"
+    if last.exists() and utils.load_checkpoint(last).get("job") == distributed.job():
+        args.restore_file, args.init_from, args.overwrite = "last", None, False
+    elif not args.restore_file and (args.model_dir / "run.json").exists():
+        record = utils.read_json(args.model_dir / "run.json", if_absent="")
+        args.overwrite |= isinstance(record, dict) and record.get("job") == distributed.job()
+
+
+def read_checkpoint(params: Params, args: argparse.Namespace) -> tuple[Path | None, dict | None]:
+    """What to continue from, if anything. Raises UserError if params.json does not allow it."""
+    if args.restore_file is None:
+        return None, None
+    file = utils.checkpoint_path(args.model_dir, args.restore_file)
+    checkpoint = utils.load_checkpoint(file)
+    utils.refuse_changed(RESUME_NEEDS, checkpoint, params, file)
+    return file, checkpoint
+
+
+def digest(split: Split) -> str:
+    """Of the ids of a list, in their order."""
+    return hashlib.sha256("\n".join(split.ids).encode()).hexdigest()
+
+
+def refuse_other_lists(train_split: Split, val_split: Split) -> None:
+    """Raise UserError unless the lists of all machines are the same."""
+    for split in (train_split, val_split):
+        if len(set(distributed.gather(digest(split)))) > 1:
+            with distributed.together():
+                raise UserError(f"{split.name}.txt is not the same on all machines; copy one data set to all of them")
 
 
 def take_up(training: Training, checkpoint: dict, file: Path, model_dir: Path) -> None:
@@ -542,7 +640,9 @@ def unfinished_files(model_dir: Path) -> list[Path]:
 
 @contextmanager
 def explained_end(args: argparse.Namespace) -> Iterator[None]:
-    """Say how to go on when a signal or a full disk cuts a run short; leave nothing of one that never fitted memory."""
+    """Say how to go on when a signal, a full disk or a lost process cuts a run short; leave nothing of one that never
+    fitted memory. Of several processes rank 0 does so.
+    """
     last = args.model_dir / "last.pth.tar"
 
     def version() -> int:
@@ -553,8 +653,11 @@ def explained_end(args: argparse.Namespace) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
-            utils.stop_if_asked()  # a loader process may have felt the signal first
-            if utils.is_out_of_memory(error) and args.restore_file is None and version() == before:
+            utils.stop_if_asked()  # a loader process, or another of the run, may have felt the signal first
+            if distributed.is_lost_connection(error):
+                raise ConnectionError(distributed.LOST) from None
+            never_fitted = utils.is_out_of_memory(error) and args.restore_file is None and version() == before
+            if never_fitted and distributed.is_main():
                 for path in set(utils.outputs(args.model_dir)) - set(earlier):
                     path.unlink()
             raise
@@ -566,7 +669,14 @@ def explained_end(args: argparse.Namespace) -> Iterator[None]:
 
 def continuing_command(args: argparse.Namespace, *, saved: bool) -> list[str]:
     """The command line that goes on where this run has stopped; saved says whether it has written a checkpoint."""
-    command = ["python", "train.py", "--model_dir", str(args.model_dir), "--data_dir", str(args.data_dir)]
+    command = [
+        *distributed.launcher(),
+        "train.py",
+        "--model_dir",
+        str(args.model_dir),
+        "--data_dir",
+        str(args.data_dir),
+    ]
     if args.device != "auto":
         command += ["--device", args.device]
     if saved or args.restore_file:
@@ -577,4 +687,4 @@ def continuing_command(args: argparse.Namespace, *, saved: bool) -> list[str]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(utils.run_main(lambda: main(ARGS)))
+    raise SystemExit(utils.run_main(lambda: main(ARGS), shared=True))

@@ -12,6 +12,7 @@ import os
 import platform
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,7 +24,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from model import GCN_PADDINGS, HEADS, LOSS_TERMS, UserError
+import distributed
+from model import GCN_PADDINGS, HEADS, LOSS_TERMS, UserError, cores
 
 ROOT = Path(__file__).resolve().parent
 
@@ -42,22 +44,29 @@ def end_at_once_on_interrupt() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def run_main(main: Callable[[], int | None]) -> int:
+def run_main(main: Callable[[], int | None], *, shared: bool = False) -> int:
     """Call main and turn the errors a user can do something about into one line on stderr and an exit status.
 
-    2 for a mistake in the input, 1 for any other failure, 130 for SIGINT, 143 for SIGTERM.
+    2 for a mistake in the input, 1 for any other failure, 130 for SIGINT, 143 for SIGTERM. shared: main is for several
+    processes too; only rank 0 speaks of what all of them meet, a signal, a RunFailed or a lost connection.
     """
+    common = False
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _stop)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # about odd photos, which are read
     try:
+        if not shared and distributed.world_size() > 1:
+            common = True
+            raise UserError("this is work for one process; start it without torchrun")
         return main() or 0
     except UserError as error:
         status, message = 2, _last_line_if_from_a_worker(error)
     except (RunFailed, OSError) as error:
         status, message = 1, _last_line_if_from_a_worker(error)
+        common = isinstance(error, RunFailed | ConnectionError)
     except KeyboardInterrupt as error:
+        common = True
         terminated = isinstance(error, Terminated)
         status, message = 143 if terminated else 130, str(error) or ("terminated" if terminated else "interrupted")
     except (RuntimeError, MemoryError) as error:
@@ -70,7 +79,9 @@ def run_main(main: Callable[[], int | None]) -> int:
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # it is ending already
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    if distributed.is_main() or not common:
+        who = "" if distributed.is_main() else f" (rank {distributed.rank()} on {socket.gethostname()})"
+        print(f"{Path(sys.argv[0]).name}: error{who}: {message}", file=sys.stderr)
     return status
 
 
@@ -310,7 +321,18 @@ class Params:
         """The keywords of model.transforms.to_input."""
         return {"normalize": self.normalize, "channels_last": self.channels_last}
 
+    def loading_options(self) -> dict[str, Any]:
+        """The keywords of the loaders of model.data_loader that this process, of several perhaps, gives them."""
+        workers = min(self.num_workers, max(1, cores() // distributed.local_world_size()))
+        return {"num_workers": workers, "rank": distributed.rank(), "world_size": distributed.world_size()}
 
+    @property
+    def scoring_batch_size(self) -> int:
+        """Of loaders that score: batch_size, but no more than one process can hold of what many may have trained on."""
+        return max(1, min(self.batch_size, SCORED_AT_ONCE // self.image_size**2))
+
+
+SCORED_AT_ONCE = 32 * 224**2  # pixels
 ARCHITECTURE = ("num_classes", "kernel_size", "head", "boundary_refinement", "stem_maxpool", "gcn_padding")
 
 
@@ -561,6 +583,8 @@ def provenance(device: Any, params: Params) -> dict[str, Any]:
         if device.type == "cuda"
         else f"cpu, {torch.get_num_threads()} threads",
         "platform": platform.platform(),
+        "processes": distributed.world_size(),
+        "job": distributed.job(),
         "seed": params.seed,
         "params": asdict(params),
     }
@@ -586,17 +610,6 @@ def git_commit() -> str | None:
 
 
 # ---------------------------------------------------------------------------------------------------- torch
-
-
-def pick_device(name: str) -> Any:
-    """torch.device of "auto", "cpu" or "cuda". Raises UserError when CUDA is asked for and absent."""
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no CUDA device here; use --device cpu or auto")
-    return torch.device(name)
 
 
 def to_device(model: Any, params: Params, device: Any) -> None:
@@ -773,12 +786,17 @@ def load_network(model_dir: Path, restore_file: str, device: Any) -> tuple[Any, 
     """
     from model.net import FCN_GCN
 
-    params = resolve_precision(Params.load(model_dir / "params.json"), device)
-    file = checkpoint_path(model_dir, restore_file)
-    checkpoint = load_checkpoint(file)
-    refuse_changed((*ARCHITECTURE, "normalize"), checkpoint, params, file)
+    def read() -> tuple[Params, Path, dict[str, Any]]:
+        params = resolve_precision(Params.load(model_dir / "params.json"), device)
+        file = checkpoint_path(model_dir, restore_file)
+        checkpoint = load_checkpoint(file)
+        refuse_changed((*ARCHITECTURE, "normalize"), checkpoint, params, file)
+        return params, file, checkpoint
+
+    params, file, checkpoint = distributed.from_main(read)
     model = FCN_GCN(**params.network_options(), pretrained=False)
-    load_weights(model, predicting_weights(checkpoint), file)
+    with distributed.together():
+        load_weights(model, predicting_weights(checkpoint), file)
     to_device(model, params, device)
     return model.eval(), params, checkpoint
 

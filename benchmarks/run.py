@@ -28,6 +28,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
+import distributed
 from benchmarks import baseline, roofline
 from evaluate import evaluate
 from model.data_loader import Loader, SegmentationDataset, Split, make_loader, read_example
@@ -37,7 +38,7 @@ from model.sample import draw_scene
 from model.transforms import to_input
 from model.voc import CLASS_NAMES, colour_mask
 from train import Training, train_epoch
-from utils import Params, autocast, pick_device, resolve_precision, seed_everything, to_device
+from utils import Params, autocast, resolve_precision, seed_everything, to_device
 
 SIZE, BATCH = 224, 5
 PHOTO = (500, 375)  # VOC's usual size
@@ -228,7 +229,7 @@ def scaling(folder: Path, bar: tqdm) -> list[tuple]:
         loader = make_loader(dataset, batch_size=20, num_workers=0, seed=0)
         rates = []
         for epoch in range(1 + 10_000 // count):
-            loader.sampler.set_epoch(epoch)
+            loader.batch_sampler.set_epoch(epoch)
             start = time.perf_counter()
             for _ in loader:
                 pass
@@ -306,7 +307,7 @@ def make_scenes(folder: Path, count: int) -> Path:
 
 
 def main(args: argparse.Namespace) -> None:
-    device = pick_device(args.device)
+    device = distributed.pick_device(args.device)
     if args.peak_memory_of:
         return print_peak_memory(Sides(Split.find(args.data_dir, "val"), device), args.peak_memory_of)
     with (

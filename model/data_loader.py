@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,12 @@ import torch
 from filelock import FileLock
 from PIL import ExifTags, Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, SequentialSampler, default_collate
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from model import UserError, cores
+from model.parallel import share
 from model.sample import draw_sample
 from model.transforms import Augmentation, squash, squashed
 from model.voc import CLASS_NAMES, VOID
@@ -419,24 +421,55 @@ class EpochSampler(Sampler):
         return zip(order, seeds, strict=True)
 
 
+class OwnBatches(Sampler):
+    """The batches that one of several processes takes part in, as lists of what a sampler gives.
+
+    With split, for training, its share of every batch, which in the last one may be nothing. Otherwise, for scoring,
+    batches are dealt out whole, so that each holds the same images whatever the number of processes. sizes has the
+    images of each of these batches, with split those of all shares together.
+    """
+
+    def __init__(self, sampler: Sampler, batch_size: int, *, split: bool, rank: int = 0, world_size: int = 1):
+        self.sampler = sampler
+        self.split, self.rank, self.world_size = split, rank, world_size
+        self._batches = BatchSampler(sampler, batch_size, drop_last=False)
+        sizes = [min(batch_size, len(sampler) - start) for start in range(0, len(sampler), batch_size)]
+        self.sizes = sizes if split else sizes[rank::world_size]
+
+    def set_epoch(self, epoch: int) -> None:
+        self.sampler.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __iter__(self) -> Iterator[list]:
+        if not self.split:
+            yield from islice(self._batches, self.rank, None, self.world_size)
+            return
+        for batch in self._batches:
+            own = share(len(batch), self.rank, self.world_size)
+            yield batch[own.start : own.stop]
+
+
 class DeviceLoader:
     """Batches of a split that lies on the device as a whole, so that the host has nothing to fetch and to send.
 
-    Stands in for a DataLoader of the same data set, batch_size and sampler, and gives the same batches.
+    Stands in for a DataLoader of the same data set and batch_sampler, and gives the same batches.
     """
 
-    def __init__(self, dataset: SegmentationDataset, *, batch_size: int, sampler: Sampler, device: torch.device):
+    def __init__(self, dataset: SegmentationDataset, *, batch_sampler: OwnBatches, device: torch.device):
         self.dataset = dataset
-        self.batch_size = batch_size
-        self.sampler = sampler
+        self.batch_sampler = batch_sampler
         self._examples = dataset.on_device(device)
 
     def __len__(self) -> int:
-        return -(-len(self.dataset) // self.batch_size)
+        return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.tensor([key[0] if isinstance(key, tuple) else key for key in self.sampler])
-        for batch in order.to(self._examples.device).split(self.batch_size):
+        batches = list(self.batch_sampler)
+        order = [key[0] if isinstance(key, tuple) else key for batch in batches for key in batch]
+        order = torch.tensor(order, dtype=torch.int64).to(self._examples.device)
+        for batch in order.split([len(batch) for batch in batches]):
             examples = self._examples[batch]
             yield examples[..., :3].permute(0, 3, 1, 2), examples[..., 3]
 
@@ -451,38 +484,51 @@ def make_loader(
     num_workers: int = 0,
     seed: int | None = None,
     device: torch.device | str = "cpu",
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Loader:
     """Batches of uint8 (B, 3, S, S) and (B, S, S), the last one smaller where the data set ends.
 
-    With a seed in an order of its own every epoch (call loader.sampler.set_epoch), else in the order of the list.
-    They lie on the device already if the whole split fits there, otherwise in memory that it can copy from by itself.
+    With a seed in an order of its own every epoch (call loader.batch_sampler.set_epoch), else in the order of the list.
+    One of several processes gets its part of them, see OwnBatches. They lie on the device already if the whole split
+    fits there, otherwise in memory that it can copy from by itself.
     """
     device = torch.device(device)
     sampler = SequentialSampler(dataset) if seed is None else EpochSampler(len(dataset), seed=seed)
+    batches = OwnBatches(sampler, batch_size, split=seed is not None, rank=rank, world_size=world_size)
     if _fits(dataset, device):
-        return DeviceLoader(dataset, batch_size=batch_size, sampler=sampler, device=device)
-    loading = _loading(dataset, batch_size, num_workers)
+        return DeviceLoader(dataset, batch_sampler=batches, device=device)
+    loading = _loading(batches, num_workers)
     return DataLoader(
         dataset,
         **loading,
-        sampler=sampler,
+        collate_fn=partial(_collate, image_size=dataset.image_size),
         persistent_workers=loading["num_workers"] > 0,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # its own, so that fetching data does not advance the network's random numbers
     )
 
 
+def _collate(examples: list[tuple[Tensor, Tensor]], image_size: int) -> Sequence[Tensor]:
+    if examples:
+        return default_collate(examples)
+    return [torch.empty(0, *shape, image_size, image_size, dtype=torch.uint8) for shape in ((3,), ())]
+
+
 def make_original_loader(
-    dataset: OriginalDataset, sizes: Sequence[int], *, batch_size: int, num_workers: int
+    dataset: OriginalDataset,
+    sizes: Sequence[int],
+    *,
+    batch_size: int,
+    num_workers: int,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> DataLoader:
     """Batches in the order of the list: indices, (width, height) of the photos, squashed(photos, sizes), and masks,
-    each uint8 (H, W) or None.
+    each uint8 (H, W) or None. One of several processes gets every so-many-th batch.
     """
-    return DataLoader(
-        dataset,
-        **_loading(dataset, batch_size, num_workers),
-        collate_fn=partial(_collate_originals, sizes=sizes),
-    )
+    batches = OwnBatches(SequentialSampler(dataset), batch_size, split=False, rank=rank, world_size=world_size)
+    return DataLoader(dataset, **_loading(batches, num_workers), collate_fn=partial(_collate_originals, sizes=sizes))
 
 
 def _collate_originals(examples: list[tuple], sizes: Sequence[int]) -> tuple[list, list, list[Tensor], list]:
@@ -491,11 +537,11 @@ def _collate_originals(examples: list[tuple], sizes: Sequence[int]) -> tuple[lis
     return indices, [photo.size for photo in photos], squashed(photos, sizes), masks
 
 
-def _loading(dataset: Dataset, batch_size: int, num_workers: int) -> dict:
+def _loading(batches: OwnBatches, num_workers: int) -> dict:
     """The keywords of every DataLoader: no more processes than cores or batches."""
     return {
-        "batch_size": batch_size,
-        "num_workers": min(num_workers, cores(), -(-len(dataset) // batch_size)),
+        "batch_sampler": batches,
+        "num_workers": min(num_workers, cores(), len(batches)),
         "worker_init_fn": _leave_signals_to_the_main_process,
     }
 

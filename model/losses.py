@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import LOSS_TERMS, UserError
+from model.parallel import total
 from model.voc import VOID
 
 SMOOTH = 1.0
@@ -23,48 +24,64 @@ class SegmentationLoss(nn.Module):
         cross_entropy mean over pixels of -log softmax(x) at the label
 
     t is never built: sum(x t) and sum(p t) are the values at the labels, sum t is the number of pixels. Half-precision
-    logits are summed in float32. A batch that is all void gives 0 with zero gradients.
+    logits are summed in float32; the sums are combined in float64. An all void batch gives 0 with zero gradients.
 
     Args:
         weights: term -> weight; terms that are left out or have weight 0 are not computed.
+        over_processes: the batch is shared by all processes of torch.distributed, each of which gives its part (of any
+            size, also none) and gets the loss of the whole; gradients are to be averaged over the processes, see
+            parallel.total.
 
     Raises:
         UserError: an unknown term.
     """
 
-    def __init__(self, weights: Mapping[str, float]):
+    def __init__(self, weights: Mapping[str, float], *, over_processes: bool = False):
         super().__init__()
         if unknown := set(weights) - set(LOSS_TERMS):
             raise UserError(f"unknown loss terms {sorted(unknown)}; allowed: {', '.join(LOSS_TERMS)}")
         self.weights = {term: weight for term, weight in weights.items() if weight}
+        self.over_processes = over_processes
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss, a scalar. labels may have any integer dtype."""
+        sums = self._sums(logits, labels.long())
+        values = torch.stack([value.double() for value in sums.values()])
+        sums = dict(zip(sums, total(values) if self.over_processes else values, strict=True))
+        loss = sum(self.weights[term] * value for term, value in self._terms(sums, logits.shape[1]).items())
+        return loss.to(logits.dtype if logits.dtype == torch.float64 else torch.float32)
+
+    def _sums(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """What the terms are made of: sums over pixels that are not void, and over classes."""
         if logits.dtype in (torch.float16, torch.bfloat16):
             logits = logits.float()
-        labels = labels.long()
         valid = labels != VOID  # (B, H, W)
         at_label = logits.gather(1, labels.where(valid, 0).unsqueeze(1)).squeeze(1)  # (B, H, W), x where t = 1
-        pixels = valid.sum()
-        entries = pixels * logits.shape[1]
-
-        total = logits.new_zeros(())
+        sums = {"pixels": valid.sum()}
         if "bce" in self.weights:
-            bce = _masked_sum(F.softplus(logits).sum(1) - at_label, valid) / entries.clamp(min=1)
-            total = total + self.weights["bce"] * bce
+            sums["bce"] = _masked_sum(F.softplus(logits).sum(1) - at_label, valid)
         if "dice" in self.weights or "inverse_dice" in self.weights:
-            p = _masked_sum(logits.sigmoid().sum(1), valid)
-            p_t = _masked_sum(at_label.sigmoid(), valid)
-            if "dice" in self.weights:
-                total = total + self.weights["dice"] * _dice(p_t, p + pixels)
-            if "inverse_dice" in self.weights:
-                both = entries - p - pixels + p_t  # sum (1 - p)(1 - t)
-                total = total + self.weights["inverse_dice"] * _dice(both, 2 * entries - p - pixels)
+            sums["p"] = _masked_sum(logits.sigmoid().sum(1), valid)
+            sums["p t"] = _masked_sum(at_label.sigmoid(), valid)
         if "cross_entropy" in self.weights:
             # Not F.cross_entropy: on CUDA it has no deterministic form.
-            entropy = _masked_sum(logits.logsumexp(1) - at_label, valid) / pixels.clamp(min=1)
-            total = total + self.weights["cross_entropy"] * entropy
-        return total
+            sums["cross_entropy"] = _masked_sum(logits.logsumexp(1) - at_label, valid)
+        return sums
+
+    def _terms(self, sums: dict[str, Tensor], num_classes: int) -> dict[str, Tensor]:
+        pixels = sums["pixels"]
+        entries = pixels * num_classes
+        terms = {}
+        if "bce" in self.weights:
+            terms["bce"] = sums["bce"] / entries.clamp(min=1)
+        if "dice" in self.weights:
+            terms["dice"] = _dice(sums["p t"], sums["p"] + pixels)
+        if "inverse_dice" in self.weights:
+            both = entries - sums["p"] - pixels + sums["p t"]  # sum (1 - p)(1 - t)
+            terms["inverse_dice"] = _dice(both, 2 * entries - sums["p"] - pixels)
+        if "cross_entropy" in self.weights:
+            terms["cross_entropy"] = sums["cross_entropy"] / pixels.clamp(min=1)
+        return terms
 
 
 def _masked_sum(values: Tensor, valid: Tensor) -> Tensor:

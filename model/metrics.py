@@ -3,10 +3,10 @@
 import math
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.parallel import add_up
 from model.voc import VOID
 
 
@@ -36,7 +36,7 @@ class ConfusionMatrix:
 
     def reduce(self) -> None:
         """Sum over all processes of torch.distributed; nothing to do where there is one."""
-        _sum_over_processes(self._counts)
+        add_up(self._counts)
 
     def compute(self) -> dict:
         """The metrics, all in [0, 1].
@@ -104,7 +104,7 @@ class BoundaryMetrics:
 
     def reduce(self) -> None:
         """Sum over all processes of torch.distributed; nothing to do where there is one."""
-        _sum_over_processes(self._pixels, self._rims)
+        add_up(self._pixels, self._rims)
 
     def compute(self) -> dict:
         """boundary_accuracy, interior_accuracy, boundary_mIoU, and boundary_IoU as a list; None where undefined."""
@@ -150,12 +150,6 @@ def _rim(mask: Tensor, reach: int) -> Tensor:
     table = table.cumsum(0, dtype=torch.int32).cumsum(1, dtype=torch.int32)
     inside = table[side:, side:] - table[:-side, side:] - table[side:, :-side] + table[:-side, :-side]
     return mask & (inside < side**2)
-
-
-def _sum_over_processes(*counts: Tensor) -> None:
-    if dist.is_available() and dist.is_initialized():
-        for count in counts:
-            dist.all_reduce(count)
 
 
 def _mean(values: Tensor) -> float | None:

@@ -10,6 +10,7 @@ from torch import Tensor, compiler, hub, nn, sym_max
 from torchvision.models import ResNet50_Weights, resnet50
 
 from model import GCN_PADDINGS, HEADS, UserError
+from model.parallel import Dropout2d
 
 
 class Conv2d(nn.Conv2d):
@@ -126,7 +127,7 @@ class FCN_GCN(nn.Module):
         self.maxpool = encoder.maxpool if stem_maxpool else nn.Sequential()
         self.layer1, self.layer2 = encoder.layer1, encoder.layer2
         self.layer3, self.layer4 = encoder.layer3, encoder.layer4
-        self.dropout = nn.Dropout2d(dropout_rate) if dropout_rate > 0 else nn.Sequential()
+        self.dropout = Dropout2d(dropout_rate) if dropout_rate > 0 else nn.Sequential()
         self.gcn1, self.gcn2, self.gcn3, self.gcn4 = score(256), score(512), score(1024), score(2048)
         self.br1, self.br2, self.br3, self.br4 = refine(), refine(), refine(), refine()
         self.br5, self.br6, self.br7, self.br8, self.br9 = refine(), refine(), refine(), refine(), refine()

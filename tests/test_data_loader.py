@@ -613,7 +613,7 @@ def test_writing_into_an_example_leaves_the_data_set_as_it_is(data):
 def batches(dataset: SegmentationDataset, *, epoch: int = 0, **options) -> list[tuple[Tensor, Tensor]]:
     loader = make_loader(dataset, batch_size=2, **options)
     if "seed" in options:
-        loader.sampler.set_epoch(epoch)
+        loader.batch_sampler.set_epoch(epoch)
     return [(images, labels) for images, labels in loader]
 
 
@@ -644,7 +644,7 @@ def test_workers_that_stay_see_the_new_epoch(data):
     dataset = load(data, augment=True)
     loader = make_loader(dataset, batch_size=2, seed=1, num_workers=2)
     for epoch in range(2):
-        loader.sampler.set_epoch(epoch)
+        loader.batch_sampler.set_epoch(epoch)
         assert equal([tuple(batch) for batch in loader], batches(dataset, seed=1, epoch=epoch))
 
 
@@ -738,8 +738,8 @@ def test_a_split_on_the_device_gives_the_batches_of_the_files(data, seed, monkey
     assert len(on_device) == len(plain) == 2
     for epoch in range(2):
         if seed is not None:
-            on_device.sampler.set_epoch(epoch)
-            plain.sampler.set_epoch(epoch)
+            on_device.batch_sampler.set_epoch(epoch)
+            plain.batch_sampler.set_epoch(epoch)
         for ours, theirs in zip(on_device, plain, strict=True):
             for part, expected in zip(ours, theirs, strict=True):
                 assert part.dtype == torch.uint8

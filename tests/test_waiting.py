@@ -56,6 +56,14 @@ class Batches(list):
     def dataset(self):
         return self
 
+    @property
+    def batch_sampler(self):
+        return self
+
+    @property
+    def sizes(self):
+        return [len(images) for images, _ in self]
+
 
 @pytest.mark.parametrize(
     "options",

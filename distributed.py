@@ -1,0 +1,198 @@
+"""One program run by several processes, as torchrun starts them: who is who, and what they agree on.
+
+Run without torchrun, a process is alone and nothing here has an effect. Importing this module does not import torch.
+"""
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from model import UserError
+
+T = TypeVar("T")
+
+STEP_PATIENCE = timedelta(minutes=10)  # that a process waits for the others in training
+SETUP_PATIENCE = timedelta(days=1)  # and while one of them reads a million photos
+
+LOST = "another process of this run has ended, or has not answered in time"
+
+_setup_group: Any = None  # for what takes long, and for plain values
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """How many processes there are, on all machines."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_rank() -> int:
+    """The number of this process on its machine."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def local_world_size() -> int:
+    """How many processes this machine has."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes and speaks: rank 0."""
+    return rank() == 0
+
+
+def bar_disabled() -> bool | None:
+    """What tqdm calls disable: one progress bar is enough, and that only on a terminal."""
+    return None if is_main() else True
+
+
+def job() -> str | None:
+    """What identifies a torchrun, through all of its restarts; None without it."""
+    if (run_id := os.environ.get("TORCHELASTIC_RUN_ID")) is None:
+        return None
+    return f"{socket.gethostname()}:{os.getppid()}" if run_id == "none" else run_id
+
+
+def launcher() -> list[str]:
+    """The words of a command line that start a script as this one was started, but for addresses."""
+    if world_size() == 1:
+        return ["python"]
+    machines = world_size() // local_world_size()
+    meeting = ["--nnodes", str(machines), "--rdzv_backend", "c10d", "--rdzv_endpoint", "HOST:PORT"]
+    return ["torchrun", *(meeting if machines > 1 else []), "--nproc_per_node", str(local_world_size())]
+
+
+def describe(device: Any) -> str:
+    """The device, or how many there are, for people."""
+    if world_size() == 1:
+        return str(device)
+    machines = f" of {local_world_size()} on each machine" if world_size() > local_world_size() else ""
+    return f"{device.type}, {world_size()} processes{machines},"
+
+
+def is_restarted() -> bool:
+    """Whether torchrun has started this program before, and one of its processes failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+@contextmanager
+def processes(device: str) -> Iterator[Any]:
+    """Connect the processes while the block runs; gives this one's torch.device.
+
+    device is "auto", "cpu" or "cuda"; of several GPUs a process takes that of its local rank. Raises UserError if the
+    device is absent, if there are too few of them, or if machines differ in kind.
+    """
+    global _setup_group
+    if world_size() == 1:
+        yield pick_device(device)
+        return
+    import torch
+    import torch.distributed as dist
+
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=STEP_PATIENCE)
+    _setup_group = dist.new_group(backend="gloo", timeout=SETUP_PATIENCE)
+    with together():
+        mine = pick_device(device)
+        if mine.type == "cuda":
+            if local_world_size() > torch.cuda.device_count():
+                raise UserError(
+                    f"{local_world_size()} processes on {socket.gethostname()}, which has {torch.cuda.device_count()} "
+                    "GPUs; lower --nproc_per_node, or train on the CPU with --device cpu"
+                )
+            mine = torch.device("cuda", local_rank())
+            torch.cuda.set_device(mine)
+    if len(kinds := set(gather(mine.type))) > 1:
+        with together():
+            raise UserError(f"some processes are on {' and others on '.join(sorted(kinds))}; give --device for all")
+    try:
+        yield mine
+    except RuntimeError as error:
+        if is_lost_connection(error):
+            raise ConnectionError(LOST) from None
+        raise
+    dist.barrier(group=_setup_group)  # the first may hold the addresses of all
+    dist.destroy_process_group()
+
+
+def pick_device(name: str) -> Any:
+    """torch.device of "auto", "cpu" or "cuda". Raises UserError when CUDA is asked for and absent."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no CUDA device here; use --device cpu or auto")
+    return torch.device(name)
+
+
+def gather(value: T) -> list[T]:
+    """The values of all processes, by rank, in every process."""
+    if world_size() == 1:
+        return [value]
+    import torch.distributed as dist
+
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value, group=_setup_group)
+    return values
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Wait at the end of the block for all processes. An error in one of them ends all.
+
+    The first of those that have one raises its own, with its machine's name if it is not rank 0; the others end without
+    a word, as all speak to the same terminal.
+    """
+    if world_size() == 1:
+        yield
+        return
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    statuses = gather(failure and (2 if isinstance(failure, UserError) else 1))
+    failed = [number for number, status in enumerate(statuses) if status]
+    if failed and failed[0] == rank():
+        raise failure
+    if failed:
+        raise SystemExit(statuses[failed[0]])
+
+
+def first_here(function: Callable[[], T]) -> T:
+    """function() in one process of every machine, and when that is done in the others, to find what it has made."""
+    for turn in (True, False):
+        with together():
+            if (local_rank() == 0) is turn:
+                result = function()
+    return result
+
+
+def from_main(function: Callable[[], T]) -> T:
+    """function()'s result in rank 0, for all; if it raises an error there, the others end quietly."""
+    if world_size() == 1:
+        return function()
+    import torch.distributed as dist
+
+    box: list[Any] = [None]
+    with together():
+        if is_main():
+            box[0] = function()
+    dist.broadcast_object_list(box, src=0, group=_setup_group)
+    return box[0]
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether another process has gone, or has not answered in time."""
+    if world_size() == 1 or not isinstance(error, RuntimeError):
+        return False
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or "gloo" in str(error) or "ProcessGroup" in str(error)

@@ -1,0 +1,105 @@
+"""What several processes that share a batch must do together: sums, batch norm and dropout over the whole of it.
+
+With a single process everything here is what PyTorch has for it.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def world_size() -> int:
+    """How many processes share the work."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def share(count: int, rank: int, world_size: int) -> range:
+    """Which of count things are a process's own: contiguous, in the order of the ranks, sizes differing by one."""
+    return range(count * rank // world_size, count * (rank + 1) // world_size)
+
+
+def add_up(*counts: Tensor) -> None:
+    """Replace each tensor by its sum over all processes."""
+    if world_size() > 1:
+        for count in counts:
+            dist.all_reduce(count)
+
+
+def copy_to_all(model: nn.Module) -> None:
+    """Let all processes have the weights and statistics of rank 0."""
+    for tensor in model.state_dict().values():
+        dist.broadcast(tensor, src=0)
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum of x over all processes, differentiable.
+
+    Going backward, the gradients of all processes are summed too. Where each computes the same loss from totals, a
+    parameter's gradient in one process is then world_size times what its share of the batch contributes, and the mean
+    over the processes, which DistributedDataParallel takes, is the gradient of the loss over the whole batch.
+    """
+    return _Total.apply(x) if world_size() > 1 else x
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        result = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(result)
+        return result
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        result = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(result)
+        return result
+
+
+class HostSyncBatchNorm2d(nn.BatchNorm2d):
+    """nn.SyncBatchNorm for the CPU, which that refuses: statistics of the whole batch, whatever part of it is here."""
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W), B may be 0
+        if not self.training:
+            return super().forward(x)
+        values = x if x.dtype == torch.float64 else x.float()
+        sums = [part.sum((0, 2, 3), dtype=torch.float64) for part in (values, values.square())]
+        count = sums[0].new_full((1,), x.numel() // x.shape[1])
+        mean, square, count = total(torch.cat([*sums, count])).split([x.shape[1], x.shape[1], 1])
+        mean = mean / count
+        variance = (square / count - mean.square()).clamp(min=0)
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            unbiased = variance * count / (count - 1)
+            for running, now in ((self.running_mean, mean), (self.running_var, unbiased)):
+                running.lerp_(now.to(running.dtype), self.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        shift = self.bias - mean * scale
+        scale, shift = (value.to(values.dtype).view(-1, 1, 1) for value in (scale, shift))
+        return torch.addcmul(shift, values, scale).to(x.dtype)
+
+
+def synchronize_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
+    """The network with batch norm over the batches of all processes; names and values of its tensors stay."""
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = HostSyncBatchNorm2d
+    return model
+
+
+class Dropout2d(nn.Dropout2d):
+    """nn.Dropout2d that drops the same channels of the same images however a batch is shared out.
+
+    Every process draws for the whole batch, so their random numbers stay alike, and applies what falls to its share.
+    """
+
+    whole: tuple[int, int] | None = None  # the position of the first image here in the batch, and the batch's size
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
+        if self.whole is None or not self.training:
+            return super().forward(x)
+        first, count = self.whole
+        kept = F.dropout2d(x.new_ones(count, x.shape[1], 1, 1), self.p)
+        return x * kept[first : first + len(x)]
