@@ -4,7 +4,9 @@ Run without torchrun, a process is alone and nothing here has an effect. Importi
 """
 
 import os
+import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,6 +22,7 @@ SETUP_PATIENCE = timedelta(days=1)  # and while one of them reads a million phot
 LOST = "another process of this run has ended, or has not answered in time"
 
 _setup_group: Any = None  # for what takes long, and for plain values
+_directory: Any = None  # torchrun's store; without torchrun, rank 0's own, which ends with its last reference
 
 
 def rank() -> int:
@@ -72,8 +75,8 @@ def describe(device: Any) -> str:
     """The device, or how many there are, for people."""
     if world_size() == 1:
         return str(device)
-    machines = f" of {local_world_size()} on each machine" if world_size() > local_world_size() else ""
-    return f"{device.type}, {world_size()} processes{machines},"
+    here = f", {local_world_size()} on each machine" if world_size() > local_world_size() else ""
+    return f"{device.type} by {world_size()} processes{here}"
 
 
 def is_restarted() -> bool:
@@ -88,37 +91,80 @@ def processes(device: str) -> Iterator[Any]:
     device is "auto", "cpu" or "cuda"; of several GPUs a process takes that of its local rank. Raises UserError if the
     device is absent, if there are too few of them, or if machines differ in kind.
     """
-    global _setup_group
     if world_size() == 1:
         yield pick_device(device)
         return
     import torch
     import torch.distributed as dist
 
-    on_gpu = device != "cpu" and torch.cuda.is_available()
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=STEP_PATIENCE)
+    try:
+        _connect(on_gpu=device != "cpu" and torch.cuda.is_available())
+        yield _own_device(device)
+        dist.barrier(group=_setup_group)  # the first holds the addresses of all
+        dist.destroy_process_group()
+    except RuntimeError as error:
+        if is_lost_connection(error):
+            raise ConnectionError(LOST) from None
+        raise
+
+
+def _connect(*, on_gpu: bool) -> None:
+    global _setup_group
+    import torch.distributed as dist
+
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    backend, place = "cpu:gloo,cuda:nccl" if on_gpu else "gloo", {"rank": rank(), "world_size": world_size()}
+    dist.init_process_group(backend, store=_store(), timeout=STEP_PATIENCE, **place)
     _setup_group = dist.new_group(backend="gloo", timeout=SETUP_PATIENCE)
+    for number, handler in handlers.items():  # not before: no handler runs while a connection is waited for
+        signal.signal(number, handler)
+
+
+def _store() -> Any:
+    """Where processes leave their addresses for each other: in rank 0, whose own address torchrun's store has.
+
+    Torchrun's store itself keeps the addresses of an earlier attempt, so after a restart some would be found that
+    nobody answers any more (https://github.com/pytorch/pytorch/issues/135712). Of an old address of rank 0 this is seen
+    at once, and it is asked for again.
+    """
+    global _directory
+    import torch.distributed as dist
+
+    host, key = os.environ["MASTER_ADDR"], "port of rank 0"
+    _directory = next(dist.rendezvous("env://", rank(), world_size(), timeout=STEP_PATIENCE))[0]
+    if is_main():
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=STEP_PATIENCE)
+        _directory.set(key, str(store.port))
+        return store
+    deadline = time.monotonic() + STEP_PATIENCE.total_seconds()
+    while True:
+        try:
+            store = dist.TCPStore(host, int(_directory.get(key)), is_master=False, timeout=timedelta(seconds=2))
+            store.set_timeout(STEP_PATIENCE)
+            return store
+        except dist.DistError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+
+
+def _own_device(name: str) -> Any:
+    import torch
+
     with together():
-        mine = pick_device(device)
-        if mine.type == "cuda":
+        device = pick_device(name)
+        if device.type == "cuda":
             if local_world_size() > torch.cuda.device_count():
                 raise UserError(
                     f"{local_world_size()} processes on {socket.gethostname()}, which has {torch.cuda.device_count()} "
                     "GPUs; lower --nproc_per_node, or train on the CPU with --device cpu"
                 )
-            mine = torch.device("cuda", local_rank())
-            torch.cuda.set_device(mine)
-    if len(kinds := set(gather(mine.type))) > 1:
+            device = torch.device("cuda", local_rank())
+            torch.cuda.set_device(device)
+    if len(kinds := set(gather(device.type))) > 1:
         with together():
             raise UserError(f"some processes are on {' and others on '.join(sorted(kinds))}; give --device for all")
-    try:
-        yield mine
-    except RuntimeError as error:
-        if is_lost_connection(error):
-            raise ConnectionError(LOST) from None
-        raise
-    dist.barrier(group=_setup_group)  # the first may hold the addresses of all
-    dist.destroy_process_group()
+    return device
 
 
 def pick_device(name: str) -> Any:
@@ -195,4 +241,4 @@ def is_lost_connection(error: BaseException) -> bool:
         return False
     import torch.distributed as dist
 
-    return isinstance(error, dist.DistError) or "gloo" in str(error) or "ProcessGroup" in str(error)
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "ProcessGroup" in str(error)

@@ -1,66 +1,437 @@
-"""Several processes on the CPU do what one does."""
+"""Several processes on the CPU do what one does, and end together."""
 
+import contextlib
+import io
+import json
 import multiprocessing
 import os
+import re
+import shutil
+import signal
 import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable
-from dataclasses import replace
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import ROOT, TINY, make_data, make_experiment, run_script
+from torch import nn
 
 import distributed
-from model.data_loader import SegmentationDataset, Split, class_names, make_loader
+import evaluate
+import predict
+import train
+import utils
+from model.data_loader import EpochSampler, OwnBatches, SegmentationDataset, Split, class_names, make_loader
+from model.losses import SegmentationLoss
+from model.metrics import BoundaryMetrics, ConfusionMatrix
 from model.net import FCN_GCN
+from model.parallel import Dropout2d, share, synchronize_batch_norm, total
 from train import Training, train_epoch
 from utils import Params
 
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 
-def on_processes(count: int, function: Callable[..., Any], *args: Any) -> list:
-    """What function returns in each of count connected processes, by rank."""
+
+def on_processes(count: int, function: Callable[..., Any], *args: Any, connect: bool = True) -> list:
+    """What function returns, or raises, in each of count processes, by rank; connect: it finds them connected."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("fork")  # importing torch anew takes longer than most of these tests
-    results = context.Queue()
+    answers = context.Queue()
 
     def work(rank: int) -> None:
         places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
         os.environ |= {key: str(value) for key, value in places.items()}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         try:
-            with distributed.processes("cpu"):
-                results.put((rank, function(*args)))
+            with distributed.processes("cpu") if connect else contextlib.nullcontext():
+                answer = function(*args)
         except BaseException as error:
-            results.put((rank, error))
+            answer = error
+        answers.put((rank, answer))
 
     processes = [context.Process(target=work, args=(rank,)) for rank in range(count)]
     for process in processes:
         process.start()
-    answers = dict(results.get(timeout=120) for _ in processes)
+    found = dict(answers.get(timeout=120) for _ in processes)
     for process in processes:
         process.join()
-    return [answers[rank] for rank in range(count)]
+    return [found[rank] for rank in range(count)]
 
 
-def train_in_float64(data, options: dict) -> dict:
+def main_of(script, *args) -> tuple[int, str, str]:
+    """Run a script's main() here, as under torchrun; its exit status and what it says."""
+    sys.argv = [f"{script.__name__}.py", *map(str, args)]
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        try:
+            status = utils.run_main(lambda: script.main(script.parse_args()), shared=True)
+        except SystemExit as end:
+            status = end.code
+    return status, stdout.getvalue(), stderr.getvalue()
+
+
+def of_one_and_of(counts: tuple[int, ...], function: Callable[..., Any], *args: Any) -> tuple[Any, list]:
+    """What function returns here alone, and in every process of all these groups."""
+    return function(*args), [answer for count in counts for answer in on_processes(count, function, *args)]
+
+
+# ------------------------------------------------------------------------------------------------------ one step
+
+
+def step_in_float64(images: int) -> dict:
+    """One step of a small network on a batch of that many images."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), Dropout2d(0.4), nn.ReLU(), nn.Conv2d(8, 5, 1)).double()
+    x, labels = torch.randn(images, 3, 9, 7).double(), torch.randint(6, (images, 7, 5)) % 6
+    labels[labels == 5] = 255
+    labels[0] = 255  # void is not shared out evenly
+    own = share(images, distributed.rank(), distributed.world_size())
+    rows = slice(own.start, own.stop)
+    if distributed.world_size() > 1:
+        synchronize_batch_norm(model, torch.device("cpu"))
+        model[2].whole = own.start, images
+        model = train.distribute(model, torch.device("cpu"))
+    criterion = SegmentationLoss({"bce": 1, "dice": 1, "inverse_dice": 1, "cross_entropy": 1}, over_processes=True)
+    loss = criterion(model(x[rows]), labels[rows])
+    loss.backward()
+    module = getattr(model, "module", model)
+    return {
+        "loss": loss.item(),
+        "gradients": [parameter.grad.numpy() for parameter in module.parameters()],
+        "statistics": [buffer.numpy() for buffer in module.buffers()],
+        "random": torch.rand(3).numpy(),
+    }
+
+
+def assert_alike(answers: list, expected: Any, tolerance: float) -> None:
+    for answer in answers:
+        if isinstance(answer, BaseException):
+            raise answer
+        assert answer.keys() == expected.keys()
+        for key in expected:
+            ours, theirs = (value if isinstance(value, list) else [value] for value in (answer[key], expected[key]))
+            for a, b in zip(ours, theirs, strict=True):
+                np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance, err_msg=key)
+
+
+@pytest.mark.parametrize("images", [6, 2])  # of four processes with two images, two have nothing
+def test_a_step_has_the_loss_gradients_and_statistics_of_the_whole_batch(images):
+    one, several = of_one_and_of((2, 3, 4), step_in_float64, images)
+    assert_alike(several, one, 1e-12)
+
+
+def gradient_of_total() -> tuple[float, float, float]:
+    x = torch.tensor(float(distributed.rank() + 1), requires_grad=True)
+    y = total(x)
+    (y.square() * (distributed.rank() + 1)).backward()  # another loss in each process
+    before = x.detach().clone()
+    return y.item(), x.grad.item(), before.item()
+
+
+def test_total_adds_up_forward_and_backward():
+    # The sum over processes of (r + 1) y^2 with y = 1 + 2, whose derivative by each x is 2 y (1 + 2).
+    assert on_processes(2, gradient_of_total) == [(3.0, 18.0, 1.0), (3.0, 18.0, 2.0)]
+
+
+# ------------------------------------------------------------------------------------------------------ batches
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize(("length", "batch_size"), [(11, 4), (12, 4), (1, 4), (3, 1)])
+def test_processes_split_training_batches_and_deal_out_those_for_scoring(length, batch_size, world_size):
+    sampler = EpochSampler(length, seed=1)
+    for split in (True, False):
+        keys = sampler if split else range(length)
+        (whole,) = [list(OwnBatches(keys, batch_size, split=split))]
+        parts = [
+            OwnBatches(keys, batch_size, split=split, rank=rank, world_size=world_size) for rank in range(world_size)
+        ]
+        assert [len(list(part)) for part in parts] == [len(part) for part in parts]
+        if split:
+            assert [list(chain(*shares)) for shares in zip(*parts, strict=True)] == whole
+            assert all(part.sizes == [len(batch) for batch in whole] for part in parts)
+            assert all(max(map(len, shares)) - min(map(len, shares)) <= 1 for shares in zip(*parts, strict=True))
+        else:
+            dealt = [batch for turn in range(len(whole)) for part in parts for batch in list(part)[turn : turn + 1]]
+            assert dealt == whole
+            assert all(part.sizes == [len(batch) for batch in part] for part in parts)
+
+
+def counts_of_rank() -> tuple:
+    matrix, boundary = ConfusionMatrix(3), BoundaryMetrics(3)
+    labels = torch.arange(64).view(8, 8) % 3
+    for index in range(5)[distributed.rank() :: distributed.world_size()]:
+        prediction = (labels + (torch.arange(64).view(8, 8) % (index + 2) == 0)) % 3
+        matrix.update(prediction, labels)
+        boundary.update(prediction, labels)
+    matrix.reduce()
+    boundary.reduce()
+    return matrix.matrix.tolist(), boundary.compute()
+
+
+def test_metrics_count_what_all_processes_have_seen():
+    one, several = of_one_and_of((2, 4), counts_of_rank)
+    assert several == [one] * 6
+
+
+# ------------------------------------------------------------------------------------------------------ whole runs
+
+
+def train_in_float64(data: Path, options: dict) -> dict:
     params = Params(**TINY | options)
     names = class_names(data, params.num_classes)
-    dataset = SegmentationDataset(
-        Split.find(data, "train"), class_names=names, image_size=params.image_size, augment=params.augment
-    )
+    split = Split.find(data, "train")
+    dataset = SegmentationDataset(split, class_names=names, image_size=params.image_size, augment=params.augment)
     loader = make_loader(dataset, batch_size=params.batch_size, seed=1, **params.loading_options())
-    torch.manual_seed(1 + distributed.rank() * ("same start" not in options))
+    torch.manual_seed(distributed.rank())  # others begin with other weights
     training = Training(FCN_GCN(**params.network_options(), pretrained=False).double(), params, len(loader))
     torch.manual_seed(2)
     forward = training.forward
     training.forward = lambda x: forward(x.double())
-    metrics = []
-    for epoch in range(2):
-        loader.batch_sampler.set_epoch(epoch)
-        metrics.append(train_epoch(training, loader))
-        training.epoch += 1
-    return {"metrics": metrics, "weights": {k: v.numpy() for k, v in training.model.state_dict().items()}, "random": torch.get_rng_state().numpy(),
-     "average": {k: v.numpy() for k, v in training.predictor.state_dict().items()}}
+    metrics = train_epoch(training, loader)
+    return {
+        **{key: value for key, value in metrics.items() if isinstance(value, float)},
+        "weights": [value.numpy() for value in training.model.state_dict().values()],
+        "average": [value.numpy() for value in training.predictor.state_dict().values()],
+        "random": torch.rand(3).numpy(),
+    }
+
+
+@pytest.mark.parametrize(
+    ("processes", "images", "options"),
+    [
+        (2, 5, {"batch_size": 2, "accumulation_steps": 2}),
+        pytest.param(4, 6, {"batch_size": 4}, marks=pytest.mark.slow),  # in the last batch two have nothing
+    ],
+)
+def test_several_processes_train_the_same_network_as_one(tmp_path, processes, images, options):
+    data = make_data(tmp_path / "data", train=images, val=1)
+    options |= {"augment": True, "dropout_rate": 0.3, "ema_decay": 0.5, "clip_grad_norm": 1.0, "save_summary_steps": 1}
+    one, several = of_one_and_of((processes,), train_in_float64, data, options)
+    assert one["pixel_accuracy"] > 0
+    assert_alike(several, one, 1e-9)
+
+
+def history(experiment: Path) -> list[dict]:
+    times = ("seconds", "images_per_second")
+    return [{key: e[key] for key in e if key not in times} for e in utils.read_history(experiment)]
+
+
+def test_a_run_is_written_once_and_another_number_of_processes_goes_on_with_it(tmp_path, data):
+    straight, halves = (make_experiment(tmp_path / name, batch_size=4, dropout_rate=0.2) for name in ("one", "two"))
+    run_script("train.py", "--model_dir", straight, "--data_dir", data)
+
+    (halves / "params.json").write_text(json.dumps(TINY | {"batch_size": 4, "dropout_rate": 0.2, "num_epochs": 1}))
+    answers = on_processes(2, main_of, train, "--model_dir", halves, "--data_dir", data, connect=False)
+    assert [status for status, _, _ in answers] == [0, 0]
+    assert answers[0][1].count("epoch 1/1") == 1 and answers[1][1:] == ("", "")
+    assert {path.name for path in halves.iterdir()} == {path.name for path in straight.iterdir()}
+    assert not list(halves.glob(".*.tmp"))
+    shutil.copy(straight / "params.json", halves)
+    run_script("train.py", "--model_dir", halves, "--data_dir", data, "--restore_file", "last")
+
+    for ours, theirs in zip(history(halves), history(straight), strict=True):
+        for part in ("train", "val"):
+            assert ours[part]["loss"] == pytest.approx(theirs[part]["loss"], rel=1e-3)
+    first, second = (utils.load_checkpoint(folder / "last.pth.tar") for folder in (halves, straight))
+    assert torch.equal(first["rng"], second["rng"])
+    for name, tensor in second["state_dict"].items():
+        torch.testing.assert_close(first["state_dict"][name], tensor, rtol=1e-2, atol=1e-3)
+
+
+def test_evaluation_by_several_processes_gives_the_same_files(trained, tmp_path):
+    data = trained[1]
+    for count, flags in ((4, ()), (2, ("--save_overlays", 2, "--save_predictions", tmp_path / "predictions"))):
+        seen = []
+        for processes in (1, count):
+            folder = shutil.copytree(trained[0], tmp_path / f"of {processes}", copy_function=os.link)
+            (folder / "params.json").unlink()  # a link
+            make_experiment(folder, batch_size=1)
+            command = (evaluate, "--model_dir", folder, "--data_dir", data, *flags)
+            answers = on_processes(processes, main_of, *command, connect=False)
+            assert [status for status, _, _ in answers] == [0] * processes
+            assert "3 images of val" in answers[0][1]
+            assert all(said == ("", "") for _, *said in answers[1:] for said in [tuple(said)])
+            files = [*folder.glob("metrics_val_best*"), *folder.glob("overlays*/*")]
+            if flags:
+                files += sorted((tmp_path / "predictions").rglob("*.png"))
+            assert len(files) == (8 if flags else 3)
+            seen.append({file.name: file.read_bytes() for file in files})
+            shutil.rmtree(folder)
+        assert seen[0] == seen[1]
+
+
+def test_predictions_are_shared_out_and_one_bad_photo_fails_all(trained, tmp_path):
+    experiment, data = trained
+    (tmp_path / "bad.jpg").write_bytes(b"no photo")
+    seen = []
+    for count in (1, 3):
+        output = tmp_path / f"out{count}"
+        photos = (data / "JPEGImages", tmp_path / "bad.jpg")
+        command = (predict, *photos, "--model_dir", experiment, "--output_dir", output)
+        answers = on_processes(count, main_of, *command, connect=False)
+        assert [status for status, _, _ in answers] == [1] * count
+        assert answers[0][1] == f"9 of 10 photos -> {output}\n"
+        assert sum(stderr.count("skipped") for _, _, stderr in answers) == 1
+        seen.append({path.name: path.read_bytes() for path in output.iterdir()})
+    assert len(seen[0]) == 27 and seen[0] == seen[1]
+
+
+# ------------------------------------------------------------------------------------------------------ the end
+
+
+def test_a_mistake_is_said_once(tmp_path, data):
+    experiment = make_experiment(tmp_path / "run", batch_size=3)
+    answers = on_processes(2, main_of, train, "--model_dir", experiment, "--data_dir", data, connect=False)
+    assert [status for status, _, _ in answers] == [2, 2]
+    assert answers[0][2] == (
+        'train.py: error: "batch_size" is 3, the images of a step in all processes together, and cannot be divided '
+        "among 2; use 2 or 4\n"
+    )
+    assert answers[1][1:] == ("", "")
+    assert [path.name for path in experiment.iterdir()] == ["params.json"]
+
+
+def fail(who: tuple[int, ...], error: Exception) -> None:
+    with distributed.together():
+        if distributed.rank() in who:
+            raise error
+
+
+@pytest.mark.parametrize(("who", "error", "status"), [((1, 2), utils.UserError("why"), 2), ((0,), OSError("why"), 1)])
+def test_an_error_in_some_processes_ends_all_and_one_of_them_speaks(who, error, status):
+    answers = on_processes(3, fail, who, error)
+    for rank, answer in enumerate(answers):
+        if rank == who[0]:
+            assert type(answer) is type(error) and str(answer) == "why"
+        else:
+            assert isinstance(answer, SystemExit) and answer.code == status
+
+
+def lists_of_rank(data: Path) -> None:
+    split = Split.find(data / str(distributed.rank() % 2), "train")
+    train.refuse_other_lists(split, split)
+
+
+def test_machines_with_other_lists_are_refused(tmp_path):
+    for index in range(2):
+        make_data(tmp_path / str(index), train=2 + index, val=1)
+    answers = on_processes(3, lists_of_rank, tmp_path)
+    assert str(answers[0]) == "train.txt is not the same on all machines; copy one data set to all of them"
+    assert all(isinstance(answer, SystemExit) for answer in answers[1:])
+
+
+def decoded_by_rank(data: Path) -> bool:
+    done = []
+    decode, names = SegmentationDataset.decode, class_names(data, 21)
+    SegmentationDataset.decode = lambda self, index: done.append(index) or decode(self, index)
+    split = Split.find(data, "train")
+    distributed.first_here(lambda: SegmentationDataset(split, class_names=names, image_size=32))
+    return bool(done)
+
+
+def test_the_cache_is_built_by_one_process_while_the_others_wait(data):
+    assert on_processes(4, decoded_by_rank, data) == [True, False, False, False]
+
+
+def test_other_scripts_refuse_torchrun():
+    said = [run_script("synthesize_results.py", check=2, RANK=rank, WORLD_SIZE="2").stderr for rank in "01"]
+    assert said == ["synthesize_results.py: error: this is work for one process; start it without torchrun\n", ""]
+
+
+def torchrun(experiment: Path, data: Path, *flags: str) -> subprocess.Popen:
+    command = [*TORCHRUN, "--standalone", "--nproc_per_node", "2", *flags, "train.py", "--model_dir", experiment]
+    return subprocess.Popen(
+        [*map(str, command), "--data_dir", str(data)],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def workers(process: subprocess.Popen) -> dict[int, int]:
+    """Process ids of what a torchrun has started, by rank."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ranks = {}
+    for child in map(int, children):
+        found = re.search(r"\0RANK=(\d+)\0", Path(f"/proc/{child}/environ").read_text())
+        if found:
+            ranks[int(found[1])] = child
+    return ranks
+
+
+def epochs(experiment: Path) -> int:
+    return len(utils.read_history(experiment))
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def test_torchrun_restarts_a_run_of_which_a_process_was_killed_and_it_goes_on_by_itself(tmp_path, data):
+    experiment = make_experiment(tmp_path / "run", batch_size=4, num_epochs=3)
+    process = torchrun(experiment, data, "--max-restarts", "1")
+    wait_until((experiment / "last.pth.tar").exists, process)
+    os.kill(workers(process)[1], signal.SIGKILL)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert "continuing after epoch" in stdout and epochs(experiment) == 3
+    assert stdout.count("epoch 3/3") == 1
+    assert "Traceback" not in stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_ends_promptly_and_clearly_whichever_process_is_stopped(tmp_path, data, rank, number):
+    experiment = make_experiment(tmp_path / "run", batch_size=4, num_epochs=1000)
+    process = torchrun(experiment, data)
+    wait_until(lambda: epochs(experiment) >= 1, process)
+    ranks = workers(process)
+    os.kill(ranks[rank], number)
+    _, stderr = process.communicate(timeout=15)
+    assert process.returncode == 1
+    ours = [line for line in stderr.splitlines() if line.startswith("train.py: error")]
+    if (rank, number) == (0, signal.SIGKILL):
+        assert ours == [] and "Signal 9 (SIGKILL)" in stderr
+    else:
+        (line,) = ours
+        assert re.search("error: (terminated|another process of this run has ended.*); go on with: torchrun ", line)
+        assert line.endswith(f"train.py --model_dir {experiment} --data_dir {data} --restore_file last")
+    assert not [pid for pid in ranks.values() if Path(f"/proc/{pid}").exists()]
+    assert utils.load_checkpoint(experiment / "last.pth.tar")["epoch"] == epochs(experiment)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_torchrun_ends_all_with_one_line(tmp_path, data, number):
+    experiment = make_experiment(tmp_path / "run", batch_size=4, num_epochs=1000)
+    process = torchrun(experiment, data)
+    wait_until(lambda: epochs(experiment) >= 1, process)
+    ranks = workers(process)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=30)
+    assert len(re.findall("^train.py: error: .*; go on with: torchrun ", stderr, re.MULTILINE)) == 1
+    assert not [pid for pid in ranks.values() if Path(f"/proc/{pid}").exists()]
+
+
+@pytest.mark.slow
+def test_compiled_processes_train_too(tmp_path, data):
+    experiment = make_experiment(tmp_path / "run", batch_size=4, num_epochs=1, compile=True)
+    process = torchrun(experiment, data)
+    _, stderr = process.communicate(timeout=600)
+    assert process.returncode == 0, stderr
