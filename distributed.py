@@ -7,9 +7,11 @@ import os
 import signal
 import socket
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar
 
 from model import UserError
@@ -22,7 +24,7 @@ SETUP_PATIENCE = timedelta(days=1)  # and while one of them reads a million phot
 LOST = "another process of this run has ended, or has not answered in time"
 
 _setup_group: Any = None  # for what takes long, and for plain values
-_directory: Any = None  # torchrun's store; without torchrun, rank 0's own, which ends with its last reference
+_job: str | None = None
 
 
 def rank() -> int:
@@ -56,10 +58,8 @@ def bar_disabled() -> bool | None:
 
 
 def job() -> str | None:
-    """What identifies a torchrun, through all of its restarts; None without it."""
-    if (run_id := os.environ.get("TORCHELASTIC_RUN_ID")) is None:
-        return None
-    return f"{socket.gethostname()}:{os.getppid()}" if run_id == "none" else run_id
+    """The name of what torchrun runs here, through all of its restarts; None without it."""
+    return _job
 
 
 def launcher() -> list[str]:
@@ -79,11 +79,6 @@ def describe(device: Any) -> str:
     return f"{device.type} by {world_size()} processes{here}"
 
 
-def is_restarted() -> bool:
-    """Whether torchrun has started this program before, and one of its processes failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-
-
 @contextmanager
 def processes(device: str) -> Iterator[Any]:
     """Connect the processes while the block runs; gives this one's torch.device.
@@ -91,6 +86,9 @@ def processes(device: str) -> Iterator[Any]:
     device is "auto", "cpu" or "cuda"; of several GPUs a process takes that of its local rank. Raises UserError if the
     device is absent, if there are too few of them, or if machines differ in kind.
     """
+    global _job
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _job = _torchrun_store().compare_set("job", "", str(uuid.uuid4())).decode()
     if world_size() == 1:
         yield pick_device(device)
         return
@@ -106,6 +104,14 @@ def processes(device: str) -> Iterator[Any]:
         if is_lost_connection(error):
             raise ConnectionError(LOST) from None
         raise
+
+
+@cache
+def _torchrun_store() -> Any:
+    """Torchrun's store; without torchrun, one that rank 0 holds while it lives."""
+    import torch.distributed as dist
+
+    return next(dist.rendezvous("env://", rank(), world_size(), timeout=STEP_PATIENCE))[0]
 
 
 def _connect(*, on_gpu: bool) -> None:
@@ -127,19 +133,18 @@ def _store() -> Any:
     nobody answers any more (https://github.com/pytorch/pytorch/issues/135712). Of an old address of rank 0 this is seen
     at once, and it is asked for again.
     """
-    global _directory
     import torch.distributed as dist
 
     host, key = os.environ["MASTER_ADDR"], "port of rank 0"
-    _directory = next(dist.rendezvous("env://", rank(), world_size(), timeout=STEP_PATIENCE))[0]
     if is_main():
         store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=STEP_PATIENCE)
-        _directory.set(key, str(store.port))
+        _torchrun_store().set(key, str(store.port))
         return store
     deadline = time.monotonic() + STEP_PATIENCE.total_seconds()
     while True:
         try:
-            store = dist.TCPStore(host, int(_directory.get(key)), is_master=False, timeout=timedelta(seconds=2))
+            port = int(_torchrun_store().get(key))
+            store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=2))
             store.set_timeout(STEP_PATIENCE)
             return store
         except dist.DistError:

@@ -527,7 +527,7 @@ def main(args: argparse.Namespace) -> None:
         )
         with distributed.together():
             if distributed.is_main():
-                if distributed.is_restarted():
+                if distributed.job():
                     take_up_own_run(args)
                 refuse_unclear(args, utils.outputs(args.model_dir))
                 held.enter_context(utils.sole_run(args.model_dir))
@@ -582,15 +582,15 @@ def run(params: Params, device: torch.device, args: argparse.Namespace) -> None:
 
 
 def take_up_own_run(args: argparse.Namespace) -> None:
-    """After a restart by torchrun, let the flags say how to go on with what this very job has done so far.
+    """If torchrun has started this very job before, let the flags say how to go on with what that has done.
 
-    What it has done says so itself: a job's name is in its checkpoints and in run.json.
+    What it has done says so itself: the name of the job is in its checkpoints and in run.json.
     """
-    last = args.model_dir / "last.pth.tar"
+    last, record_file = args.model_dir / "last.pth.tar", args.model_dir / "run.json"
     if last.exists() and utils.load_checkpoint(last).get("job") == distributed.job():
         args.restore_file, args.init_from, args.overwrite = "last", None, False
-    elif not args.restore_file and (args.model_dir / "run.json").exists():
-        record = utils.read_json(args.model_dir / "run.json", if_absent="")
+    elif not args.restore_file and record_file.exists():
+        record = utils.read_json(record_file, if_absent="")
         args.overwrite |= isinstance(record, dict) and record.get("job") == distributed.job()
 
 

@@ -79,13 +79,24 @@ class HostSyncBatchNorm2d(nn.BatchNorm2d):
         return torch.addcmul(shift, values, scale).to(x.dtype)
 
 
+class DeviceSyncBatchNorm2d(nn.SyncBatchNorm):
+    """nn.SyncBatchNorm, also where a process has no image of a batch.
+
+    In half precision it would send zeros in that precision, while the others send their statistics in float32.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W), B may be 0
+        return super().forward(x) if len(x) else super().forward(x.float()).to(x.dtype)
+
+
 def synchronize_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
     """The network with batch norm over the batches of all processes; names and values of its tensors stay."""
-    if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in model.modules():
-        if type(module) is nn.BatchNorm2d:
-            module.__class__ = HostSyncBatchNorm2d
+        if type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm):
+            module.__class__ = DeviceSyncBatchNorm2d if on_gpu else HostSyncBatchNorm2d  # the same attributes
     return model
 
 

@@ -8,7 +8,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -73,9 +74,12 @@ def voc2012() -> Path:
     return VOC2012
 
 
-@pytest.fixture(scope="session")
-def postgresql_server(tmp_path_factory) -> Iterator[str]:
-    """A PostgreSQL of our own; the URL of its databases but for their name. Skipped where it is not installed."""
+@contextmanager
+def running_postgresql(address: str = "127.0.0.1", *, inside: Sequence[str] = ()) -> Iterator[str]:
+    """A PostgreSQL of our own that trusts everybody; the URL of its databases but for their name.
+
+    Skips the test where it is not installed. inside is the beginning of a command that runs the rest somewhere else.
+    """
     pytest.importorskip("psycopg2")
     if not shutil.which("pg_ctl"):
         pytest.skip("no PostgreSQL")
@@ -83,16 +87,26 @@ def postgresql_server(tmp_path_factory) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    user = {"user": "nobody"} if os.getuid() == 0 else {}  # it refuses to run as root
+    user = ["runuser", "-u", "nobody", "--"] if os.getuid() == 0 else []  # it refuses to run as root
     if user:
         shutil.chown(folder, "nobody")
-    environment = {"env": os.environ | {"LC_ALL": "C"}, "cwd": folder, "check": True, "stdout": subprocess.DEVNULL}
-    subprocess.run(["initdb", "-D", folder / "data", "-U", "postgres", "--auth=trust"], **environment, **user)
-    server = ["pg_ctl", "-D", folder / "data", "-w", "-o", f"-p {port} -k {folder} -F", "-l", folder / "log"]
-    subprocess.run([*server, "start"], **environment, **user)
-    yield f"postgresql+psycopg2://postgres@127.0.0.1:{port}/"
-    subprocess.run([*server, "-m", "immediate", "stop"], **environment, **user)
-    shutil.rmtree(folder)
+    options = {"env": os.environ | {"LC_ALL": "C"}, "cwd": folder, "check": True, "stdout": subprocess.DEVNULL}
+    subprocess.run([*user, "initdb", "-D", folder / "data", "-U", "postgres", "--auth=trust"], **options)
+    with open(folder / "data" / "pg_hba.conf", "a") as rules:
+        rules.write("host all all samenet trust\n")
+    server = [*inside, *user, "pg_ctl", "-D", folder / "data", "-w", "-l", folder / "log"]
+    subprocess.run([*server, "-o", f"-h {address} -p {port} -k {folder} -F", "start"], **options)
+    try:
+        yield f"postgresql+psycopg2://postgres@{address}:{port}/"
+    finally:
+        subprocess.run([*server, "-m", "immediate", "stop"], **options)
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def postgresql_server() -> Iterator[str]:
+    with running_postgresql() as url:
+        yield url
 
 
 @pytest.fixture

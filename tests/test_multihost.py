@@ -1,0 +1,169 @@
+"""Two machines: network namespaces with a host name each, and a cable, a veth pair, between them. Needs root."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, make_experiment, run_script, running_postgresql
+from test_search_hyperparams import logged, make_sweep
+
+import utils
+
+pytestmark = [
+    pytest.mark.multihost,
+    pytest.mark.skipif(os.getuid() != 0 or not shutil.which("ip"), reason="needs root and iproute2"),
+]
+
+
+class Hosts:
+    """Hosts "a" and "b", at 10.77.0.1 and 10.77.0.2."""
+
+    ADDRESSES = {"a": "10.77.0.1", "b": "10.77.0.2"}  # noqa: RUF012
+
+    def __init__(self, folder: Path):
+        self.names = folder / "hosts"
+        self.names.write_text(
+            "127.0.0.1 localhost\n" + "".join(f"{ip} {host}\n" for host, ip in self.ADDRESSES.items())
+        )
+        self.space = {host: f"gcn-{os.getpid()}-{host}" for host in self.ADDRESSES}
+
+    def __enter__(self) -> "Hosts":
+        a, b = self.space.values()
+        for space in (a, b):
+            ip("netns", "add", space)
+        ip("link", "add", "cable", "netns", a, "type", "veth", "peer", "name", "cable", "netns", b)
+        for host, space in self.space.items():
+            ip("-n", space, "address", "add", f"{self.ADDRESSES[host]}/24", "dev", "cable")
+            for link in ("lo", "cable"):
+                ip("-n", space, "link", "set", link, "up")
+        return self
+
+    def __exit__(self, *_) -> None:
+        for host in self.space:
+            self.lose(host)
+            ip("netns", "delete", self.space[host])
+
+    def inside(self, host: str) -> list[str]:
+        """The beginning of a command that runs the rest on a host."""
+        script = f'mount --bind {self.names} /etc/hosts && hostname {host} && exec "$@"'
+        return ["ip", "netns", "exec", self.space[host], "unshare", "--uts", "sh", "-c", script, "sh"]
+
+    def start(self, host: str, *command) -> subprocess.Popen:
+        options = {"cwd": ROOT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen([*self.inside(host), sys.executable, *map(str, command)], **options)
+
+    def torchrun(self, *command, flags: tuple = ()) -> dict[str, subprocess.Popen]:
+        """Start one process on each host."""
+        meeting = ("--rdzv_backend", "c10d", "--rdzv_endpoint", "a:29400", "--rdzv_id", "test", *flags)
+        launcher = ("-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", *meeting)
+        return {host: self.start(host, *launcher, "--local-addr", host, *command) for host in self.space}
+
+    def processes(self, host: str) -> list[int]:
+        return [int(pid) for pid in ip("netns", "pids", self.space[host]).split()]
+
+    def worker(self, host: str) -> int:
+        """The process that torchrun has started on a host."""
+        return next(pid for pid in self.processes(host) if b"\0RANK=" in Path(f"/proc/{pid}/environ").read_bytes())
+
+    def lose(self, host: str) -> None:
+        """End everything there, without a chance to say goodbye."""
+        for pid in self.processes(host):
+            os.kill(pid, signal.SIGKILL)
+
+    def sent(self, host: str) -> int:
+        """Bytes that a host has sent through the cable."""
+        statistics = "/sys/class/net/cable/statistics/tx_bytes"
+        return int(subprocess.check_output(["ip", "netns", "exec", self.space[host], "cat", statistics]))
+
+
+def ip(*arguments: str) -> str:
+    return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture
+def hosts(tmp_path) -> Iterator[Hosts]:
+    with Hosts(tmp_path) as both:
+        yield both
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def arguments(experiment: Path, data: Path) -> tuple:
+    return ("train.py", "--model_dir", experiment, "--data_dir", data)
+
+
+def test_two_machines_train_as_one_process_does(hosts, tmp_path, data):
+    alone, both = (make_experiment(tmp_path / name, batch_size=4, dropout_rate=0.2) for name in ("alone", "both"))
+    run_script(*arguments(alone, data))
+    runs = hosts.torchrun(*arguments(both, data))
+    said = {host: run.communicate(timeout=120) for host, run in runs.items()}
+    assert [run.returncode for run in runs.values()] == [0, 0], said
+    assert sum(stdout.count("epoch 2/2") for stdout, _ in said.values()) == 1
+    assert any("by 2 processes, 1 on each machine" in stdout for stdout, _ in said.values())
+    for ours, theirs in zip(utils.read_history(both), utils.read_history(alone), strict=True):
+        for part in ("train", "val"):
+            assert ours[part]["loss"] == pytest.approx(theirs[part]["loss"], rel=1e-3)
+    gradients = 4 * 24_733_844  # bytes; of two processes each sends that much in a step, and there are 4
+    assert all(4 * gradients < hosts.sent(host) for host in runs)
+
+
+def test_a_lost_machine_ends_the_run_on_the_other_which_can_go_on_alone(hosts, tmp_path, data):
+    experiment = make_experiment(tmp_path / "run", batch_size=4, num_epochs=1000)
+    runs = hosts.torchrun(*arguments(experiment, data))
+    wait_until((experiment / "last.pth.tar").exists)
+    hosts.lose("b")
+    _, stderr = runs["a"].communicate(timeout=20)
+    assert runs["a"].returncode == 1
+    (line,) = re.findall("^train.py: error: .*", stderr, re.MULTILINE)
+    assert "another process of this run has ended" in line and "go on with: torchrun --nnodes 2 " in line
+    assert f"--model_dir {experiment} --data_dir {data} --restore_file last" in line
+    epoch = utils.load_checkpoint(experiment / "last.pth.tar")["epoch"]
+    make_experiment(experiment, batch_size=4, num_epochs=epoch + 1)
+    run_script(*arguments(experiment, data), "--restore_file", "last")
+    assert len(utils.read_history(experiment)) == epoch + 1
+
+
+@pytest.mark.parametrize("victim", ["a", "b"])
+def test_after_a_restart_on_both_machines_the_run_goes_on_from_its_checkpoint(hosts, tmp_path, data, victim):
+    experiment = make_experiment(tmp_path / "run", batch_size=4, num_epochs=4)
+    runs = hosts.torchrun(*arguments(experiment, data), flags=("--max-restarts", "1"))
+    wait_until((experiment / "last.pth.tar").exists)
+    os.kill(hosts.worker(victim), signal.SIGKILL)
+    said = {host: run.communicate(timeout=120) for host, run in runs.items()}
+    assert [run.returncode for run in runs.values()] == [0, 0], said
+    assert sum(stdout.count("continuing after epoch") for stdout, _ in said.values()) == 1
+    assert [epoch["epoch"] for epoch in utils.read_history(experiment)] == [1, 2, 3, 4]
+
+
+def test_a_sweep_over_two_machines_loses_nothing_with_one_of_them(hosts, tmp_path, data):
+    space = {"learning_rate": [0.1, 0.01, 0.001, 0.0001]}
+    sweeps = {host: make_sweep(tmp_path / host / "sweep", space, num_epochs=3) for host in hosts.space}
+    with running_postgresql(hosts.ADDRESSES["a"], inside=hosts.inside("a")) as url:
+        command = ["search_hyperparams.py", "--data_dir", data, "--storage", f"{url}postgres", "--parent_dir"]
+        runs = {host: hosts.start(host, *command, sweep) for host, sweep in sweeps.items()}
+        wait_until(lambda: any(logged(trial, "epoch 1") for trial in sweeps["b"].glob("learning_rate_*")))
+        hosts.lose("b")
+        (lost,) = (trial.name for trial in sweeps["b"].glob("learning_rate_*") if not logged(trial, "trained 3 of 3"))
+        stdout, stderr = runs["a"].communicate(timeout=300)
+    assert runs["a"].returncode == 0, stderr
+    assert "4 trials: 4 finished" in stdout
+    done = {
+        host: sorted(trial.name for trial in sweep.glob("learning_rate_*") if logged(trial, "trained 3 of 3"))
+        for host, sweep in sweeps.items()
+    }
+    assert lost in done["a"]  # tried again
+    assert sorted(done["a"] + done["b"]) == [
+        f"learning_rate_{rate}" for rate in sorted(map(str, space["learning_rate"]))
+    ]
