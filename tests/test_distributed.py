@@ -244,8 +244,11 @@ def test_a_run_is_written_once_and_another_number_of_processes_goes_on_with_it(t
             assert ours[part]["loss"] == pytest.approx(theirs[part]["loss"], rel=1e-3)
     first, second = (utils.load_checkpoint(folder / "last.pth.tar") for folder in (halves, straight))
     assert torch.equal(first["rng"], second["rng"])
-    for name, tensor in second["state_dict"].items():  # rounding grows from step to step; see the test in float64
-        assert (first["state_dict"][name] - tensor).float().norm() <= 0.1 * tensor.float().norm() + 1e-3, name
+    ours, theirs = (
+        torch.cat([tensor.flatten() for name, tensor in checkpoint["state_dict"].items() if "running" not in name])
+        for checkpoint in (first, second)
+    )
+    assert (ours - theirs).norm() <= 0.02 * theirs.norm()  # rounding grows with every step: see the test in float64
 
 
 def test_evaluation_by_several_processes_gives_the_same_files(trained, tmp_path):
