@@ -118,11 +118,14 @@ def _connect(*, on_gpu: bool) -> None:
     global _setup_group
     import torch.distributed as dist
 
-    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
+    for number in handlers:  # no handler would run while a connection is waited for
+        signal.signal(number, signal.SIG_DFL)
     backend, place = "cpu:gloo,cuda:nccl" if on_gpu else "gloo", {"rank": rank(), "world_size": world_size()}
     dist.init_process_group(backend, store=_store(), timeout=STEP_PATIENCE, **place)
     _setup_group = dist.new_group(backend="gloo", timeout=SETUP_PATIENCE)
-    for number, handler in handlers.items():  # not before: no handler runs while a connection is waited for
+    for number, handler in handlers.items():
         signal.signal(number, handler)
 
 

@@ -669,14 +669,8 @@ def explained_end(args: argparse.Namespace) -> Iterator[None]:
 
 def continuing_command(args: argparse.Namespace, *, saved: bool) -> list[str]:
     """The command line that goes on where this run has stopped; saved says whether it has written a checkpoint."""
-    command = [
-        *distributed.launcher(),
-        "train.py",
-        "--model_dir",
-        str(args.model_dir),
-        "--data_dir",
-        str(args.data_dir),
-    ]
+    folders = ["--model_dir", str(args.model_dir), "--data_dir", str(args.data_dir)]
+    command = [*distributed.launcher(), "train.py", *folders]
     if args.device != "auto":
         command += ["--device", args.device]
     if saved or args.restore_file:
