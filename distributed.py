@@ -4,6 +4,7 @@ Run without torchrun, a process is alone and nothing here has an effect. Importi
 """
 
 import os
+import re
 import signal
 import socket
 import time
@@ -21,7 +22,10 @@ T = TypeVar("T")
 STEP_PATIENCE = timedelta(minutes=10)  # that a process waits for the others in training
 SETUP_PATIENCE = timedelta(days=1)  # and while one of them reads a million photos
 
-LOST = "another process of this run has ended, or has not answered in time"
+
+class LostConnection(ConnectionError):
+    """Another process of this run has ended, or has not answered in time."""
+
 
 _setup_group: Any = None  # for what takes long, and for plain values
 _job: str | None = None
@@ -58,8 +62,16 @@ def bar_disabled() -> bool | None:
 
 
 def job() -> str | None:
-    """The name of what torchrun runs here, through all of its restarts; None without it."""
+    """The name of what torchrun runs here, ID/UUID, the same through all of its restarts; None without it."""
     return _job
+
+
+def is_this_job(name: Any, *, by_id: bool) -> bool:
+    """Whether that is the name of what runs here; by_id: the same --rdzv_id is enough, as where torchrun is new too."""
+    if _job is None or not isinstance(name, str):
+        return False
+    (my_id, _), (its_id, _) = _job.rsplit("/", 1), name.rsplit("/", 1) if "/" in name else (name, "")
+    return name == _job or (by_id and my_id == its_id != "none")
 
 
 def launcher() -> list[str]:
@@ -67,8 +79,13 @@ def launcher() -> list[str]:
     if world_size() == 1:
         return ["python"]
     machines = world_size() // local_world_size()
-    meeting = ["--nnodes", str(machines), "--rdzv_backend", "c10d", "--rdzv_endpoint", "HOST:PORT"]
-    return ["torchrun", *(meeting if machines > 1 else []), "--nproc_per_node", str(local_world_size())]
+    command = ["torchrun", "--nproc_per_node", str(local_world_size())]
+    if (restarts := os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) != "0":
+        command += ["--max-restarts", restarts]
+    if machines > 1:
+        command += ["--nnodes", str(machines), "--rdzv_backend", "c10d", "--rdzv_endpoint", "HOST:PORT"]
+        command += ["--rdzv_id", os.environ.get("TORCHELASTIC_RUN_ID", "ID")]
+    return command
 
 
 def describe(device: Any) -> str:
@@ -88,7 +105,8 @@ def processes(device: str) -> Iterator[Any]:
     """
     global _job
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        _job = _torchrun_store().compare_set("job", "", str(uuid.uuid4())).decode()
+        unique = _torchrun_store().compare_set("job", "", str(uuid.uuid4())).decode()
+        _job = f"{os.environ['TORCHELASTIC_RUN_ID']}/{unique}"
     if world_size() == 1:
         yield pick_device(device)
         return
@@ -101,8 +119,7 @@ def processes(device: str) -> Iterator[Any]:
         dist.barrier(group=_setup_group)  # the first holds the addresses of all
         dist.destroy_process_group()
     except RuntimeError as error:
-        if is_lost_connection(error):
-            raise ConnectionError(LOST) from None
+        raise_if_lost(error)
         raise
 
 
@@ -243,10 +260,25 @@ def from_main(function: Callable[[], T]) -> T:
     return box[0]
 
 
-def is_lost_connection(error: BaseException) -> bool:
-    """Whether another process has gone, or has not answered in time."""
-    if world_size() == 1 or not isinstance(error, RuntimeError):
-        return False
+def largest(value: int) -> int:
+    """The largest of the values of all processes."""
+    if world_size() == 1:
+        return value
+    import torch
     import torch.distributed as dist
 
-    return isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "ProcessGroup" in str(error)
+    result = torch.tensor(value)
+    dist.all_reduce(result, dist.ReduceOp.MAX, group=_setup_group)
+    return result.item()
+
+
+def raise_if_lost(error: RuntimeError) -> None:
+    """Raise LostConnection if that is what an error of PyTorch means."""
+    if world_size() == 1:
+        return
+    import torch.distributed as dist
+
+    text = str(error)
+    if isinstance(error, dist.DistError) or re.search("gloo/transport|Gloo connectFullMesh|NCCL", text):
+        reason = re.sub(r"\[/[^]]*\] ?", "", text).strip().split("\n")[0][:120]
+        raise LostConnection(f"another process of this run has ended, or has not answered in time ({reason})") from None

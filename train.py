@@ -297,7 +297,8 @@ def train_epoch(training: Training, loader: Loader) -> dict:
     losses = torch.zeros(len(loader), device=device)  # stays on the device: reading it at every step would wait for it
     sizes, rates = loader.batch_sampler.sizes, []  # of whole batches
     title = f"epoch {training.epoch + 1}/{params.num_epochs}"
-    with tqdm(total=sum(sizes), desc=title, unit="img", leave=False, disable=distributed.bar_disabled()) as bar:
+    bar = tqdm(total=sum(sizes), desc=title, unit="img", leave=False, disable=distributed.bar_disabled())
+    with bar, utils.stopping_together():
         for step, (images, labels) in enumerate(loader):
             utils.stop_if_asked()
             position = step % params.accumulation_steps
@@ -584,14 +585,17 @@ def run(params: Params, device: torch.device, args: argparse.Namespace) -> None:
 def take_up_own_run(args: argparse.Namespace) -> None:
     """If torchrun has started this very job before, let the flags say how to go on with what that has done.
 
-    What it has done says so itself: the name of the job is in its checkpoints and in run.json.
+    What it has done says so itself: the name of the job is in run.json and in its checkpoints. Where no flag says
+    otherwise, the same --rdzv_id is the same job.
     """
-    last, record_file = args.model_dir / "last.pth.tar", args.model_dir / "run.json"
-    if last.exists() and utils.load_checkpoint(last).get("job") == distributed.job():
+    by_id = not (args.restore_file or args.init_from or args.overwrite)
+    if not any(distributed.is_this_job(start.get("job"), by_id=by_id) for start in utils.starts(args.model_dir)):
+        return
+    last = args.model_dir / "last.pth.tar"
+    if not last.exists():
+        args.overwrite |= not args.restore_file  # what this job has left before its first checkpoint
+    elif distributed.is_this_job(utils.load_checkpoint(last).get("job"), by_id=by_id):
         args.restore_file, args.init_from, args.overwrite = "last", None, False
-    elif not args.restore_file and record_file.exists():
-        record = utils.read_json(record_file, if_absent="")
-        args.overwrite |= isinstance(record, dict) and record.get("job") == distributed.job()
 
 
 def read_checkpoint(params: Params, args: argparse.Namespace) -> tuple[Path | None, dict | None]:
@@ -654,16 +658,16 @@ def explained_end(args: argparse.Namespace) -> Iterator[None]:
             yield
         except RuntimeError as error:
             utils.stop_if_asked()  # a loader process, or another of the run, may have felt the signal first
-            if distributed.is_lost_connection(error):
-                raise ConnectionError(distributed.LOST) from None
+            distributed.raise_if_lost(error)
             never_fitted = utils.is_out_of_memory(error) and args.restore_file is None and version() == before
             if never_fitted and distributed.is_main():
                 for path in set(utils.outputs(args.model_dir)) - set(earlier):
                     path.unlink()
             raise
     except (KeyboardInterrupt, OSError) as error:
+        utils.ignore_signals()  # torchrun sends some when a process of several has ended
         what = str(error) or ("terminated" if isinstance(error, utils.Terminated) else "interrupted")
-        command = shlex.join(continuing_command(args, saved=version() != before))
+        command = shlex.join(continuing_command(args, saved=version() not in (0, before)))
         raise type(error)(f"{what}; go on with: {command}") from None
 
 

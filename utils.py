@@ -59,12 +59,15 @@ def run_main(main: Callable[[], int | None], *, shared: bool = False) -> int:
         if not shared and distributed.world_size() > 1:
             common = True
             raise UserError("this is work for one process; start it without torchrun")
-        return main() or 0
+        try:
+            return main() or 0
+        finally:
+            ignore_signals()  # it is ending already
     except UserError as error:
         status, message = 2, _last_line_if_from_a_worker(error)
     except (RunFailed, OSError) as error:
         status, message = 1, _last_line_if_from_a_worker(error)
-        common = isinstance(error, RunFailed | ConnectionError)
+        common = isinstance(error, RunFailed | distributed.LostConnection)
     except KeyboardInterrupt as error:
         common = True
         terminated = isinstance(error, Terminated)
@@ -76,28 +79,47 @@ def run_main(main: Callable[[], int | None], *, shared: bool = False) -> int:
             status, message = 1, f'a loader process died ({_first_line(error)}); lower "num_workers" if memory is short'
         else:
             raise
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)  # it is ending already
     if distributed.is_main() or not common:
         who = "" if distributed.is_main() else f" (rank {distributed.rank()} on {socket.gethostname()})"
         print(f"{Path(sys.argv[0]).name}: error{who}: {message}", file=sys.stderr)
     return status
 
 
+def ignore_signals() -> None:
+    """Let nothing interrupt what a process still does before it ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 _signals: list[int] = []  # that asked this process to stop
+_deferred = False
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
     _signals.append(number)
-    stop_if_asked()
+    if not _deferred:
+        stop_if_asked()
+
+
+@contextmanager
+def stopping_together() -> Iterator[None]:
+    """In it, of several processes none stops at a signal before the others do, see stop_if_asked."""
+    global _deferred
+    _deferred = distributed.world_size() > 1
+    try:
+        yield
+    finally:
+        _deferred = False
 
 
 def stop_if_asked() -> None:
     """Raise KeyboardInterrupt or Terminated if a signal has come.
 
     The handler raises it at once; loops call this too, because Python drops what is raised in a destructor or a fork.
+    In stopping_together() this is where all processes raise it, which so must all call it equally often.
     """
+    if _deferred and (number := distributed.largest(max(_signals, default=0))):
+        _signals.append(number)
     if _signals:
         raise Terminated if signal.SIGTERM in _signals else KeyboardInterrupt
 
@@ -122,9 +144,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in words))
 
 
+class _Parser(argparse.ArgumentParser):
+    """Of several processes only one prints usage, help and errors."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if distributed.is_main():
+            super()._print_message(message, file)
+
+
 def experiment_parser(description: str, *, data: bool = True) -> argparse.ArgumentParser:
     """A parser with the flags that every script on one experiment has; data: --data_dir too."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = _Parser(description=description)
     add_folder(parser, "--model_dir", "experiments/base_model", "folder of the experiment: params.json and all output")
     if data:
         add_folder(parser, "--data_dir", "data", "folder of the data set")
@@ -588,6 +618,14 @@ def provenance(device: Any, params: Params) -> dict[str, Any]:
         "seed": params.seed,
         "params": asdict(params),
     }
+
+
+def starts(model_dir: Path) -> list[dict[str, Any]]:
+    """What run.json says of the start of a run and of every resume; [] where there is none that can be read."""
+    with suppress(UserError, AttributeError, TypeError):
+        first = read_json(model_dir / "run.json", if_absent="")
+        return [first, *(dict(record) for record in first.get("resumed", []))]
+    return []
 
 
 def write_provenance(model_dir: Path, device: Any, params: Params, *, resumed: bool) -> None:

@@ -1,5 +1,6 @@
 """Several processes on the CPU do what one does, and end together."""
 
+import argparse
 import contextlib
 import io
 import json
@@ -11,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from itertools import chain
@@ -226,34 +228,41 @@ def history(experiment: Path) -> list[dict]:
     return [{key: e[key] for key in e if key not in times} for e in utils.read_history(experiment)]
 
 
+def train_and_list_writes(*args) -> tuple[int, str, str, list[str]]:
+    written, replace = [], os.replace
+    os.replace = lambda source, target: written.append(Path(target).name) or replace(source, target)
+    return (*main_of(train, *args), written)
+
+
 def test_a_run_is_written_once_and_another_number_of_processes_goes_on_with_it(tmp_path, data):
     straight, halves = (make_experiment(tmp_path / name, batch_size=4, dropout_rate=0.2) for name in ("one", "two"))
     run_script("train.py", "--model_dir", straight, "--data_dir", data)
 
-    (halves / "params.json").write_text(json.dumps(TINY | {"batch_size": 4, "dropout_rate": 0.2, "num_epochs": 1}))
-    answers = on_processes(2, main_of, train, "--model_dir", halves, "--data_dir", data, connect=False)
-    assert [status for status, _, _ in answers] == [0, 0]
-    assert answers[0][1].count("epoch 1/1") == 1 and answers[1][1:] == ("", "")
+    make_experiment(halves, batch_size=4, dropout_rate=0.2, num_epochs=1)
+    answers = on_processes(2, train_and_list_writes, "--model_dir", halves, "--data_dir", data, connect=False)
+    assert [status for status, *_ in answers] == [0, 0]
+    assert answers[0][1].count("epoch 1/1") == 1 and answers[1][1:] == ("", "", [])
+    assert answers[0][3].count("last.pth.tar") == 1
     assert {path.name for path in halves.iterdir()} == {path.name for path in straight.iterdir()}
-    assert not list(halves.glob(".*.tmp"))
     shutil.copy(straight / "params.json", halves)
     run_script("train.py", "--model_dir", halves, "--data_dir", data, "--restore_file", "last")
 
-    for ours, theirs in zip(history(halves), history(straight), strict=True):
-        for part in ("train", "val"):
-            assert ours[part]["loss"] == pytest.approx(theirs[part]["loss"], rel=1e-3)
+    # Rounding grows with every step, so only the beginning is compared closely; see the test in float64 too.
+    for ours, theirs, tolerance in zip(history(halves), history(straight), (1e-4, 2e-2), strict=True):
+        assert ours["train"]["loss"] == pytest.approx(theirs["train"]["loss"], rel=tolerance)
+        assert ours["val"]["loss"] == pytest.approx(theirs["val"]["loss"], rel=tolerance * 10)
     first, second = (utils.load_checkpoint(folder / "last.pth.tar") for folder in (halves, straight))
     assert torch.equal(first["rng"], second["rng"])
     ours, theirs = (
         torch.cat([tensor.flatten() for name, tensor in checkpoint["state_dict"].items() if "running" not in name])
         for checkpoint in (first, second)
     )
-    assert (ours - theirs).norm() <= 0.02 * theirs.norm()  # rounding grows with every step: see the test in float64
+    assert (ours - theirs).norm() <= 0.02 * theirs.norm()
 
 
 def test_evaluation_by_several_processes_gives_the_same_files(trained, tmp_path):
     data = trained[1]
-    for count, flags in ((4, ()), (2, ("--save_overlays", 2, "--save_predictions", tmp_path / "predictions"))):
+    for count, flags in ((4, ()), (2, ("--save_overlays", 3, "--save_predictions", tmp_path / "predictions"))):
         seen = []
         for processes in (1, count):
             folder = shutil.copytree(trained[0], tmp_path / f"of {processes}", copy_function=os.link)
@@ -267,7 +276,7 @@ def test_evaluation_by_several_processes_gives_the_same_files(trained, tmp_path)
             files = [*folder.glob("metrics_val_best*"), *folder.glob("overlays*/*")]
             if flags:
                 files += sorted((tmp_path / "predictions").rglob("*.png"))
-            assert len(files) == (8 if flags else 3)
+            assert len(files) == (9 if flags else 3)
             seen.append({file.name: file.read_bytes() for file in files})
             shutil.rmtree(folder)
         assert seen[0] == seen[1]
@@ -320,17 +329,20 @@ def test_an_error_in_some_processes_ends_all_and_one_of_them_speaks(who, error, 
             assert isinstance(answer, SystemExit) and answer.code == status
 
 
-def lists_of_rank(data: Path) -> None:
-    split = Split.find(data / str(distributed.rank() % 2), "train")
-    train.refuse_other_lists(split, split)
+def train_on_own_data(experiment: Path, folders: list[Path]) -> tuple[int, str, str]:
+    return main_of(train, "--model_dir", experiment, "--data_dir", folders[distributed.rank() % len(folders)])
 
 
-def test_machines_with_other_lists_are_refused(tmp_path):
-    for index in range(2):
-        make_data(tmp_path / str(index), train=2 + index, val=1)
-    answers = on_processes(3, lists_of_rank, tmp_path)
-    assert str(answers[0]) == "train.txt is not the same on all machines; copy one data set to all of them"
-    assert all(isinstance(answer, SystemExit) for answer in answers[1:])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_machines_with_other_lists_are_refused(tmp_path, split):
+    folders = [make_data(tmp_path / "0"), make_data(tmp_path / "1")]
+    ids = (folders[1] / f"{split}.txt").read_text().split()
+    (folders[1] / f"{split}.txt").write_text("\n".join(ids[::-1]))
+    experiment = make_experiment(tmp_path / "run", batch_size=3)
+    answers = on_processes(3, train_on_own_data, experiment, folders, connect=False)
+    words = f"train.py: error: {split}.txt is not the same on all machines; copy one data set to all of them\n"
+    assert answers == [(2, "", words), (2, "", ""), (2, "", "")]
+    assert [path.name for path in experiment.iterdir()] == ["params.json"]
 
 
 def decoded_by_rank(data: Path) -> bool:
@@ -349,6 +361,44 @@ def test_the_cache_is_built_by_one_process_while_the_others_wait(data):
 def test_other_scripts_refuse_torchrun():
     said = [run_script("synthesize_results.py", check=2, RANK=rank, WORLD_SIZE="2").stderr for rank in "01"]
     assert said == ["synthesize_results.py: error: this is work for one process; start it without torchrun\n", ""]
+
+
+def flags(experiment: Path, **given) -> dict:
+    """The flags after take_up_own_run()."""
+    args = argparse.Namespace(model_dir=experiment, restore_file=None, init_from=None, overwrite=False)
+    vars(args).update(given)
+    train.take_up_own_run(args)
+    return {key: value for key, value in vars(args).items() if key != "model_dir"}
+
+
+def test_a_job_goes_on_with_its_own_run_and_with_no_other(tmp_path, monkeypatch):
+    def leave(run: str, checkpoint: str | None = None, **more) -> Path:
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        (folder / "run.json").write_text(json.dumps({"job": run, **more}))
+        if checkpoint:
+            torch.save({"state_dict": {}, "job": checkpoint}, folder / "last.pth.tar")
+        return folder
+
+    nothing = {"restore_file": None, "init_from": None, "overwrite": False}
+    monkeypatch.setattr(distributed, "_job", "id/mine")
+    assert flags(tmp_path) == nothing  # an empty folder
+    for given in (nothing, {"overwrite": True}, {"restore_file": "best"}, {"init_from": Path("x")}):
+        asked = nothing | given
+        assert flags(leave("id/mine", "id/mine"), **given) == nothing | {"restore_file": "last"}
+        assert flags(leave("other/1", "other/1"), **given) == asked
+        assert flags(leave("other/1", "other/1", resumed=[{"job": "id/mine"}]), **given) == asked
+        if not given.get("restore_file"):
+            assert flags(leave("id/mine"), **given) == asked | {"overwrite": True}
+        # Another start of torchrun with the same id goes on if no flag says what else to do.
+        again = flags(leave("id/other", "id/other"), **given)
+        assert again == (nothing | {"restore_file": "last"} if given == nothing else asked)
+    damaged = leave("other/1")
+    (damaged / "last.pth.tar").write_bytes(b"no checkpoint")
+    assert flags(damaged, overwrite=True) == nothing | {"overwrite": True}
+    (damaged / "run.json").write_text("[1]")
+    assert flags(damaged) == nothing
+    monkeypatch.setattr(distributed, "_job", "none/mine")
+    assert flags(leave("none/other", "none/other")) == nothing
 
 
 def torchrun(experiment: Path, data: Path, *flags: str) -> subprocess.Popen:
@@ -413,7 +463,8 @@ def test_a_run_ends_promptly_and_clearly_whichever_process_is_stopped(tmp_path, 
         assert ours == [] and "Signal 9 (SIGKILL)" in stderr
     else:
         (line,) = ours
-        assert re.search("error: (terminated|another process of this run has ended.*); go on with: torchrun ", line)
+        reason = "terminated" if number == signal.SIGTERM else "(terminated|another process of this run has ended.*)"
+        assert re.search(f"error: {reason}; go on with: torchrun --nproc_per_node 2 train.py", line)
         assert line.endswith(f"train.py --model_dir {experiment} --data_dir {data} --restore_file last")
     assert not [pid for pid in ranks.values() if Path(f"/proc/{pid}").exists()]
     assert utils.load_checkpoint(experiment / "last.pth.tar")["epoch"] >= 1
@@ -438,3 +489,30 @@ def test_compiled_processes_train_too(tmp_path, data):
     process = torchrun(experiment, data)
     _, stderr = process.communicate(timeout=600)
     assert process.returncode == 0, stderr
+
+
+@pytest.mark.slow
+def test_a_process_that_waits_for_the_others_can_be_stopped(tmp_path, data):
+    experiment = make_experiment(tmp_path / "run", batch_size=4)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "train.py", "--model_dir", str(experiment), "--data_dir", str(data)]
+    places = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | places)
+    wait_until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0, process)
+    time.sleep(1)
+    process.terminate()
+    assert process.wait(timeout=10) == -signal.SIGTERM
+
+
+@pytest.mark.slow
+def test_a_loader_that_dies_with_one_process_leaves_the_line_that_says_how_to_go_on(tmp_path, data):
+    experiment = make_experiment(tmp_path / "run", batch_size=4, num_epochs=1000, num_workers=1)
+    process = torchrun(experiment, data)
+    wait_until((experiment / "last.pth.tar").exists, process)
+    worker = workers(process)[1]
+    os.kill(int(Path(f"/proc/{worker}/task/{worker}/children").read_text().split()[0]), signal.SIGKILL)
+    _, stderr = process.communicate(timeout=60)
+    ours = sorted(line for line in stderr.splitlines() if line.startswith("train.py: error"))
+    assert len(ours) == 2 and "a loader process died" in ours[0] and "go on with: torchrun" in ours[1], stderr
