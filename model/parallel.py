@@ -56,27 +56,54 @@ class _Total(torch.autograd.Function):
         return result
 
 
+class _BatchNorm(torch.autograd.Function):
+    """Batch norm of x (B, C, H, W), B may be 0, with the statistics of all processes: y, mean (C), variance (C)
+    and the number of values of a channel."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
+        channels = len(weight)
+        moments = weight.new_zeros(2 * channels + 1, dtype=torch.float64)  # sums of x and x^2, and of how many
+        if len(x):
+            _, mean, deviation = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)  # 1 / of it
+            mean, square = mean.double(), deviation.double().pow(-2) - eps + mean.double().square()
+            moments = (x.numel() // channels) * torch.cat([mean, square, moments.new_ones(1)])
+        mean, square, count = total(moments).split([channels, channels, 1])
+        mean = mean / count
+        variance = (square / count - mean.square()).clamp(min=0)
+        mean, variance = mean.to(weight.dtype), variance.to(weight.dtype)
+        count = count.to(weight.dtype)
+        ctx.eps = eps
+        ctx.save_for_backward(x, weight, mean, variance, count)
+        ctx.mark_non_differentiable(mean, variance, count)
+        return F.batch_norm(x, mean, variance, weight, bias, False, eps=eps), mean, variance, count
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor, *_) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, weight, mean, variance, count = ctx.saved_tensors
+        by_x, by_weight, by_bias = gradient, torch.zeros_like(weight), torch.zeros_like(weight)
+        if len(x):
+            # As if mean and variance were constants. What x does to them, here and elsewhere, is taken off below.
+            by_x, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
+                gradient, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
+            )
+        scale = weight * (variance + ctx.eps).rsqrt() / count
+        slope, offset = (scale * total(torch.stack([by_weight, by_bias]))).unbind()
+        return by_x - F.batch_norm(x, mean, variance, slope, offset, False, eps=ctx.eps), by_weight, by_bias, None
+
+
 class HostSyncBatchNorm2d(nn.BatchNorm2d):
     """nn.SyncBatchNorm for the CPU, which that refuses: statistics of the whole batch, whatever part of it is here."""
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W), B may be 0
         if not self.training:
             return super().forward(x)
-        values = x if x.dtype == torch.float64 else x.float()
-        sums = [part.sum((0, 2, 3), dtype=torch.float64) for part in (values, values.square())]
-        count = sums[0].new_full((1,), x.numel() // x.shape[1])
-        mean, square, count = total(torch.cat([*sums, count])).split([x.shape[1], x.shape[1], 1])
-        mean = mean / count
-        variance = (square / count - mean.square()).clamp(min=0)
+        y, mean, variance, count = _BatchNorm.apply(x, self.weight, self.bias, self.eps)
         with torch.no_grad():
             self.num_batches_tracked += 1
-            unbiased = variance * count / (count - 1)
-            for running, now in ((self.running_mean, mean), (self.running_var, unbiased)):
-                running.lerp_(now.to(running.dtype), self.momentum)
-        scale = self.weight * (variance + self.eps).rsqrt()
-        shift = self.bias - mean * scale
-        scale, shift = (value.to(values.dtype).view(-1, 1, 1) for value in (scale, shift))
-        return torch.addcmul(shift, values, scale).to(x.dtype)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)  # unbiased
+        return y
 
 
 class DeviceSyncBatchNorm2d(nn.SyncBatchNorm):

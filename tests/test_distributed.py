@@ -6,6 +6,7 @@ import io
 import json
 import multiprocessing
 import os
+import queue
 import re
 import shutil
 import signal
@@ -63,7 +64,12 @@ def on_processes(count: int, function: Callable[..., Any], *args: Any, connect: 
     processes = [context.Process(target=work, args=(rank,)) for rank in range(count)]
     for process in processes:
         process.start()
-    found = dict(answers.get(timeout=120) for _ in processes)
+    found = {}
+    while len(found) < count:
+        try:
+            found |= [answers.get(timeout=1)]
+        except queue.Empty:
+            assert not any(process.exitcode for process in processes), [process.exitcode for process in processes]
     for process in processes:
         process.join()
     return [found[rank] for rank in range(count)]
