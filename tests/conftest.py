@@ -2,12 +2,15 @@
 
 import json
 import os
+import runpy
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,11 +36,46 @@ TINY = {"pretrained": False, "image_size": 32, "batch_size": 3, "num_epochs": 2,
 
 def run_script(script: str, *args, check: int | None = 0, **environment: str) -> subprocess.CompletedProcess:
     """Run a script of the project as a user would; its exit status must be check unless that is None."""
-    command = [sys.executable, str(ROOT / script), *map(str, args)]
-    environment = os.environ | {"PYTHONWARNINGS": "error::UserWarning"} | environment
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=600)
+    command = [str(ROOT / script), *map(str, args)]
+    if "torch" in sys.modules and not environment:
+        result = run_in_fork(command)
+    else:
+        environment = os.environ | {"PYTHONWARNINGS": "error::UserWarning"} | environment
+        command = [sys.executable, *command]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=600)
     assert check is None or result.returncode == check, f"{result.returncode}\n{result.stdout}\n{result.stderr}"
     return result
+
+
+def run_in_fork(command: list[str]) -> subprocess.CompletedProcess:
+    """A script in a process of its own that has the modules of this one: importing torch anew takes seconds."""
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+        if not (child := os.fork()):
+            status = 1
+            try:
+                os.dup2(stdout.fileno(), 1)
+                os.dup2(stderr.fileno(), 2)
+                sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", closefd=False) for descriptor in (1, 2))
+                sys.argv = command
+                os.chdir(ROOT)
+                warnings.resetwarnings()
+                warnings.filterwarnings("ignore", category=DeprecationWarning)
+                warnings.filterwarnings("error", category=UserWarning)
+                runpy.run_path(command[0], run_name="__main__")
+            except SystemExit as end:
+                status = end.code
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+        _, status = os.waitpid(child, 0)
+        said = []
+        for stream in (stdout, stderr):
+            stream.seek(0)
+            said.append(stream.read())
+        return subprocess.CompletedProcess(command, os.waitstatus_to_exitcode(status), *said)
 
 
 def make_experiment(folder: Path, **params) -> Path:
