@@ -97,7 +97,8 @@ def evaluate(
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     with progress(loader, "evaluating") as bar:
         for images, labels in loader:
-            stop_if_asked()
+            if stop_if_asked():
+                break  # to where all processes stop together
             labels = labels.to(device, non_blocking=True)
             with autocast(device, params.precision):
                 logits = model(to_input(images, device, **params.input_options()))

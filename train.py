@@ -297,10 +297,9 @@ def train_epoch(training: Training, loader: Loader) -> dict:
     losses = torch.zeros(len(loader), device=device)  # stays on the device: reading it at every step would wait for it
     sizes, rates = loader.batch_sampler.sizes, []  # of whole batches
     title = f"epoch {training.epoch + 1}/{params.num_epochs}"
-    bar = tqdm(total=sum(sizes), desc=title, unit="img", leave=False, disable=distributed.bar_disabled())
-    with bar, utils.stopping_together():
+    with tqdm(total=sum(sizes), desc=title, unit="img", leave=False, disable=distributed.bar_disabled()) as bar:
         for step, (images, labels) in enumerate(loader):
-            utils.stop_if_asked()
+            utils.stop_together()
             position = step % params.accumulation_steps
             group = min(params.accumulation_steps, len(loader) - step + position)  # the last one may be smaller
             last_of_group = position + 1 == group
@@ -358,6 +357,7 @@ def train(
         train_metrics = train_epoch(training, train_loader)
         train_seconds = time.perf_counter() - start
         val_metrics = evaluate(training.predictor, val_loader, params, training.device)
+        utils.stop_together()
         if val_metrics["loss"] is None or not has_finite_weights(training.model):
             raise RunFailed(
                 f"epoch {training.epoch + 1} ended with weights or a validation loss that are not finite, "
@@ -391,7 +391,7 @@ def train(
                 log_to_board(board, record, picture)
             # Last, so that a resume repeats whatever was cut short.
             utils.save_checkpoint(training.state_dict(), model_dir, is_best=is_best)
-        utils.stop_if_asked()
+        utils.stop_together()
         logging.info(describe(record, params, is_best=is_best))
     logging.info(
         f"{training.finished}; best mIoU {training.best_mIoU:.4f} at epoch {training.best_epoch}, in {model_dir}"
@@ -579,7 +579,8 @@ def run(params: Params, device: torch.device, args: argparse.Namespace) -> None:
         if checkpoint:
             take_up(training, checkpoint, checkpoint_file, args.model_dir)
         board = open_board(args.model_dir, epoch=training.epoch) if args.tensorboard else None
-    train(training, train_loader, val_loader, args.model_dir, board=board)
+    with utils.stopping_together():
+        train(training, train_loader, val_loader, args.model_dir, board=board)
 
 
 def take_up_own_run(args: argparse.Namespace) -> None:

@@ -97,13 +97,12 @@ _deferred = False
 
 def _stop(number: int, frame: FrameType | None) -> None:
     _signals.append(number)
-    if not _deferred:
-        stop_if_asked()
+    stop_if_asked()
 
 
 @contextmanager
 def stopping_together() -> Iterator[None]:
-    """In it, of several processes none stops at a signal before the others do, see stop_if_asked."""
+    """In it, of several processes none stops at a signal before all call stop_together()."""
     global _deferred
     _deferred = distributed.world_size() > 1
     try:
@@ -112,16 +111,25 @@ def stopping_together() -> Iterator[None]:
         _deferred = False
 
 
-def stop_if_asked() -> None:
-    """Raise KeyboardInterrupt or Terminated if a signal has come.
+def stop_together() -> None:
+    """stop_if_asked() in all processes if a signal has come to any; all must call it equally often."""
+    if number := distributed.largest(max(_signals, default=0)):
+        _signals.append(number)
+        _raise()
+
+
+def stop_if_asked() -> bool:
+    """Raise KeyboardInterrupt or Terminated if a signal has come; in stopping_together() only say whether one has.
 
     The handler raises it at once; loops call this too, because Python drops what is raised in a destructor or a fork.
-    In stopping_together() this is where all processes raise it, which so must all call it equally often.
     """
-    if _deferred and (number := distributed.largest(max(_signals, default=0))):
-        _signals.append(number)
-    if _signals:
-        raise Terminated if signal.SIGTERM in _signals else KeyboardInterrupt
+    if _signals and not _deferred:
+        _raise()
+    return bool(_signals)
+
+
+def _raise() -> None:
+    raise Terminated if signal.SIGTERM in _signals else KeyboardInterrupt
 
 
 def _last_line_if_from_a_worker(error: Exception) -> str:
