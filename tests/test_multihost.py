@@ -59,10 +59,12 @@ class Hosts:
         options = {"cwd": ROOT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         return subprocess.Popen([*self.inside(host), sys.executable, *map(str, command)], **options)
 
-    def torchrun(self, *command, flags: tuple = ()) -> dict[str, subprocess.Popen]:
+    def torchrun(
+        self, *command, endpoint: str = "a", nodes: str = "2", flags: tuple = ()
+    ) -> dict[str, subprocess.Popen]:
         """Start one process on each host."""
-        meeting = ("--rdzv_backend", "c10d", "--rdzv_endpoint", "a:29400", "--rdzv_id", "test", *flags)
-        launcher = ("-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", *meeting)
+        meeting = ("--rdzv_backend", "c10d", "--rdzv_endpoint", f"{endpoint}:29400", "--rdzv_id", "test", *flags)
+        launcher = ("-m", "torch.distributed.run", "--nnodes", nodes, "--nproc_per_node", "1", *meeting)
         return {host: self.start(host, *launcher, "--local-addr", host, *command) for host in self.space}
 
     def processes(self, host: str) -> list[int]:
@@ -148,6 +150,20 @@ def test_after_a_restart_on_both_machines_the_run_goes_on_from_its_checkpoint(ho
     assert [run.returncode for run in runs.values()] == [0, 0], said
     assert sum(stdout.count("continuing after epoch") for stdout, _ in said.values()) == 1
     assert [epoch["epoch"] for epoch in utils.read_history(experiment)] == [1, 2, 3, 4]
+
+
+def test_an_elastic_run_goes_on_without_a_lost_machine(hosts, tmp_path, data):
+    experiment = make_experiment(tmp_path / "run", batch_size=4, num_epochs=12)
+    flags = ("--max-restarts", "3", "--rdzv_conf", "last_call_timeout=5")
+    runs = hosts.torchrun(*arguments(experiment, data), endpoint="b", nodes="1:2", flags=flags)
+    wait_until((experiment / "last.pth.tar").exists)
+    hosts.lose("a")  # of the two the one with rank 0 and torchrun's store
+    stdout, stderr = runs["b"].communicate(timeout=150)
+    assert runs["b"].returncode == 0, stderr
+    assert "continuing after epoch" in stdout
+    starts = re.findall("images of train.*", (experiment / "train.log").read_text())
+    assert ["by 2 processes" in start for start in starts] == [True, False]
+    assert [epoch["epoch"] for epoch in utils.read_history(experiment)] == list(range(1, 13))
 
 
 def test_a_sweep_over_two_machines_loses_nothing_with_one_of_them(hosts, tmp_path, data):
