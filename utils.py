@@ -630,7 +630,7 @@ def provenance(device: Any, params: Params) -> dict[str, Any]:
 
 def starts(model_dir: Path) -> list[dict[str, Any]]:
     """What run.json says of the start of a run and of every resume; [] where there is none that can be read."""
-    with suppress(UserError, AttributeError, TypeError):
+    with suppress(ValueError, AttributeError, TypeError):
         first = read_json(model_dir / "run.json", if_absent="")
         return [first, *(dict(record) for record in first.get("resumed", []))]
     return []

@@ -401,8 +401,9 @@ def test_a_job_goes_on_with_its_own_run_and_with_no_other(tmp_path, monkeypatch)
     damaged = leave("other/1")
     (damaged / "last.pth.tar").write_bytes(b"no checkpoint")
     assert flags(damaged, overwrite=True) == nothing | {"overwrite": True}
-    (damaged / "run.json").write_text("[1]")
-    assert flags(damaged) == nothing
+    for content in ("[1]", '{"resumed": 5}', '{"resumed": ["ab"]}', "no JSON"):
+        (damaged / "run.json").write_text(content)
+        assert flags(damaged) == nothing
     monkeypatch.setattr(distributed, "_job", "none/mine")
     assert flags(leave("none/other", "none/other")) == nothing
 
