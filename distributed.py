@@ -70,8 +70,7 @@ def is_this_job(name: Any, *, by_id: bool) -> bool:
     """Whether that is the name of what runs here; by_id: the same --rdzv_id is enough, as where torchrun is new too."""
     if _job is None or not isinstance(name, str):
         return False
-    (my_id, _), (its_id, _) = _job.rsplit("/", 1), name.rsplit("/", 1) if "/" in name else (name, "")
-    return name == _job or (by_id and my_id == its_id != "none")
+    return name == _job or (by_id and _job.rpartition("/")[0] == name.rpartition("/")[0] != "none")
 
 
 def launcher() -> list[str]:

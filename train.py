@@ -54,7 +54,7 @@ from model.data_loader import Loader, SegmentationDataset, Split, class_names, d
 from model.losses import SegmentationLoss
 from model.metrics import ConfusionMatrix
 from model.net import FCN_GCN
-from model.parallel import Dropout2d, copy_to_all, share, synchronize_batch_norm
+from model.parallel import copy_to_all, share, synchronize_batch_norm
 from model.transforms import to_input
 from visualize import comparison, training_curves
 
@@ -127,9 +127,7 @@ class Training:
         if self.distributed is None:
             return nullcontext()
         first = share(batch_size, distributed.rank(), distributed.world_size()).start
-        for module in self.model.modules():
-            if isinstance(module, Dropout2d):
-                module.whole = first, batch_size
+        self.model.dropout.whole = first, batch_size  # of no effect where there is none
         return nullcontext() if last_of_group else self.distributed.no_sync()
 
     def step(self, loss: torch.Tensor, *, last_of_group: bool) -> None:

@@ -6,13 +6,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, make_experiment, run_script, running_postgresql
-from test_search_hyperparams import logged, make_sweep
+from test_search_hyperparams import logged, make_sweep, wait_until
 
 import utils
 
@@ -95,13 +94,6 @@ def hosts(tmp_path) -> Iterator[Hosts]:
         yield both
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-
-
 def arguments(experiment: Path, data: Path) -> tuple:
     return ("train.py", "--model_dir", experiment, "--data_dir", data)
 
@@ -124,7 +116,7 @@ def test_two_machines_train_as_one_process_does(hosts, tmp_path, data):
 def test_a_lost_machine_ends_the_run_on_the_other_which_can_go_on_alone(hosts, tmp_path, data):
     experiment = make_experiment(tmp_path / "run", batch_size=4, num_epochs=1000)
     runs = hosts.torchrun(*arguments(experiment, data))
-    wait_until((experiment / "last.pth.tar").exists)
+    wait_until((experiment / "last.pth.tar").exists, seconds=120)
     hosts.lose("b")
     _, stderr = runs["a"].communicate(timeout=20)
     assert runs["a"].returncode == 1
@@ -144,7 +136,7 @@ def test_a_lost_machine_ends_the_run_on_the_other_which_can_go_on_alone(hosts, t
 def test_after_a_restart_on_both_machines_the_run_goes_on_from_its_checkpoint(hosts, tmp_path, data, victim):
     experiment = make_experiment(tmp_path / "run", batch_size=4, num_epochs=4)
     runs = hosts.torchrun(*arguments(experiment, data), flags=("--max-restarts", "1"))
-    wait_until((experiment / "last.pth.tar").exists)
+    wait_until((experiment / "last.pth.tar").exists, seconds=120)
     os.kill(hosts.worker(victim), signal.SIGKILL)
     said = {host: run.communicate(timeout=120) for host, run in runs.items()}
     assert [run.returncode for run in runs.values()] == [0, 0], said
@@ -156,7 +148,7 @@ def test_an_elastic_run_goes_on_without_a_lost_machine(hosts, tmp_path, data):
     experiment = make_experiment(tmp_path / "run", batch_size=4, num_epochs=12)
     flags = ("--max-restarts", "3", "--rdzv_conf", "last_call_timeout=5")
     runs = hosts.torchrun(*arguments(experiment, data), endpoint="b", nodes="1:2", flags=flags)
-    wait_until((experiment / "last.pth.tar").exists)
+    wait_until((experiment / "last.pth.tar").exists, seconds=120)
     hosts.lose("a")  # of the two the one with rank 0 and torchrun's store
     stdout, stderr = runs["b"].communicate(timeout=150)
     assert runs["b"].returncode == 0, stderr
@@ -172,7 +164,7 @@ def test_a_sweep_over_two_machines_loses_nothing_with_one_of_them(hosts, tmp_pat
     with running_postgresql(hosts.ADDRESSES["a"], inside=hosts.inside("a")) as url:
         command = ["search_hyperparams.py", "--data_dir", data, "--storage", f"{url}postgres", "--parent_dir"]
         runs = {host: hosts.start(host, *command, sweep) for host, sweep in sweeps.items()}
-        wait_until(lambda: any(logged(trial, "epoch 1") for trial in sweeps["b"].glob("learning_rate_*")))
+        wait_until(lambda: any(logged(trial, "epoch 1") for trial in sweeps["b"].glob("learning_rate_*")), seconds=120)
         hosts.lose("b")
         (lost,) = (trial.name for trial in sweeps["b"].glob("learning_rate_*") if not logged(trial, "trained 3 of 3"))
         stdout, stderr = runs["a"].communicate(timeout=300)
