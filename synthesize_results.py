@@ -6,10 +6,13 @@ import io
 import json
 import math
 import os
+import re
 import sys
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from tabulate import tabulate
@@ -33,8 +36,8 @@ from utils import (
 )
 
 METRICS = ("mIoU", "pixel_accuracy", "loss")  # of validation
-ORIGINAL_SIZE = "metrics_val_best_original_size.json"  # evaluate.py's
-BY_REGION = ("boundary_accuracy", "interior_accuracy")  # in that file
+ORIGINAL_SIZE = "metrics_", "_best_original_size.json"  # evaluate.py's files, the name of a split between the two
+BY_REGION = ("boundary_accuracy", "interior_accuracy")  # in that of val
 PUBLISHABLE = ("mIoU", "pixel_accuracy", *BY_REGION)  # all of them from 0 to 1, higher is better
 
 
@@ -42,6 +45,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add_folder(parser, "--parent_dir", "experiments", "where to look")
     parser.add_argument("--sort", default="mIoU", metavar="COLUMN", help="any column (default: %(default)s)")
+    parser.add_argument(
+        "--over_seeds", action="store_true", help="one row for runs that differ in their seed only: mean and deviation"
+    )
     return parser.parse_args()
 
 
@@ -73,22 +79,23 @@ class Result:
     name: str
     params: dict[str, Any] = field(default_factory=dict)  # every key of params.json; {} if unreadable
     history: list[dict] = field(default_factory=list)
-    by_region: dict[str, float | None] = field(default_factory=dict)  # accuracies at the photos' own size
+    original_size: dict[str, float | None] = field(default_factory=dict)  # metrics at the photos' own size
     state: str = "unreadable"
     problem: str = ""
 
-    def row(self, varying: list[str], published: Published) -> dict[str, Any]:
+    def row(self, varying: list[str], metrics: list[str], published: Published) -> dict[str, Any]:
         """The columns of the table, None where there is nothing; metrics are those of the epoch of best mIoU."""
         best = best_epoch(self.history) if self.history else {"epoch": None, "val": {}}
-        metrics = {}
-        for metric in dict.fromkeys((*METRICS, *published.metrics)):
-            metrics[metric] = (self.by_region if metric in BY_REGION else best["val"]).get(metric)
+        found = best["val"] | self.original_size
+        values = {}
+        for metric in metrics:
+            values[metric] = found.get(metric)
             if metric in published.metrics:
-                metrics[f"published_{metric}"] = published.of(self.params).get(metric)
+                values[f"published_{metric}"] = published.of(self.params).get(metric)
         return {
             "name": self.name,
             **{key: self.params.get(key) for key in varying},
-            **metrics,
+            **values,
             "best_epoch": best["epoch"],
             "epochs": len(self.history) or None,
             "minutes": sum(epoch["seconds"] for epoch in self.history) / 60 if self.history else None,
@@ -164,7 +171,7 @@ def read(folder: Path, parent_dir: Path) -> Result:
         history = read_history(folder)
         check(history, folder)
         result.history = history
-        result.by_region = read_by_region(folder / ORIGINAL_SIZE, history)
+        result.original_size = read_original_size(folder, history)
         result.state, result.problem = state(folder, params, history)
     except (UserError, OSError) as error:
         result.problem = str(error)
@@ -183,17 +190,24 @@ def check(history: list, folder: Path) -> None:
             raise UserError(f"{folder / 'history.jsonl'} is damaged in line {line}; mend or remove the line")
 
 
-def read_by_region(path: Path, history: list[dict]) -> dict[str, float | None]:
-    """The accuracies near boundaries and away from them that evaluate.py has found; {} where it has not looked at the
-    best epoch.
-    """
-    if not path.exists():
-        return {}
-    metrics = read_json(path, if_absent="")
-    found = {key: metrics.get(key) for key in BY_REGION} if isinstance(metrics, dict) else {"": ""}
-    if not all(value is None or is_number(value) for value in found.values()):
-        raise UserError(f"{path} is damaged; write it anew with evaluate.py, or remove it")
-    return found if history and metrics.get("epoch") == best_epoch(history)["epoch"] else {}
+def read_original_size(folder: Path, history: list[dict]) -> dict[str, float | None]:
+    """What evaluate.py has found for the best epoch at the photos' own size: mIoU by split, accuracies by region."""
+    found: dict[str, float | None] = {}
+    for path in sorted(folder.glob("*".join(ORIGINAL_SIZE))):
+        metrics = read_json(path, if_absent="")
+        split = path.name.removeprefix(ORIGINAL_SIZE[0]).removesuffix(ORIGINAL_SIZE[1])
+        names = {"mIoU": original_size_mIoU(split)} | {name: name for name in BY_REGION if split == "val"}
+        numbers = [metrics.get(key) for key in names] if isinstance(metrics, dict) else [""]
+        if not all(value is None or is_number(value) for value in numbers):
+            raise UserError(f"{path} is damaged; write it anew with evaluate.py, or remove it")
+        if history and metrics.get("epoch") == best_epoch(history)["epoch"]:
+            found |= dict(zip(names.values(), numbers, strict=True))
+    return found
+
+
+def original_size_mIoU(split: str) -> str:
+    """The column of a split's mIoU at the photos' own size."""
+    return f"{split}_original_size_mIoU"
 
 
 def state(folder: Path, params: Params, history: list[dict]) -> tuple[str, str]:
@@ -219,6 +233,53 @@ def varying_keys(results: list[Result]) -> list[str]:
     return [key for key in (readable or [{}])[0] if any(params[key] != readable[0][key] for params in readable)]
 
 
+def metric_columns(results: list[Result], published: Published) -> list[str]:
+    """The metrics of the table: those of training, at the photos' own size where any was looked at, and to compare."""
+    looked_at = sorted({key for result in results for key in result.original_size if key not in BY_REGION})
+    return list(dict.fromkeys(("mIoU", *looked_at, *METRICS, *published.metrics)))
+
+
+def by_seed(results: list[Result], parent_dir: Path) -> dict[str, list[Result]]:
+    """Experiments that differ in nothing but their seed, under the name that they have without it."""
+    alike: dict[str, list[Result]] = {}
+    for result in results:
+        key = json.dumps(result.params | {"seed": None}) if result.params else result.name
+        alike.setdefault(key, []).append(result)
+    groups: dict[str, list[Result]] = {}
+    for group in alike.values():
+        names = {without_seed(result.name) or parent_dir.resolve().name for result in group}
+        name = names.pop() if len(names) == 1 else group[0].name
+        groups[name if name not in groups else group[0].name] = group
+    return groups
+
+
+def without_seed(name: str) -> str:
+    """batch_size_8 for a trial called batch_size_8__seed_1, its folder's name for one called seed_1."""
+    return re.sub(r"(?:^|__|(?<=/))seed_\d+(?=__|$)", "", name).replace("/__", "/").removeprefix("__").rstrip("/")
+
+
+def merge(name: str, rows: list[dict[str, Any]], varying: list[str]) -> dict[str, Any]:
+    """One row for several seeds: means over those that have finished, and the standard deviation of every mIoU."""
+    finished = [row for row in rows if row["state"] == "finished"]
+    merged: dict[str, Any] = {}
+    for column, value in rows[0].items():
+        if column == "name":
+            merged[column] = name
+        elif column == "seed":
+            merged["seeds"] = " ".join(str(row[column]) for row in finished) or None
+        elif column == "state":
+            counts = Counter(row[column] for row in rows)
+            merged[column] = ", ".join(f"{count} {state}" for state, count in counts.items())
+        elif column in varying:
+            merged[column] = value
+        else:
+            values = [row[column] for row in finished if row[column] is not None]
+            merged[column] = mean(values) if values else None
+            if column.endswith("mIoU") and not column.startswith("published"):
+                merged[f"{column}_std"] = stdev(values) if len(values) > 1 else None
+    return merged
+
+
 def sort(rows: list[dict[str, Any]], column: str) -> list[dict[str, Any]]:
     """Best first by a metric, else in rising order; rows without a value last. Raises UserError for no column."""
     if column not in rows[0]:
@@ -227,7 +288,7 @@ def sort(rows: list[dict[str, Any]], column: str) -> list[dict[str, Any]]:
     for row in rows:
         (unknown if row[column] is None else known).append(row)
     numeric = all(type(row[column]) in (int, float) for row in known)
-    descending = column.removeprefix("published_") in PUBLISHABLE
+    descending = column.endswith(PUBLISHABLE)
     known.sort(key=lambda row: row[column] if numeric else spell(row[column]), reverse=descending)
     return known + unknown
 
@@ -239,22 +300,21 @@ def spell(value: Any) -> str:
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The table as people read it, on a terminal or rendered."""
-    metrics = (*METRICS, *PUBLISHABLE, *(f"published_{metric}" for metric in PUBLISHABLE))
-    digits = dict.fromkeys(metrics, ".4f") | {"minutes": ".1f"}
-    cells = [
-        [
-            "-" if value is None else format(value, digits[key]) if key in digits else cell(spell(value))
-            for key, value in row.items()
-        ]
-        for row in rows
-    ]
+    cells = [[cell(column, value) for column, value in row.items()] for row in rows]
     numeric = [any(type(row[key]) in (int, float) for row in rows) for key in rows[0]]
     alignment = ["right" if right else "left" for right in numeric]
     return tabulate(cells, headers=list(rows[0]), tablefmt="pipe", disable_numparse=True, colalign=alignment)
 
 
-def cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", r"\|")
+def cell(column: str, value: Any) -> str:
+    """A value as the table on the terminal has it."""
+    if value is None:
+        return "-"
+    if column.removesuffix("_std").endswith((*METRICS, *PUBLISHABLE)):
+        return f"{value:.4f}"
+    if column in ("best_epoch", "epochs", "minutes") and type(value) is float:
+        return f"{value:.1f}"
+    return " ".join(spell(value).split()).replace("|", r"\|")
 
 
 def comma_separated(rows: list[dict[str, Any]]) -> str:
@@ -269,8 +329,18 @@ def comma_separated(rows: list[dict[str, Any]]) -> str:
 def main(args: argparse.Namespace) -> None:
     folders, published = find(args.parent_dir), read_published(args.parent_dir / "published.json")
     results = [read(folder, args.parent_dir) for folder in folders]
-    varying = varying_keys(results)
-    rows = sort([result.row(varying, published) for result in results], args.sort)
+    varying, metrics = varying_keys(results), metric_columns(results, published)
+    if args.over_seeds:
+        varying = [key for key in varying if key != "seed"]
+        groups = by_seed(results, args.parent_dir)
+        rows = [
+            merge(name, [result.row(["seed", *varying], metrics, published) for result in group], varying)
+            for name, group in groups.items()
+        ]
+    else:
+        groups = {result.name: [result] for result in results}
+        rows = [result.row(varying, metrics, published) for result in results]
+    rows = sort(rows, args.sort)
     table = markdown(rows)
     if published.results:
         table += f"\n\nPublished: {published.source}"
@@ -284,13 +354,14 @@ def main(args: argparse.Namespace) -> None:
 
     from visualize import learning_curves  # matplotlib, which takes longer to import than all of the above to run
 
-    ranks = {row["name"]: rank for rank, row in enumerate(rows)}
-    runs = sorted((result for result in results if result.history), key=lambda result: ranks[result.name])
-    if runs:
+    drawn = {row["name"]: [run for run in groups[row["name"]] if run.history] for row in rows}
+    drawn = {name: runs for name, runs in drawn.items() if runs}
+    if drawn:
+        compared = {name: published.of(runs[0].params).get("mIoU") for name, runs in drawn.items()}
         figure = learning_curves(
-            {run.name: [score(epoch) for epoch in run.history] for run in runs},
-            {key: {run.name: run.params[key] for run in runs} for key in varying},
-            {run.name: mIoU for run in runs if (mIoU := published.of(run.params).get("mIoU")) is not None},
+            {name: [[score(epoch) for epoch in run.history] for run in runs] for name, runs in drawn.items()},
+            {key: {name: runs[0].params[key] for name, runs in drawn.items()} for key in varying},
+            {name: mIoU for name, mIoU in compared.items() if mIoU is not None},
         )
         save_figure(figure, args.parent_dir / "results.png", dpi=120)
 

@@ -188,16 +188,17 @@ def confusion_figure(counts: np.ndarray, iou: Mapping[str, float | None]) -> "Fi
 
 
 def learning_curves(
-    curves: Mapping[str, Sequence[float]],
+    curves: Mapping[str, Sequence[Sequence[float]]],
     hyperparameters: Mapping[str, Mapping[str, Any]],
     published: Mapping[str, float] | None = None,
 ) -> "Figure":
     """Validation mIoU by epoch, and a plot of the best one against every hyperparameter.
 
     Args:
-        curves: for every run the mIoU of its epochs, the most important run first.
-        hyperparameters: for every key that varies its value in every run.
-        published: the mIoU to compare the best one with, for those runs that have one; a ring in the run's colour.
+        curves: by name, the most important first, the mIoU of each epoch in each of the runs that differ in their
+            seed only. The line is their mean, in a band from the lowest to the highest.
+        hyperparameters: for every key that varies its value by name.
+        published: the mIoU to compare the best one with, where there is one; a ring in the colour of its name.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -208,9 +209,14 @@ def learning_curves(
     figure = Figure(figsize=(5 * columns, 3.6 * rows + 0.25 * min(len(curves), COLOURS)), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for name in reversed(curves):  # the best on top
-        axes[0].plot(
-            range(1, len(curves[name]) + 1), curves[name], color=colours[name], marker=".", label=_spelling(name)
-        )
+        epochs = max(map(len, curves[name]))
+        runs = np.array([[*run, *[np.nan] * (epochs - len(run))] for run in curves[name]])
+        numbers = range(1, epochs + 1)
+        axes[0].plot(numbers, np.nanmean(runs, 0), color=colours[name], marker=".", label=_spelling(name))
+        if len(runs) > 1:
+            axes[0].fill_between(
+                numbers, np.nanmin(runs, 0), np.nanmax(runs, 0), color=colours[name], alpha=0.2, linewidth=0
+            )
     axes[0].set(xlabel="epoch", ylabel="validation mIoU")
     axes[0].xaxis.get_major_locator().set_params(integer=True)
     handles, names = (entries[::-1][:COLOURS] for entries in axes[0].get_legend_handles_labels())
@@ -220,7 +226,7 @@ def learning_curves(
     figure.legend(handles, names, loc="outside lower left", fontsize="small")
     for axis, (key, values) in zip(axes[1:], hyperparameters.items(), strict=False):
         positions = _positions(axis, list(values.values()))
-        best = [max(curves[name]) for name in values]
+        best = [np.mean([max(run) for run in curves[name]]) for name in values]
         if len(hyperparameters) == 1:
             axis.plot(*zip(*sorted(zip(positions, best, strict=True)), strict=True), color="lightgrey", zorder=0)
         axis.scatter(positions, best, c=[colours[name] for name in values])

@@ -11,7 +11,7 @@ from PIL import Image
 
 from model import UserError
 from study import grid, read_spaces
-from synthesize_results import BY_REGION, read_published
+from synthesize_results import BY_REGION, read_published, without_seed
 from utils import RUN_LOCK, TRIAL_LOCKS, Params, lock, write_history
 from visualize import learning_curves
 
@@ -290,6 +290,75 @@ def test_accuracies_by_region_come_from_the_evaluation_at_original_size(tmp_path
     assert result.stderr.count("metrics_val_best_original_size.json is damaged") == 2 == result.stderr.count("\n")
 
 
+def test_the_mIoU_at_original_size_has_a_column_for_every_split(tmp_path):
+    sweep = tmp_path / "sweep"
+    for name, splits in {"both": {"val": 0.31, "rest": 0.25}, "one": {"val": 0.2}, "none": {}}.items():
+        folder = experiment(sweep / name, [0.3])
+        for split, mIoU in splits.items():
+            content = {"epoch": 1, "mIoU": mIoU, "boundary_accuracy": 0.5}
+            (folder / f"metrics_{split}_best_original_size.json").write_text(json.dumps(content))
+        (folder / "metrics_test_best.json").write_text('{"epoch": 1, "mIoU": 0.7}')
+    result = synthesize(sweep, "--sort", "rest_original_size_mIoU")
+    columns = ["name", "mIoU", "rest_original_size_mIoU", "val_original_size_mIoU", "pixel_accuracy"]
+    rows = table(result.stdout)
+    assert list(rows[0])[:5] == columns
+    assert [rows[0][column] for column in columns[:4]] == ["both", "0.3000", "0.2500", "0.3100"]
+    assert {row["name"]: row["val_original_size_mIoU"] for row in rows} == {
+        "both": "0.3100",
+        "one": "0.2000",
+        "none": "-",
+    }
+
+
+def test_over_seeds_has_a_row_for_runs_that_differ_in_their_seed_only(tmp_path):
+    sweep = tmp_path / "sweep"
+    for seed, mIoU in ((1, 0.1), (2, 0.2), (3, 0.6)):
+        folder = experiment(sweep / f"batch_size_8__seed_{seed}", [mIoU, 0.05], batch_size=8, seed=seed)
+        content = {"epoch": 1, "mIoU": mIoU + 0.1}
+        (folder / "metrics_val_best_original_size.json").write_text(json.dumps(content))
+    experiment(sweep / "batch_size_8__seed_4", [0.9], batch_size=8, seed=4, num_epochs=2)
+    experiment(sweep / "batch_size_8__seed_5", batch_size=8, seed=5, num_epochs=2)
+    experiment(sweep / "alone", [0.4, 0.5], seed=7)
+    (experiment(sweep / "broken") / "params.json").write_text("{")
+    rows = table(synthesize(sweep, "--over_seeds").stdout)
+    assert [row["name"] for row in rows] == ["alone", "batch_size_8", "broken"]
+    assert {key: rows[1][key] for key in list(rows[1])[1:8]} == {
+        "seeds": "1 2 3",
+        "batch_size": "8",
+        "mIoU": "0.3000",
+        "mIoU_std": "0.2646",  # sqrt((0.2^2 + 0.1^2 + 0.3^2) / (3 - 1))
+        "val_original_size_mIoU": "0.4000",
+        "val_original_size_mIoU_std": "0.2646",
+        "pixel_accuracy": "0.5100",
+    }
+    assert rows[1]["state"] == "3 finished, 1 failed, 1 not started", "unfinished runs count in no mean"
+    assert (rows[0]["seeds"], rows[0]["mIoU"], rows[0]["mIoU_std"], rows[0]["best_epoch"]) == ("7", "0.5000", "-", "2")
+    assert rows[2]["state"] == "1 unreadable" and "seed" not in rows[0]
+    with open(sweep / "results.csv", newline="") as stream:
+        assert [row["name"] for row in csv.DictReader(stream)] == ["alone", "batch_size_8", "broken"]
+    seeds = tmp_path / "seeds"
+    for seed in (1, 2):
+        experiment(seeds / f"seed_{seed}", [0.1], seed=seed)
+    assert [row["name"] for row in table(synthesize(seeds, "--over_seeds").stdout)] == ["seeds"]
+    assert [row["name"] for row in table(synthesize(tmp_path, "--over_seeds").stdout)][-2:] == ["seeds", "sweep/broken"]
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("seed_1", ""),
+        ("deep/seed_12", "deep"),
+        ("seed_3__head_gcn", "head_gcn"),
+        ("deep/seed_3__head_gcn", "deep/head_gcn"),
+        ("precision_bf16__seed_3__head_gcn", "precision_bf16__head_gcn"),
+        ("precision_bf16__seed_3", "precision_bf16"),
+        ("my_seed_1", "my_seed_1"),
+    ],
+)
+def test_names_without_their_seed(name, expected):
+    assert without_seed(name) == expected
+
+
 FIGURE = {"params": {"kernel_size": 7}, "mIoU": 0.7}
 
 
@@ -377,7 +446,7 @@ def test_neither_table_nor_sweep_imports_torch():
 
 
 def test_the_plots_show_every_curve_and_every_hyperparameter():
-    curves = {f"run {index}": [index / 100, index / 50] for index in reversed(range(14))}
+    curves = {f"run {index}": [[index / 100, index / 50]] for index in reversed(range(14))}
     figure = learning_curves(
         curves,
         {
@@ -395,12 +464,30 @@ def test_the_plots_show_every_curve_and_every_hyperparameter():
     assert [label.get_text() for label in clip.get_xticklabels()] == ["1", "null"]
     assert [label.get_text() for label in kernel.get_xticklabels()] == ["3", "5", "7"]
     points = kernel.collections[0].get_offsets()
-    assert sorted(map(tuple, points.tolist())) == sorted((3 + 2 * (i % 3), y[1]) for i, y in enumerate(curves.values()))
+    assert sorted(map(tuple, points.tolist())) == sorted(
+        (3 + 2 * (i % 3), y[0][1]) for i, y in enumerate(curves.values())
+    )
+
+
+def test_the_plot_of_several_seeds_is_their_mean_in_a_band_from_lowest_to_highest():
+    figure = learning_curves(
+        {"three": [[0.1, 0.3], [0.2, 0.2, 0.9], [0.3, 0.1]], "one": [[0.4]]}, {"batch_size": {"three": 8, "one": 4}}
+    )
+    curves, best = figure.axes
+    assert curves.lines[-1].get_ydata().tolist() == pytest.approx([0.2, 0.2, 0.9])
+    (band,) = curves.collections
+    assert {tuple(point) for point in band.get_paths()[0].vertices.round(6).tolist()} >= {
+        (1, 0.1),
+        (1, 0.3),
+        (2, 0.3),
+        (3, 0.9),
+    }
+    assert sorted(map(tuple, best.collections[0].get_offsets().tolist())) == [(4, 0.4), (8, pytest.approx(0.5))]
 
 
 def test_the_plots_ring_what_is_published_in_the_colour_of_its_run():
     figure = learning_curves(
-        {"nine": [0.1, 0.5], "seven": [0.4], "five": [0.3]},
+        {"nine": [[0.1, 0.5]], "seven": [[0.4]], "five": [[0.3]]},
         {"kernel_size": {"nine": 9, "seven": 7, "five": 5}, "head": {"nine": "conv", "seven": "gcn", "five": "gcn"}},
         {"nine": 0.7, "five": 0.6},
     )
