@@ -1,20 +1,26 @@
 """Get a data set ready: download and unpack VOC2012, draw the built-in sample, or write lists for your own photos."""
 
 import argparse
+import io
 import math
+import os
 import random
 import re
 import tarfile
+import zlib
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
 from model import UserError
-from utils import RunFailed, run_main, write_text
+from utils import RunFailed, require, run_main, write_text
 
 ARCHIVE = "VOCtrainval_11-May-2012.tar"
 MIRROR = f"http://pjreddie.com/media/files/{ARCHIVE}"
+DOWNLOAD = object()  # what stands for the file of --sbd where none is given
+SBD_ARCHIVE = "benchmark.tgz"
+SBD_MEMBER = re.compile(r"benchmark_RELEASE/dataset/(?P<kind>img|cls)/(?P<id>[^/\\]+)\.(jpg|mat)")
 MEMBER = re.compile(
     r"VOCdevkit/VOC2012/(?P<kind>JPEGImages|SegmentationClass|ImageSets/Segmentation)/(?P<id>[^/\\]+)\.(jpg|png|txt)"
 )
@@ -25,6 +31,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data_dir", type=Path, default=Path("data"), help="folder to fill (default: %(default)s)")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--archive", type=Path, help=f"unpack this {ARCHIVE} instead of downloading it (2 GB)")
+    source.add_argument(
+        "--sbd",
+        type=Path,
+        nargs="?",
+        const=DOWNLOAD,
+        metavar="ARCHIVE",
+        help="write trainaug.txt: VOC2012's train and the photos that the Semantic Boundaries Dataset adds to it, "
+        f"from this {SBD_ARCHIVE} or, without a file, from a download of it (1.4 GB)",
+    )
     source.add_argument("--sample", action="store_true", help="draw the small built-in data set under DATA_DIR/sample")
     source.add_argument(
         "--split",
@@ -37,8 +52,8 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def download(urls: list[str], folder: Path, md5: str) -> Path:
-    """Fetch the archive from the first address that delivers it intact; at once if it is already there.
+def download(urls: list[str], folder: Path, md5: str, *, filename: str = ARCHIVE, flag: str = "--archive") -> Path:
+    """Fetch an archive from the first address that delivers it intact; at once if it is already there.
 
     Raises RunFailed naming every address and what it answered.
     """
@@ -48,13 +63,13 @@ def download(urls: list[str], folder: Path, md5: str) -> Path:
     for url in urls:
         try:
             print(f"downloading {url}")
-            download_url(url, str(folder), filename=ARCHIVE, md5=md5)
-            return folder / ARCHIVE
+            download_url(url, str(folder), filename=filename, md5=md5)
+            return folder / filename
         except (OSError, HTTPException, RuntimeError) as error:  # no answer, half an answer, another MD5
             failures.append(f"{url}: {error}")
-            (folder / ARCHIVE).unlink(missing_ok=True)
+            (folder / filename).unlink(missing_ok=True)
     raise RunFailed(
-        f"no download of {ARCHIVE} ({'; '.join(failures)}). Get the file by other means and pass it with --archive FILE"
+        f"no download of {filename} ({'; '.join(failures)}). Get the file by other means and pass it with {flag} FILE"
     )
 
 
@@ -136,6 +151,80 @@ def get_voc(data_dir: Path, archive: Path | None) -> None:
         unpack(archive, data_dir)
 
 
+def get_sbd(data_dir: Path, archive: Path | None) -> None:
+    """Bring the photos of SBD into a VOC2012 that is in data_dir, downloading them if no archive is given."""
+    from torchvision.datasets import SBDataset
+
+    from model.data_loader import Layout, Split
+
+    require("scipy.io", "masks of SBD")
+    layout = Layout.find(data_dir)
+    if (layout.lists / "trainaug.txt").exists():
+        print(f"{layout.lists / 'trainaug.txt'} is complete: {len(Split.find(data_dir, 'trainaug').ids)} photos")
+        return
+    train, val = (Split.find(data_dir, name).ids for name in ("train", "val"))
+    given = archive is not None
+    if not given:
+        archive = download([SBDataset.url], data_dir, SBDataset.md5, filename=SBD_ARCHIVE, flag="--sbd")
+    added = unpack_sbd(archive, layout.images, layout.masks, here={*train, *val})
+    write_text(layout.lists / "trainaug.txt", "".join(f"{id_}\n" for id_ in sorted({*train, *added})))
+    print(f"{len(train)} photos of train and {len(added)} of SBD -> {layout.lists / 'trainaug.txt'}")
+    if not given:
+        print(f"{archive} is no longer needed")
+
+
+def unpack_sbd(archive: Path, images: Path, masks: Path, *, here: set[str]) -> set[str]:
+    """Write the photos of an SBD archive that are not here, and their masks as grey PNGs, and return their ids.
+
+    Files that are there are left alone. Raises UserError for an archive that is not one, is cut short, or holds photos
+    without masks or masks without photos.
+    """
+    if not archive.is_file():
+        raise UserError(f"no archive {archive}")
+    found = {"img": set(), "cls": set()}
+    try:
+        with tarfile.open(archive, "r|*") as tar:
+            for member in tqdm(tar, desc="unpacking SBD", unit="file", disable=None, leave=False):
+                match = SBD_MEMBER.fullmatch(PurePosixPath(member.name).as_posix())
+                if not match or not member.isreg() or match["id"] in here:
+                    continue
+                found[match["kind"]].add(match["id"])
+                is_photo = match["kind"] == "img"
+                target = images / f"{match['id']}.jpg" if is_photo else masks / f"{match['id']}.png"
+                if not target.exists():
+                    content = tar.extractfile(member).read()
+                    _write_whole(target, content if is_photo else _mask_of_sbd(content, member.name))
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise UserError(f"{archive} cannot be read as a tar archive ({error}); download it again") from None
+    if not found["img"] | found["cls"]:
+        raise UserError(f"{archive} adds no photo; is it SBD's {SBD_ARCHIVE}, whole?")
+    if unpaired := found["img"] ^ found["cls"]:
+        raise UserError(f"{archive} has {min(unpaired)} without its photo or mask; is it SBD's {SBD_ARCHIVE}, whole?")
+    return found["img"]
+
+
+def _mask_of_sbd(content: bytes, name: str) -> bytes:
+    """A MATLAB file's class indices as a PNG. SBD has no void."""
+    from PIL import Image
+    from scipy.io import loadmat
+
+    try:
+        mask = Image.fromarray(loadmat(io.BytesIO(content))["GTcls"][0]["Segmentation"][0])
+    except Exception as error:  # whatever SciPy makes of other bytes
+        raise UserError(f"{name} is no mask of SBD ({error}); download the archive again") from None
+    stream = io.BytesIO()
+    mask.save(stream, format="PNG")
+    return stream.getvalue()
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """As utils.replacing, without waiting for the disk, which for 18,000 files would take minutes."""
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
 def write_lists(data_dir: Path, shares: list[float], seed: int) -> None:
     """Deal the photos that have a mask into train.txt, val.txt and test.txt, at random but the same for equal seeds."""
     if (
@@ -178,7 +267,9 @@ def write_lists(data_dir: Path, shares: list[float], seed: int) -> None:
 def main(args: argparse.Namespace) -> None:
     if args.data_dir.exists() and not args.data_dir.is_dir():
         raise UserError(f"--data_dir {args.data_dir} is not a folder")
-    if args.sample:
+    if args.sbd:
+        get_sbd(args.data_dir, None if args.sbd is DOWNLOAD else args.sbd)
+    elif args.sample:
         from model.sample import draw_sample
 
         print(f"the sample is in {draw_sample(args.data_dir / 'sample')}")

@@ -1,5 +1,6 @@
 """build_dataset.py as a user meets it: archives, downloads, lists for own photos, the drawn sample."""
 
+import gzip
 import hashlib
 import io
 import tarfile
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import run_script
 from PIL import Image
+from scipy.io import savemat
 
 from build_dataset import ARCHIVE, download, write_lists
 from model import UserError
@@ -297,6 +299,109 @@ def test_a_complete_data_set_is_not_downloaded_again(tmp_path, archive, server):
     result = run_script("build_dataset.py", "--data_dir", data, no_proxy="", **proxies)
     assert "3 photos with masks" in result.stdout
     assert contents(data) == before and server.requests == []
+
+
+# ---------------------------------------------------------------------------------------------------- SBD
+
+
+SBD = "benchmark_RELEASE/dataset"
+
+
+def mat(mask: np.ndarray) -> bytes:
+    """A mask as SBD has it, with its boundaries beside it."""
+    stream = io.BytesIO()
+    savemat(stream, {"GTcls": {"Boundaries": np.zeros(20), "Segmentation": mask, "CategoriesPresent": 1}})
+    return stream.getvalue()
+
+
+MASK = np.arange(12, dtype=np.uint8).reshape(3, 4)
+
+
+def sbd(ids: list[str]) -> dict[str, bytes]:
+    """The members of SBD's archive in their order: masks, photos, and what is of no use here."""
+    members = {f"{SBD}/cls/{id_}.mat": mat(MASK + index) for index, id_ in enumerate(ids)}
+    members |= {f"{SBD}/img/{id_}.jpg": invented("SBD", id_) for id_ in ids}
+    return members | {f"{SBD}/inst/{ids[0]}.mat": b"instances", f"{SBD}/train.txt": b"b\nnew\n"}
+
+
+def pack_sbd(path: Path, members: dict[str, bytes]) -> Path:
+    path.write_bytes(gzip.compress(pack(path, members).read_bytes()))
+    return path
+
+
+@pytest.fixture
+def voc(tmp_path, archive) -> Path:
+    """VOC2012 with a and b in train and c in val."""
+    unpack(archive, tmp_path / "data")
+    return tmp_path / "data"
+
+
+def test_sbd_adds_its_photos_to_train_and_leaves_those_of_voc_alone(tmp_path, voc):
+    before = contents(voc)
+    archive = pack_sbd(tmp_path / "any.tgz", sbd(["b", "c", "new", "newer"]))
+    stdout = run_script("build_dataset.py", "--sbd", archive, "--data_dir", voc).stdout
+    after = contents(voc)
+    assert {name: after.pop(name) for name in before} == before, "VOC's masks have void, SBD's have none"
+    assert after.pop("trainaug.txt") == b"a\nb\nnew\nnewer\n" and "2 photos of train and 2 of SBD" in stdout
+    assert after.pop("JPEGImages/new.jpg") == invented("SBD", "new")
+    with Image.open(voc / "SegmentationClass" / "newer.png") as mask:
+        assert mask.mode == "L" and np.array_equal(mask, MASK + 3)
+    assert after.keys() == {"JPEGImages/newer.jpg", "SegmentationClass/new.png", "SegmentationClass/newer.png"}
+    assert Split.find(voc, "trainaug", masks_required=True).ids == ["a", "b", "new", "newer"]
+    archive.unlink()
+    assert "complete: 4 photos" in run_script("build_dataset.py", "--sbd", archive, "--data_dir", voc).stdout
+
+
+def test_sbd_goes_into_a_devkit_too(tmp_path):
+    with tarfile.open(pack(tmp_path / ARCHIVE, official(["a"], ["c"]))) as tar:
+        tar.extractall(tmp_path, filter="data")
+    archive = pack_sbd(tmp_path / "x.tgz", sbd(["a", "unlisted"]))
+    run_script("build_dataset.py", "--sbd", archive, "--data_dir", tmp_path / DEVKIT)
+    assert (tmp_path / DEVKIT / LISTS / "trainaug.txt").read_text() == "a\nunlisted\n"
+    photo = tmp_path / DEVKIT / "JPEGImages" / "unlisted.jpg"
+    assert photo.read_bytes() == invented("JPEGImages", "unlisted"), "a devkit has the photos of SBD already"
+
+
+def test_an_interrupted_unpacking_of_sbd_is_finished_by_the_next(tmp_path, voc):
+    archive = pack_sbd(tmp_path / "x.tgz", sbd(["new", "newer"]))
+    whole, half = archive.read_bytes(), tmp_path / "half.tgz"
+    half.write_bytes(whole[: len(whole) * 2 // 3])
+    assert "half.tgz has new without its photo or mask" in refusal("--sbd", half, "--data_dir", voc)
+    assert not (voc / "trainaug.txt").exists()
+    run_script("build_dataset.py", "--sbd", archive, "--data_dir", voc)
+    assert (voc / "JPEGImages" / "newer.jpg").read_bytes() == invented("SBD", "newer")
+    assert not list(voc.rglob(".*"))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({f"{SBD}/cls/new.mat": None}, "has new without its photo or mask"),
+        ({f"{SBD}/img/new.jpg": None}, "has new without its photo or mask"),
+        ({f"{SBD}/cls/new.mat": b"no MATLAB"}, "cls/new.mat is no mask of SBD"),
+        ({f"{SBD}/cls/new.mat": mat(MASK)[:200]}, "cls/new.mat is no mask of SBD"),
+        ({f"{SBD}/{kind}": None for kind in ("cls/new.mat", "img/new.jpg")}, "adds no photo"),
+    ],
+)
+def test_a_faulty_archive_of_sbd_is_refused(tmp_path, voc, change, words):
+    members = {name: body for name, body in (sbd(["b", "new"]) | change).items() if body is not None}
+    assert words in refusal("--sbd", pack_sbd(tmp_path / "x.tgz", members), "--data_dir", voc)
+    assert not (voc / "trainaug.txt").exists()
+
+
+def test_sbd_needs_voc_first_and_a_file_that_is_there(tmp_path, voc):
+    assert "`python build_dataset.py`" in refusal("--sbd", tmp_path / "x.tgz", "--data_dir", tmp_path / "none")
+    assert f"no archive {tmp_path / 'x.tgz'}" in refusal("--sbd", tmp_path / "x.tgz", "--data_dir", voc)
+
+
+def test_sbd_is_downloaded_where_no_file_is_given(tmp_path, voc, server):
+    """The server poses as the proxy, so that the real address is asked for and never reached."""
+    proxies = dict.fromkeys(("http_proxy", "https_proxy"), server.address)
+    before = contents(voc)
+    result = run_script("build_dataset.py", "--sbd", "--data_dir", voc, check=1, no_proxy="", **proxies)
+    message = result.stderr.splitlines()[-1]
+    assert "benchmark.tgz" in message and "--sbd FILE" in message and "Traceback" not in result.stderr
+    assert contents(voc) == before
 
 
 # ---------------------------------------------------------------------------------------------------- lists
