@@ -317,6 +317,7 @@ class Params:
     boundary_refinement: bool = _flag(True)
     stem_maxpool: bool = _flag(False)
     gcn_padding: str = _choice(*GCN_PADDINGS)
+    zero_init_residual: bool = _flag(False)
     pretrained: bool = _flag(True)
 
     @classmethod
@@ -353,7 +354,7 @@ class Params:
 
     def network_options(self) -> dict[str, Any]:
         """The keywords of model.net.FCN_GCN but for pretrained."""
-        return {key: getattr(self, key) for key in (*ARCHITECTURE, "dropout_rate")}
+        return {key: getattr(self, key) for key in (*ARCHITECTURE, "dropout_rate", "zero_init_residual")}
 
     def input_options(self) -> dict[str, Any]:
         """The keywords of model.transforms.to_input."""

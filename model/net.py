@@ -66,13 +66,16 @@ class GCN(nn.Module):
 
 
 class BR(nn.Module):
-    """Boundary refinement: a residual block on the score map (paper, figure 2C)."""
+    """Boundary refinement: a residual block on the score map (paper, figure 2C); with zero_init at first no change."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, *, zero_init: bool = False):
         super().__init__()
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.relu = nn.ReLU(inplace=True)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        if zero_init:
+            nn.init.zeros_(self.conv2.weight)
+            nn.init.zeros_(self.conv2.bias)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
         return x + self.conv2(self.relu(self.conv1(x)))
@@ -90,6 +93,8 @@ class FCN_GCN(nn.Module):
         stem_maxpool: False = output strides 2 to 16; True = 4 to 32, the paper's and ResNet's own.
         gcn_padding: "swapped" or "same", see GCN; the other heads have no use for it.
         dropout_rate: probability of dropping a channel of the encoder features that enter a head.
+        zero_init_residual: let every residual block begin as the identity: 0 for BR's second convolution and, unless
+            pretrained, for the weight of each bottleneck's last batch norm (Goyal et al., arXiv 1706.02677, 5.1).
         pretrained: start the encoder from torchvision's ImageNet weights (IMAGENET1K_V1), downloaded once.
 
     Raises:
@@ -106,6 +111,7 @@ class FCN_GCN(nn.Module):
         stem_maxpool: bool = False,
         gcn_padding: str = "swapped",
         dropout_rate: float = 0.0,
+        zero_init_residual: bool = False,
         pretrained: bool = True,
     ):
         super().__init__()
@@ -118,9 +124,11 @@ class FCN_GCN(nn.Module):
             return _head(head, in_channels, num_classes, kernel_size, gcn_padding)
 
         def refine() -> nn.Module:
-            return BR(num_classes) if boundary_refinement else nn.Sequential()  # an empty Sequential is the identity
+            if not boundary_refinement:
+                return nn.Sequential()  # the identity
+            return BR(num_classes, zero_init=zero_init_residual)
 
-        encoder = _encoder(pretrained)
+        encoder = _encoder(pretrained, zero_init_residual)
         self.conv1 = encoder.conv1
         self.bn0 = encoder.bn1
         self.relu = encoder.relu
@@ -174,9 +182,9 @@ def _head(name: str, in_channels: int, num_classes: int, kernel_size: int, gcn_p
     raise UserError(f"head is {name!r}; allowed: {', '.join(HEADS)}")
 
 
-def _encoder(pretrained: bool) -> nn.Module:
+def _encoder(pretrained: bool, zero_init_residual: bool) -> nn.Module:
     if not pretrained:
-        return resnet50(weights=None)
+        return resnet50(weights=None, zero_init_residual=zero_init_residual)
     weights = ResNet50_Weights.IMAGENET1K_V1
     try:
         return resnet50(weights=weights)

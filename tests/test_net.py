@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import ROOT
 from torch import nn
+from torchvision.models.resnet import Bottleneck
 
 from model import UserError
-from model.net import FCN_GCN, GCN, _upsample
+from model.net import BR, FCN_GCN, GCN, _upsample
 from utils import load_weights
 
 
@@ -124,6 +125,19 @@ def test_upsampling_carries_a_ramp_from_corner_to_corner():
 
 def test_without_boundary_refinement_there_is_no_br_tensor():
     assert not [name for name in network(boundary_refinement=False).state_dict() if name.startswith("br")]
+
+
+def test_zero_init_residual_lets_every_residual_block_begin_as_the_identity():
+    for zero in (True, False):
+        blocks = [
+            module for module in network(zero_init_residual=zero).modules() if isinstance(module, Bottleneck | BR)
+        ]
+        changed = []
+        for block in blocks:
+            x = torch.rand(2, block.conv1.in_channels, 6, 6)
+            shortcut = getattr(block, "downsample", None) or nn.Identity()
+            changed.append(not torch.equal(block(x), shortcut(x).relu()))
+        assert len(blocks) == 16 + 9 and changed == [not zero] * 25
 
 
 def test_dropout_exists_only_above_zero_and_only_in_training():
