@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import LOSS_TERMS, UserError
-from model.parallel import total
+from model.parallel import add_up, total
 from model.voc import VOID
 
 SMOOTH = 1.0
@@ -22,6 +22,7 @@ class SegmentationLoss(nn.Module):
         dice          1 - (2 sum(p t) + s) / (sum p + sum t + s)    (Milletari et al., arXiv 1606.04797, unsquared)
         inverse_dice  the same with 1 - p and 1 - t
         cross_entropy mean over pixels of -log softmax(x) at the label
+        balanced_cross_entropy  the same, but that a pixel of a class with n pixels in the batch weighs 1 / sqrt(n)
 
     t is never built: sum(x t) and sum(p t) are the values at the labels, sum t is the number of pixels. Half-precision
     logits are summed in float32; the sums are combined in float64. An all void batch gives 0 with zero gradients.
@@ -63,10 +64,25 @@ class SegmentationLoss(nn.Module):
         if "dice" in self.weights or "inverse_dice" in self.weights:
             sums["p"] = _masked_sum(logits.sigmoid().sum(1), valid)
             sums["p t"] = _masked_sum(at_label.sigmoid(), valid)
+        # Not F.cross_entropy: on CUDA it has no deterministic form.
         if "cross_entropy" in self.weights:
-            # Not F.cross_entropy: on CUDA it has no deterministic form.
             sums["cross_entropy"] = _masked_sum(logits.logsumexp(1) - at_label, valid)
+        if "balanced_cross_entropy" in self.weights:
+            balance = self._balance(labels, valid, logits.shape[1]).to(logits.dtype)
+            sums["balance"] = balance.sum()
+            sums["balanced_cross_entropy"] = _masked_sum((logits.logsumexp(1) - at_label) * balance, valid)
         return sums
+
+    def _balance(self, labels: Tensor, valid: Tensor, num_classes: int) -> Tensor:
+        """(B, H, W): 1 / sqrt(pixels of the same class in the batch), 0 where the label is void."""
+        bins = labels.where(valid, num_classes).flatten()
+        counts = torch.zeros(num_classes + 1, dtype=torch.int64, device=labels.device)
+        counts.scatter_add_(0, bins, torch.ones_like(bins))
+        if self.over_processes:
+            add_up(counts)
+        balance = counts.clamp(min=1).double().rsqrt()
+        balance[num_classes] = 0
+        return balance[bins].view(labels.shape)
 
     def _terms(self, sums: dict[str, Tensor], num_classes: int) -> dict[str, Tensor]:
         pixels = sums["pixels"]
@@ -81,6 +97,8 @@ class SegmentationLoss(nn.Module):
             terms["inverse_dice"] = _dice(both, 2 * entries - sums["p"] - pixels)
         if "cross_entropy" in self.weights:
             terms["cross_entropy"] = sums["cross_entropy"] / pixels.clamp(min=1)
+        if "balanced_cross_entropy" in self.weights:
+            terms["balanced_cross_entropy"] = sums["balanced_cross_entropy"] / sums["balance"].clamp(min=1)
         return terms
 
 

@@ -108,7 +108,9 @@ def step_in_float64(images: int) -> dict:
         synchronize_batch_norm(model, torch.device("cpu"))
         model[2].whole = own.start, images
         model = train.distribute(model, torch.device("cpu"))
-    criterion = SegmentationLoss({"bce": 1, "dice": 1, "inverse_dice": 1, "cross_entropy": 1}, over_processes=True)
+    criterion = SegmentationLoss(
+        {"bce": 1, "dice": 1, "inverse_dice": 1, "cross_entropy": 1, "balanced_cross_entropy": 1}, over_processes=True
+    )
     loss = criterion(model(x[rows]), labels[rows])
     loss.backward()
     module = getattr(model, "module", model)

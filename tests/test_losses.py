@@ -22,11 +22,14 @@ def naive(logits: torch.Tensor, labels: torch.Tensor, weights: dict[str, float])
     def dice(a, b):
         return 1 - (2 * (a * b).sum() + 1) / (a.sum() + b.sum() + 1)
 
+    cross_entropy = -(t * torch.log(torch.exp(x) / torch.exp(x).sum(1, keepdim=True))).sum(1)
+    balance = torch.stack([1 / t[:, one.argmax()].sum().sqrt() for one in t])
     terms = {
         "bce": -(t * torch.log(p) + (1 - t) * torch.log(1 - p)).mean(),
         "dice": dice(p, t),
         "inverse_dice": dice(1 - p, 1 - t),
-        "cross_entropy": -(t * torch.log(torch.exp(x) / torch.exp(x).sum(1, keepdim=True))).sum(1).mean(),
+        "cross_entropy": cross_entropy.mean(),
+        "balanced_cross_entropy": (cross_entropy * balance).sum() / balance.sum(),
     }
     return sum(weight * terms[name] for name, weight in weights.items())
 
@@ -58,7 +61,7 @@ def test_void_pixels_change_nothing_and_get_no_gradient():
     other = logits.clone()
     other.permute(0, 2, 3, 1)[labels == 255] = 1e4
     other.requires_grad_()
-    criterion = SegmentationLoss({**DEFAULT, "cross_entropy": 1.0})
+    criterion = SegmentationLoss({**DEFAULT, "cross_entropy": 1.0, "balanced_cross_entropy": 1.0})
     loss = criterion(other, labels)
     torch.testing.assert_close(loss, criterion(logits, labels))
     loss.backward()
@@ -68,7 +71,9 @@ def test_void_pixels_change_nothing_and_get_no_gradient():
 
 def test_a_batch_of_void_gives_zero_and_finite_gradients():
     logits = torch.randn(2, 5, 4, 4, requires_grad=True)
-    loss = SegmentationLoss({**DEFAULT, "cross_entropy": 1.0})(logits, torch.full((2, 4, 4), 255))
+    loss = SegmentationLoss({**DEFAULT, "cross_entropy": 1.0, "balanced_cross_entropy": 1.0})(
+        logits, torch.full((2, 4, 4), 255)
+    )
     loss.backward()
     assert loss.item() == 0
     assert torch.equal(logits.grad, torch.zeros_like(logits))
@@ -85,7 +90,9 @@ def test_half_precision_logits_are_summed_in_float32(dtype):
 
 def test_large_logits_stay_finite():
     logits = torch.tensor([-200.0, 200.0]).view(1, 2, 1, 1).requires_grad_()
-    loss = SegmentationLoss({**DEFAULT, "cross_entropy": 1.0})(logits, torch.zeros(1, 1, 1))
+    loss = SegmentationLoss({**DEFAULT, "cross_entropy": 1.0, "balanced_cross_entropy": 1.0})(
+        logits, torch.zeros(1, 1, 1)
+    )
     loss.backward()
     assert loss.isfinite()
     assert logits.grad.isfinite().all()
@@ -96,6 +103,14 @@ def test_a_right_answer_costs_less_than_a_wrong_one_for_every_term():
     for term in LOSS_TERMS:
         criterion = SegmentationLoss({term: 1.0})
         assert criterion(right, torch.zeros(1, 1, 1)) < criterion(-right, torch.zeros(1, 1, 1))
+
+
+def test_balanced_cross_entropy_gives_a_rare_class_the_square_root_of_its_odds():
+    logits, labels = torch.zeros(1, 2, 10, 10, requires_grad=True), torch.zeros(1, 10, 10, dtype=torch.long)
+    labels[0, 0, :4] = 1  # 4 pixels against 96
+    SegmentationLoss({"balanced_cross_entropy": 1.0})(logits, labels).backward()
+    rare, common = (logits.grad[0, label][labels[0] == label].sum() for label in (1, 0))
+    torch.testing.assert_close(rare / common, torch.tensor((4 / 96) ** 0.5))
 
 
 def test_an_unknown_term_is_refused():

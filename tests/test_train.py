@@ -522,7 +522,7 @@ def test_cuda_graphs_are_for_gpus_and_not_for_accumulated_gradients(device, accu
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_two_deterministic_runs_agree_on_a_gpu(data, tmp_path):
-    loss_weights = {"bce": 1, "dice": 1, "inverse_dice": 1, "cross_entropy": 1}
+    loss_weights = {"bce": 1, "dice": 1, "inverse_dice": 1, "cross_entropy": 1, "balanced_cross_entropy": 1}
     runs = [make_experiment(tmp_path / str(i), deterministic=True, loss_weights=loss_weights) for i in range(2)]
     for run in runs:
         run_train(run, data, "--device", "cuda")
@@ -550,7 +550,7 @@ def test_a_checkpoint_crosses_devices_with_its_optimizer(data, tmp_path, first, 
     "options",
     [
         {},
-        {"clip_grad_norm": 1.0, "ema_decay": 0.9, "loss_weights": {"cross_entropy": 1.0}},
+        {"clip_grad_norm": 1.0, "ema_decay": 0.9, "loss_weights": {"balanced_cross_entropy": 1.0}},
         {"optimizer": "adamw", "schedule": "poly", "augment": True},
         {"precision": "fp16"},
     ],

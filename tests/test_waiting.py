@@ -68,7 +68,7 @@ class Batches(list):
 @pytest.mark.parametrize(
     "options",
     [
-        {"clip_grad_norm": 1.0, "ema_decay": 0.9, "dropout_rate": 0.1, "loss_weights": {"cross_entropy": 1.0}},
+        {"clip_grad_norm": 1.0, "ema_decay": 0.9, "dropout_rate": 0.1, "loss_weights": {"balanced_cross_entropy": 1.0}},
         {"accumulation_steps": 2, "schedule": "poly", "optimizer": "adamw"},
     ],
     ids=str,
