@@ -11,6 +11,7 @@ import math
 import random
 import re
 import time
+from collections import Counter
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, fields
@@ -52,19 +53,23 @@ class Range:
     step: float | None = None
 
 
-Space = dict[str, list | Range]
+Space = dict[str, list | Range]  # and "name", a text, where its trials are to be called by it
 
 
 def read_spaces(path: Path) -> list[Space]:
     """search_space.json: one object of lists and ranges, or a list of such objects, whose grids are joined.
 
-    Raises UserError naming every fault: each value, and both ends of each range, is held against Params.
+    "name" in an object is what the folders of its trials begin with. Raises UserError naming every fault: each value,
+    and both ends of each range, is held against Params.
     """
     content = read_json(path, if_absent='a sweep has one, as {"learning_rate": [0.0001, 0.001, 0.01]}')
     spaces = content if isinstance(content, list) else [content]
-    if not spaces or not all(isinstance(space, dict) and space for space in spaces):
+    if not spaces or not all(isinstance(space, dict) and space.keys() - {"name"} for space in spaces):
         raise UserError(f'{path} must hold an object, as {{"learning_rate": [0.001, 0.01]}}, or a list of such objects')
-    if faults := [fault for space in spaces for key, options in space.items() for fault in _faults(key, options)]:
+    faults = [fault for space in spaces for key, options in space.items() for fault in _faults(key, options)]
+    names = [space["name"] for space in spaces if "name" in space]
+    faults += [f'"name": two objects are called {json.dumps(name)}' for name in names if names.count(name) > 1]
+    if faults:
         raise UserError(f"{path}: {'; '.join(dict.fromkeys(faults))}")
     return [
         {key: Range(**options) if isinstance(options, dict) else options for key, options in space.items()}
@@ -73,6 +78,9 @@ def read_spaces(path: Path) -> list[Space]:
 
 
 def _faults(key: str, options: Any) -> list[str]:
+    if key == "name":
+        named = isinstance(options, str) and re.fullmatch(r"\w[\w.+-]{0,59}", options, flags=re.ASCII)
+        return [] if named else [f'"name" is {json.dumps(options)}; allowed: up to 60 of letters, digits and _ . + -']
     if isinstance(options, dict):
         return _range_faults(key, options)
     if not isinstance(options, list) or not options:
@@ -131,21 +139,32 @@ def grid(spaces: list[Space], base: Values, path: Path) -> dict[str, Values]:
     """Every combination, by the name of its folder. Raises UserError for one that Params refuses."""
     trials: dict[str, Values] = {}
     for space in spaces:
-        if ranges := [key for key, options in space.items() if isinstance(options, Range)]:
+        title, lists = space.get("name"), {key: options for key, options in space.items() if key != "name"}
+        if ranges := [key for key, options in lists.items() if isinstance(options, Range)]:
             raise UserError(f"{path}: {', '.join(ranges)} is a range; list its values, or use --sampler random or tpe")
-        for combination in itertools.product(*space.values()):
-            values = dict(zip(space, combination, strict=True))
-            name = trial_name(values)
+        for combination in itertools.product(*lists.values()):
+            values = dict(zip(lists, combination, strict=True))
+            name = trial_name({key: value for key, value in values.items() if title is None or len(lists[key]) > 1})
+            name = "__".join(part for part in (title, name) if part)
             if trials.setdefault(name, values) != values:
                 raise UserError(f"{path}: two trials would share the folder {name}; choose values that differ more")
             Params.parse(base | values, f"{path}, {name}")
+    same = Counter(map(_canonical, trials.values()))
+    if twice := [name for name, values in trials.items() if same[_canonical(values)] > 1]:
+        raise UserError(f"{path}: {' and '.join(twice[:2])} are the same trial; remove one of them")
     return trials
+
+
+def _canonical(values: Values) -> str:
+    return json.dumps(values, sort_keys=True)
 
 
 def distributions(spaces: list[Space], base: Values, path: Path) -> dict[str, BaseDistribution]:
     """The space as Optuna's samplers take it. Raises UserError if some combination is one that Params refuses."""
     if len(spaces) > 1:
         raise UserError(f"{path}: a list of objects joins grids; --sampler random and tpe need a single object")
+    if "name" in spaces[0]:
+        raise UserError(f'{path}: "name" is for grids; --sampler random and tpe name trials by their values')
     worst, result = dict(base), {}
     for key, options in spaces[0].items():
         ends = [options.low, options.high] if isinstance(options, Range) else options
@@ -293,6 +312,7 @@ class Study:
         )
         self.parent_dir, self.locks = parent_dir, parent_dir / TRIAL_LOCKS
         self.base, self.grid, self.space, self.n_trials = base, grid, space or {}, n_trials
+        self.names = {_canonical(values): name for name, values in (grid or {}).items()}
         self.sampler, self.shared = sampler, shared
         self.mine: set[int] = set()  # numbers of the attempts made here
         self.exhausted = False
@@ -320,13 +340,17 @@ class Study:
                         "samplers can only move the ends of a range; set it back, or start a sweep in another folder"
                     )
 
+    def name(self, values: Values) -> str:
+        """The folder of a trial."""
+        return self.names.get(_canonical(values)) or trial_name(values)
+
     def attempts(self) -> dict[str, list[FrozenTrial]]:
         """Of every trial by name: the attempts at it, oldest first."""
         result: dict[str, list[FrozenTrial]] = {}
         for trial in self.study.get_trials(deepcopy=False):
             values = trial.user_attrs.get("values")
             if values and "discarded" not in trial.user_attrs:
-                result.setdefault(trial_name(values), []).append(trial)
+                result.setdefault(self.name(values), []).append(trial)
         return result if self.grid is None else {name: result[name] for name in self.grid if name in result}
 
     def standing(self) -> dict[str, FrozenTrial]:
@@ -406,7 +430,7 @@ class Study:
         Queued attempts have their values from the start, so the lowest number goes first among those that replace the
         same ones. Fresh ones get theirs a moment later, so of two that see each other both step back, and draw again.
         """
-        attempts, name = self.attempts(), trial_name(values)
+        attempts, name = self.attempts(), self.name(values)
         if self.grid is not None and name not in self.grid:
             return False
         same = attempts.pop(name, [])
@@ -417,7 +441,7 @@ class Study:
 
     def _lock(self, trial: Trial, values: Values) -> Claim | None:
         """The claim to a trial, unless somebody found its folder unlocked just before, and has queued it again."""
-        name = trial_name(values)
+        name = self.name(values)
         if (held := lock(self.locks / name, patience=LOCK_PATIENCE)) is None:
             self.fail(trial, ["a train.py of an earlier sweep is still at work in this folder"])
             return None
@@ -437,7 +461,7 @@ class Study:
         """Queue again the trials whose process is dead."""
         for attempt in self._elsewhere(TrialState.RUNNING):
             values = attempt.user_attrs["values"]
-            if self._shows_life(attempt) or (held := lock(self.locks / trial_name(values))) is None:
+            if self._shows_life(attempt) or (held := lock(self.locks / self.name(values))) is None:
                 continue
             try:
                 if self._state(attempt.number) == TrialState.RUNNING:
@@ -464,7 +488,7 @@ class Study:
     def put_back(self, number: int, values: Values) -> None:
         """Queue a trial again that was cut short through no fault of its own."""
         self.finish(number, TrialState.FAIL)
-        attempts = self.attempts().get(trial_name(values), [])
+        attempts = self.attempts().get(self.name(values), [])
         self._enqueue(values, replaces=[attempt.number for attempt in attempts if attempt.number <= number])
 
     def fail(self, trial: Trial, reason: list[str]) -> None:

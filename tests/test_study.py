@@ -105,6 +105,54 @@ def test_a_list_of_spaces_joins_their_grids(tmp_path):
     ]
 
 
+def test_a_name_in_a_space_begins_the_folders_of_its_trials(tmp_path):
+    spaces = [
+        {"name": "original", "optimizer": ["sgd"], "learning_rate": [0.001], "seed": [1, 2]},
+        {"name": "ours", "optimizer": ["adamw"]},
+        {"seed": [3]},
+    ]
+    path = space_file(tmp_path, spaces)
+    trials = grid(read_spaces(path), {}, path)
+    assert trials == {
+        "original__seed_1": {"optimizer": "sgd", "learning_rate": 0.001, "seed": 1},
+        "original__seed_2": {"optimizer": "sgd", "learning_rate": 0.001, "seed": 2},
+        "ours": {"optimizer": "adamw"},
+        "seed_3": {"seed": 3},
+    }
+    for refused, words in (
+        (lambda: distributions(read_spaces(path)[:1], {}, path), '"name" is for grids'),
+        (lambda: read_spaces(space_file(tmp_path, [{"name": "a/b", "seed": [1]}])), r'"name" is "a/b"; allowed'),
+        (lambda: read_spaces(space_file(tmp_path, [{"name": 3, "seed": [1]}])), r'"name" is 3; allowed'),
+        (lambda: read_spaces(space_file(tmp_path, [{"name": "alone"}])), "must hold an object"),
+        (
+            lambda: read_spaces(space_file(tmp_path, 2 * [{"name": "twice", "seed": [1]}])),
+            'two objects are called "twice"',
+        ),
+    ):
+        with pytest.raises(UserError, match=words):
+            refused()
+    path = space_file(tmp_path, [{"name": "a", "seed": [1, 2]}, {"name": "b", "seed": [2]}])
+    with pytest.raises(UserError, match="a__seed_2 and b are the same trial"):
+        grid(read_spaces(path), {}, path)
+
+
+def test_named_trials_are_known_by_their_names_when_a_sweep_starts_again(tmp_path):
+    path = space_file(tmp_path, [{"name": "first", "seed": [1, 2]}, {"name": "second", "seed": [3]}])
+    trials = grid(read_spaces(path), {}, path)
+    study = Study(open_storage(tmp_path, None), tmp_path, {}, grid=trials)
+    study.enqueue_missing()
+    claim = study.claim()
+    assert (claim.name, claim.values) == ("first__seed_1", {"seed": 1})
+    (tmp_path / claim.name).mkdir()
+    study.finish(claim.trial.number, TrialState.COMPLETE, 0.5)
+    claim.lock.release()
+    again = Study(open_storage(tmp_path, None), tmp_path, {}, grid=trials)
+    again.enqueue_missing()
+    assert again.standing()["first__seed_1"].value == 0.5
+    claims = [again.claim(), again.claim()]
+    assert [claim.name for claim in claims] == ["first__seed_2", "second"] and again.claim() is None
+
+
 def test_a_grid_holds_every_combination_against_the_base(tmp_path):
     path = space_file(tmp_path, {"warmup_epochs": [1, 3], "num_epochs": [9, 3]})
     with pytest.raises(UserError, match='num_epochs_3__warmup_epochs_3: "warmup_epochs" is 3'):
