@@ -223,6 +223,16 @@ def test_the_ready_sweeps_are_sound(sweep):
     assert list(trials) == names.get(sweep.name, list(trials))
 
 
+def test_the_recipe_sets_out_from_the_original():
+    sweep = ROOT / "experiments" / "recipe"
+    base = json.loads((sweep / "params.json").read_text())
+    trials = grid(read_spaces(sweep / "search_space.json"), base, sweep)
+    small = {"pretrained": False, "image_size": 112, "num_epochs": 10, "num_workers": 0}
+    for seed in (1, 2, 3):
+        params = Params.parse(base | trials[f"0_original__seed_{seed}"], sweep)
+        assert params == Params(**small, seed=seed), "every key is the default"
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-9, 99) | st.floats() | st.text(max_size=3),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["low", "high", "log", "step"]), inner),
