@@ -318,7 +318,6 @@ class Params:
     stem_maxpool: bool = _flag(False)
     gcn_padding: str = _choice(*GCN_PADDINGS)
     zero_init_residual: bool = _flag(False)
-    score_init_std: float | None = _number(None, "above 0", lambda v: v > 0)
     pretrained: bool = _flag(True)
 
     @classmethod
@@ -355,9 +354,7 @@ class Params:
 
     def network_options(self) -> dict[str, Any]:
         """The keywords of model.net.FCN_GCN but for pretrained."""
-        return {
-            key: getattr(self, key) for key in (*ARCHITECTURE, "dropout_rate", "zero_init_residual", "score_init_std")
-        }
+        return {key: getattr(self, key) for key in (*ARCHITECTURE, "dropout_rate", "zero_init_residual")}
 
     def input_options(self) -> dict[str, Any]:
         """The keywords of model.transforms.to_input."""

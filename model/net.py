@@ -95,8 +95,6 @@ class FCN_GCN(nn.Module):
         dropout_rate: probability of dropping a channel of the encoder features that enter a head.
         zero_init_residual: let every residual block begin as the identity: 0 for BR's second convolution and, unless
             pretrained, for the weight of each bottleneck's last batch norm (Goyal et al., arXiv 1706.02677, 5.1).
-        score_init_std: draw the heads' weights from N(0, std^2) and let their biases be 0 (as Lin et al., arXiv
-            1708.02002, section 4.1, do with theirs); None = PyTorch's initialization.
         pretrained: start the encoder from torchvision's ImageNet weights (IMAGENET1K_V1), downloaded once.
 
     Raises:
@@ -114,7 +112,6 @@ class FCN_GCN(nn.Module):
         gcn_padding: str = "swapped",
         dropout_rate: float = 0.0,
         zero_init_residual: bool = False,
-        score_init_std: float | None = None,
         pretrained: bool = True,
     ):
         super().__init__()
@@ -124,13 +121,7 @@ class FCN_GCN(nn.Module):
             raise UserError(f"gcn_padding is {gcn_padding!r}; allowed: {', '.join(GCN_PADDINGS)}")
 
         def score(in_channels: int) -> nn.Module:
-            layers = _head(head, in_channels, num_classes, kernel_size, gcn_padding)
-            if score_init_std is not None:
-                for layer in layers.modules():
-                    if isinstance(layer, nn.Conv2d):
-                        nn.init.normal_(layer.weight, std=score_init_std)
-                        nn.init.zeros_(layer.bias)
-            return layers
+            return _head(head, in_channels, num_classes, kernel_size, gcn_padding)
 
         def refine() -> nn.Module:
             if not boundary_refinement:
