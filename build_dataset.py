@@ -1,4 +1,4 @@
-"""Get a data set ready: download and unpack VOC2012, draw the built-in sample, or write lists for your own photos."""
+"""Get a data set ready: VOC2012, with SBD if wanted, the built-in sample, or lists for your own photos."""
 
 import argparse
 import io
@@ -157,7 +157,7 @@ def get_sbd(data_dir: Path, archive: Path | None) -> None:
 
     from model.data_loader import Layout, Split
 
-    require("scipy.io", "masks of SBD")
+    require("scipy", "masks of SBD")
     layout = Layout.find(data_dir)
     if (layout.lists / "trainaug.txt").exists():
         print(f"{layout.lists / 'trainaug.txt'} is complete: {len(Split.find(data_dir, 'trainaug').ids)} photos")

@@ -64,13 +64,13 @@ class SegmentationLoss(nn.Module):
         if "dice" in self.weights or "inverse_dice" in self.weights:
             sums["p"] = _masked_sum(logits.sigmoid().sum(1), valid)
             sums["p t"] = _masked_sum(at_label.sigmoid(), valid)
-        # Not F.cross_entropy: on CUDA it has no deterministic form.
-        if "cross_entropy" in self.weights:
-            sums["cross_entropy"] = _masked_sum(logits.logsumexp(1) - at_label, valid)
+        if self.weights.keys() & {"cross_entropy", "balanced_cross_entropy"}:
+            cross_entropy = logits.logsumexp(1) - at_label  # not F.cross_entropy: on CUDA it has no deterministic form
+            sums["cross_entropy"] = _masked_sum(cross_entropy, valid)
         if "balanced_cross_entropy" in self.weights:
             balance = self._balance(labels, valid, logits.shape[1]).to(logits.dtype)
             sums["balance"] = balance.sum()
-            sums["balanced_cross_entropy"] = _masked_sum((logits.logsumexp(1) - at_label) * balance, valid)
+            sums["balanced_cross_entropy"] = _masked_sum(cross_entropy * balance, valid)
         return sums
 
     def _balance(self, labels: Tensor, valid: Tensor, num_classes: int) -> Tensor:

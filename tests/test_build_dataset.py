@@ -394,6 +394,13 @@ def test_sbd_needs_voc_first_and_a_file_that_is_there(tmp_path, voc):
     assert f"no archive {tmp_path / 'x.tgz'}" in refusal("--sbd", tmp_path / "x.tgz", "--data_dir", voc)
 
 
+def test_without_scipy_sbd_says_what_to_install(tmp_path, voc):
+    (tmp_path / "scipy.py").write_text("raise ImportError('not here')")
+    arguments = ("--sbd", tmp_path / "x.tgz", "--data_dir", voc)
+    result = run_script("build_dataset.py", *arguments, check=2, PYTHONPATH=str(tmp_path))
+    assert "pip install scipy" in result.stderr and result.stderr.count("\n") == 1
+
+
 def test_sbd_is_downloaded_where_no_file_is_given(tmp_path, voc, server):
     """The server poses as the proxy, so that the real address is asked for and never reached."""
     proxies = dict.fromkeys(("http_proxy", "https_proxy"), server.address)
