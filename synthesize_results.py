@@ -354,8 +354,9 @@ def main(args: argparse.Namespace) -> None:
 
     from visualize import learning_curves  # matplotlib, which takes longer to import than all of the above to run
 
-    drawn = {row["name"]: [run for run in groups[row["name"]] if run.history] for row in rows}
-    drawn = {name: runs for name, runs in drawn.items() if runs}
+    begun = {row["name"]: [run for run in groups[row["name"]] if run.history] for row in rows}
+    counted = {name: [run for run in runs if run.state == "finished"] for name, runs in begun.items()}
+    drawn = {name: counted[name] or runs for name, runs in begun.items() if runs}
     if drawn:
         compared = {name: published.of(runs[0].params).get("mIoU") for name, runs in drawn.items()}
         figure = learning_curves(

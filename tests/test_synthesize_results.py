@@ -343,6 +343,19 @@ def test_over_seeds_has_a_row_for_runs_that_differ_in_their_seed_only(tmp_path):
     assert [row["name"] for row in table(synthesize(tmp_path, "--over_seeds").stdout)][-2:] == ["seeds", "sweep/broken"]
 
 
+def test_the_plot_over_seeds_is_of_the_runs_that_the_table_counts(tmp_path):
+    for seed, mIoU in ((1, 0.1), (2, 0.2)):
+        experiment(tmp_path / f"seed_{seed}", [mIoU, mIoU], seed=seed, num_epochs=2)
+    synthesize(tmp_path, "--over_seeds")
+    finished_only = (tmp_path / "results.png").read_bytes()
+    experiment(tmp_path / "seed_3", [0.9], seed=3, num_epochs=2)
+    synthesize(tmp_path, "--over_seeds")
+    assert (tmp_path / "results.png").read_bytes() == finished_only
+    write_history(tmp_path / "seed_3", [epoch(1, 0.9), epoch(2, 0.9)])
+    synthesize(tmp_path, "--over_seeds")
+    assert (tmp_path / "results.png").read_bytes() != finished_only
+
+
 @pytest.mark.parametrize(
     "name, expected",
     [
