@@ -361,7 +361,9 @@ def main(args: argparse.Namespace) -> None:
         compared = {name: published.of(runs[0].params).get("mIoU") for name, runs in drawn.items()}
         figure = learning_curves(
             {name: [[score(epoch) for epoch in run.history] for run in runs] for name, runs in drawn.items()},
-            {key: {name: runs[0].params[key] for name, runs in drawn.items()} for key in varying},
+            None
+            if args.over_seeds
+            else {key: {name: runs[0].params[key] for name, runs in drawn.items()} for key in varying},
             {name: mIoU for name, mIoU in compared.items() if mIoU is not None},
         )
         save_figure(figure, args.parent_dir / "results.png", dpi=120)

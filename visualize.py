@@ -189,24 +189,28 @@ def confusion_figure(counts: np.ndarray, iou: Mapping[str, float | None]) -> "Fi
 
 def learning_curves(
     curves: Mapping[str, Sequence[Sequence[float]]],
-    hyperparameters: Mapping[str, Mapping[str, Any]],
+    hyperparameters: Mapping[str, Mapping[str, Any]] | None,
     published: Mapping[str, float] | None = None,
 ) -> "Figure":
-    """Validation mIoU by epoch, and a plot of the best one against every hyperparameter.
+    """Validation mIoU by epoch, and a plot of the best one against every hyperparameter, or by name.
 
     Args:
         curves: by name, the most important first, the mIoU of each epoch in each of the runs that differ in their
             seed only. The line is their mean, in a band from the lowest to the highest.
-        hyperparameters: for every key that varies its value by name.
+        hyperparameters: for every key that varies its value by name. None: one plot by name instead, of every run and,
+            as a line, their mean.
         published: the mIoU to compare the best one with, where there is one; a ring in the colour of its name.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     colours = {name: f"C{rank}" if rank < COLOURS else "lightgrey" for rank, name in enumerate(curves)}
-    columns = min(3, 1 + len(hyperparameters))
-    rows = -(-(1 + len(hyperparameters)) // columns)
-    figure = Figure(figsize=(5 * columns, 3.6 * rows + 0.25 * min(len(curves), COLOURS)), layout="constrained")
+    by_name = hyperparameters is None
+    plots = 2 if by_name else 1 + len(hyperparameters)
+    columns = min(3, plots)
+    rows = -(-plots // columns)
+    room_for_names = 0.2 * max(len(curves) - 12, 0) if by_name else 0.25 * min(len(curves), COLOURS)
+    figure = Figure(figsize=(5 * columns, 3.6 * rows + room_for_names), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for name in reversed(curves):  # the best on top
         epochs = max(map(len, curves[name]))
@@ -219,24 +223,42 @@ def learning_curves(
             )
     axes[0].set(xlabel="epoch", ylabel="validation mIoU")
     axes[0].xaxis.get_major_locator().set_params(integer=True)
-    handles, names = (entries[::-1][:COLOURS] for entries in axes[0].get_legend_handles_labels())
+    handles, names = (entries[::-1][: 0 if by_name else COLOURS] for entries in axes[0].get_legend_handles_labels())
     if published:
         handles.append(Line2D([], [], linestyle="none", marker="o", color="grey", markerfacecolor="none"))
         names.append("published")
-    figure.legend(handles, names, loc="outside lower left", fontsize="small")
-    for axis, (key, values) in zip(axes[1:], hyperparameters.items(), strict=False):
+    if names:
+        figure.legend(handles, names, loc="outside lower left", fontsize="small")
+    best = {name: [max(run) for run in runs] for name, runs in curves.items()}
+    if by_name:
+        _best_by_name(axes[1], best, colours, published or {})
+    for axis, (key, values) in zip(axes[1:], (hyperparameters or {}).items(), strict=False):
         positions = _positions(axis, list(values.values()))
-        best = [np.mean([max(run) for run in curves[name]]) for name in values]
-        if len(hyperparameters) == 1:
-            axis.plot(*zip(*sorted(zip(positions, best, strict=True)), strict=True), color="lightgrey", zorder=0)
-        axis.scatter(positions, best, c=[colours[name] for name in values])
+        means = [np.mean(best[name]) for name in values]
+        if plots == 2:
+            axis.plot(*zip(*sorted(zip(positions, means, strict=True)), strict=True), color="lightgrey", zorder=0)
+        axis.scatter(positions, means, c=[colours[name] for name in values])
         at = dict(zip(values, positions, strict=True))
         for name, mIoU in (published or {}).items():
             axis.plot(at[name], mIoU, "o", color=colours[name], markerfacecolor="none")
         axis.set(xlabel=key, ylabel="best validation mIoU")
-    for axis in axes[1 + len(hyperparameters) :]:
+    for axis in axes[plots:]:
         axis.remove()
     return figure
+
+
+def _best_by_name(
+    axis: "Axes", best: Mapping[str, Sequence[float]], colours: Mapping[str, str], published: Mapping[str, float]
+) -> None:
+    """A line of points for every name, the first on top."""
+    for position, (name, values) in enumerate(best.items()):
+        axis.scatter(values, [position] * len(values), color=colours[name])
+        axis.plot(np.mean(values), position, marker="|", markersize=12, color=colours[name])
+        if name in published:
+            axis.plot(published[name], position, "o", color=colours[name], markerfacecolor="none")
+    axis.set_yticks(range(len(best)), [_spelling(name) for name in best], fontsize="small")
+    axis.invert_yaxis()
+    axis.set(xlabel="best validation mIoU")
 
 
 def _positions(axis: "Axes", values: list) -> list[float]:

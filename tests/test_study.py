@@ -6,6 +6,7 @@ import signal
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -231,6 +232,9 @@ def test_the_recipe_sets_out_from_the_original():
     for seed in (1, 2, 3):
         params = Params.parse(base | trials[f"0_original__seed_{seed}"], sweep)
         assert params == Params(**small, seed=seed), "every key is the default"
+    last = base | trials["9_augment__seed_1"] | {"num_epochs": 60}
+    best = Params.load(ROOT / "experiments" / "best" / "params.json")
+    assert replace(Params.parse(last, sweep), seed=best.seed, num_workers=best.num_workers) == best
 
 
 json_values = st.recursive(

@@ -498,6 +498,20 @@ def test_the_plot_of_several_seeds_is_their_mean_in_a_band_from_lowest_to_highes
     assert sorted(map(tuple, best.collections[0].get_offsets().tolist())) == [(4, 0.4), (8, pytest.approx(0.5))]
 
 
+def test_the_plot_by_name_has_a_point_for_every_run_and_a_line_at_their_mean():
+    figure = learning_curves({"three": [[0.1, 0.3], [0.2, 0.6], [0.9]], "one": [[0.4]]}, None, {"one": 0.7})
+    _, best = figure.axes
+    assert best.get_ylim()[0] > best.get_ylim()[1], "the first is on top"
+    assert [label.get_text() for label in best.get_yticklabels()] == ["three", "one"]
+    assert [points.get_offsets().tolist() for points in best.collections] == [
+        [[0.3, 0], [0.6, 0], [0.9, 0]],
+        [[0.4, 1]],
+    ]
+    of_three, of_one, ring = [(*line.get_xydata()[0], line.get_color()) for line in best.lines]
+    assert (of_three, of_one, ring) == ((pytest.approx(0.6), 0, "C0"), (0.4, 1, "C1"), (0.7, 1, "C1"))
+    assert [text.get_text() for text in figure.legends[0].texts] == ["published"], "the names stand at the points"
+
+
 def test_the_plots_ring_what_is_published_in_the_colour_of_its_run():
     figure = learning_curves(
         {"nine": [[0.1, 0.5]], "seven": [[0.4]], "five": [[0.3]]},
