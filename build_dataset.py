@@ -1,6 +1,7 @@
 """Get a data set ready: VOC2012, with SBD if wanted, the built-in sample, or lists for your own photos."""
 
 import argparse
+import gzip
 import io
 import math
 import os
@@ -176,14 +177,17 @@ def get_sbd(data_dir: Path, archive: Path | None) -> None:
 def unpack_sbd(archive: Path, images: Path, masks: Path, *, here: set[str]) -> set[str]:
     """Write the photos of an SBD archive that are not here, and their masks as grey PNGs, and return their ids.
 
-    Files that are there are left alone. Raises UserError for an archive that is not one, is cut short, or holds photos
-    without masks or masks without photos.
+    Files that are there are left alone. Raises UserError, before anything is written, for an archive that is not one,
+    is damaged or cut short, and for one that holds photos without masks or masks without photos.
     """
     if not archive.is_file():
         raise UserError(f"no archive {archive}")
     found = {"img": set(), "cls": set()}
     try:
-        with tarfile.open(archive, "r|*") as tar:
+        with gzip.open(archive) as stream:
+            while stream.read(2**24):  # to the end, where a checksum says whether all was right
+                pass
+        with tarfile.open(archive, "r|gz") as tar:
             for member in tqdm(tar, desc="unpacking SBD", unit="file", disable=None, leave=False):
                 match = SBD_MEMBER.fullmatch(PurePosixPath(member.name).as_posix())
                 if not match or not member.isreg() or match["id"] in here:
@@ -194,8 +198,8 @@ def unpack_sbd(archive: Path, images: Path, masks: Path, *, here: set[str]) -> s
                 if not target.exists():
                     content = tar.extractfile(member).read()
                     _write_whole(target, content if is_photo else _mask_of_sbd(content, member.name))
-    except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise UserError(f"{archive} cannot be read as a tar archive ({error}); download it again") from None
+    except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{archive} cannot be read as a .tgz archive ({error}); download it again") from None
     if not found["img"] | found["cls"]:
         raise UserError(f"{archive} adds no photo; is it SBD's {SBD_ARCHIVE}, whole?")
     if unpaired := found["img"] ^ found["cls"]:
@@ -208,12 +212,14 @@ def _mask_of_sbd(content: bytes, name: str) -> bytes:
     from PIL import Image
     from scipy.io import loadmat
 
-    try:
-        mask = Image.fromarray(loadmat(io.BytesIO(content))["GTcls"][0]["Segmentation"][0])
-    except Exception as error:  # whatever SciPy makes of other bytes
-        raise UserError(f"{name} is no mask of SBD ({error}); download the archive again") from None
     stream = io.BytesIO()
-    mask.save(stream, format="PNG")
+    try:
+        mask = loadmat(io.BytesIO(content))["GTcls"][0]["Segmentation"][0]
+        if mask.dtype != "uint8" or mask.ndim != 2:
+            raise TypeError(f"{mask.dtype} of shape {mask.shape}")
+        Image.fromarray(mask).save(stream, format="PNG")
+    except Exception as error:  # whatever SciPy and Pillow make of other bytes
+        raise UserError(f"{name} is no mask of SBD ({error}); download the archive again") from None
     return stream.getvalue()
 
 

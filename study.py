@@ -53,7 +53,7 @@ class Range:
     step: float | None = None
 
 
-Space = dict[str, list | Range]  # and "name", a text, where its trials are to be called by it
+Space = dict[str, list | Range | str]  # the last is "name", where its trials are to be called by one
 
 
 def read_spaces(path: Path) -> list[Space]:
@@ -65,7 +65,10 @@ def read_spaces(path: Path) -> list[Space]:
     content = read_json(path, if_absent='a sweep has one, as {"learning_rate": [0.0001, 0.001, 0.01]}')
     spaces = content if isinstance(content, list) else [content]
     if not spaces or not all(isinstance(space, dict) and space.keys() - {"name"} for space in spaces):
-        raise UserError(f'{path} must hold an object, as {{"learning_rate": [0.001, 0.01]}}, or a list of such objects')
+        raise UserError(
+            f'{path} must hold an object, as {{"learning_rate": [0.001, 0.01]}}, or a list of such objects, '
+            'each with a key that varies besides "name"'
+        )
     faults = [fault for space in spaces for key, options in space.items() for fault in _faults(key, options)]
     names = [space["name"] for space in spaces if "name" in space]
     faults += [f'"name": two objects are called {json.dumps(name)}' for name in names if names.count(name) > 1]
@@ -79,8 +82,8 @@ def read_spaces(path: Path) -> list[Space]:
 
 def _faults(key: str, options: Any) -> list[str]:
     if key == "name":
-        named = isinstance(options, str) and re.fullmatch(r"\w[\w.+-]{0,59}", options, flags=re.ASCII)
-        return [] if named else [f'"name" is {json.dumps(options)}; allowed: up to 60 of letters, digits and _ . + -']
+        named = isinstance(options, str) and re.fullmatch(r"\w[\w+-]{0,59}", options, flags=re.ASCII)
+        return [] if named else [f'"name" is {json.dumps(options)}; allowed: up to 60 of letters, digits and _ + -']
     if isinstance(options, dict):
         return _range_faults(key, options)
     if not isinstance(options, list) or not options:
@@ -119,10 +122,11 @@ def _divides(step: float, span: float) -> bool:
     return step > 0 and span / step < ENUMERABLE and abs(span / step - round(span / step)) < 1e-6
 
 
-def trial_name(values: Values) -> str:
+def trial_name(values: Values, title: str | None = None) -> str:
     """The folder of a trial, as learning_rate_0.001__batch_size_8, whatever order the keys were given in."""
     order = list(KINDS)
-    name = "__".join(f"{key}_{_spelling(values[key])}" for key in sorted(values, key=order.index))
+    parts = [f"{key}_{_spelling(values[key])}" for key in sorted(values, key=order.index)]
+    name = "__".join(parts if title is None else [title, *parts])
     name = re.sub(r"[^\w.+-]", "-", name, flags=re.ASCII)
     return name if len(name) <= 200 else f"{name[:180]}-{hashlib.sha256(name.encode()).hexdigest()[:10]}"
 
@@ -144,8 +148,8 @@ def grid(spaces: list[Space], base: Values, path: Path) -> dict[str, Values]:
             raise UserError(f"{path}: {', '.join(ranges)} is a range; list its values, or use --sampler random or tpe")
         for combination in itertools.product(*lists.values()):
             values = dict(zip(lists, combination, strict=True))
-            name = trial_name({key: value for key, value in values.items() if title is None or len(lists[key]) > 1})
-            name = "__".join(part for part in (title, name) if part)
+            shown = {key: value for key, value in values.items() if title is None or len(lists[key]) > 1}
+            name = trial_name(shown, title)
             if trials.setdefault(name, values) != values:
                 raise UserError(f"{path}: two trials would share the folder {name}; choose values that differ more")
             Params.parse(base | values, f"{path}, {name}")
@@ -311,17 +315,23 @@ class Study:
             pruner=optuna.pruners.MedianPruner() if prune else optuna.pruners.NopPruner(),
         )
         self.parent_dir, self.locks = parent_dir, parent_dir / TRIAL_LOCKS
-        self.base, self.grid, self.space, self.n_trials = base, grid, space or {}, n_trials
-        self.names = {_canonical(values): name for name, values in (grid or {}).items()}
+        self.base, self.space, self.n_trials = base, space or {}, n_trials
+        self.names = {_canonical(values): name for name, values in (grid or {}).items()} | self._folders()
+        self.grid = None if grid is None else {self.name(values): values for values in grid.values()}
         self.sampler, self.shared = sampler, shared
         self.mine: set[int] = set()  # numbers of the attempts made here
         self.exhausted = False
         self.heartbeats: dict[int, tuple[Any, float]] = {}  # of attempts elsewhere: the last one, and when it was new
-        self._check()
+        self._check(grid)
         self.study.set_user_attr("base", base)
         self.locks.mkdir(exist_ok=True)
 
-    def _check(self) -> None:
+    def _folders(self) -> dict[str, str]:
+        """The folders of the trials that have begun, by their values: they keep them, whatever they are called now."""
+        attempts = [trial.user_attrs for trial in self.study.get_trials(deepcopy=False)]
+        return {_canonical(attempt["values"]): attempt["folder"] for attempt in attempts if "folder" in attempt}
+
+    def _check(self, grid: dict[str, Values] | None) -> None:
         before = self.study.user_attrs.get("base", self.base)
         if before != self.base:
             keys = [key for key in {**before, **self.base} if before.get(key) != self.base.get(key)]
@@ -329,6 +339,11 @@ class Study:
             raise UserError(
                 f"{self.parent_dir / 'params.json'} has changed since this sweep began ({', '.join(changes)}): "
                 "set it back, or start a sweep in another folder"
+            )
+        if shared := [name for name, count in Counter(map(self.name, (grid or {}).values())).items() if count > 1]:
+            raise UserError(
+                f"{self.parent_dir / 'search_space.json'}: a trial that keeps the folder {shared[0]}, in which it has "
+                'begun, and another one would share it; choose another "name"'
             )
         for trial in self.study.get_trials(deepcopy=False):
             for key, drawn_from in trial.distributions.items():
@@ -448,6 +463,7 @@ class Study:
         try:
             if self._state(trial.number) == TrialState.RUNNING:
                 self.mine.add(trial.number)
+                trial.set_user_attr("folder", name)
                 return Claim(trial, name, values, held)
         finally:
             if trial.number not in self.mine:

@@ -243,19 +243,23 @@ def by_seed(results: list[Result], parent_dir: Path) -> dict[str, list[Result]]:
     """Experiments that differ in nothing but their seed, under the name that they have without it."""
     alike: dict[str, list[Result]] = {}
     for result in results:
-        key = json.dumps(result.params | {"seed": None}) if result.params else result.name
+        key = json.dumps(result.params | {"seed": None}, sort_keys=True) if result.params else result.name
         alike.setdefault(key, []).append(result)
-    groups: dict[str, list[Result]] = {}
-    for group in alike.values():
-        names = {without_seed(result.name) or parent_dir.resolve().name for result in group}
-        name = names.pop() if len(names) == 1 else group[0].name
-        groups[name if name not in groups else group[0].name] = group
-    return groups
+    groups, short = list(alike.values()), []
+    for group in groups:
+        names = {without_seed(run.name) or parent_dir.resolve().name for run in group}
+        short.append(names.pop() if len(names) == 1 and group[0].params else group[0].name)
+    taken = Counter([*short, *(result.name for result in results)])
+    for index, group in enumerate(groups):
+        if taken[short[index]] > 1 + (short[index] in [run.name for run in group]):
+            short[index] = group[0].name
+    return dict(zip(short, groups, strict=True))
 
 
 def without_seed(name: str) -> str:
-    """batch_size_8 for a trial called batch_size_8__seed_1, its folder's name for one called seed_1."""
-    return re.sub(r"(?:^|__|(?<=/))seed_\d+(?=__|$)", "", name).replace("/__", "/").removeprefix("__").rstrip("/")
+    """batch_size_8 for a trial called batch_size_8__seed_1, "" for one called seed_1."""
+    parts = [re.sub(r"(?:^|__)seed_\d+(?=__|$)", "", part).removeprefix("__") for part in name.split("/")]
+    return "/".join(filter(None, parts))
 
 
 def merge(name: str, rows: list[dict[str, Any]], varying: list[str]) -> dict[str, Any]:
@@ -270,13 +274,14 @@ def merge(name: str, rows: list[dict[str, Any]], varying: list[str]) -> dict[str
         elif column == "state":
             counts = Counter(row[column] for row in rows)
             merged[column] = ", ".join(f"{count} {state}" for state, count in counts.items())
-        elif column in varying:
+        elif column in varying or column.startswith("published"):
             merged[column] = value
         else:
-            values = [row[column] for row in finished if row[column] is not None]
-            merged[column] = mean(values) if values else None
-            if column.endswith("mIoU") and not column.startswith("published"):
-                merged[f"{column}_std"] = stdev(values) if len(values) > 1 else None
+            values = [row[column] for row in finished]
+            known = bool(values) and None not in values  # a mean over some of them would pass for one over all
+            merged[column] = mean(values) if known else None
+            if column.endswith("mIoU"):
+                merged[f"{column}_std"] = stdev(values) if known and len(values) > 1 else None
     return merged
 
 
@@ -359,11 +364,10 @@ def main(args: argparse.Namespace) -> None:
     drawn = {name: counted[name] or runs for name, runs in begun.items() if runs}
     if drawn:
         compared = {name: published.of(runs[0].params).get("mIoU") for name, runs in drawn.items()}
+        values = {key: {name: runs[0].params[key] for name, runs in drawn.items()} for key in varying}
         figure = learning_curves(
             {name: [[score(epoch) for epoch in run.history] for run in runs] for name, runs in drawn.items()},
-            None
-            if args.over_seeds
-            else {key: {name: runs[0].params[key] for name, runs in drawn.items()} for key in varying},
+            None if args.over_seeds else values,
             {name: mIoU for name, mIoU in compared.items() if mIoU is not None},
         )
         save_figure(figure, args.parent_dir / "results.png", dpi=120)

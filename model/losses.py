@@ -22,10 +22,11 @@ class SegmentationLoss(nn.Module):
         dice          1 - (2 sum(p t) + s) / (sum p + sum t + s)    (Milletari et al., arXiv 1606.04797, unsquared)
         inverse_dice  the same with 1 - p and 1 - t
         cross_entropy mean over pixels of -log softmax(x) at the label
-        balanced_cross_entropy  the same, but that a pixel of a class with n pixels in the batch weighs 1 / sqrt(n)
+        balanced_cross_entropy  its weighted mean; a pixel of a class with n pixels in the batch weighs 1 / sqrt(n)
 
     t is never built: sum(x t) and sum(p t) are the values at the labels, sum t is the number of pixels. Half-precision
-    logits are summed in float32; the sums are combined in float64. An all void batch gives 0 with zero gradients.
+    logits are summed in float32; the sums are combined in float64. An all void batch gives 0 with zero gradients. The
+    batch is that of the call, also where several are accumulated for a step.
 
     Args:
         weights: term -> weight; terms that are left out or have weight 0 are not computed.
@@ -66,6 +67,7 @@ class SegmentationLoss(nn.Module):
             sums["p t"] = _masked_sum(at_label.sigmoid(), valid)
         if self.weights.keys() & {"cross_entropy", "balanced_cross_entropy"}:
             cross_entropy = logits.logsumexp(1) - at_label  # not F.cross_entropy: on CUDA it has no deterministic form
+        if "cross_entropy" in self.weights:
             sums["cross_entropy"] = _masked_sum(cross_entropy, valid)
         if "balanced_cross_entropy" in self.weights:
             balance = self._balance(labels, valid, logits.shape[1]).to(logits.dtype)
@@ -80,7 +82,7 @@ class SegmentationLoss(nn.Module):
         counts.scatter_add_(0, bins, torch.ones_like(bins))
         if self.over_processes:
             add_up(counts)
-        balance = counts.clamp(min=1).double().rsqrt()
+        balance = counts.double().rsqrt()  # infinite where there is no pixel to weigh
         balance[num_classes] = 0
         return balance[bins].view(labels.shape)
 

@@ -93,7 +93,7 @@ class FCN_GCN(nn.Module):
         stem_maxpool: False = output strides 2 to 16; True = 4 to 32, the paper's and ResNet's own.
         gcn_padding: "swapped" or "same", see GCN; the other heads have no use for it.
         dropout_rate: probability of dropping a channel of the encoder features that enter a head.
-        zero_init_residual: let every residual block begin as the identity: 0 for BR's second convolution and, unless
+        zero_init_residual: let every residual block begin as its shortcut: 0 for BR's second convolution and, unless
             pretrained, for the weight of each bottleneck's last batch norm (Goyal et al., arXiv 1706.02677, 5.1).
         pretrained: start the encoder from torchvision's ImageNet weights (IMAGENET1K_V1), downloaded once.
 

@@ -363,14 +363,33 @@ def test_sbd_goes_into_a_devkit_too(tmp_path):
 
 
 def test_an_interrupted_unpacking_of_sbd_is_finished_by_the_next(tmp_path, voc):
-    archive = pack_sbd(tmp_path / "x.tgz", sbd(["new", "newer"]))
-    whole, half = archive.read_bytes(), tmp_path / "half.tgz"
-    half.write_bytes(whole[: len(whole) * 2 // 3])
-    assert "half.tgz has new without its photo or mask" in refusal("--sbd", half, "--data_dir", voc)
-    assert not (voc / "trainaug.txt").exists()
+    before = contents(voc)
+    members = sbd(["new", "newer"])
+    half = pack_sbd(tmp_path / "half.tgz", members | {f"{SBD}/cls/newer.mat": b"no MATLAB"})
+    assert "newer.mat is no mask of SBD" in refusal("--sbd", half, "--data_dir", voc)
+    assert contents(voc).keys() - before.keys() == {"SegmentationClass/new.png"}
+    archive = pack_sbd(tmp_path / "x.tgz", members)
     run_script("build_dataset.py", "--sbd", archive, "--data_dir", voc)
     assert (voc / "JPEGImages" / "newer.jpg").read_bytes() == invented("SBD", "newer")
     assert not list(voc.rglob(".*"))
+
+
+@pytest.mark.parametrize("damage", ["one bit", "a gap", "cut short", "no archive", "no tar"])
+def test_a_damaged_archive_of_sbd_is_refused_before_anything_is_written(tmp_path, voc, damage):
+    archive = pack_sbd(tmp_path / "x.tgz", sbd(["new", "newer"]))
+    whole, before = archive.read_bytes(), contents(voc)
+    middle = len(whole) // 2
+    archive.write_bytes(
+        {
+            "one bit": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :],
+            "a gap": whole[:20] + b"\xff" * 20 + whole[40:],
+            "cut short": whole[:-4],
+            "no archive": b"<html>404</html>",
+            "no tar": gzip.compress(b"<html>404</html>"),
+        }[damage]
+    )
+    assert "cannot be read as a .tgz archive" in refusal("--sbd", archive, "--data_dir", voc)
+    assert contents(voc) == before
 
 
 @pytest.mark.parametrize(
@@ -380,6 +399,8 @@ def test_an_interrupted_unpacking_of_sbd_is_finished_by_the_next(tmp_path, voc):
         ({f"{SBD}/img/new.jpg": None}, "has new without its photo or mask"),
         ({f"{SBD}/cls/new.mat": b"no MATLAB"}, "cls/new.mat is no mask of SBD"),
         ({f"{SBD}/cls/new.mat": mat(MASK)[:200]}, "cls/new.mat is no mask of SBD"),
+        ({f"{SBD}/cls/new.mat": mat(MASK.astype(float))}, "cls/new.mat is no mask of SBD (float64 of shape (3, 4))"),
+        ({f"{SBD}/cls/new.mat": mat(MASK[:0])}, "cls/new.mat is no mask of SBD"),
         ({f"{SBD}/{kind}": None for kind in ("cls/new.mat", "img/new.jpg")}, "adds no photo"),
     ],
 )

@@ -127,7 +127,7 @@ def test_without_boundary_refinement_there_is_no_br_tensor():
     assert not [name for name in network(boundary_refinement=False).state_dict() if name.startswith("br")]
 
 
-def test_zero_init_residual_lets_every_residual_block_begin_as_the_identity():
+def test_zero_init_residual_lets_every_residual_block_begin_as_its_shortcut():
     for zero in (True, False):
         blocks = [
             module for module in network(zero_init_residual=zero).modules() if isinstance(module, Bottleneck | BR)

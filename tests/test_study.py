@@ -6,7 +6,7 @@ import signal
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -124,6 +124,8 @@ def test_a_name_in_a_space_begins_the_folders_of_its_trials(tmp_path):
         (lambda: distributions(read_spaces(path)[:1], {}, path), '"name" is for grids'),
         (lambda: read_spaces(space_file(tmp_path, [{"name": "a/b", "seed": [1]}])), r'"name" is "a/b"; allowed'),
         (lambda: read_spaces(space_file(tmp_path, [{"name": 3, "seed": [1]}])), r'"name" is 3; allowed'),
+        (lambda: read_spaces(space_file(tmp_path, [{"name": "ü", "seed": [1]}])), r'"name" is "\\u00fc"; allowed'),
+        (lambda: read_spaces(space_file(tmp_path, [{"name": "results.md", "seed": [1]}])), r'"results.md"; allowed'),
         (lambda: read_spaces(space_file(tmp_path, [{"name": "alone"}])), "must hold an object"),
         (
             lambda: read_spaces(space_file(tmp_path, 2 * [{"name": "twice", "seed": [1]}])),
@@ -152,6 +154,31 @@ def test_named_trials_are_known_by_their_names_when_a_sweep_starts_again(tmp_pat
     assert again.standing()["first__seed_1"].value == 0.5
     claims = [again.claim(), again.claim()]
     assert [claim.name for claim in claims] == ["first__seed_2", "second"] and again.claim() is None
+
+
+def test_a_trial_keeps_its_folder_however_the_search_space_calls_it_later(tmp_path):
+    def study_of(*spaces) -> Study:
+        path = space_file(tmp_path, list(spaces))
+        return Study(open_storage(tmp_path, None), tmp_path, {}, grid=grid(read_spaces(path), {}, path))
+
+    study = study_of({"name": "short", "seed": [1]}, {"name": "other", "seed": [2]})
+    study.enqueue_missing()
+    first, second = study.claim(), study.claim()
+    study_of({"name": "later", "seed": [1, 2]}).take_over()  # finds them locked
+    for claim in (first, second):
+        (tmp_path / claim.name).mkdir()
+        assert study._state(claim.trial.number) == TrialState.RUNNING
+        claim.lock.release()
+    study.finish(first.trial.number, TrialState.COMPLETE, 0.5)
+    study.put_back(second.trial.number, second.values)
+    again = study_of({"name": "longer", "seed": [1, 2, 3]})
+    again.enqueue_missing()
+    assert list(again.grid) == ["short", "other", "longer__seed_3"] and again.standing()["short"].value == 0.5
+    assert [again.claim().name, again.claim().name, again.claim()] == ["other", "longer__seed_3", None]
+    with pytest.raises(UserError, match="keeps the folder short, in which it has begun"):
+        study_of({"name": "new", "seed": [1]}, {"name": "short", "seed": [4]})
+    sampled = Study(open_storage(tmp_path, None), tmp_path, {}, space={"seed": IntDistribution(1, 1)}, n_trials=1)
+    assert list(sampled.attempts()) == ["short", "other", "longer__seed_3"]
 
 
 def test_a_grid_holds_every_combination_against_the_base(tmp_path):
@@ -189,7 +216,7 @@ def test_names_are_legible_stable_and_fit_a_file_system():
     )
     assert trial_name({"loss_weights": {"bce": 0.5, "dice": 1}}) == "loss_weights_bce_0.5+dice_1"
     assert trial_name({"train_split": "straße/.."}) == "train_split_stra-e-.."
-    long = [trial_name({"train_split": "a" * 300 + end}) for end in "xy"]
+    long = [trial_name({"train_split": "a" * 300 + end}, "a" * 60) for end in "xy"]
     assert len(set(long)) == 2 and max(map(len, long)) < 200
 
 
@@ -232,6 +259,11 @@ def test_the_recipe_sets_out_from_the_original():
     for seed in (1, 2, 3):
         params = Params.parse(base | trials[f"0_original__seed_{seed}"], sweep)
         assert params == Params(**small, seed=seed), "every key is the default"
+    changes = ["stem_maxpool", "gcn_padding", "optimizer learning_rate weight_decay", "loss_weights", "batch_size"]
+    changes += ["schedule warmup_epochs", "zero_init_residual", "loss_weights", "augment"]
+    rungs = [asdict(Params.parse(base | values, sweep)) for name, values in trials.items() if name.endswith("seed_1")]
+    for change, before, after in zip(changes, rungs[:-1], rungs[1:], strict=True):
+        assert {key for key in after if after[key] != before[key]} == set(change.split())
     last = base | trials["9_augment__seed_1"] | {"num_epochs": 60}
     best = Params.load(ROOT / "experiments" / "best" / "params.json")
     assert replace(Params.parse(last, sweep), seed=best.seed, num_workers=best.num_workers) == best

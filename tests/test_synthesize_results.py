@@ -11,7 +11,7 @@ from PIL import Image
 
 from model import UserError
 from study import grid, read_spaces
-from synthesize_results import BY_REGION, read_published, without_seed
+from synthesize_results import BY_REGION, Result, by_seed, read_published, without_seed
 from utils import RUN_LOCK, TRIAL_LOCKS, Params, lock, write_history
 from visualize import learning_curves
 
@@ -354,12 +354,53 @@ def test_the_plot_over_seeds_is_of_the_runs_that_the_table_counts(tmp_path):
     write_history(tmp_path / "seed_3", [epoch(1, 0.9), epoch(2, 0.9)])
     synthesize(tmp_path, "--over_seeds")
     assert (tmp_path / "results.png").read_bytes() != finished_only
+    experiment(tmp_path / "wide", [0.5, 0.6], batch_size=8, momentum=0.9, num_epochs=2)
+    synthesize(tmp_path, "--over_seeds")
+    with Image.open(tmp_path / "results.png") as picture:
+        assert picture.width == 2 * 5 * 120, "the curves and a plot by name, not one for each hyperparameter"
+
+
+@pytest.mark.parametrize(
+    "names, expected",  # "name:batch_size", the batch size in place of all that is not the seed
+    [
+        (["zero:4", "seed_1__zero:8", "seed_2__zero:8"], {"zero": 1, "seed_1__zero": 2}),
+        (["seed_1__zero:8", "seed_2__zero:8", "zero:8"], {"zero": 3}),
+        (["a__seed_1:4", "a__seed_2:8"], {"a__seed_1": 1, "a__seed_2": 1}),
+        (["a__seed_1:4", "a__seed_2:4", "b:4"], {"a__seed_1": 3}),
+        (["seed_1/a:4", "seed_2/a:4", "seed_1/b:8"], {"a": 2, "b": 1}),
+        (["seed_1:4", "seed_2:4", "TOP:8"], {"seed_1": 2, "TOP": 1}),
+    ],
+)
+def test_runs_over_seeds_are_called_by_what_they_share_if_that_is_theirs_alone(tmp_path, names, expected):
+    results = []
+    for seed, (name, batch_size) in enumerate(name.split(":") for name in names):
+        results.append(Result(name.replace("TOP", tmp_path.name), {"seed": seed, "batch_size": batch_size}))
+    groups = by_seed(results, tmp_path)
+    assert {name.replace(tmp_path.name, "TOP"): len(group) for name, group in groups.items()} == expected
+
+
+def test_over_seeds_a_broken_run_stands_alone_and_a_mean_is_over_all_that_finished(tmp_path):
+    for seed in (1, 2, 3):
+        folder = experiment(tmp_path / f"x__seed_{seed}", [0.1], seed=seed, loss_weights={"bce": 1, "dice": 1})
+    (tmp_path / "x__seed_1" / "params.json").write_text("{")
+    (tmp_path / "x__seed_2" / "params.json").write_text(
+        json.dumps({"num_epochs": 1, "seed": 2, "loss_weights": {"dice": 1, "bce": 1}})
+    )
+    (folder / "metrics_val_best_original_size.json").write_text(json.dumps({"epoch": 1, "mIoU": 0.7}))
+    rows = table(synthesize(tmp_path, "--over_seeds").stdout)
+    assert [(row["name"], row["state"]) for row in rows] == [("x", "2 finished"), ("x__seed_1", "1 unreadable")]
+    assert rows[0]["mIoU"] == "0.1000" and rows[0]["val_original_size_mIoU"] == "-", "seed 2 was not looked at"
+    unfinished = experiment(tmp_path / "p" / "seed_1", [0.1], seed=1, num_epochs=2).parent
+    (unfinished / "published.json").write_text(json.dumps({"source": "s", "results": [FIGURE]}))
+    assert table(synthesize(unfinished, "--over_seeds").stdout)[0]["published_mIoU"] == "0.7000"
 
 
 @pytest.mark.parametrize(
     "name, expected",
     [
         ("seed_1", ""),
+        ("seed_1/a", "a"),
+        ("deep/seed_12/a", "deep/a"),
         ("deep/seed_12", "deep"),
         ("seed_3__head_gcn", "head_gcn"),
         ("deep/seed_3__head_gcn", "deep/head_gcn"),
