@@ -235,7 +235,8 @@ def varying_keys(results: list[Result]) -> list[str]:
 
 def metric_columns(results: list[Result], published: Published) -> list[str]:
     """The metrics of the table: those of training, at the photos' own size where any was looked at, and to compare."""
-    looked_at = sorted({key for result in results for key in result.original_size if key not in BY_REGION})
+    looked_at = {key for result in results for key in result.original_size if key not in BY_REGION}
+    looked_at = sorted(looked_at, key=lambda column: column.removesuffix(original_size_mIoU("")))
     return list(dict.fromkeys(("mIoU", *looked_at, *METRICS, *published.metrics)))
 
 
