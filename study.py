@@ -461,10 +461,11 @@ class Study:
             self.fail(trial, ["a train.py of an earlier sweep is still at work in this folder"])
             return None
         try:
-            if self._state(trial.number) == TrialState.RUNNING:
-                self.mine.add(trial.number)
-                trial.set_user_attr("folder", name)
-                return Claim(trial, name, values, held)
+            with suppress(UpdateFinishedTrialError):  # queued again between the question and the note
+                if self._state(trial.number) == TrialState.RUNNING:
+                    trial.set_user_attr("folder", name)
+                    self.mine.add(trial.number)
+                    return Claim(trial, name, values, held)
         finally:
             if trial.number not in self.mine:
                 held.release()
