@@ -444,6 +444,7 @@ class Study:
 
         Queued attempts have their values from the start, so the lowest number goes first among those that replace the
         same ones. Fresh ones get theirs a moment later, so of two that see each other both step back, and draw again.
+        A queued one that replaces none was picked by a process that may not have seen the last trials of the others.
         """
         attempts, name = self.attempts(), self.name(values)
         if self.grid is not None and name not in self.grid:
@@ -452,6 +453,9 @@ class Study:
         if fresh:
             return [attempt.number for attempt in same] == [number] and len(attempts) < self.n_trials
         replaced = next(attempt.user_attrs["replaces"] for attempt in same if attempt.number == number)
+        earlier = sum(others[0].number < number for others in attempts.values())
+        if self.grid is None and not replaced and earlier >= self.n_trials:
+            return False
         return all(attempt.number in replaced for attempt in same if attempt.number < number)
 
     def _lock(self, trial: Trial, values: Values) -> Claim | None:

@@ -478,6 +478,16 @@ def test_a_small_space_ends_when_every_trial_is_known(tmp_path):
     assert process.expected() == 2
 
 
+def test_a_trial_picked_before_the_last_was_seen_is_not_one_too_many(tmp_path):
+    space = {"batch_size": IntDistribution(1, 3)}
+    process, other = (open_study(tmp_path, space=space, n_trials=2) for _ in range(2))
+    drawn = {process.claim().values["batch_size"], process.claim().values["batch_size"]}
+    (unknown,) = {1, 2, 3} - drawn
+    other._enqueue({"batch_size": unknown}, replaces=[])  # as when it saw one trial only
+    assert other.claim() is None and process.claim() is None
+    assert set(process.attempts()) == {f"batch_size_{size}" for size in drawn}
+
+
 def test_a_retried_draw_keeps_its_values(tmp_path):
     space = {
         "loss_weights": CategoricalDistribution(['{"bce": 1}', '{"dice": 1}']),
