@@ -62,8 +62,9 @@ def run_in_fork(command: list[str]) -> subprocess.CompletedProcess:
                 warnings.filterwarnings("ignore", category=DeprecationWarning)
                 warnings.filterwarnings("error", category=UserWarning)
                 runpy.run_path(command[0], run_name="__main__")
+                status = 0
             except SystemExit as end:
-                status = end.code
+                status = end.code or 0
             except BaseException:
                 traceback.print_exc()
             finally:
