@@ -360,11 +360,11 @@ class Study:
         return self.names.get(_canonical(values)) or trial_name(values)
 
     def attempts(self) -> dict[str, list[FrozenTrial]]:
-        """Of every trial by name: the attempts at it, oldest first."""
+        """Of every trial by name: the attempts at it, oldest first, but for those given up before they began."""
         result: dict[str, list[FrozenTrial]] = {}
         for trial in self.study.get_trials(deepcopy=False):
-            values = trial.user_attrs.get("values")
-            if values and "discarded" not in trial.user_attrs:
+            given_up = trial.state == TrialState.FAIL and not {"folder", "error"} & set(trial.user_attrs)
+            if (values := trial.user_attrs.get("values")) and not given_up:
                 result.setdefault(self.name(values), []).append(trial)
         return result if self.grid is None else {name: result[name] for name in self.grid if name in result}
 
@@ -428,9 +428,7 @@ class Study:
                     return claim
             else:
                 duplicates += fresh
-                with suppress(UpdateFinishedTrialError):
-                    trial.set_user_attr("discarded", True)
-                    self.finish(trial.number, TrialState.FAIL)
+                self.finish(trial.number, TrialState.FAIL)
 
     def _next_sampler(self) -> BaseSampler:
         # The seed moves on with the study: two processes, or one started again, must not draw the same numbers.
@@ -452,7 +450,9 @@ class Study:
         same = attempts.pop(name, [])
         if fresh:
             return [attempt.number for attempt in same] == [number] and len(attempts) < self.n_trials
-        replaced = next(attempt.user_attrs["replaces"] for attempt in same if attempt.number == number)
+        replaced = next((attempt.user_attrs["replaces"] for attempt in same if attempt.number == number), None)
+        if replaced is None:  # somebody has given it up
+            return False
         earlier = sum(others[0].number < number for others in attempts.values())
         if self.grid is None and not replaced and earlier >= self.n_trials:
             return False
@@ -466,7 +466,7 @@ class Study:
             return None
         try:
             with suppress(UpdateFinishedTrialError):  # queued again between the question and the note
-                if self._state(trial.number) == TrialState.RUNNING:
+                if self._now(trial.number).state == TrialState.RUNNING:
                     trial.set_user_attr("folder", name)
                     self.mine.add(trial.number)
                     return Claim(trial, name, values, held)
@@ -475,17 +475,22 @@ class Study:
                 held.release()
         return None
 
-    def _state(self, number: int) -> TrialState:
-        return self.study.get_trials(deepcopy=False)[number].state
+    def _now(self, number: int) -> FrozenTrial:
+        return self.study.get_trials(deepcopy=False)[number]
 
     def take_over(self) -> None:
-        """Queue again the trials whose process is dead."""
+        """Queue again the trials whose process is dead; one that was drawn and has not begun is given up instead."""
         for attempt in self._elsewhere(TrialState.RUNNING):
             values = attempt.user_attrs["values"]
             if self._shows_life(attempt) or (held := lock(self.locks / self.name(values))) is None:
                 continue
             try:
-                if self._state(attempt.number) == TrialState.RUNNING:
+                if (now := self._now(attempt.number)).state != TrialState.RUNNING:
+                    continue
+                drawn = self.grid is None and not now.user_attrs.get("replaces")
+                if drawn and "folder" not in now.user_attrs:
+                    self.finish(attempt.number, TrialState.FAIL)
+                else:
                     self.put_back(attempt.number, values)
             finally:
                 held.release()

@@ -64,7 +64,7 @@ def run_in_fork(command: list[str]) -> subprocess.CompletedProcess:
                 runpy.run_path(command[0], run_name="__main__")
                 status = 0
             except SystemExit as end:
-                status = end.code or 0
+                status = end.code if isinstance(end.code, int) else bool(end.code)
             except BaseException:
                 traceback.print_exc()
             finally:

@@ -251,6 +251,10 @@ def test_the_ready_sweeps_are_sound(sweep):
     assert list(trials) == names.get(sweep.name, list(trials))
 
 
+def differing(one: dict, other: dict) -> set[str]:
+    return {key for key in one if one[key] != other[key]}
+
+
 def test_the_recipe_sets_out_from_the_original():
     sweep = ROOT / "experiments" / "recipe"
     base = json.loads((sweep / "params.json").read_text())
@@ -261,9 +265,20 @@ def test_the_recipe_sets_out_from_the_original():
         assert params == Params(**small, seed=seed), "every key is the default"
     changes = ["stem_maxpool", "gcn_padding", "optimizer learning_rate weight_decay", "loss_weights", "batch_size"]
     changes += ["schedule warmup_epochs", "zero_init_residual", "loss_weights", "augment"]
-    rungs = [asdict(Params.parse(base | values, sweep)) for name, values in trials.items() if name.endswith("seed_1")]
+    runs = {name: asdict(Params.parse(base | values, sweep)) for name, values in trials.items()}
+    rungs = [runs[name] for name in runs if name.endswith("__seed_1") and "_with_" not in name]
     for change, before, after in zip(changes, rungs[:-1], rungs[1:], strict=True):
-        assert {key for key in after if after[key] != before[key]} == set(change.split())
+        assert differing(before, after) == set(change.split())
+    side_steps = {
+        "8_with_learning_rate_x2": "learning_rate",
+        "9_with_constant_rate": "schedule warmup_epochs",
+        "9_with_ema": "ema_decay",
+        "9_with_trainaug": "train_split num_epochs warmup_epochs",
+        "9_with_raw_colours": "normalize",
+    }
+    for name, change in side_steps.items():
+        assert differing(rungs[int(name[0])], runs[f"{name}__seed_1"]) == set(change.split())
+    assert len(runs) == 3 * (len(rungs) + len(side_steps))
     last = base | trials["9_augment__seed_1"] | {"num_epochs": 60}
     best = Params.load(ROOT / "experiments" / "best" / "params.json")
     assert replace(Params.parse(last, sweep), seed=best.seed, num_workers=best.num_workers) == best
@@ -486,6 +501,24 @@ def test_a_trial_picked_before_the_last_was_seen_is_not_one_too_many(tmp_path):
     other._enqueue({"batch_size": unknown}, replaces=[])  # as when it saw one trial only
     assert other.claim() is None and process.claim() is None
     assert set(process.attempts()) == {f"batch_size_{size}" for size in drawn}
+
+
+@pytest.mark.parametrize("picked", [False, True])
+def test_a_draw_taken_for_dead_before_it_began_is_not_one_too_many(tmp_path, picked):
+    space = {"batch_size": IntDistribution(1, 4)}
+    process, other = (open_study(tmp_path, space=space, n_trials=2) for _ in range(2))
+    begun = process.claim()
+    unknown = sorted({1, 2, 3, 4} - {begun.values["batch_size"]})[:2]
+    trials = []
+    for size in unknown:  # two processes between asking and claiming
+        process.study.enqueue_trial({"batch_size": size}, user_attrs={"replaces": []} if picked else None)
+        trials.append(process.study.ask(space))
+        trials[-1].set_user_attr("values", {"batch_size": size})
+    other.take_over()
+    for trial in trials:
+        assert not process._has_right_of_way(trial.number, trial.user_attrs["values"], fresh=not picked)
+    assert process.claim() and process.claim() is None and other.claim() is None
+    assert len(process.attempts()) == process.expected() == 2
 
 
 def test_a_retried_draw_keeps_its_values(tmp_path):
