@@ -4,6 +4,7 @@ import json
 import os
 import runpy
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -24,6 +25,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from model.sample import draw_scene
 from model.voc import colour_mask
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells let background commands ignore, and theirs
 
 settings.register_profile("thorough", max_examples=5000)  # pytest --hypothesis-profile thorough
 

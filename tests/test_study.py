@@ -167,7 +167,7 @@ def test_a_trial_keeps_its_folder_however_the_search_space_calls_it_later(tmp_pa
     study_of({"name": "later", "seed": [1, 2]}).take_over()  # finds them locked
     for claim in (first, second):
         (tmp_path / claim.name).mkdir()
-        assert study._state(claim.trial.number) == TrialState.RUNNING
+        assert study._now(claim.trial.number).state == TrialState.RUNNING
         claim.lock.release()
     study.finish(first.trial.number, TrialState.COMPLETE, 0.5)
     study.put_back(second.trial.number, second.values)
