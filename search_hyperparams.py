@@ -53,7 +53,6 @@ from utils import (
     best_epoch,
     is_locked,
     lock,
-    outputs,
     read_history,
     read_json,
     run_main,
@@ -165,14 +164,12 @@ class Sweep:
             raise UserError(f"another train.py is at work in {folder}")
         folder.mkdir(exist_ok=True)
         write_json(folder / "params.json", params)
-        checkpoint = next((name for name in ("last", "best") if (folder / f"{name}.pth.tar").exists()), None)
-        for path in outputs(folder):
-            if path.name == "trial.json" or not checkpoint:
-                path.unlink()
-        command = [sys.executable, str(ROOT / "train.py"), "--model_dir", str(folder), "--data_dir", str(self.data_dir)]
+        (folder / "trial.json").unlink(missing_ok=True)
+        command = [sys.executable, str(ROOT / "train.py"), "--resume"]
+        command += ["--model_dir", str(folder), "--data_dir", str(self.data_dir)]
         with open(folder / "train.log", "ab") as log:  # train.py itself writes there what it says on stdout
             process = subprocess.Popen(
-                [*command, "--restore_file", checkpoint] if checkpoint else command,
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=log,

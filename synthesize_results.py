@@ -4,7 +4,6 @@ import argparse
 import csv
 import io
 import json
-import math
 import os
 import re
 import sys
@@ -32,6 +31,7 @@ from utils import (
     run_main,
     save_figure,
     score,
+    why_finished,
     write_text,
 )
 
@@ -214,8 +214,7 @@ def state(folder: Path, params: Params, history: list[dict]) -> tuple[str, str]:
     """The state of an experiment, and what is the matter with it, if anything."""
     if is_locked(folder / RUN_LOCK) or is_locked(folder.parent / TRIAL_LOCKS / folder.name):  # train.py's, a sweep's
         return "running", ""
-    patience = params.early_stopping_patience or math.inf
-    if history and (len(history) >= params.num_epochs or len(history) - best_epoch(history)["epoch"] >= patience):
+    if history and why_finished(len(history), best_epoch(history)["epoch"], params):
         return "finished", ""
     if (folder / "trial.json").exists():
         trial = read_json(folder / "trial.json", if_absent="")
@@ -350,11 +349,6 @@ def main(args: argparse.Namespace) -> None:
     table = markdown(rows)
     if published.results:
         table += f"\n\nPublished: {published.source}"
-    print(table)
-    for result in results:
-        if result.problem:
-            print(f"{result.name}: {result.state}, {result.problem}", file=sys.stderr)
-    sys.stdout.flush()
     write_text(args.parent_dir / "results.md", table + "\n")
     write_text(args.parent_dir / "results.csv", comma_separated(rows))
 
@@ -372,6 +366,10 @@ def main(args: argparse.Namespace) -> None:
             {name: mIoU for name, mIoU in compared.items() if mIoU is not None},
         )
         save_figure(figure, args.parent_dir / "results.png", dpi=120)
+    print(table)
+    for result in results:
+        if result.problem:
+            print(f"{result.name}: {result.state}, {result.problem}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,10 @@ import copy
 import hashlib
 import logging
 import math
+import os
 import re
 import shlex
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -23,15 +25,19 @@ from utils import Params, RunFailed
 def parse_args() -> argparse.Namespace:
     parser = utils.experiment_parser(__doc__)
     start = parser.add_mutually_exclusive_group()
-    start.add_argument("--restore_file", help="continue the run in model_dir from this checkpoint: last, best")
+    start.add_argument(
+        "--resume", action="store_true", help="continue from last.pth.tar if model_dir has one, else start: for queues"
+    )
+    start.add_argument("--restore_file", help="continue the run in model_dir from this checkpoint, as last")
     start.add_argument(
         "--init_from", type=Path, metavar="FILE", help="start a new run from the weights of this checkpoint"
     )
     parser.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in model_dir")
     parser.add_argument("--tensorboard", action="store_true", help="write events for TensorBoard to model_dir too")
     args = parser.parse_args()
-    if args.restore_file is not None and args.overwrite:
-        parser.error("--restore_file continues a run, --overwrite deletes it: give one of them")
+    if (args.resume or args.restore_file is not None) and args.overwrite:
+        flag = "--resume" if args.resume else "--restore_file"
+        parser.error(f"{flag} continues a run, --overwrite deletes it: give one of them")
     return args
 
 
@@ -61,6 +67,7 @@ from visualize import comparison, training_curves
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+SAYING_INTERVAL = 30.0  # seconds at least between two lines about an epoch, where no progress bar is drawn
 DRAWING_INTERVAL = 10.0  # seconds between two drawings of curves.png, or short epochs would wait for it
 SCORE_LAYERS = ("gcn", "br")  # what the names of their tensors begin with
 RESUME_NEEDS = (*utils.ARCHITECTURE, "normalize", "optimizer", "dataset")  # as they were
@@ -107,12 +114,7 @@ class Training:
     @property
     def finished(self) -> str:
         """Why there is nothing left to train; "" if there is."""
-        patience = self.params.early_stopping_patience
-        if self.epoch >= self.params.num_epochs:
-            return f"trained {self.epoch} of {self.params.num_epochs} epochs"
-        if patience is not None and self.epoch - self.best_epoch >= patience:
-            return f"stopped early after epoch {self.epoch}: no better mIoU in {patience} epochs"
-        return ""
+        return utils.why_finished(self.epoch, self.best_epoch, self.params)
 
     @property
     def predictor(self) -> nn.Module:
@@ -166,8 +168,27 @@ class Training:
             torch._foreach_lerp_(averaged, current, 1 - self.params.ema_decay)
         self.ema_updates += 1
 
+    def is_finite(self) -> bool:
+        """Whether every weight, running statistic and number of the optimizer is finite."""
+        states = self.optimizer.state.values()
+        tensors = [*self.model.state_dict().values(), *(value for state in states for value in state.values())]
+        return all(torch.stack([tensor.isfinite().all() for tensor in tensors if tensor is not None]).tolist())
+
+    def state_to_predict(self) -> dict:
+        """What evaluation, prediction and export need of a checkpoint: the weights, averaged where there is an average,
+        and what they stand for.
+        """
+        return {
+            "epoch": self.epoch,
+            "state_dict": self.predictor.state_dict(),
+            "class_names": self.class_names,
+            "params": asdict(self.params),
+        }
+
     def state_dict(self) -> dict:
-        """Tensors and plain values; epoch, state_dict and optim_dict are named as in the original implementation."""
+        """All that a resume needs, as tensors and plain values; epoch, state_dict and optim_dict are the names that the
+        original implementation has.
+        """
         return {
             "epoch": self.epoch,
             "state_dict": self.model.state_dict(),
@@ -194,14 +215,16 @@ class Training:
         """
         if "rng" not in state:
             raise UserError(
-                f"{source} holds no training state to continue from; "
-                "start from its weights with --init_from, in another --model_dir"
+                f"{source} holds weights to predict with and no training state; continue from last.pth.tar, or start "
+                "from these weights with --init_from, in another --model_dir"
             )
         utils.load_weights(self.model, state["state_dict"], source)
         if self.ema is not None and state.get("ema_state_dict") is not None:
             utils.load_weights(self.ema, state["ema_state_dict"], source)
         try:
             self._load_rest(state)
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from None
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             if utils.is_out_of_memory(error):
                 raise
@@ -219,10 +242,13 @@ class Training:
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["optim_dict"]["state"]})
         for weight, buffers in self.optimizer.state.items():
             for name, buffer in buffers.items():
-                if buffer is not None and (buffer.shape not in (weight.shape, ()) or not buffer.isfinite().all()):
+                if buffer is not None and buffer.shape not in (weight.shape, ()):
                     raise ValueError(f"optimizer {name}")
-        if not has_finite_weights(self.model):
-            raise ValueError("weights that are not finite")
+        if not self.is_finite():
+            raise UserError(
+                "weights, or what the optimizer knows of them, are not finite: the run has diverged; start anew with a "
+                'lower "learning_rate" or with "clip_grad_norm"'
+            )
         if self.ema is not None and state["ema_state_dict"] is not None:
             self.ema_updates = int(state["ema_updates"])
         if self.scaler.is_enabled() and state["scaler"]:
@@ -283,7 +309,7 @@ def build_schedule(optimizer: torch.optim.Optimizer, params: Params, steps_per_e
 
 
 def train_epoch(training: Training, loader: Loader) -> dict:
-    """One pass over the training data. Returns the mean loss over images, the metrics on every save_summary_steps-th
+    """One pass over the training data. Returns the mean loss over images, the metrics of what was predicted for each
     batch while it was trained on, and the learning rate of the last step.
 
     Raises RunFailed at the first loss that is not finite, found within save_summary_steps steps.
@@ -294,7 +320,7 @@ def train_epoch(training: Training, loader: Loader) -> dict:
     matrix = ConfusionMatrix(params.num_classes, device)
     losses = torch.zeros(len(loader), device=device)  # stays on the device: reading it at every step would wait for it
     sizes, rates = loader.batch_sampler.sizes, []  # of whole batches
-    title = f"epoch {training.epoch + 1}/{params.num_epochs}"
+    title, said = f"epoch {training.epoch + 1}/{params.num_epochs}", time.monotonic()
     with tqdm(total=sum(sizes), desc=title, unit="img", leave=False, disable=distributed.bar_disabled()) as bar:
         for step, (images, labels) in enumerate(loader):
             utils.stop_together()
@@ -311,15 +337,23 @@ def train_epoch(training: Training, loader: Loader) -> dict:
             losses[step] = loss.detach()
             rates.append(training.optimizer.param_groups[0]["lr"])
             training.step(loss / group, last_of_group=last_of_group)
+            matrix.update(logits.argmax(1), labels)
             if step % params.save_summary_steps == 0:
-                matrix.update(logits.argmax(1), labels)
                 stop_if_not_finite(losses[: step + 1], rates, training)
             if bar.update(sizes[step]):
                 bar.set_postfix(loss=f"{losses[: step + 1].mean():.4f}", refresh=False)
+            elif bar.disable and ends_a_tenth(step, len(loader)) and time.monotonic() - said > SAYING_INTERVAL:
+                loss, said = losses[: step + 1].mean(), time.monotonic()
+                logging.info(f"{title}: {(step + 1) / len(loader):.0%}, train loss {loss:.4f}")
     stop_if_not_finite(losses, rates, training)
     matrix.reduce()
     mean = (losses.double().cpu() @ torch.tensor(sizes, dtype=torch.float64)).item() / sum(sizes)
     return {"loss": mean, "learning_rate": rates[-1], **matrix.compute()}
+
+
+def ends_a_tenth(step: int, steps: int) -> bool:
+    """Whether a step, counted from 0, completes one of the first nine tenths of all steps."""
+    return 10 * step // steps < 10 * (step + 1) // steps < 10
 
 
 def stop_if_not_finite(losses: torch.Tensor, rates: list[float], training: Training) -> None:
@@ -339,11 +373,6 @@ def way_back(training: Training) -> str:
     return f'{kept}. Lower "learning_rate", or set "clip_grad_norm"'
 
 
-def has_finite_weights(model: nn.Module) -> bool:
-    """Whether every parameter and running statistic is finite."""
-    return all(torch.stack([tensor.isfinite().all() for tensor in model.state_dict().values()]).tolist())
-
-
 def train(
     training: Training, train_loader: Loader, val_loader: Loader, model_dir: Path, *, board: "SummaryWriter | None"
 ) -> None:
@@ -356,9 +385,9 @@ def train(
         train_seconds = time.perf_counter() - start
         val_metrics = evaluate(training.predictor, val_loader, params, training.device)
         utils.stop_together()
-        if val_metrics["loss"] is None or not has_finite_weights(training.model):
+        if val_metrics["loss"] is None or not training.is_finite():
             raise RunFailed(
-                f"epoch {training.epoch + 1} ended with weights or a validation loss that are not finite, "
+                f"epoch {training.epoch + 1} ended with weights, optimizer or validation loss not finite, "
                 f"at learning rate {train_metrics['learning_rate']:g}; {way_back(training)}"
             )
 
@@ -387,13 +416,17 @@ def train(
                 drawn = time.monotonic()
             if board:
                 log_to_board(board, record, picture)
-            # Last, so that a resume repeats whatever was cut short.
-            utils.save_checkpoint(training.state_dict(), model_dir, is_best=is_best)
+            # After the other outputs, so that a resume repeats whatever was cut short.
+            utils.save_checkpoint(training.state_dict(), model_dir / "last.pth.tar")
+            if is_best:
+                utils.save_checkpoint(training.state_to_predict(), model_dir / "best.pth.tar")
         utils.stop_together()
         logging.info(describe(record, params, is_best=is_best))
     logging.info(
         f"{training.finished}; best mIoU {training.best_mIoU:.4f} at epoch {training.best_epoch}, in {model_dir}"
     )
+    if distributed.is_main() and not params.keep_last:
+        (model_dir / "last.pth.tar").unlink()
 
 
 def write_metrics(training: Training, model_dir: Path) -> None:
@@ -425,7 +458,14 @@ def open_board(model_dir: Path, *, epoch: int) -> "SummaryWriter":
     """A writer of events after an epoch, from which a resume starts."""
     from torch.utils.tensorboard import SummaryWriter
 
+    threading.excepthook = _leave_disk_errors_to_the_main_thread
     return SummaryWriter(model_dir / "tensorboard", purge_step=epoch + 1)
+
+
+def _leave_disk_errors_to_the_main_thread(args: threading.ExceptHookArgs) -> None:
+    # What the writer's own thread has met, its next flush() raises; a traceback beside that line helps nobody.
+    if not isinstance(args.exc_value, OSError):
+        threading.__excepthook__(args)
 
 
 @torch.inference_mode()
@@ -455,7 +495,8 @@ def describe(record: dict, params: Params, *, is_best: bool) -> str:
 
 def start_from(model: nn.Module, file: Path) -> str:
     """Load weights only. Score layers stay as initialised if their class count differs; returns which those are."""
-    given, fresh = utils.predicting_weights(utils.load_checkpoint(file)), model.state_dict()
+    checkpoint = utils.load_checkpoint(file, otherwise="use --init_from {file}")
+    given, fresh = utils.predicting_weights(checkpoint), model.state_dict()
 
     def classes(state_dict: dict) -> list[tuple]:  # the last bias of a head has one value a class
         return [tensor.shape for name, tensor in state_dict.items() if re.fullmatch(r"gcn1\.(.+\.)?bias", name)][-1:]
@@ -475,7 +516,7 @@ def refuse_unclear(args: argparse.Namespace, earlier: list[Path]) -> None:
     if traces and args.restore_file is None and not args.overwrite:
         way_on = "continue it with --restore_file last, or " if "last.pth.tar" in traces else ""
         raise UserError(f"{args.model_dir} already holds a run ({traces[0]}); {way_on}delete it with --overwrite")
-    if args.overwrite and args.init_from and args.init_from.resolve() in [path.resolve() for path in earlier]:
+    if args.overwrite and args.init_from and os.path.realpath(args.init_from) in map(os.path.realpath, earlier):
         raise UserError(f"--overwrite would delete {args.init_from}; move it to another folder first")
 
 
@@ -524,16 +565,53 @@ def main(args: argparse.Namespace) -> None:
         params = distributed.from_main(
             lambda: utils.resolve_precision(Params.load(args.model_dir / "params.json"), device)
         )
-        with distributed.together():
-            if distributed.is_main():
-                if distributed.job():
-                    take_up_own_run(args)
-                refuse_unclear(args, utils.outputs(args.model_dir))
-                held.enter_context(utils.sole_run(args.model_dir))
-                # Again: another run may have ended just before the folder became ours.
-                refuse_unclear(args, utils.outputs(args.model_dir))
+        if finished := distributed.from_main(lambda: take_folder(params, args, held)):
+            say_finished(finished, args)
+            return
         with explained_end(args):
             run(params, device, args)
+
+
+def take_folder(params: Params, args: argparse.Namespace, held: ExitStack) -> str:
+    """Hold model_dir for this run, and let the flags say how to begin there. Returns why all is done already, or "".
+
+    Raises UserError for a folder that another train.py works in, or with which the flags do not say what to do.
+    """
+    if distributed.job() and not args.resume:
+        take_up_own_run(args)
+    if not args.resume:
+        refuse_unclear(args, utils.outputs(args.model_dir))
+    held.enter_context(utils.sole_run(args.model_dir))
+    if (args.resume or args.restore_file == "last") and not (args.model_dir / "last.pth.tar").exists():
+        history = utils.read_history(args.model_dir)
+        if history and (finished := utils.why_finished(len(history), utils.best_epoch(history)["epoch"], params)):
+            return finished
+    if args.resume:
+        resume_or_start(args)
+    refuse_unclear(args, utils.outputs(args.model_dir))  # again: another run may have ended just before
+    return ""
+
+
+def resume_or_start(args: argparse.Namespace) -> None:
+    """Let the flags go on from last.pth.tar if it is there, else start over what a run killed in its first epoch left.
+
+    Raises UserError where a start would delete more than that.
+    """
+    if (args.model_dir / "last.pth.tar").exists():
+        args.restore_file = "last"
+    elif len(epochs := utils.read_history(args.model_dir)) > 1 or (args.model_dir / "best.pth.tar").exists():
+        raise UserError(
+            f"{args.model_dir} holds {len(epochs)} epochs and no last.pth.tar to continue from; start over with "
+            "--overwrite, or from the weights of its best.pth.tar with --init_from, in another --model_dir"
+        )
+    else:
+        args.overwrite = bool(utils.outputs(args.model_dir))
+
+
+def say_finished(reason: str, args: argparse.Namespace) -> None:
+    """Print why there is nothing left to train."""
+    if distributed.is_main():
+        print(f"nothing to do in {args.model_dir}: {reason}; raise num_epochs to train on")
 
 
 def run(params: Params, device: torch.device, args: argparse.Namespace) -> None:
@@ -556,18 +634,17 @@ def run(params: Params, device: torch.device, args: argparse.Namespace) -> None:
         with distributed.together():
             training.load_state_dict(checkpoint, checkpoint_file)
         if training.finished:
-            if distributed.is_main():
-                print(f"nothing to do in {args.model_dir}: {training.finished}; raise num_epochs to train on")
+            say_finished(training.finished, args)
             return
 
     board = None
     if distributed.is_main():
         if args.overwrite:
-            utils.remove_outputs(args.model_dir)
+            utils.remove_outputs(args.model_dir, keep_log=args.resume)  # which a sweep writes to already
         for path in unfinished_files(args.model_dir):
             path.unlink()
         utils.set_logger(args.model_dir / "train.log")
-        utils.write_provenance(args.model_dir, device, params, resumed=checkpoint is not None)
+        utils.write_provenance(args.model_dir, device, params, args.data_dir, resumed=checkpoint is not None)
         sizes = f"{len(train_loader.dataset)} images of {params.train_split}, {len(val_loader.dataset)} of val"
         logging.info(f"{args.model_dir}: {sizes}, on {distributed.describe(device)} in {params.precision}")
         if params.num_channels is not None:
@@ -602,7 +679,14 @@ def read_checkpoint(params: Params, args: argparse.Namespace) -> tuple[Path | No
     if args.restore_file is None:
         return None, None
     file = utils.checkpoint_path(args.model_dir, args.restore_file)
-    checkpoint = utils.load_checkpoint(file)
+    if args.restore_file == "last" and not file.exists() and not params.keep_last:
+        raise UserError(
+            f'{file} was not kept ("keep_last": false); start from the weights of best.pth.tar with --init_from, '
+            "in another --model_dir"
+        )
+    checkpoint = utils.load_checkpoint(
+        file, otherwise="the weights of another can start a new run: --init_from {file}, in another --model_dir"
+    )
     utils.refuse_changed(RESUME_NEEDS, checkpoint, params, file)
     return file, checkpoint
 
@@ -629,7 +713,7 @@ def take_up(training: Training, checkpoint: dict, file: Path, model_dir: Path) -
     write_metrics(training, model_dir)
     draw_curves(training, model_dir)
     if file.name == "last.pth.tar" and training.epoch == training.best_epoch:
-        utils.make_best(model_dir)
+        utils.save_checkpoint(training.state_to_predict(), model_dir / "best.pth.tar")
 
 
 def unfinished_files(model_dir: Path) -> list[Path]:
@@ -676,6 +760,8 @@ def continuing_command(args: argparse.Namespace, *, saved: bool) -> list[str]:
     command = [*distributed.launcher(), "train.py", *folders]
     if args.device != "auto":
         command += ["--device", args.device]
+    if args.resume:
+        return [*command, "--resume"]
     if saved or args.restore_file:
         return [*command, "--restore_file", "last" if saved else args.restore_file]
     if args.init_from:

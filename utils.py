@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import platform
-import shutil
 import signal
 import socket
 import subprocess
@@ -25,7 +24,7 @@ from types import FrameType
 from typing import Any
 
 import distributed
-from model import GCN_PADDINGS, HEADS, LOSS_TERMS, UserError, cores
+from model import GCN_PADDINGS, HEADS, LOSS_TERMS, UserError, cores, refuse_irregular
 
 ROOT = Path(__file__).resolve().parent
 
@@ -40,16 +39,45 @@ class Terminated(KeyboardInterrupt):
 
 def end_at_once_on_interrupt() -> None:
     """Let Ctrl-C end the process without a traceback until run_main(): imports have nothing to clean up."""
+    open_standard_streams()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored, as in a background job
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def open_standard_streams() -> None:
+    """Let /dev/null stand for stdin, stdout and stderr where they are closed, or the next file would get their number.
+
+    What stdout cannot spell, as a name that is not UTF-8, is escaped, which stderr does anyhow.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115, open to the end
+    sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def discard_stdout() -> None:
+    """Send to /dev/null what is still to be written to a stdout that takes nothing any more."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
+
+
+def _nobody_reads_stdout() -> bool:
+    try:
+        sys.stdout.flush()  # what could not be written is still there
+    except BrokenPipeError:
+        return True
+    return False
 
 
 def run_main(main: Callable[[], int | None], *, shared: bool = False) -> int:
     """Call main and turn the errors a user can do something about into one line on stderr and an exit status.
 
-    2 for a mistake in the input, 1 for any other failure, 130 for SIGINT, 143 for SIGTERM. shared: main is for several
-    processes too; only rank 0 speaks of what all of them meet, a signal, a RunFailed or a lost connection.
+    2 for a mistake in the input, 1 for any other failure, 130 for SIGINT, 143 for SIGTERM, and without a word 141 where
+    nobody reads stdout any more. shared: main is for several processes too; only rank 0 speaks of what all of them
+    meet, a signal, a RunFailed or a lost connection.
     """
+    open_standard_streams()
     common = False
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
@@ -60,12 +88,17 @@ def run_main(main: Callable[[], int | None], *, shared: bool = False) -> int:
             common = True
             raise UserError("this is work for one process; start it without torchrun")
         try:
-            return main() or 0
+            status = main() or 0
+            sys.stdout.flush()
+            return status
         finally:
             ignore_signals()  # it is ending already
     except UserError as error:
         status, message = 2, _last_line_if_from_a_worker(error)
     except (RunFailed, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads_stdout():  # as after `| head`
+            discard_stdout()
+            return 128 + signal.SIGPIPE
         status, message = 1, _last_line_if_from_a_worker(error)
         common = isinstance(error, RunFailed | distributed.LostConnection)
     except KeyboardInterrupt as error:
@@ -305,6 +338,7 @@ class Params:
     ema_decay: float | None = _number(None, "from 0 to below 1", lambda v: 0 <= v < 1)
     accumulation_steps: int = _integer(1, 1)
     early_stopping_patience: int | None = _integer(None, 1)
+    keep_last: bool = _flag(True)
 
     precision: str = _choice("auto", "fp32", "bf16", "fp16")
     channels_last: bool = _flag(True)
@@ -378,6 +412,7 @@ ARCHITECTURE = ("num_classes", "kernel_size", "head", "boundary_refinement", "st
 def read_json(path: str | Path, *, if_absent: str) -> Any:
     """The value in a JSON file. Raises UserError naming the file; if_absent says what to do where there is none."""
     path = Path(path)
+    refuse_irregular(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
     except FileNotFoundError:
@@ -523,9 +558,11 @@ TRIAL_LOCKS = ".locks"  # in the folder of a sweep; one for every trial that is 
 LOCK_PATIENCE = 8.0  # seconds; loader processes of a killed run, which inherit its lock, end within five
 
 
-def remove_outputs(model_dir: Path) -> None:
-    """Delete what earlier runs have left in an experiment folder."""
+def remove_outputs(model_dir: Path, *, keep_log: bool = False) -> None:
+    """Delete what earlier runs have left in an experiment folder; keep_log: all but train.log."""
     for path in outputs(model_dir):
+        if keep_log and path.name == "train.log":
+            continue
         path.unlink()
         if path.parent != model_dir:
             with suppress(OSError):  # not empty yet
@@ -551,6 +588,7 @@ def sole_run(model_dir: Path) -> Iterator[None]:
 def read_history(model_dir: Path) -> list[dict]:
     """The epochs of history.jsonl, oldest first; [] where there is none."""
     path = model_dir / "history.jsonl"
+    refuse_irregular(path)
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except FileNotFoundError:
@@ -588,6 +626,15 @@ class _LogFile(logging.FileHandler):
         raise  # what emit() has caught
 
 
+class _Terminal(logging.StreamHandler):
+    """Stdout. The run goes on where that is gone, as after `| head`: train.log has every line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exception(), OSError):
+            raise  # what emit() has caught
+        discard_stdout()
+
+
 def set_logger(log_file: Path) -> None:
     """Log to the terminal, and with times to log_file."""
     logger = logging.getLogger()
@@ -595,13 +642,14 @@ def set_logger(log_file: Path) -> None:
     for handler in logger.handlers[:]:
         logger.removeHandler(handler)
         handler.close()
-    to_file = _LogFile(log_file, encoding="utf-8")
+    to_file = _LogFile(log_file, encoding="utf-8", errors="backslashreplace")  # folders may have any name
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(to_file)
-    logger.addHandler(logging.StreamHandler(sys.stdout))
+    logger.addHandler(_Terminal(sys.stdout))
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # which tells of its fonts
 
 
-def provenance(device: Any, params: Params) -> dict[str, Any]:
+def provenance(device: Any, params: Params, data_dir: Path) -> dict[str, Any]:
     """What run.json holds: what was run, from which code, with which versions, on what."""
     import numpy
     import PIL
@@ -611,6 +659,7 @@ def provenance(device: Any, params: Params) -> dict[str, Any]:
     return {
         "git_commit": git_commit(),
         "argv": sys.argv,
+        "data_dir": os.path.abspath(data_dir),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -637,9 +686,9 @@ def starts(model_dir: Path) -> list[dict[str, Any]]:
     return []
 
 
-def write_provenance(model_dir: Path, device: Any, params: Params, *, resumed: bool) -> None:
+def write_provenance(model_dir: Path, device: Any, params: Params, data_dir: Path, *, resumed: bool) -> None:
     """Write run.json; what a resume was run with is added under "resumed"."""
-    path, record = model_dir / "run.json", provenance(device, params)
+    path, record = model_dir / "run.json", provenance(device, params, data_dir)
     if resumed and path.exists():
         with suppress(UserError, TypeError, AttributeError):  # damaged, and then written anew
             first = read_json(path, if_absent="")
@@ -697,28 +746,15 @@ def seed_everything(seed: int, *, deterministic: bool) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def save_checkpoint(state: dict[str, Any], model_dir: Path, *, is_best: bool) -> None:
-    """Write last.pth.tar, then best.pth.tar too if is_best."""
+def save_checkpoint(state: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint, whole or not at all."""
     import torch
 
-    with replacing(model_dir / "last.pth.tar") as temporary:
+    with replacing(path) as temporary:
         try:
             torch.save(state, temporary)
         except RuntimeError as error:  # what PyTorch makes of a full disk
-            raise OSError(
-                f"cannot write {model_dir / 'last.pth.tar'} ({_first_line(error)}); is the disk full?"
-            ) from None
-    if is_best:
-        make_best(model_dir)
-
-
-def make_best(model_dir: Path) -> None:
-    """Let best.pth.tar be last.pth.tar."""
-    with replacing(model_dir / "best.pth.tar") as second_name:
-        try:
-            os.link(model_dir / "last.pth.tar", second_name)  # checkpoints are replaced, never edited
-        except OSError:
-            shutil.copyfile(model_dir / "last.pth.tar", second_name)
+            raise OSError(f"cannot write {path} ({_first_line(error)}); is the disk full?") from None
 
 
 def checkpoint_path(model_dir: Path, restore_file: str) -> Path:
@@ -730,15 +766,24 @@ def checkpoint_path(model_dir: Path, restore_file: str) -> Path:
     return model_dir / f"{restore_file}.pth.tar"
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint with its tensors on the CPU. Raises UserError if it is absent, damaged or more than plain data."""
+def load_checkpoint(
+    path: str | Path, *, otherwise: str = "use {file}, as with --restore_file {name}"
+) -> dict[str, Any]:
+    """A checkpoint with its tensors on the CPU. Raises UserError if it is absent, damaged or more than plain data.
+
+    otherwise is what to do with another checkpoint of the folder, should this one be damaged.
+    """
     import pickle
 
     import torch
 
     path = Path(path)
-    found = sorted(p.name for p in path.parent.glob("*.pth.tar") if not (path.exists() and p.samefile(path)))
-    others = f"; use {' or '.join(found)}, as with --restore_file {found[0].removesuffix('.pth.tar')}" if found else ""
+    refuse_irregular(path)
+    existing = sorted(file for file in path.parent.glob("*.pth.tar") if file.exists())  # not links to nowhere
+    found = [file.name for file in existing if not (path.exists() and file.samefile(path))]
+    others = ""
+    if found:
+        others = f"; {otherwise.format(file=path.parent / found[0], name=found[0].removesuffix('.pth.tar'))}"
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -819,6 +864,16 @@ def load_weights(model: Any, state_dict: dict[str, Any], source: str | Path) -> 
         more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
         raise UserError(f"{source} does not fit the network that params.json describes: {', '.join(faults[:8])}{more}")
     model.load_state_dict(given)
+
+
+def why_finished(epoch: int, best_epoch: int, params: Params) -> str:
+    """Why a run that has trained so many epochs has nothing left to train; "" if it has."""
+    patience = params.early_stopping_patience
+    if epoch >= params.num_epochs:
+        return f"trained {epoch} of {params.num_epochs} epochs"
+    if patience is not None and epoch - best_epoch >= patience:
+        return f"stopped early after epoch {epoch}: no better mIoU in {patience} epochs"
+    return ""
 
 
 def predicting_weights(checkpoint: dict[str, Any]) -> dict[str, Any]:

@@ -54,7 +54,8 @@ class Segmenter:
                 f"scales {' '.join(f'{scale:g}' for scale in scales)} of {image_size} pixels: "
                 "each must leave from 32 to 16384"
             )
-        self.sizes = [round(scale * image_size) for scale in scales]  # of the squares that the network reads
+        # Of the squares that the network reads: even, as the maps of its stages then are halves of one another.
+        self.sizes = [image_size if scale == 1 else 2 * round(scale * image_size / 2) for scale in scales]
 
     @torch.inference_mode()
     def logits(self, inputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:

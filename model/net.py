@@ -3,6 +3,7 @@
 `python -m model.net` prints its layer table.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch.nn.functional as F
@@ -156,17 +157,20 @@ class FCN_GCN(nn.Module):
         s3 = self.br3(self.gcn3(self.dropout(f3)))  # (B, num_classes, H/8, W/8)
         s4 = self.br4(self.gcn4(self.dropout(f4)))  # (B, num_classes, H/16, W/16)
 
-        y = self.br5(s3 + _upsample(s4, like=s3))  # (B, num_classes, H/8, W/8)
-        y = self.br6(s2 + _upsample(y, like=s2))  # (B, num_classes, H/4, W/4)
-        y = self.br7(s1 + _upsample(y, like=s1))  # (B, num_classes, H/2, W/2)
-        y = self.br8(_upsample(y, like=stem))  # (B, num_classes, H/2, W/2)
-        return self.br9(_upsample(y, like=x))  # (B, num_classes, H, W)
+        y = self.br5(s3 + _upsample(s4, size=s3.shape[-2:]))  # (B, num_classes, H/8, W/8)
+        y = self.br6(s2 + _upsample(y, size=s2.shape[-2:]))  # (B, num_classes, H/4, W/4)
+        y = self.br7(s1 + _upsample(y, size=s1.shape[-2:]))  # (B, num_classes, H/2, W/2)
+        y = self.br8(_upsample(y, size=stem.shape[-2:]))  # (B, num_classes, H/2, W/2)
+        height, width = stem.shape[-2:]
+        y = self.br9(_upsample(y, size=(2 * height, 2 * width)))  # (B, num_classes, H, W), but for odd sides H+1, W+1
+        # An exported network is for any size: it must not go the way that fits the one that it is exported with.
+        return _upsample(y, size=x.shape[-2:], always=compiler.is_exporting())  # (B, num_classes, H, W)
 
 
-def _upsample(x: Tensor, *, like: Tensor) -> Tensor:
-    if x.shape[-2:] == like.shape[-2:]:
+def _upsample(x: Tensor, *, size: Sequence[int], always: bool = False) -> Tensor:
+    if not always and x.shape[-2:] == tuple(size):
         return x
-    return F.interpolate(x, size=like.shape[-2:], mode="bilinear", align_corners=True)
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
 
 
 def _head(name: str, in_channels: int, num_classes: int, kernel_size: int, gcn_padding: str) -> nn.Module:

@@ -120,7 +120,7 @@ def test_conv1x1_head_looks_at_one_position():
 
 def test_upsampling_carries_a_ramp_from_corner_to_corner():
     small, large = (torch.linspace(0, 1, n).view(1, 1, 1, n).expand(1, 1, 3, n) for n in (4, 10))
-    torch.testing.assert_close(_upsample(small, like=large), large)
+    torch.testing.assert_close(_upsample(small, size=large.shape[-2:]), large)
 
 
 def test_without_boundary_refinement_there_is_no_br_tensor():
@@ -166,6 +166,38 @@ def original_state_dict() -> dict[str, torch.Tensor]:
         for name, tensor in nn.BatchNorm2d(21).state_dict().items():
             state[f"br{block}.bn.{name}"] = tensor
     return state
+
+
+def as_the_original(model: FCN_GCN, x: torch.Tensor) -> torch.Tensor:
+    """The original implementation's way through the same layers: br9 works at twice the size of the stem's map."""
+
+    def resized(x: torch.Tensor, **size) -> torch.Tensor:
+        return nn.functional.interpolate(x, **size, mode="bilinear", align_corners=True)
+
+    stem = model.relu(model.bn0(model.conv1(x)))
+    maps = [stem]
+    for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
+        maps.append(stage(maps[-1]))
+    s1, s2, s3, y = (
+        br(gcn(features))
+        for br, gcn, features in zip(
+            (model.br1, model.br2, model.br3, model.br4),
+            (model.gcn1, model.gcn2, model.gcn3, model.gcn4),
+            maps[1:],
+            strict=True,
+        )
+    )
+    for br, score in ((model.br5, s3), (model.br6, s2), (model.br7, s1)):
+        y = br(score + resized(y, size=score.shape[2:]))
+    y = model.br9(resized(model.br8(y), scale_factor=2))
+    return resized(y, size=x.shape[2:])
+
+
+@pytest.mark.parametrize("size", [(64, 96), (97, 64), (33, 65)], ids=str)
+def test_the_network_computes_what_the_original_computes_also_at_odd_sides(size):
+    model, x = network(num_classes=21).eval(), torch.randn(2, 3, *size)
+    with torch.no_grad():
+        assert torch.equal(model(x), as_the_original(model, x))
 
 
 def test_a_checkpoint_of_the_original_implementation_loads():

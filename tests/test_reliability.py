@@ -26,7 +26,7 @@ from model.data_loader import SegmentationDataset, Split, make_loader, read_exam
 from model.net import FCN_GCN
 from model.sample import draw_scene
 from model.voc import CLASS_NAMES, colour_mask
-from train import Training, has_finite_weights, train_epoch
+from train import Training, train_epoch
 from utils import Params
 
 # Everything random or stateful switched on.
@@ -116,12 +116,15 @@ def assert_same_run(first: Path, second: Path) -> None:
         for folder in (first, second)
     ]
     assert histories[0] == histories[1]
+    ours, theirs = (utils.load_checkpoint(folder / "last.pth.tar") for folder in (first, second))
+    for part in ("state_dict", "ema_state_dict"):
+        assert all(torch.equal(ours[part][key], theirs[part][key]) for key in theirs[part])
+    states = [checkpoint["optim_dict"]["state"] for checkpoint in (ours, theirs)]
+    assert all(torch.equal(states[0][i]["momentum_buffer"], states[1][i]["momentum_buffer"]) for i in states[1])
+    ours, theirs = (utils.load_checkpoint(folder / "best.pth.tar") for folder in (first, second))
+    assert ours["epoch"] == theirs["epoch"]
+    assert all(torch.equal(ours["state_dict"][key], theirs["state_dict"][key]) for key in theirs["state_dict"])
     for name in ("last", "best"):
-        ours, theirs = (utils.load_checkpoint(folder / f"{name}.pth.tar") for folder in (first, second))
-        for part in ("state_dict", "ema_state_dict"):
-            assert all(torch.equal(ours[part][key], theirs[part][key]) for key in theirs[part])
-        states = [checkpoint["optim_dict"]["state"] for checkpoint in (ours, theirs)]
-        assert all(torch.equal(states[0][i]["momentum_buffer"], states[1][i]["momentum_buffer"]) for i in states[1])
         metrics = [(folder / f"metrics_val_{name}_weights.json").read_bytes() for folder in (first, second)]
         assert metrics[0] == metrics[1]
 
@@ -225,7 +228,100 @@ utils.run_main(main)
     assert result.returncode == 1 and result.stderr.rstrip().endswith("ZeroDivisionError")
 
 
+@pytest.fixture
+def never_answers(data):
+    """A photo of the data set whose opening waits, as on a network file system that is away: another process has it on
+    lease, and does not give it back.
+    """
+    photo = data / "JPEGImages" / "train3.jpg"
+    code = """
+import fcntl, os, signal, sys, time
+signal.signal(signal.SIGIO, signal.SIG_IGN)
+fcntl.fcntl(os.open(sys.argv[1], os.O_RDWR), fcntl.F_SETLEASE, fcntl.F_WRLCK)
+print(flush=True)
+time.sleep(60)
+"""
+    holder = subprocess.Popen([sys.executable, "-c", code, photo], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    if not holder.stdout.readline():
+        pytest.skip("no leases on this file system")
+    yield photo
+    holder.kill()
+    holder.communicate()
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_process_whose_threads_wait_for_a_file(tmp_path, data, never_answers, number, status):
+    experiment = make_experiment(tmp_path / "run")
+    process = start(experiment, data)
+    waiting = [f"/proc/{process.pid}/task"]
+    assert wait_for(
+        process, lambda: any(path.read_text() == "__break_lease" for path in Path(*waiting).glob("*/wchan"))
+    )
+    begun = time.monotonic()
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == status and stderr.count("\n") == 1
+    assert time.monotonic() - begun < 10  # the lease lasts longer
+    assert not list((data / ".cache").glob("*.tmp"))
+
+
+# ---------------------------------------------------------------------------------------- streams
+
+
+def shell(words: str, experiment: Path, data: Path) -> subprocess.CompletedProcess:
+    """A command line of bash, with train standing for python train.py on an experiment."""
+    train = f"{sys.executable} train.py --model_dir {experiment} --data_dir {data}"
+    return subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {words.replace('train', train)}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize(
+    "words", ["train | head -1", "train 2>&-", "train >&-", "train > /dev/full", "train <&- 2>&- >&-"]
+)
+def test_a_run_goes_on_without_anybody_to_speak_to(tmp_path, data, words):
+    experiment = make_experiment(tmp_path / "run", num_epochs=2)
+    result = shell(words, experiment, data)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "trained 2 of 2 epochs" in (experiment / "train.log").read_text()
+
+
+def test_a_table_that_nobody_reads_is_no_error(straight):
+    experiment, data = straight
+    command = f"{sys.executable} synthesize_results.py --parent_dir {experiment}"
+    for words, said in ((f"{command} | true", ""), (f"{command} > /dev/full", "No space left on device")):
+        (experiment / "results.md").unlink(missing_ok=True)
+        result = shell(words, experiment, data)
+        assert result.returncode and said in result.stderr and result.stderr.count("\n") == bool(said)
+        assert (experiment / "results.md").exists()
+
+
+def test_a_folder_whose_name_is_not_utf8_is_trained_in(tmp_path, data):
+    experiment = make_experiment(tmp_path / os.fsdecode(b"caf\xe9"), num_epochs=1)
+    result = run_script("train.py", "--model_dir", experiment, "--data_dir", data)
+    assert "caf\\udce9: 6 images of train" in result.stdout
+    assert "caf\\udce9: 6 images of train" in (experiment / "train.log").read_text()
+
+
 # ---------------------------------------------------------------------------------------- disk and memory
+
+
+def test_tensorboard_on_a_full_disk_is_one_line(tmp_path, data):
+    experiment = make_experiment(tmp_path / "run", num_epochs=9)
+    (experiment / "tensorboard").mkdir()
+    command = [sys.executable, "train.py", "--model_dir", experiment, "--data_dir", data, "--tensorboard"]
+    mounted = f'mount -t tmpfs -o size=96k none {experiment / "tensorboard"} || exit 99; exec "$@"'
+    command = ["unshare", "--mount", "sh", "-c", mounted, "sh", *command]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    if "unshare" in result.stderr or result.returncode == 99:
+        pytest.skip("no mounts here")
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    assert "No space left on device" in result.stderr and "--restore_file last" in result.stderr
+    assert utils.load_checkpoint(experiment / "last.pth.tar")["epoch"] == len(utils.read_history(experiment)) - 1
 
 
 @pytest.mark.slow
@@ -275,7 +371,7 @@ def test_weights_that_are_not_finite_are_never_saved(data, tmp_path):
     experiment = make_experiment(tmp_path / "run", batch_size=6, learning_rate=1e30, num_epochs=2)
     result = run_script("train.py", "--model_dir", experiment, "--data_dir", data, check=1)
     assert (
-        "epoch 1 ended with weights or a validation loss that are not finite, at learning rate 1e+30" in result.stderr
+        "epoch 1 ended with weights, optimizer or validation loss not finite, at learning rate 1e+30" in result.stderr
     )
     assert "no checkpoint was written yet" in result.stderr and result.stderr.count("\n") == 1
     assert not list(experiment.glob("*.pth.tar"))
@@ -283,10 +379,25 @@ def test_weights_that_are_not_finite_are_never_saved(data, tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_single_value_that_is_not_finite_is_seen(value):
-    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
-    assert has_finite_weights(network)
-    network[1].running_var[2] = value
-    assert not has_finite_weights(network)
+    for optimizer, buffer in (("sgd", "momentum_buffer"), ("adamw", "exp_avg_sq")):
+        network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
+        training = Training(network, Params(optimizer=optimizer), steps_per_epoch=1)
+        assert training.is_finite()
+        training.step(network(torch.rand(2, 3, 5, 5)).sum(), last_of_group=True)
+        assert training.is_finite()
+        training.optimizer.state[network[0].weight][buffer][1] = value
+        assert not training.is_finite()
+        training.optimizer.state.clear()
+        network[1].running_var[2] = value
+        assert not training.is_finite()
+
+
+def test_an_optimizer_that_has_overflowed_is_never_saved(data, tmp_path):
+    """AdamW's mean of squared gradients does, while the loss and the weights are finite."""
+    experiment = make_experiment(tmp_path / "run", loss_weights={"bce": 1e30}, optimizer="adamw", num_epochs=1)
+    result = run_script("train.py", "--model_dir", experiment, "--data_dir", data, check=1)
+    assert "epoch 1 ended with weights, optimizer or validation loss not finite" in result.stderr
+    assert not list(experiment.glob("*.pth.tar"))
 
 
 # ---------------------------------------------------------------------------------------- resuming
@@ -330,7 +441,7 @@ def test_a_truncated_checkpoint_offers_another_file_if_there_is_one(straight, tm
     assert f"{last} is damaged or unreadable" in str(error.value) and "best" not in str(error.value)
     best.unlink()
     best.write_bytes(content)
-    with pytest.raises(UserError, match=r"use best\.pth\.tar, as with --restore_file best"):
+    with pytest.raises(UserError, match=rf"use {best}, as with --restore_file best"):
         utils.load_checkpoint(last)
 
 

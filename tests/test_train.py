@@ -112,6 +112,22 @@ def test_run_json_says_where_a_result_comes_from(finished):
     assert "--model_dir" in run["argv"]
 
 
+def test_run_json_names_the_data_folder(finished):
+    experiment, data, _ = finished
+    assert json.loads((experiment / "run.json").read_text())["data_dir"] == str(data)
+
+
+def test_best_holds_what_prediction_needs_and_last_what_a_resume_needs(finished):
+    experiment, _, _ = finished
+    best, last = (torch.load(experiment / f"{name}.pth.tar", weights_only=True) for name in ("best", "last"))
+    assert best.keys() == {"epoch", "state_dict", "class_names", "params"} < last.keys()
+    assert best["epoch"] == best_epoch(experiment) == last["best_epoch"]
+    if best["epoch"] == last["epoch"]:
+        assert same(best["state_dict"], last["ema_state_dict"])  # what validation has scored
+    weights_size = sum(tensor.nbytes for tensor in best["state_dict"].values())
+    assert (experiment / "best.pth.tar").stat().st_size < 1.01 * weights_size
+
+
 def test_evaluate_gives_exactly_the_score_of_training(finished):
     experiment, data, _ = finished
     best = json.loads((experiment / "metrics_val_best_weights.json").read_text())
@@ -170,6 +186,43 @@ def test_a_finished_run_says_so_and_changes_nothing(finished):
         in run_train(experiment, data, "--restore_file", "last").stdout
     )
     assert {path: path.stat().st_mtime_ns for path in experiment.iterdir()} == before
+
+
+def test_resume_starts_and_goes_on_and_says_when_there_is_nothing_left(data, tmp_path, monkeypatch):
+    experiment = make_experiment(tmp_path / "run", num_epochs=1)
+    run_train(experiment, data, "--resume")
+    make_experiment(experiment, num_epochs=2, keep_last=False)
+    assert "continuing after epoch 1" in run_train(experiment, data, "--resume").stdout
+    assert [epoch["epoch"] for epoch in history(experiment)] == [1, 2]
+    assert {path.name for path in experiment.iterdir()} == OUTPUTS - {"last.pth.tar"}
+    before = {path: path.stat().st_mtime_ns for path in experiment.iterdir()}
+    for flags in (["--resume"], ["--restore_file", "last"]):
+        stdout = run_train(experiment, data, *flags).stdout
+        assert stdout == f"nothing to do in {experiment}: trained 2 of 2 epochs; raise num_epochs to train on\n"
+    said = mistake(monkeypatch, experiment, data, "--restore_file", "best")
+    assert "best.pth.tar holds weights to predict with and no training state; continue from last.pth.tar" in said
+    make_experiment(experiment, num_epochs=3, keep_last=False)
+    said = mistake(monkeypatch, experiment, data, "--restore_file", "last")
+    assert 'last.pth.tar was not kept ("keep_last": false)' in said and "--init_from" in said
+    assert "2 epochs and no last.pth.tar" in mistake(monkeypatch, experiment, data, "--resume")
+    del before[experiment / "params.json"]
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    metrics = json.loads((experiment / "metrics_val_best_weights.json").read_text())
+    run_script("evaluate.py", "--model_dir", experiment, "--data_dir", data)
+    assert json.loads((experiment / "metrics_val_best.json").read_text()) == metrics
+
+
+def test_resume_starts_over_what_was_killed_in_its_first_epoch(data, tmp_path, monkeypatch):
+    experiment = make_experiment(tmp_path / "run", num_epochs=1)
+    (experiment / "run.json").write_text("{}")
+    (experiment / "train.log").write_text("the first try\n")
+    (experiment / "history.jsonl").write_text('{"epoch": 1, "val": {"mIoU": 0.5}}\n')  # and no checkpoint yet
+    (experiment / "params.json").write_text(json.dumps(TINY | {"num_epochs": 2}))
+    run_train(experiment, data, "--resume")
+    assert [epoch["epoch"] for epoch in history(experiment)] == [1, 2] and history(experiment)[0]["seconds"] > 0
+    assert (experiment / "train.log").read_text().startswith("the first try\n")
+    for flags in (["--overwrite"], ["--init_from", experiment / "best.pth.tar"], ["--restore_file", "last"]):
+        assert run_train(experiment, data, "--resume", *flags, check=2).stderr.count("error: ") == 1
 
 
 def test_overwrite_leaves_nothing_of_the_earlier_run(data, tmp_path):
@@ -402,14 +455,42 @@ def test_normalize_and_loss_weights_reach_the_training(data):
     assert losses["{'loss_weights': {'cross_entropy': 1.0}}"] > 2  # about log 21
 
 
-@pytest.mark.parametrize(("every", "counted"), [(1, [0, 1, 2]), (2, [0, 2]), (100, [0])])
-def test_metrics_of_training_come_from_every_nth_batch(data, every, counted):
+def test_metrics_of_training_count_every_batch(data):
     loader = loader_of(data, batch_size=2)
-    labels = torch.cat([batch.flatten() for step, (_, batch) in enumerate(loader) if step in counted]).long()
+    labels = torch.cat([batch.flatten() for _, batch in loader]).long()
     expected = labels[labels != 255].bincount(minlength=21).double()
-    training = Training(network(), Params(**TINY | {"batch_size": 2, "save_summary_steps": every}), 3)
+    training = Training(network(), Params(**TINY | {"batch_size": 2}), 3)
     frequency = torch.tensor(train_epoch(training, loader)["frequency"], dtype=torch.float64)
     torch.testing.assert_close(frequency, expected / expected.sum())
+
+
+@pytest.mark.parametrize(("every", "seen"), [(1, 2), (2, 3), (100, 3)])
+def test_a_loss_that_is_not_finite_is_seen_at_every_nth_batch(data, every, seen):
+    """Three batches; the last look is after the epoch. The step that makes weights NaN counts too."""
+    loader = loader_of(data, batch_size=2)
+    training = Training(network(), Params(**TINY | {"batch_size": 2, "save_summary_steps": every}), 3)
+    steps = []
+    training.optimizer.register_step_post_hook(
+        lambda *_: steps.append(training.model.conv1.weight.data.fill_(math.nan) is None)
+    )
+    with pytest.raises(utils.RunFailed, match="the loss became nan at step 2 of epoch 1"):
+        train_epoch(training, loader)
+    assert len(steps) == seen
+
+
+def test_a_long_epoch_says_every_tenth_where_there_is_no_terminal(data, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    loader = loader_of(data, batch_size=1)
+    training = Training(network(), Params(**TINY | {"batch_size": 1}), 6)
+    train_epoch(training, loader)
+    assert caplog.messages == []  # a short one
+    monkeypatch.setattr(train, "SAYING_INTERVAL", 0)
+    train_epoch(training, loader)
+    assert [message.split(",")[0] for message in caplog.messages] == [
+        f"epoch 1/2: {share}%" for share in (17, 33, 50, 67, 83)
+    ]
+    assert all(re.search(r"train loss \d\.\d{4}$", message) for message in caplog.messages)
+    assert [step + 1 for step in range(1000) if train.ends_a_tenth(step, 1000)] == list(range(100, 1000, 100))
 
 
 def test_a_resumed_training_knows_all_that_the_interrupted_one_knew(finished):

@@ -118,12 +118,22 @@ def test_json_never_holds_nan(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_best_is_the_same_checkpoint_as_last_until_last_moves_on(tmp_path):
-    for epoch, is_best in ((1, True), (2, False)):
-        utils.save_checkpoint({"epoch": epoch, "state_dict": {}}, tmp_path, is_best=is_best)
+def test_a_dangling_link_beside_a_checkpoint_is_in_nobodys_way(tmp_path):
+    (tmp_path / "old.pth.tar").symlink_to("nowhere")
+    (tmp_path / "loop.pth.tar").symlink_to("loop.pth.tar")
+    utils.save_checkpoint({"epoch": 1, "state_dict": {}}, tmp_path / "best.pth.tar")
     assert utils.load_checkpoint(tmp_path / "best.pth.tar")["epoch"] == 1
-    assert utils.load_checkpoint(tmp_path / "last.pth.tar")["epoch"] == 2
-    assert sorted(os.listdir(tmp_path)) == ["best.pth.tar", "last.pth.tar"]
+    with pytest.raises(UserError, match=r"no checkpoint .*last\.pth\.tar; in this folder: best\.pth\.tar$"):
+        utils.load_checkpoint(tmp_path / "last.pth.tar")
+    with pytest.raises(UserError, match=r"loop\.pth\.tar is damaged or unreadable"):
+        utils.load_checkpoint(tmp_path / "loop.pth.tar")
+
+
+@pytest.mark.parametrize("read", [Params.load, utils.load_checkpoint, lambda path: utils.read_history(path.parent)])
+def test_a_fifo_is_refused_by_name_and_not_waited_for(tmp_path, read):
+    os.mkfifo(tmp_path / "history.jsonl")
+    with pytest.raises(UserError, match=r"history\.jsonl is not a regular file \(a FIFO\)"):
+        read(tmp_path / "history.jsonl")
 
 
 def test_precision_auto_is_resolved_and_what_is_given_stays():
@@ -157,7 +167,7 @@ def test_a_truncated_checkpoint_is_named(tmp_path, kept):
 
 
 def test_an_absent_checkpoint_lists_those_there_are(tmp_path):
-    utils.save_checkpoint({"state_dict": {}}, tmp_path, is_best=False)
+    utils.save_checkpoint({"state_dict": {}}, tmp_path / "last.pth.tar")
     with pytest.raises(UserError, match=r"no checkpoint .*best\.pth\.tar; in this folder: last\.pth\.tar"):
         utils.load_checkpoint(tmp_path / "best.pth.tar")
 
