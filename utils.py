@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import platform
+import select
 import signal
 import socket
 import subprocess
@@ -63,11 +64,9 @@ def discard_stdout() -> None:
 
 
 def _nobody_reads_stdout() -> bool:
-    try:
-        sys.stdout.flush()  # what could not be written is still there
-    except BrokenPipeError:
-        return True
-    return False
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    return bool(poll.poll(0))  # an error, or that the other end is closed, is told unasked
 
 
 def run_main(main: Callable[[], int | None], *, shared: bool = False) -> int:

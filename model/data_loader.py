@@ -8,11 +8,11 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import islice
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -341,20 +341,16 @@ class SegmentationDataset(Dataset):
             except UserError as error:
                 return error
 
-        pool = ThreadPoolExecutor(cores())
-        try:
-            with tqdm(total=len(self), desc=f"reading {self.split.name}", unit="img", leave=False, disable=None) as bar:
-                for start in range(0, len(self), AT_ONCE):  # map() would read ahead without bound
-                    for result in pool.map(attempt, range(start, min(start + AT_ONCE, len(self)))):
-                        bar.update()
-                        if isinstance(result, UserError):
-                            faults.append(str(result))
-                        else:
-                            yield result
-        except BaseException:  # without waiting: a thread may be in a file system that never answers
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-        pool.shutdown()
+        bar = tqdm(total=len(self), desc=f"reading {self.split.name}", unit="img", leave=False, disable=None)
+        # Not concurrent.futures, at whose end, and the interpreter's, a thread is waited for that a file never answers.
+        with bar, ThreadPool(cores()) as pool:
+            for start in range(0, len(self), AT_ONCE):  # imap() would read ahead without bound
+                for result in pool.imap(attempt, range(start, min(start + AT_ONCE, len(self)))):
+                    bar.update()
+                    if isinstance(result, UserError):
+                        faults.append(str(result))
+                    else:
+                        yield result
         if faults:
             raise _faults(f"split {self.split.name}", faults)
 
