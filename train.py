@@ -418,10 +418,10 @@ def train(
                 log_to_board(board, record, picture)
             # After the other outputs, so that a resume repeats whatever was cut short.
             utils.save_checkpoint(training.state_dict(), model_dir / "last.pth.tar")
-            if is_best:
+            logging.info(describe(record, params, is_best=is_best))
+            if is_best:  # after last.pth.tar, from which a resume can make it
                 utils.save_checkpoint(training.state_to_predict(), model_dir / "best.pth.tar")
         utils.stop_together()
-        logging.info(describe(record, params, is_best=is_best))
     logging.info(
         f"{training.finished}; best mIoU {training.best_mIoU:.4f} at epoch {training.best_epoch}, in {model_dir}"
     )

@@ -60,7 +60,7 @@ def exported(tmp_path_factory):
 def networks(exported):
     """The session of the exported file, and the network with either weights of the checkpoint."""
     experiment, _, _ = exported
-    checkpoint = utils.load_checkpoint(experiment / "best.pth.tar")
+    checkpoint = utils.load_checkpoint(experiment / "last.pth.tar")  # after one epoch, the best
     models = [FCN_GCN(pretrained=False).eval() for _ in range(2)]
     for model, key in zip(models, ("ema_state_dict", "state_dict"), strict=True):
         model.load_state_dict(checkpoint[key])
