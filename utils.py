@@ -6,6 +6,7 @@ Importing this module does not import torch, so that every --help answers at onc
 import argparse
 import difflib
 import importlib
+import io
 import json
 import logging
 import os
@@ -53,7 +54,8 @@ def open_standard_streams() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115, open to the end
-    sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # and not what a notebook has instead
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def discard_stdout() -> None:
