@@ -1,10 +1,35 @@
 """The network, its losses, metrics and data. Nothing here knows about params.json or the command line."""
 
 import os
+import stat
+from pathlib import Path
 
 
 class UserError(ValueError):
     """A mistake that the user can mend. Scripts print it as one line on stderr and exit with status 2."""
+
+
+IRREGULAR = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def refuse_irregular(path: str | Path) -> None:
+    """Raise UserError where a path leads to anything but a regular file: opening a FIFO would wait for ever.
+
+    Says nothing where there is no file, or none that may be looked at; opening it will.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):  # ValueError: a null character
+        return
+    if not stat.S_ISREG(mode):
+        kind = next((name for is_kind, name in IRREGULAR if is_kind(mode)), "of unknown kind")
+        raise UserError(f"{path} is not a regular file ({kind}); put a regular file in its place")
 
 
 # The choices that params.json offers, here because reading it must not wait for torch.

@@ -3,6 +3,7 @@
 import os
 import pickle
 import shutil
+import socket
 import struct
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from conftest import ROOT, make_data
 from PIL import Image
 from torch import Tensor
 
-from model import UserError, data_loader
+from model import UserError, data_loader, refuse_irregular
 from model.data_loader import (
     DeviceLoader,
     EpochSampler,
@@ -344,6 +345,37 @@ def test_an_exif_block_of_other_bytes_does_not_keep_a_photo_from_being_read(data
         image.save(photo(data, "train0").with_suffix(".png"), exif=b"Exif\0\0garbage!")
     photo(data, "train0").unlink()
     assert torch.equal(arrays(load(data))[0], before[0])
+
+
+# ---------------------------------------------------------------------------------------------------- irregular files
+
+
+def bind(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+
+
+def link_to_device(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+IRREGULAR = [(Path.mkdir, "a folder"), (os.mkfifo, "a FIFO"), (bind, "a socket"), (link_to_device, "a device")]
+
+
+@pytest.mark.parametrize(("make", "kind"), IRREGULAR, ids=[kind for _, kind in IRREGULAR])
+def test_a_file_that_is_not_regular_is_refused_by_kind(tmp_path, monkeypatch, make, kind):
+    monkeypatch.chdir(tmp_path)  # a socket's path must be short
+    make(Path("odd"))
+    with pytest.raises(UserError, match=rf"^odd is not a regular file \({kind}\); "):
+        refuse_irregular("odd")
+
+
+def test_a_regular_file_a_link_to_one_and_none_at_all_are_not_refused(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for name in ("file", "link", "dangling", "absent", "file/below", "null\0", "long" * 100):
+        refuse_irregular(tmp_path / name)
 
 
 # ---------------------------------------------------------------------------------------------------- faulty files
