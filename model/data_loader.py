@@ -9,9 +9,9 @@ import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, Sequent
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from model import UserError, cores
+from model import UserError, cores, refuse_irregular
 from model.parallel import share
 from model.sample import draw_sample
 from model.transforms import Augmentation, squash, squashed
@@ -102,8 +102,9 @@ class Split:
 
 def read_list(path: Path) -> list[str]:
     """The ids of a list file, one a line. Raises UserError when it is absent, empty, not text, or repeats an id."""
+    refuse_irregular(path)
     try:
-        ids = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        ids = ids_in(path.read_bytes())
     except FileNotFoundError:
         found = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt") if p.name != "classes.txt"))
         found = found or "none; `python build_dataset.py --split 0.8 0.1 0.1` deals photos into lists"
@@ -117,6 +118,11 @@ def read_list(path: Path) -> list[str]:
     if repeated := [id_ for id_, count in Counter(ids).items() if count > 1]:
         raise UserError(f"{path} lists {', '.join(repeated[:5])} more than once")
     return ids
+
+
+def ids_in(content: bytes) -> list[str]:
+    """The ids in the bytes of a list. Raises UnicodeDecodeError where they are not UTF-8."""
+    return [line.strip() for line in content.decode("utf-8-sig").splitlines() if line.strip()]
 
 
 def photos_by_id(folder: Path) -> dict[str, Path]:
@@ -165,22 +171,44 @@ def read_example(image_path: Path, mask_path: Path | None, *, image_size: int, n
 
 def read_photo(path: Path) -> Image.Image:
     """An upright RGB photo. Raises UserError naming the file and what is wrong with it."""
-    image = _upright(_decode(path))
-    if image.mode.startswith("I;16"):  # convert() would clip
-        image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise UserError(f"{path}: has 32 bits a pixel, of unknown range; convert it to 8 or 16 bits")
-    return image.convert("RGB")
+    with _naming(path):
+        image = _upright(_decode(path)[0])
+        if image.mode.startswith("I;16"):  # convert() would clip
+            image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
+        if image.mode in ("I", "F"):
+            raise UserError(f"{path}: has 32 bits a pixel, of unknown range; convert it to 8 or 16 bits")
+        return image.convert("RGB")
 
 
-def _decode(path: Path) -> Image.Image:
+def _decode(path: Path) -> tuple[Image.Image, object]:
+    """An image as it is stored, and how its pixels were stored, which shows only before they are decoded."""
+    refuse_irregular(path)
+    with Image.open(path, formats=_formats()) as image:
+        stored_as = image.tile[0].args if image.tile else None
+        image.load()
+        return image, stored_as
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Pillow's formats without EPS, for which it starts Ghostscript: a photo must not run a program."""
+    Image.preinit()  # so that the common formats come first, as Image.open has it by itself
+    Image.init()
+    return tuple(name for name in Image.ID if name != "EPS")
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turn whatever Pillow makes of other bytes into a UserError that names the file."""
     try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read as an image ({error})"
-        raise UserError(f"{path}: {reason}") from None
+        yield
+    except (UserError, MemoryError):
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except Exception as error:  # by format OSError, SyntaxError, ValueError, RuntimeError, struct.error, KeyError, ...
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: cannot be read as an image ({reason})") from None
 
 
 TURNS = {  # of EXIF orientations; not ImageOps.exif_transpose, which fails on any fault in the rest of the block
@@ -207,11 +235,9 @@ STRETCHED = {"1": 255, "L;2": 85, "L;4": 17}  # what Pillow multiplies grey valu
 
 def read_mask(path: Path, size: tuple[int, int], num_classes: int) -> Image.Image:
     """The mask of a photo of that size (width, height), its pixel values class indices. Raises UserError likewise."""
-    mask = _decode(path)
-    if mask.mode in ("1", "L"):  # how it was stored shows only before it is decoded
-        with Image.open(path) as header:
-            stored_as = header.tile[0].args if header.tile else None
-        if isinstance(stored_as, str) and stored_as in STRETCHED:
+    with _naming(path):
+        mask, stored_as = _decode(path)
+        if mask.mode in ("1", "L") and isinstance(stored_as, str) and stored_as in STRETCHED:
             mask = mask.convert("L").point(lambda value: value // STRETCHED[stored_as])
     if mask.mode not in ("P", "L"):
         raise UserError(
@@ -315,16 +341,20 @@ class SegmentationDataset(Dataset):
             except UserError as error:
                 return error
 
-        with ThreadPoolExecutor(cores()) as pool:
-            bar = tqdm(total=len(self), desc=f"reading {self.split.name}", unit="img", leave=False, disable=None)
-            for start in range(0, len(self), AT_ONCE):  # map() would read ahead without bound
-                for result in pool.map(attempt, range(start, min(start + AT_ONCE, len(self)))):
-                    bar.update()
-                    if isinstance(result, UserError):
-                        faults.append(str(result))
-                    else:
-                        yield result
-            bar.close()
+        pool = ThreadPoolExecutor(cores())
+        try:
+            with tqdm(total=len(self), desc=f"reading {self.split.name}", unit="img", leave=False, disable=None) as bar:
+                for start in range(0, len(self), AT_ONCE):  # map() would read ahead without bound
+                    for result in pool.map(attempt, range(start, min(start + AT_ONCE, len(self)))):
+                        bar.update()
+                        if isinstance(result, UserError):
+                            faults.append(str(result))
+                        else:
+                            yield result
+        except BaseException:  # without waiting: a thread may be in a file system that never answers
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        pool.shutdown()
         if faults:
             raise _faults(f"split {self.split.name}", faults)
 
@@ -377,9 +407,17 @@ def _cache_folder(root: Path) -> Path:
             folder.mkdir(exist_ok=True)
             if os.access(folder, os.W_OK):
                 return folder
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = base / "global_convolutional_network" / hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = base / "global_convolutional_network" / hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(f"{folder} belongs to somebody else")
+    except (OSError, RuntimeError) as error:  # RuntimeError: a user without HOME and without an entry in passwd
+        raise UserError(
+            f"{root} is read-only, and there is no other place for the decoded photos ({error}); set XDG_CACHE_HOME to "
+            'a folder that can be written to, or "cache": false in params.json'
+        ) from None
     return folder
 
 

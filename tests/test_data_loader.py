@@ -3,10 +3,13 @@
 import os
 import pickle
 import shutil
+import signal
 import socket
 import struct
 import subprocess
 import sys
+import threading
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, make_data
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from torch import Tensor
 
 from model import UserError, data_loader, refuse_irregular
@@ -378,6 +381,26 @@ def test_a_regular_file_a_link_to_one_and_none_at_all_are_not_refused(tmp_path):
         refuse_irregular(tmp_path / name)
 
 
+@pytest.mark.parametrize("cache", [True, False])
+def test_irregular_photos_and_masks_of_a_split_are_named_together(data, cache):
+    odd = [photo(data, "train1"), mask(data, "train2"), photo(data, "train4")]
+    for path, make in zip(odd, (os.mkfifo, os.mkfifo, link_to_device), strict=True):
+        path.unlink()
+        make(path)
+    with pytest.raises(UserError, match="3 faults in split train") as fault:
+        load(data, cache=cache)
+    for path, kind, line in zip(odd, ("FIFO", "FIFO", "device"), str(fault.value).splitlines()[1:], strict=True):
+        assert f"{path} is not a regular file (a {kind})" in line
+
+
+@pytest.mark.parametrize("name", ["train.txt", "classes.txt"])
+def test_a_list_that_is_a_fifo_is_refused(data, name):
+    (data / name).unlink(missing_ok=True)
+    os.mkfifo(data / name)
+    with pytest.raises(UserError, match=rf"{name} is not a regular file \(a FIFO\)"):
+        load(data)
+
+
 # ---------------------------------------------------------------------------------------------------- faulty files
 
 
@@ -439,6 +462,43 @@ def test_all_faulty_files_are_named_at_once(data, cache):
     lines = str(fault.value).splitlines()[1:]
     for line, (index, (_, kind, message)) in zip(lines, enumerate(FAULTS), strict=True):
         assert str(kind(data, f"train{index}")) in line and message in line
+
+
+def test_no_photo_starts_ghostscript(data, tmp_path, monkeypatch):
+    """Pillow hands it what calls itself PostScript, whatever the suffix."""
+    ghostscript = tmp_path / "bin" / "gs"
+    ghostscript.parent.mkdir()
+    ghostscript.write_text(f"#!/bin/sh\ntouch {tmp_path / 'was_started'}\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", str(ghostscript.parent), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # to look for it anew
+    Image.new("RGB", (20, 20)).save(photo(data, "train3"), format="EPS")
+    with pytest.raises(UserError, match=r"train3\.jpg: cannot be read as an image"):
+        load(data)
+    assert not (tmp_path / "was_started").exists()
+
+
+def test_an_interrupted_decoding_does_not_wait_for_a_file_that_never_answers(data, monkeypatch):
+    """As on a network file system whose server is away."""
+    answer, opened, image_open = threading.Event(), threading.Event(), Image.open
+
+    def open_slowly(path, *args, **options):
+        if path == photo(data, "train2"):
+            opened.set()
+            answer.wait(20)
+        return image_open(path, *args, **options)
+
+    def interrupt():
+        opened.wait(20)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Image, "open", open_slowly)
+    threading.Thread(target=interrupt).start()
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        load(data)
+    answer.set()
+    assert time.monotonic() - start < 10 and cached(data) == []
 
 
 def test_faulty_files_leave_no_cache_behind(data):
@@ -529,7 +589,7 @@ def test_links_to_nowhere_are_all_named(data, cache):
 def test_a_list_that_is_a_folder_is_refused(data):
     (data / "train.txt").unlink()
     (data / "train.txt").mkdir()
-    with pytest.raises(UserError, match=r"train\.txt cannot be read: Is a directory"):
+    with pytest.raises(UserError, match=r"train\.txt is not a regular file \(a folder\)"):
         load(data)
 
 

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +24,10 @@ from PIL import Image
 import utils
 from evaluate import evaluate
 from model import UserError
-from model.data_loader import SegmentationDataset, Split, make_loader, read_example
+from model.data_loader import SegmentationDataset, Split, make_loader, read_example, read_mask, read_photo
 from model.net import FCN_GCN
 from model.sample import draw_scene
+from model.transforms import squash
 from model.voc import CLASS_NAMES, colour_mask
 from train import Training, has_finite_weights, train_epoch
 from utils import Params
@@ -433,6 +436,53 @@ def test_any_photo_and_any_mask(tmp_path, data):
     photo.write_bytes(data.draw(st.just(PHOTO) | mutated(PHOTO)))
     mask.write_bytes(data.draw(mutated(MASK) | st.binary(max_size=30)))
     only_user_errors(read_example, photo, mask, image_size=32, num_classes=21)
+
+
+MODES = ("RGB", "RGBA", "CMYK", "LAB", "L", "P", "1", "I;16", "F")
+
+
+def _stored() -> dict[str, bytes]:
+    """One small picture in every format, and of every mode, that Pillow can write and read."""
+    Image.init()
+    stored = {}
+    for name, mode in product(sorted(Image.SAVE.keys() & Image.OPEN.keys()), MODES):
+        for compression in (None, "tiff_lzw", "jpeg") if name == "TIFF" else (None,):  # with them libtiff decodes
+            stream = io.BytesIO()
+            with suppress(OSError, ValueError, KeyError, TypeError):  # a format that has no such mode
+                Image.effect_noise((24, 16), 99).convert(mode).save(stream, name, compression=compression)
+                stored[f"{name} {mode} {compression}"] = stream.getvalue()
+    return {name: content for name, content in stored.items() if len(content) < 4000}  # ICNS can be large
+
+
+kinds_of_edit = st.sampled_from(("replace", "insert", "delete", "cut"))
+edits = st.lists(st.tuples(kinds_of_edit, st.floats(0, 1), st.binary(min_size=1, max_size=4)), min_size=1, max_size=4)
+
+
+def edited(content: bytes, edits: list[tuple[str, float, bytes]]) -> bytes:
+    """content with bytes replaced, put in or taken out, or cut short, at places given as shares of its length."""
+    for kind, share, other in edits:
+        at = int(share * len(content))
+        rest = {"replace": at + len(other), "insert": at, "delete": at + len(other), "cut": len(content)}[kind]
+        content = content[:at] + (other if kind in ("replace", "insert") else b"") + content[rest:]
+    return content
+
+
+@pytest.mark.filterwarnings("ignore:::PIL")  # as in utils.run_main
+@pytest.mark.parametrize("kind", ["photo", "mask"])
+def test_any_image_of_any_format(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2**16)  # a damaged header may call for any amount of memory
+    stored = _stored()
+    assert len({name.split()[0] for name in stored}) >= 20
+    sound, path = colour_mask(np.zeros((16, 24), np.uint8)), tmp_path / f"a.{'jpg' if kind == 'photo' else 'png'}"
+    ways = {"photo": lambda: squash(read_photo(path), sound, 32), "mask": lambda: read_mask(path, (24, 16), 255)}
+
+    @settings(deadline=None)
+    @given(st.sampled_from(sorted(stored)), edits)
+    def check(name, edits):
+        path.write_bytes(edited(stored[name], edits))
+        only_user_errors(ways[kind])
+
+    check()
 
 
 @fuzz
