@@ -415,8 +415,8 @@ def _cache_folder(root: Path) -> Path:
             raise PermissionError(f"{folder} belongs to somebody else")
     except (OSError, RuntimeError) as error:  # RuntimeError: a user without HOME and without an entry in passwd
         raise UserError(
-            f"{root} is read-only, and there is no other place for the decoded photos ({error}); set XDG_CACHE_HOME to "
-            'a folder that can be written to, or "cache": false in params.json'
+            f"{root} is read-only, and there is no other place for the decoded photos ({str(error).rstrip('.')}); "
+            'set XDG_CACHE_HOME to a folder that can be written to, or "cache": false in params.json'
         ) from None
     return folder
 
