@@ -263,14 +263,14 @@ def write_lists(data_dir: Path, shares: list[float], seed: int, group: str | Non
         if group is None:
             raise UserError(f"{len(ids)} photos of {images} have a mask in {masks}: too few for train and val")
         raise UserError(
-            f"--group {group!r} makes {len(groups)} groups of {len(ids)} photos: too few for train and val; "
+            f"--group {group!r} makes too few groups for train and val ({len(groups)} of {len(ids)} photos); "
             "give one that makes more and smaller groups, or another --seed"
         )
     listed = {name: sorted(id_ for members in part for id_ in members) for name, part in parts.items()}
     _write_all({lists / f"{name}.txt": "".join(f"{id_}\n" for id_ in part) for name, part in listed.items() if part})
     counts = {name: f"{len(part)} {name}" for name, part in listed.items()}
     if group is not None:
-        counts = {name: f"{count} in {len(parts[name])} groups" for name, count in counts.items()}
+        counts = {name: f"{count} (groups: {len(parts[name])})" for name, count in counts.items()}
     whole = "" if group is None else " (groups stay whole, so the shares are approximate)"
     print(f"{', '.join(counts.values())} -> {_printable(lists)}{whole}")
     if len(photos) > len(ids):

@@ -143,7 +143,10 @@ def class_names(data_dir: str | Path, num_classes: int) -> list[str]:
     if path.exists():
         names = read_list(path)
         if len(names) != num_classes:
-            raise UserError(f"{path} names {len(names)} classes, num_classes is {num_classes}; make them agree")
+            raise UserError(
+                f"{path} names {len(names)} classes, num_classes is {num_classes}; make them agree: "
+                f'set "num_classes": {len(names)} in params.json, or correct the names, background first'
+            )
         return names
     return default_class_names(num_classes)
 

@@ -657,7 +657,7 @@ def test_a_group_stays_together_and_shares_are_kept_about(tmp_path, capsys):
     assert {name: len(ids) for name, ids in lists.items()} == {"train": 48, "val": 24, "test": 8}
     assert sum(map(len, videos.values())) == 10, "no video is in two lists"
     stdout = capsys.readouterr().out
-    assert "48 train in 6 groups, 24 val in 3 groups, 8 test in 1 groups" in stdout and "approximate" in stdout
+    assert "48 train (groups: 6), 24 val (groups: 3), 8 test (groups: 1)" in stdout and "approximate" in stdout
 
 
 @pytest.mark.parametrize("pattern", [r"^.", r"^(.)", r"(?P<video>\w)_", r"(?:a|b|(?:[c-j]))(?=_)"])
@@ -687,8 +687,8 @@ def test_dealing_groups_loses_none_and_misses_each_end_of_a_share_by_half_a_grou
     [
         ("([", "is not a regular expression: unterminated character set"),
         (r"([a-h])_", "does not match 'i_001', 'i_002', 'i_003', 'i_004', 'i_005' and 11 more"),
-        (r"_", "makes 1 groups of 80 photos: too few for train and val"),
-        ("", "makes 1 groups of 80 photos: too few for train and val"),
+        (r"_", "makes too few groups for train and val (1 of 80 photos)"),
+        ("", "makes too few groups for train and val (1 of 80 photos)"),
     ],
 )
 def test_a_group_that_cannot_be_is_refused_in_one_line(tmp_path, pattern, words):
