@@ -7,15 +7,20 @@ import math
 import os
 import random
 import re
+import sys
 import tarfile
 import zlib
+from bisect import bisect_right
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from http.client import HTTPException
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
 from model import UserError
-from utils import RunFailed, require, run_main, write_text
+from utils import RunFailed, replacing, require, run_main, write_text
 
 ARCHIVE = "VOCtrainval_11-May-2012.tar"
 MIRROR = f"http://pjreddie.com/media/files/{ARCHIVE}"
@@ -50,6 +55,12 @@ def parse_args() -> argparse.Namespace:
         help="write lists for your own DATA_DIR/JPEGImages and SegmentationClass; three shares of 1, as 0.8 0.1 0.1",
     )
     parser.add_argument("--seed", type=int, default=230, help="of --split (default: %(default)s)")
+    parser.add_argument(
+        "--group",
+        metavar="REGEX",
+        help="of --split: keep the photos together for whose names this regular expression captures the same text, as "
+        "'(.*)_[0-9]+' the frames of each video",
+    )
     return parser.parse_args()
 
 
@@ -231,8 +242,45 @@ def _write_whole(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
-def write_lists(data_dir: Path, shares: list[float], seed: int) -> None:
-    """Deal the photos that have a mask into train.txt, val.txt and test.txt, at random but the same for equal seeds."""
+SPLITS = ("train", "val", "test")
+
+
+def write_lists(data_dir: Path, shares: list[float], seed: int, group: str | None = None) -> None:
+    """Deal the photos that have a mask into train.txt, val.txt and test.txt, at random but the same for equal seeds.
+
+    group is a regular expression: photos for which it captures the same text come into the same list.
+    """
+    images, masks, lists = _folders_to_deal(data_dir, shares)
+
+    from model.data_loader import photos_by_id
+
+    photos = photos_by_id(images)
+    ids = sorted(id_ for id_ in photos if (masks / f"{id_}.png").is_file())
+    _refuse_unreadable_names(images, ids)
+    groups = [[id_] for id_ in ids] if group is None else grouped(ids, group)
+    parts = deal(groups, shares, seed)
+    if not (parts["train"] and parts["val"]):
+        if group is None:
+            raise UserError(f"{len(ids)} photos of {images} have a mask in {masks}: too few for train and val")
+        raise UserError(
+            f"--group {group!r} makes too few groups for train and val ({len(groups)} of {len(ids)} photos); "
+            "give one that makes more and smaller groups, or another --seed"
+        )
+    listed = {name: sorted(id_ for members in part for id_ in members) for name, part in parts.items()}
+    _write_all({lists / f"{name}.txt": "".join(f"{id_}\n" for id_ in part) for name, part in listed.items() if part})
+    counts = {name: f"{len(part)} {name}" for name, part in listed.items()}
+    if group is not None:
+        counts = {name: f"{count} (groups: {len(parts[name])})" for name, count in counts.items()}
+    whole = "" if group is None else " (groups stay whole, so the shares are approximate)"
+    print(f"{', '.join(counts.values())} -> {_printable(lists)}{whole}")
+    if len(photos) > len(ids):
+        print(f"{len(photos) - len(ids)} photos without a mask are in no list")
+    if group is None:
+        _warn_of_frames({id_: photos[id_] for id_ in ids}, shares, seed)
+
+
+def _folders_to_deal(data_dir: Path, shares: list[float]) -> tuple[Path, Path, Path]:
+    """Where the photos and masks are and the lists are to be. Raises UserError if they cannot be dealt."""
     if (
         any(not 0 <= share <= 1 for share in shares)
         or not math.isclose(sum(shares), 1, abs_tol=1e-6)
@@ -247,32 +295,135 @@ def write_lists(data_dir: Path, shares: list[float], seed: int) -> None:
             raise UserError(f"no {folder}; put your {content} there")
     lists = data_dir / "ImageSets" / "Segmentation"
     lists = lists if lists.is_dir() else data_dir
-    for name in ("train", "val", "test"):
+    for name in SPLITS:
         if (lists / f"{name}.txt").exists():
             raise UserError(f"{lists / name}.txt is already there; delete the lists to deal them anew")
+    return images, masks, lists
 
-    from model.data_loader import photos_by_id
 
-    photos = sorted(photos_by_id(images))
-    ids = [id_ for id_ in photos if (masks / f"{id_}.png").is_file()]
-    random.Random(seed).shuffle(ids)
-    cuts = [0, round(len(ids) * shares[0]), round(len(ids) * (shares[0] + shares[1])), len(ids)]
-    parts = {
-        name: sorted(ids[start:end]) for name, start, end in zip(("train", "val", "test"), cuts, cuts[1:], strict=False)
-    }
-    if not (parts["train"] and parts["val"]):
-        raise UserError(f"{len(ids)} photos of {images} have a mask in {masks}: too few for train and val")
-    for name, part in parts.items():
-        if part:
-            write_text(lists / f"{name}.txt", "".join(f"{id_}\n" for id_ in part))
-    print(", ".join(f"{len(part)} {name}" for name, part in parts.items()) + f" -> {lists}")
-    if len(photos) > len(ids):
-        print(f"{len(photos) - len(ids)} photos without a mask are in no list")
+def _refuse_unreadable_names(images: Path, ids: list[str]) -> None:
+    """Raise UserError naming those that would not come back from a list."""
+    from model.data_loader import ids_in
+
+    def comes_back(id_: str) -> bool:
+        try:
+            return ids_in(f"{id_}\n".encode()) == [id_]
+        except UnicodeError:  # a name of bytes that are not UTF-8
+            return False
+
+    if bad := [id_ for id_ in ids if not comes_back(id_)]:
+        raise UserError(
+            f"{images} has names that a list cannot hold, {_some(bad)}; rename these photos and their masks: UTF-8, no "
+            "blank at either end, no line separator"
+        )
+
+
+def _some(names: list[str]) -> str:
+    """The first few names, with whatever a terminal would not show spelled out."""
+    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _printable(path: Path) -> str:
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
+def grouped(ids: list[str], pattern: str) -> list[list[str]]:
+    """The ids for which a regular expression captures the same text, or, without groups of its own, matches it.
+
+    Raises UserError for one that is not valid, and naming ids that it does not match.
+    """
+    try:
+        regex = re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise UserError(f"--group {pattern!r} is not a regular expression: {error}") from None
+    groups: dict[object, list[str]] = {}
+    unmatched = []
+    for id_ in ids:
+        match = regex.search(id_)
+        if match is None:
+            unmatched.append(id_)
+        else:
+            groups.setdefault(match.groups() or match[0], []).append(id_)
+    if unmatched:
+        raise UserError(f"--group {pattern!r} does not match {_some(unmatched)}; it must match every name")
+    return list(groups.values())
+
+
+def deal(groups: list[list[str]], shares: Sequence[float], seed: int) -> dict[str, list[list[str]]]:
+    """Shuffle groups and give each to the split in whose share of all ids its middle falls."""
+    groups = groups.copy()
+    random.Random(seed).shuffle(groups)
+    total = sum(map(len, groups))
+    ends = [round(total * shares[0]), round(total * (shares[0] + shares[1]))]
+    parts = {name: [] for name in SPLITS}
+    dealt = 0
+    for group in groups:
+        parts[SPLITS[bisect_right(ends, dealt + len(group) / 2)]].append(group)
+        dealt += len(group)
+    return parts
+
+
+def _write_all(texts: dict[Path, str]) -> None:
+    """Write files that are not there yet, all of them or none."""
+    try:
+        with ExitStack() as stack:  # at whose end they take their places
+            for path, text in texts.items():
+                stack.enter_context(replacing(path)).write_text(text, encoding="utf-8")
+    except BaseException:  # a full disk, or Ctrl-C when some are there already
+        for path in texts:
+            with suppress(OSError):
+                path.unlink()
+        raise
+
+
+NUMBERED = re.compile(r"(.*?)(\d+)")
+PAIRS = 50
+# The mean difference of two thumbnails, of 255 grey levels. Neighbours in VOC2012, 980 photos and no frames, differ by
+# 26 or more, a photo from itself moved by 5 pixels, with noise, by 13 or less, and by 10 pixels half of them by 17.
+ALIKE = 15
+KEEP_TOGETHER = (r"(.*?)\d*$", r"(.*?)\d{0,2}$", r"(.*?)\d?$")  # whole videos; hundreds of frames; tens
+
+
+def _warn_of_frames(photos: dict[str, Path], shares: list[float], seed: int) -> None:
+    """Print a line where neighbours look like frames of a video, naming the --group that keeps them together."""
+    matches = [match for id_ in photos if (match := NUMBERED.fullmatch(id_))]
+    row = sorted((match[1], int(match[2]), match[0]) for match in matches)
+    pairs = [(one[2], other[2]) for one, other in pairwise(row) if one[0] == other[0]]
+    pairs = pairs[:: math.ceil(len(pairs) / PAIRS) or 1]
+    alike = [pair for pair in pairs if _are_alike(photos[pair[0]], photos[pair[1]])]
+    if not pairs or len(alike) < len(pairs) / 4:
+        return
+
+    def fills_every_split(pattern: str) -> bool:
+        parts = deal(grouped(sorted(photos), pattern), shares, seed)
+        return all(parts[name] for name, share in zip(SPLITS, shares, strict=True) if share)
+
+    pattern = next(filter(fills_every_split, KEEP_TOGETHER), None)
+    print(
+        f"warning: neighbours such as {_some([*alike[0]])} are nearly the same, like frames of a video, and may be in "
+        "train and in val, whose score then says little; "
+        + (f"delete the lists and add --group '{pattern}'" if pattern else "take val from photos of another scene"),
+        file=sys.stderr,
+    )
+
+
+def _are_alike(*paths: Path) -> bool:
+    from PIL import ImageChops, ImageStat
+
+    from model.data_loader import read_photo
+
+    try:
+        first, second = (read_photo(path).convert("L").resize((32, 32)) for path in paths)
+    except UserError:  # which training will name
+        return False
+    return ImageStat.Stat(ImageChops.difference(first, second)).mean[0] < ALIKE
 
 
 def main(args: argparse.Namespace) -> None:
     if args.data_dir.exists() and not args.data_dir.is_dir():
         raise UserError(f"--data_dir {args.data_dir} is not a folder")
+    if args.group is not None and not args.split:
+        raise UserError(f"--group {args.group!r} is of use with --split only")
     if args.sbd:
         get_sbd(args.data_dir, None if args.sbd is DOWNLOAD else args.sbd)
     elif args.sample:
@@ -280,7 +431,7 @@ def main(args: argparse.Namespace) -> None:
 
         print(f"the sample is in {draw_sample(args.data_dir / 'sample')}")
     elif args.split:
-        write_lists(args.data_dir, args.split, args.seed)
+        write_lists(args.data_dir, args.split, args.seed, args.group)
     else:
         get_voc(args.data_dir, args.archive)
 

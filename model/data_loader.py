@@ -143,7 +143,10 @@ def class_names(data_dir: str | Path, num_classes: int) -> list[str]:
     if path.exists():
         names = read_list(path)
         if len(names) != num_classes:
-            raise UserError(f"{path} names {len(names)} classes, num_classes is {num_classes}; make them agree")
+            raise UserError(
+                f"{path} names {len(names)} classes, num_classes is {num_classes}; make them agree: "
+                f'set "num_classes": {len(names)} in params.json, or correct the names, background first'
+            )
         return names
     return default_class_names(num_classes)
 
@@ -411,8 +414,8 @@ def _cache_folder(root: Path) -> Path:
             raise PermissionError(f"{folder} belongs to somebody else")
     except (OSError, RuntimeError) as error:  # RuntimeError: a user without HOME and without an entry in passwd
         raise UserError(
-            f"{root} is read-only, and there is no other place for the decoded photos ({error}); set XDG_CACHE_HOME to "
-            'a folder that can be written to, or "cache": false in params.json'
+            f"{root} is read-only, and there is no other place for the decoded photos ({str(error).rstrip('.')}); "
+            'set XDG_CACHE_HOME to a folder that can be written to, or "cache": false in params.json'
         ) from None
     return folder
 

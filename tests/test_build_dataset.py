@@ -3,6 +3,9 @@
 import gzip
 import hashlib
 import io
+import os
+import re
+import resource
 import tarfile
 import tempfile
 import threading
@@ -13,12 +16,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import run_script
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from scipy.io import savemat
 
-from build_dataset import ARCHIVE, download, write_lists
+import build_dataset
+from build_dataset import ARCHIVE, deal, download, grouped, write_lists
 from model import UserError
-from model.data_loader import Split
+from model.data_loader import Split, read_list
 from model.voc import CLASS_NAMES, VOID
 from utils import RunFailed
 
@@ -544,6 +550,193 @@ def test_script_refuses_impossible_shares_in_one_line(tmp_path):
     own_photos(tmp_path, IDS)
     assert "--split 0.8 0.1 0.2: " in refusal("--data_dir", tmp_path, "--split", 0.8, 0.1, 0.2)
     assert read_lists(tmp_path) == {}
+
+
+def test_lists_are_those_of_before(tmp_path):
+    """Whoever deals anew with the same seed wants the same lists."""
+    write_lists(own_photos(tmp_path, [*IDS[:10], "x y"]), [0.6, 0.3, 0.1], seed=230)
+    assert read_lists(tmp_path) == {
+        "train": ["photo1", "photo3", "photo5", "photo6", "photo7", "photo9", "x y"],
+        "val": ["photo0", "photo4", "photo8"],
+        "test": ["photo2"],
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- names
+
+UNREADABLE = [b"\xff\xfe", b" a", b"a ", "a\u2028b".encode(), "\x85a".encode(), b"a\x0bb", b"a\x1cb", b"a\x0c", b"a\nb"]
+UNREADABLE += ["\ufeffa".encode(), "\u3000a".encode(), b"\t"]
+
+
+def touch(folder: Path, name: bytes) -> None:
+    for kind, suffix in (("JPEGImages", b".jpg"), ("SegmentationClass", b".png")):
+        Path(os.fsdecode(os.fsencode(folder / kind) + b"/" + name + suffix)).touch()
+
+
+@pytest.mark.parametrize("name", UNREADABLE, ids=repr)
+def test_a_name_that_a_list_cannot_hold_is_refused_before_anything_is_written(tmp_path, name):
+    touch(own_photos(tmp_path, IDS), name)
+    message = refusal("--data_dir", tmp_path, "--split", 0.6, 0.3, 0.1)
+    assert ascii(os.fsdecode(name))[1:-1] in ascii(message).replace("\\\\", "\\") and "rename" in message
+    assert read_lists(tmp_path) == {} and not list(tmp_path.glob(".*"))
+
+
+def test_of_many_such_names_a_few_are_shown(tmp_path):
+    for index in range(8):
+        touch(own_photos(tmp_path, IDS) if index == 0 else tmp_path, b" %d" % index)
+    message = refusal("--data_dir", tmp_path, "--split", 0.6, 0.3, 0.1)
+    assert "' 0', ' 1', ' 2', ' 3', ' 4' and 3 more" in message
+
+
+def test_a_folder_whose_name_is_not_utf8_can_be_dealt(tmp_path):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xe9"))
+    own_photos(folder, IDS)
+    assert "-> " in run_script("build_dataset.py", "--data_dir", folder, "--split", 0.6, 0.3, 0.1).stdout
+    assert len(Split.find(folder, "train").ids) == 12
+
+
+characters = st.sampled_from([*"ab .\u00e9\x0b\x1c\u2028\x85\ufeff\t\n\r\u3000\x00\udcff", "\u5730", "\U0001f600"])
+file_names = st.text(characters | st.characters(exclude_characters="/\0"), min_size=1, max_size=6).filter(
+    lambda name: "\0" not in name and not name.startswith(".") and len(name.encode(errors="replace")) < 200
+)
+
+
+@settings(deadline=None)
+@given(st.sets(file_names, min_size=1, max_size=3))
+def test_any_name_that_is_accepted_can_be_read_back(names):
+    with tempfile.TemporaryDirectory() as folder:
+        data = own_photos(Path(folder), ["1", "2", "3"])
+        try:
+            for name in names:
+                touch(data, os.fsencode(name))
+        except UnicodeEncodeError:  # half of a surrogate pair, which no file is called
+            return
+        wanted = {"1", "2", "3", *names}
+        try:
+            write_lists(data, [0.5, 0.5, 0], seed=1)
+        except UserError as error:
+            assert "\n" not in str(error) and repr(min(names - {"1"})).isprintable()
+            assert read_lists(data) == {}
+        else:
+            assert {id_ for name in ("train", "val") for id_ in read_list(data / f"{name}.txt")} == wanted
+            assert all(Split.find(data, name).masks for name in ("train", "val"))
+
+
+def test_lists_are_written_all_or_none_on_a_full_disk(tmp_path):
+    """val.txt is longer than the limit on a file's size, train.txt is not."""
+    own_photos(tmp_path, [f"{index:0200}" for index in range(100)])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_lists(tmp_path, [0.1, 0.9, 0], seed=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not [path for path in tmp_path.iterdir() if not path.is_dir()]
+    write_lists(tmp_path, [0.1, 0.9, 0], seed=1)
+    assert len(read_lists(tmp_path)["val"]) == 90
+
+
+def test_a_list_that_cannot_take_its_place_takes_the_others_away(tmp_path):
+    (tmp_path / "first").mkdir()
+    with pytest.raises(OSError):
+        build_dataset._write_all({tmp_path / "first": "a\n", tmp_path / "second": "b\n"})
+    assert [path.name for path in tmp_path.iterdir()] == ["first"]
+
+
+# ---------------------------------------------------------------------------------------------------- groups
+
+FRAMES = [f"{video}_{frame:03}" for video in "abcdefghij" for frame in range(1, 9)]
+
+
+def test_a_group_stays_together_and_shares_are_kept_about(tmp_path, capsys):
+    write_lists(own_photos(tmp_path, FRAMES), [0.6, 0.3, 0.1], seed=230, group=r"(.*)_\d+")
+    lists = read_lists(tmp_path)
+    videos = {name: {id_[0] for id_ in ids} for name, ids in lists.items()}
+    assert sorted(id_ for ids in lists.values() for id_ in ids) == FRAMES
+    assert {name: len(ids) for name, ids in lists.items()} == {"train": 48, "val": 24, "test": 8}
+    assert sum(map(len, videos.values())) == 10, "no video is in two lists"
+    stdout = capsys.readouterr().out
+    assert "48 train (groups: 6), 24 val (groups: 3), 8 test (groups: 1)" in stdout and "approximate" in stdout
+
+
+@pytest.mark.parametrize("pattern", [r"^.", r"^(.)", r"(?P<video>\w)_", r"(?:a|b|(?:[c-j]))(?=_)"])
+def test_groups_are_what_is_captured_or_the_whole_match(pattern):
+    assert grouped(FRAMES, pattern) == [FRAMES[start : start + 8] for start in range(0, 80, 8)]
+
+
+def test_several_groups_of_an_expression_count_together():
+    assert grouped(["a1x", "a2x", "b1x", "a1y", "x"], r"(?:([ab])\d)?(.)$") == [["a1x", "a2x"], ["b1x"], ["a1y"], ["x"]]
+
+
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=30), st.integers(0, 99), st.floats(0.05, 0.9), st.floats(0.05, 1)
+)
+def test_dealing_groups_loses_none_and_misses_each_end_of_a_share_by_half_a_group(sizes, seed, train, rest):
+    val = (1 - train) * rest
+    groups = [[(number, index) for index in range(size)] for number, size in enumerate(sizes)]
+    parts = deal(groups, [train, val, 1 - train - val], seed)
+    assert sorted(group for part in parts.values() for group in part) == groups
+    counts = {name: sum(map(len, part)) for name, part in parts.items()}
+    for end, share in ((counts["train"], train), (counts["train"] + counts["val"], train + val)):
+        assert abs(end - share * sum(sizes)) <= max(sizes) / 2 + 0.5  # which rounding may take
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("([", "is not a regular expression: unterminated character set"),
+        (r"([a-h])_", "does not match 'i_001', 'i_002', 'i_003', 'i_004', 'i_005' and 11 more"),
+        (r"_", "makes too few groups for train and val (1 of 80 photos)"),
+        ("", "makes too few groups for train and val (1 of 80 photos)"),
+    ],
+)
+def test_a_group_that_cannot_be_is_refused_in_one_line(tmp_path, pattern, words):
+    own_photos(tmp_path, FRAMES)
+    assert words in refusal("--data_dir", tmp_path, "--split", 0.6, 0.3, 0.1, "--group", pattern)
+    assert read_lists(tmp_path) == {}
+
+
+def test_group_without_split_is_refused(tmp_path):
+    assert "--group '(.)' is of use with --split only" in refusal("--data_dir", tmp_path, "--group", "(.)", "--sample")
+
+
+def videos(folder: Path, count: int, frames: int, *, step: int = 3) -> Path:
+    """Frames of a camera that moves over a scene, a few pixels a frame, with noise."""
+    own_photos(folder, [f"{video}_{frame}" for video in range(count) for frame in range(frames)])
+    rng = np.random.default_rng(0)
+    for video in range(count):
+        colours = Image.fromarray(rng.integers(0, 256, (8, 12, 3), dtype=np.uint8))
+        scene = colours.resize((480, 320), Image.Resampling.BICUBIC)
+        for frame in range(frames):
+            view = np.array(scene.crop((step * frame, step * frame, 240 + step * frame, 160 + step * frame)))
+            view = (view + rng.normal(0, 8, view.shape)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(view).save(folder / "JPEGImages" / f"{video}_{frame}.jpg")
+    return folder
+
+
+@pytest.mark.parametrize(("count", "frames"), [(5, 8), (1, 40)])
+def test_frames_of_a_video_are_warned_of_with_a_group_that_works(tmp_path, count, frames):
+    data = videos(tmp_path, count, frames)
+    arguments = ("build_dataset.py", "--data_dir", data, "--split", 0.6, 0.4, 0)
+    result = run_script(*arguments)
+    assert result.stderr.startswith("warning: ") and result.stderr.count("\n") == 1
+    assert sum(map(len, read_lists(data).values())) == count * frames, "the lists are written all the same"
+    (pattern,) = re.findall("--group '(.*)'", result.stderr)
+    for name in ("train", "val"):
+        (data / f"{name}.txt").unlink()
+    assert run_script(*arguments, "--group", pattern).stderr == ""
+    where = {id_: name for name, ids in read_lists(data).items() for id_ in ids}
+    torn = [f for video in range(count) for f in range(1, frames) if where[f"{video}_{f}"] != where[f"{video}_{f - 1}"]]
+    assert len(torn) <= (0 if count > 1 else 3), "where a video is cut, its neighbours are torn apart"
+
+
+def test_photos_that_are_no_frames_are_not_warned_of(tmp_path, voc2012):
+    data = own_photos(tmp_path, [])
+    for path in sorted((voc2012 / "JPEGImages").glob("*.jpg"))[:60]:
+        (data / "JPEGImages" / path.name).symlink_to(path)
+        (data / "SegmentationClass" / f"{path.stem}.png").touch()
+    assert run_script("build_dataset.py", "--data_dir", data, "--split", 0.6, 0.3, 0.1).stderr == ""
 
 
 # ---------------------------------------------------------------------------------------------------- the sample

@@ -202,7 +202,7 @@ def test_class_names_of_a_devkit_are_beside_its_lists(data, tmp_path):
 
 def test_a_wrong_count_of_class_names_is_refused(data):
     (data / "classes.txt").write_text("background\nroad\nsky\n")
-    with pytest.raises(UserError, match=r"classes\.txt names 3 classes, num_classes is 4"):
+    with pytest.raises(UserError, match=r'classes\.txt names 3 classes, num_classes is 4; .* "num_classes": 3 '):
         class_names(data, 4)
 
 
@@ -681,6 +681,35 @@ for folder in sys.argv[1:]:
         dataset = load(folder, cache=False)
         assert (int(length), int(total)) == (len(dataset), int(dataset[0][0].sum()))
         assert Path(file).is_relative_to(tmp_path / "user") and Path(file).is_file() and cached(folder) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("setpriv") is None, reason="needs root, to become a stranger")
+@pytest.mark.parametrize("home", [None, "/", "/dev/null"])
+def test_read_only_data_of_a_user_without_a_home_say_where_else_to_go(data, home):
+    """As in a container: a user whom passwd does not know and who may write nowhere."""
+    capability = "--{}=+dac_read_search"  # so that the stranger sees this interpreter and the data
+    stranger = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups"]
+    stranger += [capability.format("inh-caps"), capability.format("ambient-caps"), sys.executable, "-c"]
+    code = f"""
+import sys
+from model.data_loader import SegmentationDataset, Split, UserError
+split = Split.find(sys.argv[1], "train")
+print(len(SegmentationDataset(split, class_names=["x"] * 21, image_size={SIZE}, cache=False)))
+try:
+    SegmentationDataset(split, class_names=["x"] * 21, image_size={SIZE})
+except UserError as error:
+    print(error)
+"""
+    environment = {key: value for key, value in os.environ.items() if key not in ("HOME", "XDG_CACHE_HOME")}
+    environment |= {} if home is None else {"HOME": home}
+    data.chmod(0o555)
+    result = subprocess.run(
+        [*stranger, code, str(data)], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    count, message = result.stdout.splitlines()
+    assert count == "6" and message.startswith(f"{data} is read-only, ")
+    assert '"cache": false' in message and "XDG_CACHE_HOME" in message
 
 
 @pytest.mark.parametrize("cache", [True, False])
