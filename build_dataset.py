@@ -272,7 +272,7 @@ def write_lists(data_dir: Path, shares: list[float], seed: int, group: str | Non
     if group is not None:
         counts = {name: f"{count} (groups: {len(parts[name])})" for name, count in counts.items()}
     whole = "" if group is None else " (groups stay whole, so the shares are approximate)"
-    print(f"{', '.join(counts.values())} -> {_printable(lists)}{whole}")
+    print(f"{', '.join(counts.values())} -> {lists}{whole}")
     if len(photos) > len(ids):
         print(f"{len(photos) - len(ids)} photos without a mask are in no list")
     if group is None:
@@ -321,10 +321,6 @@ def _refuse_unreadable_names(images: Path, ids: list[str]) -> None:
 def _some(names: list[str]) -> str:
     """The first few names, with whatever a terminal would not show spelled out."""
     return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _printable(path: Path) -> str:
-    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def grouped(ids: list[str], pattern: str) -> list[list[str]]:
