@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -90,6 +91,28 @@ def test_files_folders_and_patterns_are_found(photos, tmp_path):
     assert set(find_photos([str(odd)], out).values()) == {odd}
 
 
+def test_links_to_folders_are_followed_and_never_in_a_circle(photos, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copy(photos / "a.jpg", elsewhere / "linked.jpg")
+    (photos / "aaa").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(photos)
+    (photos / "again").symlink_to(photos / "deeper")
+    assert set(map(str, find_photos([str(photos)], tmp_path / "out"))) == {"a", "b", "deeper/a", "aaa/linked"}
+    assert len(find_photos([str(photos)], elsewhere)) == 3, "what lies in output_dir are results"
+
+
+def test_what_is_called_a_photo_and_is_none_is_reported(experiment, photos, tmp_path):
+    (photos / "circle.jpg").symlink_to("circle.jpg")
+    (photos / "nowhere.jpg").symlink_to("gone.jpg")
+    result = run_predict(experiment, photos, photos / "circle.jpg", "--output_dir", tmp_path / "out", check=1)
+    assert "3 of 5 photos" in result.stdout
+    assert len(result.stderr.splitlines()) == 2
+    assert "circle.jpg: " in result.stderr and "nowhere.jpg: no such file; skipped" in result.stderr
+    os.mkfifo(photos / "pipe.jpg")
+    assert photos / "pipe.jpg" in find_photos([str(photos)], tmp_path / "out").values()
+
+
 def test_earlier_results_are_not_photos(photos):
     shutil.copytree(photos / "deeper", photos / "predictions")
     (photos / "predictions" / "a.png").touch()
@@ -130,6 +153,10 @@ def test_a_mistake_is_one_line_and_leaves_nothing(experiment, photos, tmp_path):
     assert "nowhere.jpg: no photo is there" in stderr
     assert stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+    (tmp_path / "loop").symlink_to("loop")
+    for folder in ("loop", "loop/below"):
+        stderr = run_predict(experiment, photos, "--output_dir", tmp_path / folder, check=2).stderr
+        assert "loop" in stderr and stderr.count("\n") == 1
 
 
 @pytest.mark.slow
