@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MARGIN, TEXT = 8, 22  # pixels
-COLOURS = 10  # runs that are told apart in a plot; the others are grey
-SHADES = 20, 120  # black and white in the error picture, darker than error and void
+COLOURS = [f"C{number}" for number in range(10) if number != 7]  # of the best runs in a plot; C7 is grey, as the others
+SHADES = 30, 120  # what black and white become in the error picture: darker than error and void
 Entry = tuple[tuple[int, int, int] | None, str]  # of a legend: a colour, None for what is not coloured, and its label
 
 
@@ -218,12 +218,12 @@ def learning_curves(
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    colours = {name: f"C{rank}" if rank < COLOURS else "lightgrey" for rank, name in enumerate(curves)}
+    colours = {name: COLOURS[rank] if rank < len(COLOURS) else "lightgrey" for rank, name in enumerate(curves)}
     by_name = hyperparameters is None
     plots = 2 if by_name else 1 + len(hyperparameters)
     columns = min(3, plots)
     rows = -(-plots // columns)
-    room_for_names = 0.2 * max(len(curves) - 12, 0) if by_name else 0.25 * min(len(curves), COLOURS + 1)
+    room_for_names = 0.2 * max(len(curves) - 12, 0) if by_name else 0.25 * min(len(curves), len(COLOURS) + 1)
     figure = Figure(figsize=(5 * columns, 3.6 * rows + room_for_names), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for name in reversed(curves):  # the best on top
@@ -237,10 +237,12 @@ def learning_curves(
             )
     axes[0].set(xlabel="epoch", ylabel="validation mIoU")
     axes[0].xaxis.get_major_locator().set_params(integer=True)
-    handles, names = (entries[::-1][: 0 if by_name else COLOURS] for entries in axes[0].get_legend_handles_labels())
-    if len(curves) > COLOURS and not by_name:
-        handles.append(Line2D([], [], marker=".", color=colours[list(curves)[COLOURS]]))
-        names.append(f"the other {len(curves) - COLOURS}")
+    handles, names = (
+        entries[::-1][: 0 if by_name else len(COLOURS)] for entries in axes[0].get_legend_handles_labels()
+    )
+    if not by_name and (others := len(curves) - len(COLOURS)) > 0:
+        handles.append(Line2D([], [], marker=".", color="lightgrey"))
+        names.append(f"the other {others}")
     if published:
         handles.append(Line2D([], [], linestyle="none", marker="o", color="grey", markerfacecolor="none"))
         names.append("published")

@@ -516,8 +516,8 @@ def test_the_plots_show_every_curve_and_every_hyperparameter():
     first, rate, kernel, head, clip = figure.axes
     legend = figure.legends[0]
     assert len(first.lines) == 14
-    assert [text.get_text() for text in legend.texts] == [*list(curves)[:10], "the other 4"]
-    assert {line.get_color() for line in first.lines[:4]} == {legend.legend_handles[-1].get_color()}
+    assert [text.get_text() for text in legend.texts] == [*list(curves)[:9], "the other 5"]
+    assert {line.get_color() for line in first.lines[:5]} == {legend.legend_handles[-1].get_color()}
     assert list(first.lines[-1].get_ydata()) == [0.13, 0.26], "the best is drawn last, over the others"
     assert (rate.get_xscale(), kernel.get_xscale()) == ("log", "linear")
     assert [label.get_text() for label in head.get_xticklabels()] == ["conv", "gcn"]
