@@ -7,14 +7,14 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_experiment, run_script
+from conftest import ROOT, make_experiment, rename_classes, run_script
 from PIL import Image
 
 import utils
 from model.data_loader import read_photo
 from model.inference import Segmenter
 from model.sample import draw_scene
-from model.voc import CLASS_NAMES
+from model.voc import CLASS_NAMES, palette
 from predict import find_photos
 
 
@@ -61,13 +61,13 @@ def test_every_photo_of_a_folder_gets_three_files(experiment, photos, tmp_path):
         assert overlay.height > picture.height  # the legend
 
 
-def test_a_broken_photo_is_reported_and_the_others_go_on(experiment, photos, tmp_path):
+def test_a_broken_photo_is_reported_and_the_others_go_on(experiment, trained, photos, tmp_path):
     (photos / "aa.jpg").write_bytes((photos / "a.jpg").read_bytes()[:300])
     shutil.copy(photos / "a.jpg", photos / f"{'long' * 62}.jpg")  # a name that leaves no room for _overlay.png
-    checkpoint = utils.load_checkpoint(experiment / "best.pth.tar")
-    assert checkpoint["class_names"] == list(CLASS_NAMES)
-    (experiment / "best.pth.tar").unlink()  # a link to the one that other tests read
-    torch.save(checkpoint | {"class_names": [f"kind {index}" for index in range(21)]}, experiment / "best.pth.tar")
+    assert utils.load_checkpoint(experiment / "best.pth.tar")["class_names"] == list(CLASS_NAMES)
+    kinds = [f"kind {index}" for index in range(21)]
+    data = rename_classes(experiment, trained[1], tmp_path / "data", kinds)
+    utils.write_json(experiment / "run.json", {"data_dir": str(data)})
     result = run_predict(experiment, photos, "--output_dir", tmp_path / "out", "--tile", 48, check=1)
     assert "3 of 5 photos" in result.stdout
     assert result.stderr.count("\n") == 2
@@ -78,6 +78,7 @@ def test_a_broken_photo_is_reported_and_the_others_go_on(experiment, photos, tmp
     assert not np.array_equal(prediction, expected_prediction(experiment, photos / "a.jpg"))
     areas = json.loads((tmp_path / "out" / "a.json").read_text())["areas"]
     assert all(name.startswith("kind ") for name in areas)  # names are the checkpoint's
+    assert Image.open(tmp_path / "out" / "a.png").getpalette() == palette(kinds).flatten().tolist()
 
 
 def test_files_folders_and_patterns_are_found(photos, tmp_path):
