@@ -13,7 +13,10 @@ from utils import (
     Params,
     add_restore_file,
     add_testing_flags,
+    agreed_class_names,
     autocast,
+    checkpoint_path,
+    data_dir,
     end_at_once_on_interrupt,
     experiment_parser,
     load_network,
@@ -24,12 +27,13 @@ from utils import (
     save_figure,
     save_picture,
     stop_if_asked,
+    table_text,
     write_json,
 )
 
 
 def parse_args() -> argparse.Namespace:
-    parser = experiment_parser(__doc__)
+    parser = experiment_parser(__doc__, trained=True)
     add_restore_file(parser)
     parser.add_argument("--split", default="val", help="which list of the data set (default: %(default)s)")
     parser.add_argument(
@@ -39,7 +43,10 @@ def parse_args() -> argparse.Namespace:
     )
     add_testing_flags(parser)
     parser.add_argument(
-        "--save_predictions", type=Path, metavar="DIR", help="write palette PNGs as the VOC server takes them"
+        "--save_predictions",
+        type=Path,
+        metavar="DIR",
+        help="write palette PNGs to DIR/<split>; VOC's classes to where the VOC server looks for them",
     )
     parser.add_argument(
         "--save_overlays", type=positive, metavar="N", help="draw the N photos with the lowest mIoU, in model_dir"
@@ -65,7 +72,6 @@ from model.data_loader import (
     OriginalDataset,
     SegmentationDataset,
     Split,
-    class_names,
     data_root,
     make_loader,
     make_original_loader,
@@ -77,7 +83,7 @@ from model.losses import SegmentationLoss
 from model.metrics import BoundaryMetrics, ConfusionMatrix
 from model.parallel import add_up
 from model.transforms import to_input
-from model.voc import colour_mask
+from model.voc import colour_mask, is_voc
 from visualize import confusion_figure, error_picture
 
 
@@ -187,25 +193,25 @@ class Worst:
 
 
 def score_originals(
-    segmenter: Segmenter, split: Split, names: list[str], params: Params, args: argparse.Namespace
+    segmenter: Segmenter, dataset: OriginalDataset, params: Params, args: argparse.Namespace, *, overlays: Path
 ) -> tuple[dict, ConfusionMatrix | None]:
     """Predict every photo at its own size and write what the flags ask for; each process does its part of the photos.
 
-    Returns the metrics of all; without masks they are {}.
+    overlays is the folder of --save_overlays. Returns the metrics of all; without masks they are {}.
     """
-    dataset = OriginalDataset(split, class_names=names)
+    split, names = dataset.split, dataset.class_names
     loader = make_original_loader(
         dataset, segmenter.sizes, batch_size=params.scoring_batch_size, **params.loading_options()
     )
     matrix, boundary = (metric(params.num_classes, segmenter.device) for metric in (ConfusionMatrix, BoundaryMetrics))
     worst = Worst(args.save_overlays or 0, params.num_classes)
-    folder = args.save_predictions and args.save_predictions / server_folder(split.name)
+    folder = args.save_predictions and predictions_folder(args.save_predictions, split.name, names)
     if folder:
         with distributed.together():
             make_folder(folder, "--save_predictions")
     for index, prediction, mask in predictions(segmenter, loader):
         if folder:
-            save_picture(colour_mask(prediction.cpu().numpy()), folder / f"{split.ids[index]}.png")
+            save_picture(colour_mask(prediction.cpu().numpy(), names), folder / f"{split.ids[index]}.png")
         if mask is not None:
             matrix.update(prediction, mask)
             boundary.update(prediction, mask)
@@ -217,14 +223,14 @@ def score_originals(
     if split.masks is None:
         return {}, None
     if args.save_overlays and distributed.is_main():
-        worst.draw(dataset, args.model_dir / f"overlays_{split.name}_{args.restore_file}")
+        worst.draw(dataset, overlays)
     metrics = {"images": len(dataset), **matrix.compute(), **boundary.compute()}
     return by_name(metrics, names), matrix
 
 
-def server_folder(split: str) -> Path:
-    """Where the VOC server looks for the predictions of a split (comp5: trained on VOC's own data)."""
-    return Path("results", "VOC2012", "Segmentation", f"comp5_{split}_cls")
+def predictions_folder(folder: Path, split: str, names: Sequence[str]) -> Path:
+    """Where --save_predictions writes: for VOC's classes where its server looks (comp5: trained on VOC's own data)."""
+    return folder / (f"results/VOC2012/Segmentation/comp5_{split}_cls" if is_voc(names) else split)
 
 
 def table(metrics: dict) -> str:
@@ -236,10 +242,12 @@ def table(metrics: dict) -> str:
         "share of pixels": "frequency",
     }
     columns = {title: metrics[key] for title, key in columns.items() if key in metrics}
-    rows = [(name, *(column[name] for column in columns.values())) for name in metrics["IoU"]]
-    classes = tabulate(rows, headers=("class", *columns), tablefmt="pipe", floatfmt=".4f", missingval="-")
+    rows = [(table_text(name), *(column[name] for column in columns.values())) for name in metrics["IoU"]]
     overall = [(key, value) for key, value in metrics.items() if isinstance(value, float)]
-    return f"{classes}\n\n{tabulate(overall, headers=('metric', 'value'), tablefmt='pipe', floatfmt='.4f')}"
+    names_stay = {"disable_numparse": [0]}  # also those that look like numbers
+    options = {"tablefmt": "pipe", "floatfmt": ".4f", "missingval": "-", **names_stay}
+    classes = tabulate(rows, headers=("class", *columns), **options)
+    return f"{classes}\n\n{tabulate(overall, headers=('metric', 'value'), **options)}"
 
 
 def main(args: argparse.Namespace) -> None:
@@ -251,8 +259,8 @@ def main(args: argparse.Namespace) -> None:
 def run(device: torch.device, args: argparse.Namespace) -> None:
     """Score, and write and print what comes of it."""
     model, params, checkpoint = load_network(args.model_dir, args.restore_file, device)
-    split, names = distributed.first_here(lambda: find_split(params, args))
-    name = f"metrics_{args.split}_{args.restore_file}"
+    split, names = distributed.first_here(lambda: find_split(params, checkpoint, args))
+    name = f"{args.split}_{args.restore_file}"
     record = {"epoch": checkpoint.get("epoch")}
     if args.original_size:
         scales = args.scales or [1.0]
@@ -260,7 +268,9 @@ def run(device: torch.device, args: argparse.Namespace) -> None:
         record |= {"scales": scales, "flip": args.flip}
         with distributed.together():
             ask = segmenter(model, params, device, args)
-        metrics, matrix = score_originals(ask, split, names, params, args)
+        dataset = OriginalDataset(split, class_names=names)
+        overlays = args.model_dir / f"overlays_{name}"
+        metrics, matrix = score_originals(ask, dataset, params, args, overlays=overlays)
     else:
         options = {"class_names": names, "image_size": params.image_size, "cache": params.cache}
         dataset = distributed.first_here(lambda: SegmentationDataset(split, **options))
@@ -268,33 +278,45 @@ def run(device: torch.device, args: argparse.Namespace) -> None:
         matrix = ConfusionMatrix(params.num_classes, device)
         metrics = evaluate(model, loader, params, device, matrix=matrix)
     if distributed.is_main():
-        report(record | metrics, matrix, len(split.ids), args.model_dir / f"{name}.json", params, args)
+        report(record | metrics, matrix, dataset, name, params, args)
 
 
-def find_split(params: Params, args: argparse.Namespace) -> tuple[Split, list[str]]:
+def find_split(params: Params, checkpoint: dict, args: argparse.Namespace) -> tuple[Split, list[str]]:
     """What is to be scored or predicted, and the names of the classes."""
-    root = data_root(params.dataset, args.data_dir)
-    names = class_names(root, params.num_classes)
+    root = data_root(params.dataset, data_dir(args))
+    file = checkpoint_path(args.model_dir, args.restore_file)
+    names = agreed_class_names(checkpoint, file, root, params.num_classes)
     only_predicted = args.save_predictions and not args.save_overlays
     return Split.find(root, args.split, masks_required=not only_predicted), names
 
 
 def report(
-    metrics: dict, matrix: ConfusionMatrix | None, count: int, output: Path, params: Params, args: argparse.Namespace
+    metrics: dict,
+    matrix: ConfusionMatrix | None,
+    dataset: SegmentationDataset | OriginalDataset,
+    name: str,
+    params: Params,
+    args: argparse.Namespace,
 ) -> None:
-    """Write the metrics of count images as JSON and PNG, if there are any, and say what has been written where."""
+    """Write the metrics as JSON and PNG, if there are any, and say what has been written where.
+
+    name is that of the files, without the word for what they hold.
+    """
+    count, of = len(dataset), f"{args.split} of {data_dir(args)}"
     if matrix:
+        output = args.model_dir / f"metrics_{name}.json"
         write_json(output, metrics)
         save_figure(confusion_figure(matrix.matrix.cpu().numpy(), metrics["IoU"]), output.with_suffix(".png"))
         print(table(metrics))
         size = "their own size" if args.original_size else f"{params.image_size}x{params.image_size}"
-        print(f"\n{count} images of {args.split} at {size}, epoch {metrics['epoch']} -> {output} and .png")
+        print(f"\n{count} images of {of} at {size}, epoch {metrics['epoch']} -> {output} and .png")
     else:
-        print(f"{args.split} has no masks and is not scored")
+        print(f"{of} has no masks and is not scored")
     if args.save_overlays:
-        print(f"the worst of them -> {args.model_dir / f'overlays_{args.split}_{args.restore_file}'}")
+        print(f"the worst of them -> {args.model_dir / f'overlays_{name}'}")
     if args.save_predictions:
-        print(f"{count} predictions -> {args.save_predictions / server_folder(args.split)}")
+        folder = predictions_folder(args.save_predictions, args.split, dataset.class_names)
+        print(f"{count} predictions -> {folder}")
 
 
 if __name__ == "__main__":

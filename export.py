@@ -13,18 +13,20 @@ from utils import (
     Params,
     RunFailed,
     add_restore_file,
+    agreed_class_names,
+    checkpoint_path,
+    data_dir,
     end_at_once_on_interrupt,
     experiment_parser,
     git_commit,
     load_network,
     replacing,
     run_main,
-    trained_class_names,
 )
 
 
 def parse_args() -> argparse.Namespace:
-    parser = experiment_parser(__doc__)
+    parser = experiment_parser(__doc__, trained=True)
     parser.set_defaults(device="cpu")  # where PyTorch computes what the file is held against
     add_restore_file(parser)
     parser.add_argument(
@@ -191,8 +193,10 @@ def main(args: argparse.Namespace) -> None:
     model.to(memory_format=torch.contiguous_format)
     refuse_large(model)
 
-    root = data_root(params.dataset, args.data_dir)
-    metadata = describe(params, trained_class_names(checkpoint, params.num_classes), checkpoint.get("epoch"))
+    root = data_root(params.dataset, data_dir(args))
+    file = checkpoint_path(args.model_dir, args.restore_file)
+    names = agreed_class_names(checkpoint, file, root, params.num_classes)
+    metadata = describe(params, names, checkpoint.get("epoch"))
     photo = Split.find(root, "val").images[0]
     batches = photo_batches(photo, params)
 

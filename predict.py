@@ -3,6 +3,7 @@
 import argparse
 import errno
 import glob
+import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -10,24 +11,28 @@ from pathlib import Path
 
 import distributed
 from utils import (
+    Params,
     UserError,
     add_restore_file,
     add_testing_flags,
+    agreed_class_names,
+    checkpoint_path,
     end_at_once_on_interrupt,
     experiment_parser,
     load_network,
     make_folder,
     positive,
+    recorded_data_dir,
     run_main,
     save_picture,
     stop_if_asked,
-    trained_class_names,
+    walk,
     write_json,
 )
 
 
 def parse_args() -> argparse.Namespace:
-    parser = experiment_parser(__doc__, data=False)
+    parser = experiment_parser(__doc__, trained=True)
     parser.add_argument(
         "photos",
         nargs="+",
@@ -55,7 +60,7 @@ import torch
 from tqdm import tqdm
 
 from evaluate import segmenter
-from model.data_loader import IMAGE_SUFFIXES, read_photo
+from model.data_loader import IMAGE_SUFFIXES, Layout, read_photo
 from model.inference import Segmenter
 from model.voc import colour_mask
 from visualize import overlay
@@ -71,21 +76,21 @@ def find_photos(given: Sequence[str], output_dir: Path) -> dict[Path, Path]:
     An output_dir inside a folder is not searched. Raises UserError where there is no photo, where one lies beside the
     results, and where two would have the same result.
     """
-    found: dict[Path, tuple[Path, Path]] = {}  # by the resolved path, so that nothing is predicted twice
+    found: dict[Path, tuple[Path, Path]] = {}  # by the real path, so that nothing is predicted twice
     for pattern in given:
         matches = [Path(pattern)] if Path(pattern).exists() else _matches(pattern)
-        photos = [(file, root) for match in matches for file, root in _below(match, output_dir.resolve())]
+        photos = [(file, root) for match in matches for file, root in _below(match, _real(output_dir))]
         if not photos:
             raise UserError(f"{pattern}: no photo is there ({', '.join(SUFFIXES)})")
         for file, root in photos:
-            found.setdefault(file.resolve(), (file, root))
+            found.setdefault(_real(file), (file, root))
 
     stems = [file.relative_to(root).with_suffix("") for file, root in found.values()]
     counts, names = Counter(stems), {}
     for stem, (file, _) in zip(stems, found.values(), strict=True):
         names[stem if counts[stem] == 1 else stem.with_name(f"{stem.name}_{file.suffix[1:]}")] = file
     results = [(output_dir / name).with_name(name.name + suffix) for name in names for suffix in RESULTS]
-    places = {result.parent.resolve() for result in results}
+    places = {_real(result.parent) for result in results}
     if beside := next((photo for photo in found if photo.parent in places), None):
         raise UserError(f"results would lie beside the photo {beside}, or replace it; choose another --output_dir")
     if len(names) < len(found) or len(set(results)) < len(results):
@@ -104,10 +109,15 @@ def _below(path: Path, output_dir: Path) -> list[tuple[Path, Path]]:
     """The photos of a folder with that folder, or a file with its own."""
     if not path.is_dir():
         return [(path, path.parent)]
-    inside = path.resolve() in output_dir.parents
-    files = [file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
-    files = [file for file in sorted(files) if file.is_file()]
-    return [(file, path) for file in files if not (inside and output_dir in file.resolve().parents)]
+    within_results = output_dir in (_real(path), *_real(path).parents)
+    files = [folder / name for folder, _, names in walk(path) for name in names if not name.startswith(".")]
+    files = [file for file in sorted(files) if file.suffix.lower() in SUFFIXES]
+    return [(file, path) for file in files if within_results or output_dir not in _real(file).parents]
+
+
+def _real(path: Path) -> Path:
+    """A path without links; one that leads in a circle as it is."""
+    return Path(os.path.realpath(path))
 
 
 def predict(file: Path, segmenter: Segmenter, names: Sequence[str], output: Path, *, tile: int | None) -> None:
@@ -118,8 +128,9 @@ def predict(file: Path, segmenter: Segmenter, names: Sequence[str], output: Path
     shares = {int(index): counts[index] / prediction.size for index in np.argsort(-counts, kind="stable")}
     output.parent.mkdir(parents=True, exist_ok=True)
     legend = {index: f"{names[index]} {share:.1%}" for index, share in shares.items() if share >= LEAST_AREA}
+    pictures = colour_mask(prediction, names), overlay(photo, prediction, names, legend)
     files = [output.with_name(output.name + suffix) for suffix in RESULTS]
-    for file_out, picture in zip(files, (colour_mask(prediction), overlay(photo, prediction, legend)), strict=False):
+    for file_out, picture in zip(files, pictures, strict=False):
         save_picture(picture, file_out)
     areas = {names[index]: {"pixels": int(counts[index]), "share": share} for index, share in shares.items() if share}
     size = {"width": photo.width, "height": photo.height}
@@ -135,10 +146,10 @@ def run(device: torch.device, args: argparse.Namespace) -> int:
     """Predict; each process takes every so-many-th photo. Returns the exit status: 1 if a photo cannot be read."""
     photos = distributed.from_main(lambda: prepare(args))
     model, params, checkpoint = load_network(args.model_dir, args.restore_file, device)
+    names = distributed.from_main(lambda: find_names(params, checkpoint, args))
     with distributed.together():
         ask = segmenter(model, params, device, args)
         make_folder(args.output_dir, "--output_dir")
-    names = trained_class_names(checkpoint, params.num_classes)
     own = list(photos.items())[distributed.rank() :: distributed.world_size()]
     faults = 0
     with tqdm(own, desc="predicting", unit="img", leave=False, disable=distributed.bar_disabled()) as bar:
@@ -162,6 +173,20 @@ def prepare(args: argparse.Namespace) -> dict[Path, Path]:
     if args.tile is not None and args.tile < 32:
         raise UserError(f"--tile {args.tile}: a tile has at least 32 pixels a side")
     return find_photos(args.photos, args.output_dir)
+
+
+def find_names(params: Params, checkpoint: dict, args: argparse.Namespace) -> list[str]:
+    """The names of the classes; the data folder that the run has recorded need not be there any more."""
+    root = args.data_dir or recorded_data_dir(args.model_dir)
+    if params.dataset == "sample":  # which has one set of names, and is not to be drawn for them
+        root = None
+    elif root and args.data_dir is None:
+        try:
+            Layout.find(root)
+        except UserError:
+            root = None
+    file = checkpoint_path(args.model_dir, args.restore_file)
+    return agreed_class_names(checkpoint, file, root, params.num_classes)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,8 @@ from utils import (
     run_main,
     save_figure,
     score,
+    table_text,
+    walk,
     why_finished,
     write_text,
 )
@@ -147,15 +149,11 @@ def find(parent_dir: Path) -> list[Path]:
     """The experiment folders under parent_dir, or itself; a sweep's own params.json is only the base of its trials."""
     if not parent_dir.is_dir():
         raise UserError(f"no folder {parent_dir}; give the folder of your experiments with --parent_dir")
-    found, seen = [], set()
-    for folder, subfolders, files in os.walk(parent_dir, followlinks=True):
-        if (real := os.path.realpath(folder)) in seen:  # a link to where we were
-            subfolders[:] = []
-            continue
-        seen.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        if "search_space.json" not in files and ("params.json" in files or outputs(Path(folder))):
-            found.append(Path(folder))
+    found = []
+    for folder, subfolders, files in walk(parent_dir):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        if "search_space.json" not in files and ("params.json" in files or outputs(folder)):
+            found.append(folder)
     if not found:
         raise UserError(f"{parent_dir} holds no experiments, which are folders with a params.json")
     return found
@@ -308,7 +306,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     cells = [[cell(column, value) for column, value in row.items()] for row in rows]
     numeric = [any(type(row[key]) in (int, float) for row in rows) for key in rows[0]]
     alignment = ["right" if right else "left" for right in numeric]
-    return tabulate(cells, headers=list(rows[0]), tablefmt="pipe", disable_numparse=True, colalign=alignment)
+    headers = [table_text(column) for column in rows[0]]
+    return tabulate(cells, headers=headers, tablefmt="pipe", disable_numparse=True, colalign=alignment)
 
 
 def cell(column: str, value: Any) -> str:
@@ -319,7 +318,7 @@ def cell(column: str, value: Any) -> str:
         return f"{value:.4f}"
     if column in ("best_epoch", "epochs", "minutes") and type(value) is float:
         return f"{value:.1f}"
-    return " ".join(spell(value).split()).replace("|", r"\|")
+    return table_text(spell(value))
 
 
 def comma_separated(rows: list[dict[str, Any]]) -> str:

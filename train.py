@@ -470,11 +470,11 @@ def _leave_disk_errors_to_the_main_thread(args: threading.ExceptHookArgs) -> Non
 
 @torch.inference_mode()
 def sample_predictions(training: Training, dataset: SegmentationDataset, count: int = 6) -> Image.Image:
-    """The first validation photos with truth and prediction."""
+    """Validation photos spread evenly over the list, the same ones every time, with truth and prediction."""
     params = training.params
-    images, labels = (
-        torch.stack(part) for part in zip(*(dataset[i] for i in range(min(count, len(dataset)))), strict=True)
-    )
+    shown = min(count, len(dataset))
+    examples = [dataset[place * len(dataset) // shown] for place in range(shown)]  # neighbours may be frames of a video
+    images, labels = (torch.stack(part) for part in zip(*examples, strict=True))
     with utils.autocast(training.device, params.precision):
         logits = training.predictor.eval()(to_input(images, training.device, **params.input_options()))
     photos, predictions = images.permute(0, 2, 3, 1).numpy(), logits.argmax(1).cpu().numpy()

@@ -5,6 +5,7 @@ Importing this module does not import torch, so that every --help answers at onc
 
 import argparse
 import difflib
+import errno
 import importlib
 import io
 import json
@@ -194,11 +195,15 @@ class _Parser(argparse.ArgumentParser):
             super()._print_message(message, file)
 
 
-def experiment_parser(description: str, *, data: bool = True) -> argparse.ArgumentParser:
-    """A parser with the flags that every script on one experiment has; data: --data_dir too."""
+def experiment_parser(description: str, *, trained: bool = False) -> argparse.ArgumentParser:
+    """A parser with the flags that every script on one experiment has; trained: see data_dir()."""
     parser = _Parser(description=description)
     add_folder(parser, "--model_dir", "experiments/base_model", "folder of the experiment: params.json and all output")
-    if data:
+    if trained:
+        parser.add_argument(
+            "--data_dir", type=Path, help="folder of the data set (default: the one that the run was trained on)"
+        )
+    else:
         add_folder(parser, "--data_dir", "data", "folder of the data set")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
     return parser
@@ -233,10 +238,14 @@ def require(package: str, purpose: str) -> None:
 
 
 def make_folder(folder: Path, flag: str) -> None:
-    """Make a folder that a flag names. Raises UserError where a file stands in the way."""
+    """Make a folder that a flag names. Raises UserError where something else stands in the way."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UserError(f"{flag}: {folder} cannot be a folder, for links on the way lead in a circle") from None
+        if not isinstance(error, FileExistsError | NotADirectoryError):
+            raise
         raise UserError(f"{flag}: {folder} cannot be a folder, for a file is in the way") from None
 
 
@@ -250,6 +259,25 @@ def positive(text: str) -> int:
 def add_folder(parser: argparse.ArgumentParser, flag: str, default: str, meaning: str) -> None:
     """Add a flag that names a folder."""
     parser.add_argument(flag, type=Path, default=Path(default), help=f"{meaning} (default: %(default)s)")
+
+
+def walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """os.walk() in alphabetical order, and after that through the links to folders; each real folder once."""
+    seen, waiting = set(), [folder]
+    while waiting:
+        for here, folders, files in os.walk(waiting.pop(0)):
+            if (real := os.path.realpath(here)) in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders.sort()
+            yield Path(here), folders, sorted(files)
+            waiting += [path for name in folders if (path := Path(here, name)).is_symlink()]
+
+
+def table_text(text: str) -> str:
+    """A text as a cell of a Markdown table can hold it."""
+    return " ".join(text.split()).replace("|", r"\|")
 
 
 # ---------------------------------------------------------------------------------------------------- params.json
@@ -687,6 +715,27 @@ def starts(model_dir: Path) -> list[dict[str, Any]]:
     return []
 
 
+def recorded_data_dir(model_dir: Path) -> Path | None:
+    """The data folder that a run was last trained on; None where run.json does not say."""
+    recorded = [record["data_dir"] for record in starts(model_dir) if isinstance(record.get("data_dir"), str)]
+    return Path(recorded[-1]) if recorded else None
+
+
+def data_dir(args: argparse.Namespace) -> Path:
+    """--data_dir; else the folder that the run was trained on; "data" where run.json does not say which it was.
+
+    Raises UserError if the run's folder is gone.
+    """
+    if args.data_dir is not None:
+        return args.data_dir
+    recorded = recorded_data_dir(args.model_dir)
+    if recorded is None:
+        return Path("data")
+    if not recorded.is_dir():
+        raise UserError(f"{args.model_dir} was trained on {recorded}, which is not there; give --data_dir")
+    return recorded
+
+
 def write_provenance(model_dir: Path, device: Any, params: Params, data_dir: Path, *, resumed: bool) -> None:
     """Write run.json; what a resume was run with is added under "resumed"."""
     path, record = model_dir / "run.json", provenance(device, params, data_dir)
@@ -904,12 +953,29 @@ def load_network(model_dir: Path, restore_file: str, device: Any) -> tuple[Any, 
     return model.eval(), params, checkpoint
 
 
-def trained_class_names(checkpoint: dict[str, Any], num_classes: int) -> list[str]:
-    """The names of the classes that a checkpoint was trained on; VOC's or numbers where it has none."""
-    from model.data_loader import default_class_names
+def agreed_class_names(checkpoint: dict[str, Any], file: Path, root: Path | None, num_classes: int) -> list[str]:
+    """The names of the classes in a checkpoint, read from file, and in the data set at root, which must agree.
 
-    names = checkpoint.get("class_names") or []
-    return names if len(names) == num_classes else default_class_names(num_classes)
+    Where only one of them has names, those; None is a data set that is not there. Raises UserError naming the first
+    class that they call differently.
+    """
+    from model.data_loader import Layout, class_names, default_class_names
+
+    numbers = [str(index) for index in range(num_classes)]  # which stand for names that are not known
+    trained = checkpoint.get("class_names") or []
+    trained = trained if len(trained) == num_classes else numbers
+    named = default_class_names(num_classes) if root is None else class_names(root, num_classes)
+    if root is None or numbers in (trained, named):
+        return named if trained == numbers else trained
+    for index, (then, now) in enumerate(zip(trained, named, strict=True)):
+        if then != now:
+            source = Layout.find(root).lists / "classes.txt"
+            source = source if source.exists() else f"{root}, which has no classes.txt"
+            raise UserError(
+                f'class {index} is "{then}" in {file}, "{now}" in {source}; '
+                "give the data that the run was trained on with --data_dir, or correct the names there"
+            )
+    return trained
 
 
 def refuse_changed(keys: Iterable[str], checkpoint: dict[str, Any], params: Params, source: str | Path) -> None:

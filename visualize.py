@@ -7,20 +7,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from model.voc import VOID, colour_mask, palette
+from model.voc import ERROR_COLOUR, VOID, VOID_COLOUR, colour_mask, is_background, palette
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MARGIN, TEXT = 8, 22  # pixels
-COLOURS = 10  # runs that are told apart in a plot; the others are grey
+COLOURS = [f"C{number}" for number in range(10) if number != 7]  # of the best runs in a plot; C7 is grey, as the others
+SHADES = 30, 120  # what black and white become in the error picture: darker than error and void
+Entry = tuple[tuple[int, int, int] | None, str]  # of a legend: a colour, None for what is not coloured, and its label
 
 
 def comparison(
     images: np.ndarray, labels: np.ndarray, predictions: np.ndarray, names: Sequence[str], *, side: int = 160
 ) -> Image.Image:
-    """One column an example with photo, truth and prediction below one another, and a legend of the classes in it.
+    """One column an example with photo, truth and prediction below one another, and a legend of what is in them.
 
     Args:
         images: uint8 (N, H, W, 3).
@@ -31,13 +33,12 @@ def comparison(
     font = ImageFont.load_default(size=14)
     rows = (
         ("photo", [Image.fromarray(image) for image in images], Image.Resampling.BICUBIC),
-        ("truth", [colour_mask(label).convert("RGB") for label in labels], Image.Resampling.NEAREST),
-        ("prediction", [colour_mask(label).convert("RGB") for label in predictions], Image.Resampling.NEAREST),
+        ("truth", [colour_mask(label, names).convert("RGB") for label in labels], Image.Resampling.NEAREST),
+        ("prediction", [colour_mask(label, names).convert("RGB") for label in predictions], Image.Resampling.NEAREST),
     )
     left = 90
-    present = [index for index in np.unique([labels, predictions]).tolist() if index != VOID]
     width = max(left + len(images) * (side + MARGIN), left + side * 3)
-    legend = _legend([(index, names[index]) for index in present], width, font)
+    legend = _legend(_present(np.union1d(labels, predictions), names), width, font)
     canvas = Image.new("RGB", (width, 3 * (side + MARGIN) + MARGIN + legend.height), "white")
     draw = ImageDraw.Draw(canvas)
     for row, (title, tiles, resampling) in enumerate(rows):
@@ -52,9 +53,9 @@ def comparison(
 def error_picture(
     photo: Image.Image, truth: Image.Image, prediction: np.ndarray, names: Sequence[str], *, title: str, side: int = 320
 ) -> Image.Image:
-    """Photo, truth, prediction and error beside one another, and a legend of the classes in them.
+    """Photo, truth, prediction and error beside one another, and a legend of what is in them.
 
-    In the last one wrong pixels are red and void ones grey, over a pale photo.
+    The last one is a dark grey photo, in which wrong pixels are red and void ones have the colour they have in truth.
 
     Args:
         photo: RGB.
@@ -66,18 +67,20 @@ def error_picture(
     """
     font = ImageFont.load_default(size=14)
     labels = np.array(truth)
-    error = np.array(Image.blend(photo, Image.new("RGB", photo.size, "white"), 0.6))
-    error[(prediction != labels) & (labels != VOID)] = (215, 30, 30)
-    error[labels == VOID] = (128, 128, 128)
+    darkest, brightest = SHADES
+    grey = photo.convert("L").point(lambda value: darkest + value * (brightest - darkest) // 255)
+    error = np.array(grey.convert("RGB"))
+    error[(prediction != labels) & (labels != VOID)] = ERROR_COLOUR
+    error[labels == VOID] = VOID_COLOUR
     tiles = {
         "photo": photo,
-        "truth": colour_mask(labels).convert("RGB"),
-        "prediction": colour_mask(prediction).convert("RGB"),
+        "truth": colour_mask(labels, names).convert("RGB"),
+        "prediction": colour_mask(prediction, names).convert("RGB"),
         "error": Image.fromarray(error),
     }
     width, height = (max(1, round(length * side / max(photo.size))) for length in photo.size)
-    present = [index for index in np.union1d(labels, prediction).tolist() if index != VOID]
-    legend = _legend([(index, names[index]) for index in present], 4 * (width + MARGIN) + MARGIN, font)
+    entries = [*_present(np.union1d(labels, prediction), names), (ERROR_COLOUR, "error")]
+    legend = _legend(entries, 4 * (width + MARGIN) + MARGIN, font)
     canvas = Image.new("RGB", (legend.width, 2 * TEXT + height + MARGIN + legend.height), "white")
     draw = ImageDraw.Draw(canvas)
     draw.text((MARGIN, TEXT // 2), title, fill="black", font=font, anchor="lm")
@@ -90,42 +93,53 @@ def error_picture(
     return canvas
 
 
-def overlay(photo: Image.Image, prediction: np.ndarray, labels: Mapping[int, str], *, side: int = 1600) -> Image.Image:
-    """A photo under the colours of its classes, the background left as it is, and a legend.
+def overlay(
+    photo: Image.Image, prediction: np.ndarray, names: Sequence[str], labels: Mapping[int, str], *, side: int = 1600
+) -> Image.Image:
+    """A photo under the colours of its classes, one called background left as it is, and a legend.
 
     Args:
         photo: RGB.
         prediction: uint8 (H, W), of the photo's size.
+        names: a name for every class index.
         labels: what the legend says for each class index, in that order.
         side: the longer side of the result at most, in pixels, for photos larger than that are shrunk.
     """
     if max(photo.size) > side:
         photo = photo.copy()
         photo.thumbnail((side, side))
-    colours = colour_mask(prediction).resize(photo.size, Image.Resampling.NEAREST)
+    colours = colour_mask(prediction, names).resize(photo.size, Image.Resampling.NEAREST)
     mixed = Image.blend(photo, colours.convert("RGB"), 0.55)
-    objects = Image.fromarray(np.array(colours) != 0)
-    legend = _legend(list(labels.items()), max(photo.width, 240), ImageFont.load_default(size=14))
+    bare = [index for index, name in enumerate(names) if is_background(name)]
+    objects = Image.fromarray(~np.isin(colours, bare))
+    swatches = palette(names).tolist()
+    entries = [(None if index in bare else tuple(swatches[index]), label) for index, label in labels.items()]
+    legend = _legend(entries, max(photo.width, 240), ImageFont.load_default(size=14))
     canvas = Image.new("RGB", (legend.width, photo.height + MARGIN + legend.height), "white")
     canvas.paste(Image.composite(mixed, photo, objects), (0, 0))
     canvas.paste(legend, (0, photo.height + MARGIN))
     return canvas
 
 
-def _legend(entries: Sequence[tuple[int, str]], width: int, font: ImageFont.FreeTypeFont) -> Image.Image:
-    """Colour swatches of class indices with their labels, in as many lines as they need."""
-    colours = palette()
+def _present(indices: np.ndarray, names: Sequence[str]) -> list[Entry]:
+    """Entries of a legend for class indices, void among them."""
+    colours = palette(names).tolist()
+    return [(tuple(colours[index]), "void" if index == VOID else names[index]) for index in indices.tolist()]
+
+
+def _legend(entries: Sequence[Entry], width: int, font: ImageFont.FreeTypeFont) -> Image.Image:
+    """Colour swatches with their labels, in as many lines as they need."""
     places, x, y = [], MARGIN, 0
-    for index, label in entries:
+    for colour, label in entries:
         advance = TEXT + int(font.getlength(label)) + 2 * MARGIN
         if x + advance > width and x > MARGIN:
             x, y = MARGIN, y + TEXT
-        places.append((index, label, x, y))
+        places.append((colour, label, x, y))
         x += advance
     legend = Image.new("RGB", (width, y + TEXT + MARGIN), "white")
     draw = ImageDraw.Draw(legend)
-    for index, label, x, y in places:
-        draw.rectangle((x, y + 3, x + 14, y + 17), fill=tuple(colours[index].tolist()), outline="black")
+    for colour, label, x, y in places:
+        draw.rectangle((x, y + 3, x + 14, y + 17), fill=colour, outline="black")
         draw.text((x + TEXT, y + 10), label, fill="black", font=font, anchor="lm")
     return legend
 
@@ -204,12 +218,12 @@ def learning_curves(
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    colours = {name: f"C{rank}" if rank < COLOURS else "lightgrey" for rank, name in enumerate(curves)}
+    colours = {name: COLOURS[rank] if rank < len(COLOURS) else "lightgrey" for rank, name in enumerate(curves)}
     by_name = hyperparameters is None
     plots = 2 if by_name else 1 + len(hyperparameters)
     columns = min(3, plots)
     rows = -(-plots // columns)
-    room_for_names = 0.2 * max(len(curves) - 12, 0) if by_name else 0.25 * min(len(curves), COLOURS)
+    room_for_names = 0.2 * max(len(curves) - 12, 0) if by_name else 0.25 * min(len(curves), len(COLOURS) + 1)
     figure = Figure(figsize=(5 * columns, 3.6 * rows + room_for_names), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for name in reversed(curves):  # the best on top
@@ -223,7 +237,12 @@ def learning_curves(
             )
     axes[0].set(xlabel="epoch", ylabel="validation mIoU")
     axes[0].xaxis.get_major_locator().set_params(integer=True)
-    handles, names = (entries[::-1][: 0 if by_name else COLOURS] for entries in axes[0].get_legend_handles_labels())
+    handles, names = (
+        entries[::-1][: 0 if by_name else len(COLOURS)] for entries in axes[0].get_legend_handles_labels()
+    )
+    if not by_name and (others := len(curves) - len(COLOURS)) > 0:
+        handles.append(Line2D([], [], marker=".", color="lightgrey"))
+        names.append(f"the other {others}")
     if published:
         handles.append(Line2D([], [], linestyle="none", marker="o", color="grey", markerfacecolor="none"))
         names.append("published")

@@ -1,4 +1,7 @@
-"""Class names, palette and void index of Pascal VOC2012 segmentation."""
+"""Class names, palette and void index of Pascal VOC2012 segmentation, and a palette for other classes."""
+
+from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 from PIL import Image
@@ -32,7 +35,36 @@ CLASS_NAMES = (
 )
 
 
-def palette() -> np.ndarray:
+VOID_COLOUR = (224, 224, 192)  # VOC's
+ERROR_COLOUR = (255, 40, 40)  # of wrong pixels in pictures; no class looks like it
+
+
+def is_voc(names: Sequence[str]) -> bool:
+    """Whether class names are VOC's."""
+    return tuple(names) == CLASS_NAMES
+
+
+def is_background(name: str) -> bool:
+    """Whether a class is the one that pictures leave uncoloured."""
+    return name.casefold() == "background"
+
+
+def palette(names: Sequence[str] = CLASS_NAMES) -> np.ndarray:
+    """The colours of class indices, uint8 (256, 3), the last one void's.
+
+    VOC's for VOC's names, as its server and other programs know them. For others colours that are told apart more
+    easily, black for a class called background.
+    """
+    if is_voc(names):
+        return voc_palette()
+    objects = [index for index in range(VOID) if index >= len(names) or not is_background(names[index])]
+    colours = np.zeros((256, 3), dtype=np.uint8)
+    colours[objects] = distinct_colours()[: len(objects)]
+    colours[VOID] = VOID_COLOUR
+    return colours
+
+
+def voc_palette() -> np.ndarray:
     """VOC's colours, uint8 (256, 3), as the devkit's VOClabelcolormap makes them.
 
     Bit i of a class index becomes bit 7 - i // 3 of channel i mod 3.
@@ -46,10 +78,50 @@ def palette() -> np.ndarray:
     return colours
 
 
-def colour_mask(labels: np.ndarray) -> Image.Image:
-    """uint8 (H, W) class indices -> a palette image in VOC's colours; its pixels are the indices, 255 is void."""
+@cache
+def distinct_colours() -> np.ndarray:
+    """255 colours, uint8 (255, 3), each the farthest in OKLab from those before it and from what pictures also hold.
+
+    That is black (background), white (the page), void and error. The first ones differ most.
+    """
+    levels = np.arange(0, 256, 17)
+    candidates = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
+    places = oklab(candidates)
+    taken = oklab(np.array([(0, 0, 0), (255, 255, 255), VOID_COLOUR, ERROR_COLOUR]))
+    distances = np.linalg.norm(places[:, None] - taken, axis=-1).min(1)  # to the nearest that is taken
+    chosen = []
+    for _ in range(VOID):
+        chosen.append(distances.argmax())
+        distances = np.minimum(distances, np.linalg.norm(places - places[chosen[-1]], axis=-1))
+    return candidates[chosen].astype(np.uint8)
+
+
+def oklab(colours: np.ndarray) -> np.ndarray:
+    """sRGB colours (..., 3) from 0 to 255 in OKLab, where distance is how different colours look.
+
+    Björn Ottosson, https://bottosson.github.io/posts/oklab, 2020.
+    """
+    shares = colours / 255
+    linear = np.where(shares <= 0.04045, shares / 12.92, ((shares + 0.055) / 1.055) ** 2.4)
+    cones = linear @ [
+        [0.4122214708, 0.2119034982, 0.0883024619],
+        [0.5363325363, 0.6806995451, 0.2817188376],
+        [0.0514459929, 0.1073969566, 0.6299787005],
+    ]
+    return np.cbrt(cones) @ [
+        [0.2104542553, 1.9779984951, 0.0259040371],
+        [0.7936177850, -2.4285922050, 0.7827717662],
+        [-0.0040720468, 0.4505937099, -0.8086757660],
+    ]
+
+
+def colour_mask(labels: np.ndarray, names: Sequence[str] = CLASS_NAMES) -> Image.Image:
+    """uint8 (H, W) class indices -> a palette image in the colours of these classes.
+
+    Its pixels are the indices, 255 is void.
+    """
     mask = Image.fromarray(np.ascontiguousarray(labels, dtype=np.uint8)).convert("P")
-    mask.putpalette(palette().tobytes())
+    mask.putpalette(palette(names).tobytes())
     return mask
 
 

@@ -1,19 +1,21 @@
 import json
 import math
+import re
 import shutil
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_script
+from conftest import rename_classes, run_script
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_image
 
 import utils
-from evaluate import Worst
+from evaluate import Worst, table
 from model.data_loader import read_photo
 from model.transforms import squashed, to_input
+from model.voc import palette
 
 SERVER_FOLDER = "results/VOC2012/Segmentation/comp5_{}_cls"
 
@@ -85,10 +87,11 @@ def test_scales_and_flip_reach_the_predictions(experiment, trained, tmp_path):
 
 def test_overlays_show_the_worst_photos_first(experiment, trained):
     _, data = trained
-    (experiment / "overlays_val_best").mkdir()
-    (experiment / "overlays_val_best" / "3_of_before.png").touch()
+    folder = experiment / "overlays_val_best_original_size"
+    folder.mkdir()
+    (folder / "3_of_before.png").touch()
     run_evaluate(experiment, data, "--save_overlays", 2)
-    pictures = sorted((experiment / "overlays_val_best").iterdir())
+    pictures = sorted(folder.iterdir())
     assert len(pictures) == 2
     scores = []
     for rank, picture in enumerate(pictures, start=1):
@@ -98,7 +101,10 @@ def test_overlays_show_the_worst_photos_first(experiment, trained):
         scores.append(mean_iou(expected_prediction(experiment, photo), mask))
         assert Image.open(picture).width > 4 * 300  # photo, truth, prediction, error
     assert scores == sorted(scores)
-    assert "overlays_val_best/1_" in str(utils.outputs(experiment))  # --overwrite deletes them
+    run_evaluate(experiment, data, "--save_overlays", 1, "--flip")
+    (other,) = (experiment / "overlays_val_best_multi_scale").iterdir()
+    assert sorted(folder.iterdir()) == pictures
+    assert {*pictures, other} <= {*utils.outputs(experiment)}  # --overwrite deletes them
 
 
 def mean_iou(prediction: np.ndarray, mask: np.ndarray) -> float:
@@ -128,12 +134,33 @@ def test_a_split_without_masks_is_predicted_and_not_scored(experiment, trained, 
     (target / "test.txt").write_text("new\n")
     before = set(experiment.iterdir())
     stdout = run_evaluate(experiment, target, "--split", "test", "--save_predictions", tmp_path / "out").stdout
-    assert "test has no masks and is not scored" in stdout
+    assert f"test of {target} has no masks and is not scored" in stdout
     assert Image.open(tmp_path / "out" / SERVER_FOLDER.format("test") / "new.png").size == (77, 50)
     assert set(experiment.iterdir()) == before
     flags = ["--split", "test", "--save_predictions", tmp_path / "out", "--save_overlays", 1]
     stderr = run_evaluate(experiment, target, *flags, check=2).stderr
     assert "has no masks: it can be predicted, not scored" in stderr
+
+
+def test_predictions_of_other_classes_than_vocs_go_to_a_plain_folder_in_colours_of_their_own(
+    experiment, trained, tmp_path
+):
+    names = [*"ABCDEFGHIJKLMNOPQRST", "Background"]
+    target = rename_classes(experiment, trained[1], tmp_path / "data", names)
+    stdout = run_evaluate(experiment, target, "--save_predictions", tmp_path / "out").stdout
+    files = sorted(file for file in (tmp_path / "out").rglob("*") if file.is_file())
+    assert files == [tmp_path / "out" / "val" / f"val{index}.png" for index in range(3)]
+    assert str(tmp_path / "out" / "val") in stdout
+    with Image.open(files[0]) as picture:
+        assert picture.mode == "P"
+        assert picture.getpalette() == palette(names).flatten().tolist()
+
+
+def test_names_cannot_break_the_table():
+    metrics = {"IoU": {"1000": 0.5, "a|b": None, "1e3": 0.25, "two\n lines": 1.0}, "mIoU": 0.5}
+    rows = [re.split(r" *(?<!\\)\| *", line.strip("|")) for line in table(metrics).splitlines()[2:6]]
+    assert [row[0].strip() for row in rows] == ["1000", r"a\|b", "1e3", "two lines"]
+    assert [row[1].strip() for row in rows] == ["0.5000", "-", "0.2500", "1.0000"]
 
 
 def test_evaluation_draws_what_it_has_counted(experiment, trained):

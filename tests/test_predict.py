@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -6,14 +7,14 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_experiment, run_script
+from conftest import ROOT, make_experiment, rename_classes, run_script
 from PIL import Image
 
 import utils
 from model.data_loader import read_photo
 from model.inference import Segmenter
 from model.sample import draw_scene
-from model.voc import CLASS_NAMES
+from model.voc import CLASS_NAMES, palette
 from predict import find_photos
 
 
@@ -60,13 +61,13 @@ def test_every_photo_of_a_folder_gets_three_files(experiment, photos, tmp_path):
         assert overlay.height > picture.height  # the legend
 
 
-def test_a_broken_photo_is_reported_and_the_others_go_on(experiment, photos, tmp_path):
+def test_a_broken_photo_is_reported_and_the_others_go_on(experiment, trained, photos, tmp_path):
     (photos / "aa.jpg").write_bytes((photos / "a.jpg").read_bytes()[:300])
     shutil.copy(photos / "a.jpg", photos / f"{'long' * 62}.jpg")  # a name that leaves no room for _overlay.png
-    checkpoint = utils.load_checkpoint(experiment / "best.pth.tar")
-    assert checkpoint["class_names"] == list(CLASS_NAMES)
-    (experiment / "best.pth.tar").unlink()  # a link to the one that other tests read
-    torch.save(checkpoint | {"class_names": [f"kind {index}" for index in range(21)]}, experiment / "best.pth.tar")
+    assert utils.load_checkpoint(experiment / "best.pth.tar")["class_names"] == list(CLASS_NAMES)
+    kinds = [f"kind {index}" for index in range(21)]
+    data = rename_classes(experiment, trained[1], tmp_path / "data", kinds)
+    utils.write_json(experiment / "run.json", {"data_dir": str(data)})
     result = run_predict(experiment, photos, "--output_dir", tmp_path / "out", "--tile", 48, check=1)
     assert "3 of 5 photos" in result.stdout
     assert result.stderr.count("\n") == 2
@@ -77,6 +78,7 @@ def test_a_broken_photo_is_reported_and_the_others_go_on(experiment, photos, tmp
     assert not np.array_equal(prediction, expected_prediction(experiment, photos / "a.jpg"))
     areas = json.loads((tmp_path / "out" / "a.json").read_text())["areas"]
     assert all(name.startswith("kind ") for name in areas)  # names are the checkpoint's
+    assert Image.open(tmp_path / "out" / "a.png").getpalette() == palette(kinds).flatten().tolist()
 
 
 def test_files_folders_and_patterns_are_found(photos, tmp_path):
@@ -88,6 +90,28 @@ def test_files_folders_and_patterns_are_found(photos, tmp_path):
     odd = photos / "odd[1].jpg"
     shutil.copy(photos / "a.jpg", odd)
     assert set(find_photos([str(odd)], out).values()) == {odd}
+
+
+def test_links_to_folders_are_followed_and_never_in_a_circle(photos, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copy(photos / "a.jpg", elsewhere / "linked.jpg")
+    (photos / "aaa").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(photos)
+    (photos / "again").symlink_to(photos / "deeper")
+    assert set(map(str, find_photos([str(photos)], tmp_path / "out"))) == {"a", "b", "deeper/a", "aaa/linked"}
+    assert len(find_photos([str(photos)], elsewhere)) == 3, "what lies in output_dir are results"
+
+
+def test_what_is_called_a_photo_and_is_none_is_reported(experiment, photos, tmp_path):
+    (photos / "circle.jpg").symlink_to("circle.jpg")
+    (photos / "nowhere.jpg").symlink_to("gone.jpg")
+    result = run_predict(experiment, photos, photos / "circle.jpg", "--output_dir", tmp_path / "out", check=1)
+    assert "3 of 5 photos" in result.stdout
+    assert len(result.stderr.splitlines()) == 2
+    assert "circle.jpg: " in result.stderr and "nowhere.jpg: no such file; skipped" in result.stderr
+    os.mkfifo(photos / "pipe.jpg")
+    assert photos / "pipe.jpg" in find_photos([str(photos)], tmp_path / "out").values()
 
 
 def test_earlier_results_are_not_photos(photos):
@@ -130,6 +154,10 @@ def test_a_mistake_is_one_line_and_leaves_nothing(experiment, photos, tmp_path):
     assert "nowhere.jpg: no photo is there" in stderr
     assert stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+    (tmp_path / "loop").symlink_to("loop")
+    for folder in ("loop", "loop/below"):
+        stderr = run_predict(experiment, photos, "--output_dir", tmp_path / folder, check=2).stderr
+        assert "loop" in stderr and stderr.count("\n") == 1
 
 
 @pytest.mark.slow

@@ -204,9 +204,11 @@ def test_mistakes_are_one_line(tmp_path, parent):
 
 
 def test_names_cannot_break_table_or_plot(tmp_path):
-    names = ['a|b, "c"', "two\nlines", "$x$_$", "_hidden", "実験"]
+    names = ['a|b, "c"', "two\nlines", "$x$_$", "_hidden", "実験", "1e3"]
     for rank, name in enumerate(names):
         experiment(tmp_path / "sweep" / name, [0.9 - rank / 10], train_split=f"$\\x$_{rank}")
+    looked_at = {"epoch": 1, "mIoU": 0.5}
+    (tmp_path / "sweep" / "1e3" / "metrics_x|y_best_original_size.json").write_text(json.dumps(looked_at))
     Path(os.fsdecode(bytes(tmp_path / "sweep") + b"/\xff")).mkdir()
     (tmp_path / "elsewhere").mkdir()
     experiment(tmp_path / "elsewhere" / "linked", [0.05])
@@ -214,8 +216,9 @@ def test_names_cannot_break_table_or_plot(tmp_path):
     (tmp_path / "sweep" / "loop").symlink_to(tmp_path / "sweep")
     result = synthesize(tmp_path / "sweep")
     assert result.stderr == ""
+    assert r" x\|y_original_size_mIoU |" in result.stdout.splitlines()[0]
     rows = [line.split(" | ")[0].strip("| ") for line in result.stdout.splitlines()[2:]]
-    assert rows == [r"a\|b, \"c\"".replace(r"\"", '"'), "two lines", "$x$_$", "_hidden", "実験", "link/linked"]
+    assert rows == [r"a\|b, \"c\"".replace(r"\"", '"'), "two lines", "$x$_$", "_hidden", "実験", "1e3", "link/linked"]
     with open(tmp_path / "sweep" / "results.csv", newline="") as stream:
         assert [row["name"] for row in csv.DictReader(stream)] == [*names, "link/linked"]
     assert (tmp_path / "sweep" / "results.png").exists()
@@ -511,7 +514,10 @@ def test_the_plots_show_every_curve_and_every_hyperparameter():
         },
     )
     first, rate, kernel, head, clip = figure.axes
-    assert len(first.lines) == 14 and [text.get_text() for text in figure.legends[0].texts] == list(curves)[:10]
+    legend = figure.legends[0]
+    assert len(first.lines) == 14
+    assert [text.get_text() for text in legend.texts] == [*list(curves)[:9], "the other 5"]
+    assert {line.get_color() for line in first.lines[:5]} == {legend.legend_handles[-1].get_color()}
     assert list(first.lines[-1].get_ydata()) == [0.13, 0.26], "the best is drawn last, over the others"
     assert (rate.get_xscale(), kernel.get_xscale()) == ("log", "linear")
     assert [label.get_text() for label in head.get_xticklabels()] == ["conv", "gcn"]

@@ -493,6 +493,20 @@ def test_a_long_epoch_says_every_tenth_where_there_is_no_terminal(data, monkeypa
     assert [step + 1 for step in range(1000) if train.ends_a_tenth(step, 1000)] == list(range(100, 1000, 100))
 
 
+@pytest.mark.parametrize(
+    ("length", "shown"), [(12, [0, 2, 4, 6, 8, 10]), (8, [0, 1, 2, 4, 5, 6]), (2, [0, 1])], ids=str
+)
+def test_the_samples_are_spread_evenly_over_the_list(tmp_path, length, shown):
+    photos = [tmp_path / f"{index}.png" for index in range(length)]
+    for index, photo in enumerate(photos):
+        Image.new("RGB", (32, 32), (10 * index,) * 3).save(photo)
+    split = Split("val", [photo.stem for photo in photos], photos, None)
+    dataset = SegmentationDataset(split, class_names=["a", "b"], image_size=32, cache=False)
+    picture = train.sample_predictions(Training(network(2), Params(**TINY | {"num_classes": 2}), 1), dataset)
+    tiles = [picture.getpixel((90 + 80 + column * 168, 80))[0] for column in range(len(shown))]
+    assert tiles == [10 * index for index in shown]
+
+
 def test_a_resumed_training_knows_all_that_the_interrupted_one_knew(finished):
     experiment, _, _ = finished
     file = experiment / "last.pth.tar"

@@ -1,3 +1,4 @@
+import argparse
 import inspect
 import json
 import os
@@ -5,15 +6,17 @@ import pickle
 import subprocess
 import sys
 from dataclasses import asdict, fields
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, make_experiment, run_script
+from conftest import ROOT, make_data, make_experiment, rename_classes, run_script
 from torchvision.models import resnet50
 
 import utils
 from model import UserError
 from model.net import FCN_GCN
+from model.voc import CLASS_NAMES
 from utils import Params
 
 
@@ -242,3 +245,114 @@ def test_the_averaged_weights_are_the_ones_to_predict_with():
 def test_network_options_are_all_keywords_of_the_network():
     keywords = inspect.signature(FCN_GCN).parameters.keys() - {"pretrained"}
     assert Params().network_options().keys() == keywords
+
+
+# ---------------------------------------------------------------------------------------- the data of a trained run
+
+
+def run_on_photo(script: str, experiment, *flags, check: int = 0, photo=None):
+    """A script that looks at a trained run."""
+    more = [photo, "--output_dir", experiment / "predictions"] if script == "predict.py" else []
+    return run_script(script, *more, "--model_dir", experiment, *flags, check=check)
+
+
+SCRIPTS = ["evaluate.py", "export.py", "predict.py"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_names_that_differ_from_those_of_the_checkpoint_are_refused(script, experiment, trained, tmp_path):
+    _, data = trained
+    folder = rename_classes(experiment, data, tmp_path / "data", [*CLASS_NAMES[:20], "screen"])
+    (folder / "classes.txt").write_text("\n".join([*CLASS_NAMES[:3], "bicyclist", *CLASS_NAMES[4:20], "tv"]))
+    before = {path: path.stat().st_mtime_ns for path in experiment.iterdir()}
+    photo = data / "JPEGImages" / "val0.jpg"
+    stderr = run_on_photo(script, experiment, "--data_dir", folder, check=2, photo=photo).stderr
+    assert stderr == (
+        f'{script}: error: class 3 is "bird" in {experiment / "best.pth.tar"}, "bicyclist" in '
+        f"{folder / 'classes.txt'}; give the data that the run was trained on with --data_dir, or correct the names "
+        "there\n"
+    )
+    assert {path: path.stat().st_mtime_ns for path in experiment.iterdir()} == before
+
+
+def test_the_names_are_those_that_are_known(tmp_path):
+    plain, named = make_data(tmp_path / "plain", train=1, val=1), make_data(tmp_path / "named", train=1, val=1)
+    streets, numbers = ["road", "sky", "car"], ["0", "1", "2"]
+    (named / "classes.txt").write_text("\n".join(streets))
+
+    def names(trained: list[str] | None, root, num_classes: int = 3) -> list[str]:
+        checkpoint = {} if trained is None else {"class_names": trained}
+        return utils.agreed_class_names(checkpoint, tmp_path / "best.pth.tar", root, num_classes)
+
+    assert names(None, named) == names(numbers, named) == names(streets, named) == streets
+    assert names(streets, plain) == names(streets, None) == streets, "plain has no names for three classes"
+    assert names(None, plain) == names(None, None) == numbers
+    assert names(None, plain, 21) == names(None, None, 21) == list(CLASS_NAMES)
+    with pytest.raises(UserError, match=r'class 1 is "snow" in .*best\.pth\.tar, "sky" in .*named/classes\.txt; give'):
+        names(["road", "snow", "car"], named)
+    with pytest.raises(UserError, match=r'class 0 is "x0" in .*, "background" in .*plain, which has no classes\.txt; '):
+        names([f"x{index}" for index in range(21)], plain, 21)
+
+
+def trained_on(experiment, *folders) -> None:
+    """Let run.json say that a run was started and resumed with these data folders."""
+    first, *resumed = ({} if folder is None else {"data_dir": str(folder)} for folder in folders)
+    utils.write_json(experiment / "run.json", first | {"resumed": resumed})
+
+
+@pytest.mark.parametrize("script", ["evaluate.py", "export.py"])
+def test_the_data_are_those_of_the_run(script, experiment, tmp_path):
+    if script == "export.py":
+        pytest.importorskip("onnxruntime")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    trained_on(experiment, "nowhere", empty)
+    assert f"error: {empty} holds no data set" in run_on_photo(script, experiment, check=2).stderr
+    trained_on(experiment, empty, tmp_path / "gone")
+    stderr = run_on_photo(script, experiment, check=2).stderr
+    assert stderr == (
+        f"{script}: error: {experiment} was trained on {tmp_path / 'gone'}, which is not there; give --data_dir\n"
+    )
+
+
+def test_evaluation_says_which_data_it_has_taken(experiment, trained, tmp_path):
+    _, data = trained
+    trained_on(experiment, data)
+    assert f"3 images of val of {data} at" in run_on_photo("evaluate.py", experiment).stdout
+    other = tmp_path / "other"
+    other.symlink_to(data)
+    assert f"3 images of val of {other} at" in run_on_photo("evaluate.py", experiment, "--data_dir", other).stdout
+
+
+def test_predicting_needs_no_data_and_checks_the_names_where_they_are(experiment, trained, tmp_path):
+    _, data = trained
+    photo = data / "JPEGImages" / "val0.jpg"
+    names = [f"kind {index}" for index in range(21)]
+    folder = rename_classes(experiment, data, tmp_path / "data", names)
+    for recorded in (None, folder, tmp_path / "gone"):
+        trained_on(experiment, recorded)
+        run_on_photo("predict.py", experiment, photo=photo)
+        assert set(json.loads((experiment / "predictions" / "val0.json").read_text())["areas"]) <= set(names)
+    trained_on(experiment, data)  # which has VOC's names
+    assert 'class 0 is "kind 0"' in run_on_photo("predict.py", experiment, photo=photo, check=2).stderr
+    run_on_photo("predict.py", experiment, "--data_dir", folder, photo=photo)
+    stderr = run_on_photo("predict.py", experiment, "--data_dir", tmp_path / "gone", photo=photo, check=2).stderr
+    assert "gone holds no data set" in stderr
+
+
+def test_the_data_of_an_older_run_are_in_data(tmp_path):
+    for run in ({}, {"data_dir": None}, {"resumed": 3}, [], {"resumed": [{"argv": []}]}):
+        utils.write_json(tmp_path / "run.json", run)
+        assert utils.data_dir(argparse.Namespace(model_dir=tmp_path, data_dir=None)) == Path("data")
+
+
+def test_a_walk_comes_to_each_real_folder_once_and_by_its_own_name(tmp_path):
+    for name in ("a/deep", "z", "outside/inner", "tree"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("a", "z"):
+        (tmp_path / name).rename(tmp_path / "tree" / name)
+    tree = tmp_path / "tree"
+    for link, target in {"a/deep/up": tree, "a/to_z": tree / "z", "b": tmp_path / "outside", "loop": "loop"}.items():
+        (tree / link).symlink_to(target)
+    found = [str(folder.relative_to(tree)) for folder, _, _ in utils.walk(tree)]
+    assert found == [".", "a", "a/deep", "z", "b", "b/inner"]

@@ -1,40 +1,142 @@
+import hashlib
+import subprocess
+import sys
+
 import numpy as np
+import pytest
+from conftest import ROOT
 from PIL import Image
 
-from model.voc import CLASS_NAMES, VOID, colour_mask, palette
-from visualize import MARGIN, comparison
+from model.voc import CLASS_NAMES, ERROR_COLOUR, VOID, VOID_COLOUR, colour_mask, oklab, palette, voc_palette
+from visualize import MARGIN, TEXT, comparison, error_picture, overlay
+
+STREETS = ("road", "sky", "car")
 
 
-def test_a_colour_mask_keeps_its_indices_and_shows_the_palette(tmp_path):
+def swatches(picture: Image.Image, *, below: int) -> set[tuple[int, int, int]]:
+    """The colours in the legend; those of page and letters, which are grey, do not count."""
+    pixels = np.array(picture)[below:].reshape(-1, 3)
+    colours, counts = np.unique(pixels, axis=0, return_counts=True)
+    return {tuple(colour) for colour in colours[counts > 100].tolist() if len(set(colour)) > 1}
+
+
+def colour(index: int, names=CLASS_NAMES) -> tuple[int, int, int]:
+    return tuple(palette(names)[index].tolist())
+
+
+def difference(one: tuple, other: tuple) -> float:
+    """How different two colours look, from 0 to about 1."""
+    return float(np.linalg.norm(oklab(np.array(one)) - oklab(np.array(other))))
+
+
+# ---------------------------------------------------------------------------------------- palettes
+
+
+def test_vocs_names_have_vocs_palette_and_no_others():
+    assert np.array_equal(palette(list(CLASS_NAMES)), voc_palette())
+    assert not np.array_equal(palette([*CLASS_NAMES[:20], "screen"])[:21], voc_palette()[:21])
+    assert np.array_equal(voc_palette()[VOID], VOID_COLOUR)
+
+
+@pytest.mark.parametrize(("count", "least"), [(3, 0.3), (21, 0.14), (255, 0.05)])
+def test_colours_of_other_classes_are_told_apart(count, least):
+    """From one another, from void, error, a white page and black; in VOC's palette the nearest are 0.03 apart."""
+    names = [f"kind {index}" for index in range(count)]
+    shown = oklab(np.array([*palette(names)[:count], VOID_COLOUR, ERROR_COLOUR, (255, 255, 255), (0, 0, 0)]))
+    distances = np.linalg.norm(shown[:, None] - shown, axis=-1)[~np.eye(len(shown), dtype=bool)]
+    apart = distances.reshape(len(shown), -1)[:count]
+    assert apart.min() > least
+    assert len(np.unique(palette(names), axis=0)) == 256
+
+
+def test_a_class_called_background_is_black_wherever_it_stands():
+    assert palette(["road", "Background", "car"])[:3].tolist() == [
+        palette(STREETS)[0].tolist(),
+        [0, 0, 0],
+        palette(STREETS)[1].tolist(),
+    ]
+
+
+def test_the_palette_is_the_same_in_every_process():
+    code = f"import hashlib, model.voc; print(hashlib.sha256(model.voc.palette({STREETS}).tobytes()).hexdigest())"
+    said = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip()
+    assert said == hashlib.sha256(palette(list(STREETS)).tobytes()).hexdigest()
+
+
+def test_oklab_is_that_of_its_author():
+    """White, and pure red as in the article's reference implementation."""
+    assert oklab(np.array([255, 255, 255])) == pytest.approx([1, 0, 0], abs=1e-4)
+    assert oklab(np.array([255, 0, 0])) == pytest.approx([0.628, 0.2249, 0.1258], abs=1e-3)
+
+
+@pytest.mark.parametrize("names", [CLASS_NAMES, STREETS], ids=("voc", "streets"))
+def test_a_colour_mask_keeps_its_indices_and_shows_the_palette(tmp_path, names):
     labels = np.arange(256, dtype=np.uint8).reshape(8, 32)
-    colour_mask(labels).save(tmp_path / "mask.png")
+    colour_mask(labels, names).save(tmp_path / "mask.png")
     with Image.open(tmp_path / "mask.png") as mask:
         assert mask.mode == "P"
         assert np.array_equal(np.array(mask), labels)
-        assert np.array_equal(np.array(mask.convert("RGB")), palette()[labels])
+        assert np.array_equal(np.array(mask.convert("RGB")), palette(names)[labels])
 
 
-def test_a_comparison_shows_photo_truth_and_prediction_of_each_example_in_its_place():
+# ---------------------------------------------------------------------------------------- pictures
+
+
+@pytest.mark.parametrize("names", [CLASS_NAMES, [str(index) for index in range(8)]], ids=("voc", "numbers"))
+def test_a_comparison_shows_photo_truth_and_prediction_of_each_example_in_its_place(names):
     images = np.stack([np.full((8, 8, 3), grey, dtype=np.uint8) for grey in (50, 200)])
     labels = np.stack([np.full((8, 8), 3), np.full((8, 8), VOID)]).astype(np.uint8)
     predictions = np.stack([np.full((8, 8), 5), np.full((8, 8), 0)]).astype(np.uint8)
-    picture = np.array(comparison(images, labels, predictions, CLASS_NAMES, side=40))
+    picture = comparison(images, labels, predictions, names, side=40)
     for column, (photo, truth, prediction) in enumerate([(50, 3, 5), (200, VOID, 0)]):
         x = 90 + column * (40 + MARGIN) + 20
-        centres = [picture[MARGIN + row * (40 + MARGIN) + 20, x].tolist() for row in range(3)]
-        assert centres == [[photo] * 3, palette()[truth].tolist(), palette()[prediction].tolist()]
+        centres = [picture.getpixel((x, MARGIN + row * (40 + MARGIN) + 20)) for row in range(3)]
+        assert centres == [(photo,) * 3, colour(truth, names), colour(prediction, names)]
+    legend = swatches(picture, below=3 * (40 + MARGIN) + MARGIN)
+    assert legend == {colour(index, names) for index in (3, 5, 0, VOID)} - {(0, 0, 0)}
 
 
-def test_the_legend_shows_the_classes_of_the_picture_and_grows_with_them():
-    def legend(*classes: int) -> np.ndarray:
+def test_the_legend_shows_what_is_in_the_picture_and_grows_with_it():
+    def picture(*classes: int) -> Image.Image:
         labels = np.array(classes, dtype=np.uint8).reshape(1, 1, -1)
-        picture = comparison(np.zeros((1, 1, len(classes), 3), np.uint8), labels, labels, CLASS_NAMES, side=40)
-        return np.array(picture)[3 * (40 + MARGIN) + MARGIN :]
+        return comparison(np.zeros((1, 1, len(classes), 3), np.uint8), labels, labels, CLASS_NAMES, side=40)
 
-    def swatches(pixels: np.ndarray) -> set[int]:
-        """Classes whose colour fills more pixels than the smoothed edges of letters do."""
-        return {index for index in range(1, 21) if (pixels == palette()[index]).all(-1).sum() > 100}
+    below = 3 * (40 + MARGIN) + MARGIN
+    assert swatches(picture(2, 3), below=below) == {colour(2), colour(3)}
+    assert swatches(picture(0, 3, VOID), below=below) == {colour(3), VOID_COLOUR}
+    assert swatches(picture(*range(21)), below=below) == {colour(index) for index in range(1, 21) if index != 7}  # grey
+    assert picture(*range(21)).height > picture(0, 3).height
 
-    assert swatches(legend(0, 3, VOID)) == {3}
-    assert swatches(legend(*range(21))) == {*range(1, 21)}
-    assert len(legend(*range(21))) > len(legend(0, 3))
+
+@pytest.mark.parametrize("photo", ["black", "white", "red", VOID_COLOUR, ERROR_COLOUR], ids=str)
+def test_right_wrong_and_void_are_told_apart_on_every_photo(photo):
+    """The quarters of a photo of one colour: right, wrong, void, right."""
+    truth = np.array([[1, 1], [VOID, 1]], dtype=np.uint8).repeat(20, 0).repeat(20, 1)
+    prediction = np.array([[1, 2], [1, 1]], dtype=np.uint8).repeat(20, 0).repeat(20, 1)
+    photo = Image.new("RGB", (40, 40), photo)
+    picture = error_picture(photo, Image.fromarray(truth), prediction, CLASS_NAMES, title="", side=40)
+    left = MARGIN + 3 * (40 + MARGIN)
+    right, wrong, void = (picture.getpixel((left + x, 2 * TEXT + y)) for x, y in ((10, 10), (30, 10), (10, 30)))
+    assert (wrong, void) == (ERROR_COLOUR, VOID_COLOUR)
+    assert picture.getpixel((MARGIN + 40 + MARGIN + 10, 2 * TEXT + 30)) == void, "as in truth"
+    assert min(difference(right, wrong), difference(right, void), difference(wrong, void)) > 0.25
+    legend = swatches(picture, below=2 * TEXT + 40 + MARGIN)
+    assert legend == {colour(1), colour(2), ERROR_COLOUR, VOID_COLOUR}
+
+
+def test_an_overlay_colours_every_class_but_one_called_background():
+    photo = Image.new("RGB", (240, 90), (100, 100, 100))
+    prediction = np.repeat(np.array([[0], [1], [2]], dtype=np.uint8), 30, 0).repeat(240, 1)
+
+    def rows(*names: str) -> list[tuple[int, int, int]]:
+        labels = dict(enumerate(names))
+        picture = overlay(photo, prediction, names, labels)
+        bare = {colour(index, names) for index, name in enumerate(names) if name.casefold() == "background"}
+        legend = swatches(picture, below=90 + MARGIN)
+        assert legend == {colour(index, names) for index in range(3)} - bare
+        return [picture.getpixel((120, row)) for row in (15, 45, 75)]
+
+    grey = (100, 100, 100)
+    assert [row == grey for row in rows(*STREETS)] == [False, False, False]
+    assert [row == grey for row in rows("background", "sky", "car")] == [True, False, False]
+    assert [row == grey for row in rows("road", "sky", "BACKGROUND")] == [False, False, True]
