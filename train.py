@@ -632,6 +632,8 @@ def run(params: Params, device: torch.device, args: argparse.Namespace) -> None:
     training.images = digest(data[0])
     if checkpoint:
         with distributed.together():
+            root = data_root(params.dataset, args.data_dir)
+            utils.agreed_class_names(checkpoint, checkpoint_file, root, params.num_classes)
             training.load_state_dict(checkpoint, checkpoint_file)
         if training.finished:
             say_finished(training.finished, args)

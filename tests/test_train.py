@@ -548,6 +548,16 @@ def test_resume_refuses_by_name_what_must_not_change(finished, tmp_path, monkeyp
     assert f'was trained with "{key}": ' in mistake(monkeypatch, changed, data, "--restore_file", "last")
 
 
+def test_a_resume_with_other_class_names_is_refused_by_the_first(finished, tmp_path, monkeypatch):
+    experiment, data, _ = finished
+    shutil.copytree(experiment, tmp_path / "run")
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data" / "classes.txt").write_text("\n".join(["background", "bird", *map(str, range(19))]))
+    make_experiment(tmp_path / "run", **json.loads((experiment / "params.json").read_text()) | {"num_epochs": 3})
+    said = mistake(monkeypatch, tmp_path / "run", tmp_path / "data", "--restore_file", "last")
+    assert said.startswith(f'class 1 is "aeroplane" in {tmp_path}/run/last.pth.tar, "bird" in {tmp_path}/data/classes')
+
+
 def test_weights_alone_can_start_a_run_but_not_continue_one(finished, tmp_path):
     """So comes a checkpoint of the original implementation: other keys, and tensors that nothing uses."""
     experiment, data, _ = finished
