@@ -374,14 +374,17 @@ def _write_all(texts: dict[Path, str]) -> None:
 
 NUMBERED = re.compile(r"(.*?)(\d+)")
 PAIRS = 50
-# The mean difference of two thumbnails, of 255 grey levels. Neighbours in VOC2012, 980 photos and no frames, differ by
-# 26 or more, a photo from itself moved by 5 pixels, with noise, by 13 or less, and by 10 pixels half of them by 17.
+# The mean difference of two thumbnails, of 255 grey levels. Neighbours in VOC2012 (980 photos, no frames) differ by 27
+# or more. A photo, with noise, differs from itself moved by 5 pixels by 16 or less, and by 10 pixels by 18 (median).
 ALIKE = 15
 KEEP_TOGETHER = (r"(.*?)\d*$", r"(.*?)\d{0,2}$", r"(.*?)\d?$")  # whole videos; hundreds of frames; tens
 
 
 def _warn_of_frames(photos: dict[str, Path], shares: list[float], seed: int) -> None:
-    """Print a line where neighbours look like frames of a video, naming the --group that keeps them together."""
+    """Print a line where neighbours look like frames of a video, naming the --group that keeps them together.
+
+    A quarter of the pairs is enough, for a camera may move fast, and bursts hold two photos of a scene.
+    """
     matches = [match for id_ in photos if (match := NUMBERED.fullmatch(id_))]
     row = sorted((match[1], int(match[2]), match[0]) for match in matches)
     pairs = [(one[2], other[2]) for one, other in pairwise(row) if one[0] == other[0]]

@@ -387,9 +387,14 @@ def test_irregular_photos_and_masks_of_a_split_are_named_together(data, cache):
     for path, make in zip(odd, (os.mkfifo, os.mkfifo, link_to_device), strict=True):
         path.unlink()
         make(path)
-    with pytest.raises(UserError, match="3 faults in split train") as fault:
+    truncate(photo(data, "train5"))
+    mask(data, "train0").unlink()
+    mask(data, "train0").symlink_to(data / "nowhere")
+    with pytest.raises(UserError, match="5 faults in split train") as fault:
         load(data, cache=cache)
-    for path, kind, line in zip(odd, ("FIFO", "FIFO", "device"), str(fault.value).splitlines()[1:], strict=True):
+    first, *lines, last = str(fault.value).splitlines()[1:]
+    assert f"{mask(data, 'train0')}: no such file" in first and f"{photo(data, 'train5')}: cannot be read" in last
+    for path, kind, line in zip(odd, ("FIFO", "FIFO", "device"), lines, strict=True):
         assert f"{path} is not a regular file (a {kind})" in line
 
 
@@ -476,6 +481,15 @@ def test_no_photo_starts_ghostscript(data, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"train3\.jpg: cannot be read as an image"):
         load(data)
     assert not (tmp_path / "was_started").exists()
+
+
+def test_too_little_memory_is_no_fault_of_the_photo(data, monkeypatch):
+    def fail(*args, **options):
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, "convert", fail)
+    with pytest.raises(MemoryError):
+        load(data)
 
 
 def test_an_interrupted_decoding_does_not_wait_for_a_file_that_never_answers(data, monkeypatch):
@@ -684,32 +698,35 @@ for folder in sys.argv[1:]:
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("setpriv") is None, reason="needs root, to become a stranger")
-@pytest.mark.parametrize("home", [None, "/", "/dev/null"])
-def test_read_only_data_of_a_user_without_a_home_say_where_else_to_go(data, home):
+def test_read_only_data_of_a_user_without_a_home_say_where_else_to_go(data):
     """As in a container: a user whom passwd does not know and who may write nowhere."""
     capability = "--{}=+dac_read_search"  # so that the stranger sees this interpreter and the data
     stranger = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups"]
     stranger += [capability.format("inh-caps"), capability.format("ambient-caps"), sys.executable, "-c"]
     code = f"""
-import sys
+import os, sys
 from model.data_loader import SegmentationDataset, Split, UserError
 split = Split.find(sys.argv[1], "train")
 print(len(SegmentationDataset(split, class_names=["x"] * 21, image_size={SIZE}, cache=False)))
-try:
-    SegmentationDataset(split, class_names=["x"] * 21, image_size={SIZE})
-except UserError as error:
-    print(error)
+for home in (None, "/", "/dev/null"):
+    if home:
+        os.environ["HOME"] = home
+    try:
+        SegmentationDataset(split, class_names=["x"] * 21, image_size={SIZE})
+    except UserError as error:
+        print(error)
 """
     environment = {key: value for key, value in os.environ.items() if key not in ("HOME", "XDG_CACHE_HOME")}
-    environment |= {} if home is None else {"HOME": home}
     data.chmod(0o555)
     result = subprocess.run(
         [*stranger, code, str(data)], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120
     )
     assert result.returncode == 0, result.stderr
-    count, message = result.stdout.splitlines()
-    assert count == "6" and message.startswith(f"{data} is read-only, ")
-    assert '"cache": false' in message and "XDG_CACHE_HOME" in message
+    count, *messages = result.stdout.splitlines()
+    assert count == "6" and len(messages) == 3
+    for message in messages:
+        assert message.startswith(f"{data} is read-only, ")
+        assert '"cache": false' in message and "XDG_CACHE_HOME" in message
 
 
 @pytest.mark.parametrize("cache", [True, False])
