@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tomllib
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -182,6 +183,13 @@ def test_other_torch_files_are_not_taken_for_checkpoints(tmp_path):
         torch.save(content, tmp_path / "x.pth.tar")
         with pytest.raises(UserError, match="is not a checkpoint of this network"):
             utils.load_checkpoint(tmp_path / "x.pth.tar")
+
+
+def test_licence_and_version_are_the_same_wherever_they_stand():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = (ROOT / "CITATION.cff").read_text().splitlines()
+    assert {f"version: {project['version']}", f"license: {project['license']}"} <= set(citation)
+    assert (ROOT / "LICENSE").read_text().startswith(f"{project['license']} License\n")
 
 
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py", "build_dataset.py"])
