@@ -19,8 +19,9 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
+from engine.cli import require, run_main
 from model import UserError
-from utils import RunFailed, replacing, require, run_main, write_text
+from utils import RunFailed, replacing, write_text
 
 ARCHIVE = "VOCtrainval_11-May-2012.tar"
 MIRROR = f"http://pjreddie.com/media/files/{ARCHIVE}"
@@ -235,7 +236,7 @@ def _mask_of_sbd(content: bytes, name: str) -> bytes:
 
 
 def _write_whole(path: Path, content: bytes) -> None:
-    """As utils.replacing, without waiting for the disk, which for 18,000 files would take minutes."""
+    """As replacing, without waiting for the disk, which for 18,000 files would take minutes."""
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(content)

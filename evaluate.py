@@ -8,28 +8,45 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
-import distributed
-from utils import (
-    Params,
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from engine import distributed, ranks
+from engine.checkpoints import agreed_class_names, checkpoint_path, load_network
+from engine.cli import (
     add_restore_file,
     add_testing_flags,
-    agreed_class_names,
-    autocast,
-    checkpoint_path,
-    data_dir,
-    end_at_once_on_interrupt,
     experiment_parser,
-    load_network,
-    make_folder,
     positive,
     require,
     run_main,
-    save_figure,
-    save_picture,
     stop_if_asked,
-    table_text,
-    write_json,
 )
+from engine.devices import autocast, loading_options
+from engine.experiment import data_dir
+from model.data_loader import (
+    Loader,
+    OriginalDataset,
+    SegmentationDataset,
+    Split,
+    data_root,
+    make_loader,
+    make_original_loader,
+    read_mask,
+    read_photo,
+)
+from model.inference import Segmenter, class_map
+from model.losses import SegmentationLoss
+from model.metrics import BoundaryMetrics, ConfusionMatrix
+from model.parallel import add_up
+from model.transforms import to_input
+from model.voc import colour_mask, is_voc
+from params import Params
+from utils import make_folder, save_figure, save_picture, table_text, write_json
+from visualize import confusion_figure, error_picture
 
 
 def parse_args() -> argparse.Namespace:
@@ -54,37 +71,6 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     args.original_size |= args.flip or bool(args.scales or args.save_predictions or args.save_overlays)
     return args
-
-
-# Before the seconds that importing torch takes, so that --help and a typing error answer at once.
-if __name__ == "__main__":
-    ARGS = parse_args()
-    end_at_once_on_interrupt()
-
-import torch
-from tabulate import tabulate
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from tqdm import tqdm
-
-from model.data_loader import (
-    Loader,
-    OriginalDataset,
-    SegmentationDataset,
-    Split,
-    data_root,
-    make_loader,
-    make_original_loader,
-    read_mask,
-    read_photo,
-)
-from model.inference import Segmenter, class_map
-from model.losses import SegmentationLoss
-from model.metrics import BoundaryMetrics, ConfusionMatrix
-from model.parallel import add_up
-from model.transforms import to_input
-from model.voc import colour_mask, is_voc
-from visualize import confusion_figure, error_picture
 
 
 @torch.inference_mode()
@@ -121,7 +107,7 @@ def evaluate(
 def progress(loader: Loader, title: str) -> tqdm:
     """A bar over the images that are this process's part."""
     total = sum(loader.batch_sampler.sizes)
-    return tqdm(total=total, desc=title, unit="img", leave=False, disable=distributed.bar_disabled())
+    return tqdm(total=total, desc=title, unit="img", leave=False, disable=ranks.bar_disabled())
 
 
 def by_name(metrics: dict, names: Sequence[str]) -> dict:
@@ -201,7 +187,7 @@ def score_originals(
     """
     split, names = dataset.split, dataset.class_names
     loader = make_original_loader(
-        dataset, segmenter.sizes, batch_size=params.scoring_batch_size, **params.loading_options()
+        dataset, segmenter.sizes, batch_size=params.scoring_batch_size, **loading_options(params)
     )
     matrix, boundary = (metric(params.num_classes, segmenter.device) for metric in (ConfusionMatrix, BoundaryMetrics))
     worst = Worst(args.save_overlays or 0, params.num_classes)
@@ -222,7 +208,7 @@ def score_originals(
     boundary.reduce()
     if split.masks is None:
         return {}, None
-    if args.save_overlays and distributed.is_main():
+    if args.save_overlays and ranks.is_main():
         worst.draw(dataset, overlays)
     metrics = {"images": len(dataset), **matrix.compute(), **boundary.compute()}
     return by_name(metrics, names), matrix
@@ -274,10 +260,10 @@ def run(device: torch.device, args: argparse.Namespace) -> None:
     else:
         options = {"class_names": names, "image_size": params.image_size, "cache": params.cache}
         dataset = distributed.first_here(lambda: SegmentationDataset(split, **options))
-        loader = make_loader(dataset, batch_size=params.scoring_batch_size, device=device, **params.loading_options())
+        loader = make_loader(dataset, batch_size=params.scoring_batch_size, device=device, **loading_options(params))
         matrix = ConfusionMatrix(params.num_classes, device)
         metrics = evaluate(model, loader, params, device, matrix=matrix)
-    if distributed.is_main():
+    if ranks.is_main():
         report(record | metrics, matrix, dataset, name, params, args)
 
 
@@ -320,4 +306,4 @@ def report(
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_main(lambda: main(ARGS), shared=True))
+    raise SystemExit(run_main(lambda: main(parse_args()), shared=True))

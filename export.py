@@ -8,21 +8,23 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from distributed import pick_device
-from utils import (
-    Params,
-    RunFailed,
-    add_restore_file,
-    agreed_class_names,
-    checkpoint_path,
-    data_dir,
-    end_at_once_on_interrupt,
-    experiment_parser,
-    git_commit,
-    load_network,
-    replacing,
-    run_main,
-)
+import numpy as np
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from engine.checkpoints import agreed_class_names, checkpoint_path, load_network
+from engine.cli import add_restore_file, experiment_parser, run_main
+from engine.distributed import pick_device
+from engine.experiment import data_dir, git_commit
+from model import UserError, cores
+from model.data_loader import Split, data_root, read_example
+from model.transforms import mean_and_deviation, to_input
+from params import Params
+from utils import RunFailed, replacing
+
+TOLERANCE = 1e-4  # of the largest logit; what rounding in another order makes is about 1e-6
+LARGEST = 1.5 * 2**30  # bytes of weights; beyond it PyTorch puts them into a second file
 
 
 def parse_args() -> argparse.Namespace:
@@ -33,24 +35,6 @@ def parse_args() -> argparse.Namespace:
         "--output", type=Path, metavar="FILE", help="the file to write (default: <restore_file>.onnx in model_dir)"
     )
     return parser.parse_args()
-
-
-# Before the seconds that importing torch takes, so that --help and a typing error answer at once.
-if __name__ == "__main__":
-    ARGS = parse_args()
-    end_at_once_on_interrupt()
-
-import numpy as np
-import torch
-from tabulate import tabulate
-from torch import Tensor, nn
-
-from model import UserError, cores
-from model.data_loader import Split, data_root, read_example
-from model.transforms import mean_and_deviation, to_input
-
-TOLERANCE = 1e-4  # of the largest logit; what rounding in another order makes is about 1e-6
-LARGEST = 1.5 * 2**30  # bytes of weights; beyond it PyTorch puts them into a second file
 
 
 def require_packages() -> None:
@@ -212,4 +196,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_main(lambda: main(ARGS)))
+    raise SystemExit(run_main(lambda: main(parse_args())))

@@ -9,26 +9,32 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import distributed
-from utils import (
-    Params,
-    UserError,
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from engine import distributed, ranks
+from engine.checkpoints import agreed_class_names, checkpoint_path, load_network
+from engine.cli import (
     add_restore_file,
     add_testing_flags,
-    agreed_class_names,
-    checkpoint_path,
-    end_at_once_on_interrupt,
     experiment_parser,
-    load_network,
-    make_folder,
     positive,
-    recorded_data_dir,
     run_main,
-    save_picture,
     stop_if_asked,
-    walk,
-    write_json,
 )
+from engine.experiment import recorded_data_dir
+from evaluate import segmenter
+from model.data_loader import IMAGE_SUFFIXES, Layout, read_photo
+from model.inference import Segmenter
+from model.voc import colour_mask
+from params import Params
+from utils import UserError, make_folder, save_picture, walk, write_json
+from visualize import overlay
+
+SUFFIXES = (*IMAGE_SUFFIXES, ".bmp", ".tif", ".tiff", ".webp")  # of photos in folders
+RESULTS = (".png", "_overlay.png", ".json")
+LEAST_AREA = 0.0005  # of a photo, to be in the legend
 
 
 def parse_args() -> argparse.Namespace:
@@ -48,26 +54,6 @@ def parse_args() -> argparse.Namespace:
     )
     add_testing_flags(parser)
     return parser.parse_args()
-
-
-# Before the seconds that importing torch takes, so that --help and a typing error answer at once.
-if __name__ == "__main__":
-    ARGS = parse_args()
-    end_at_once_on_interrupt()
-
-import numpy as np
-import torch
-from tqdm import tqdm
-
-from evaluate import segmenter
-from model.data_loader import IMAGE_SUFFIXES, Layout, read_photo
-from model.inference import Segmenter
-from model.voc import colour_mask
-from visualize import overlay
-
-SUFFIXES = (*IMAGE_SUFFIXES, ".bmp", ".tif", ".tiff", ".webp")  # of photos in folders
-RESULTS = (".png", "_overlay.png", ".json")
-LEAST_AREA = 0.0005  # of a photo, to be in the legend
 
 
 def find_photos(given: Sequence[str], output_dir: Path) -> dict[Path, Path]:
@@ -150,9 +136,9 @@ def run(device: torch.device, args: argparse.Namespace) -> int:
     with distributed.together():
         ask = segmenter(model, params, device, args)
         make_folder(args.output_dir, "--output_dir")
-    own = list(photos.items())[distributed.rank() :: distributed.world_size()]
+    own = list(photos.items())[ranks.rank() :: ranks.world_size()]
     faults = 0
-    with tqdm(own, desc="predicting", unit="img", leave=False, disable=distributed.bar_disabled()) as bar:
+    with tqdm(own, desc="predicting", unit="img", leave=False, disable=ranks.bar_disabled()) as bar:
         for name, file in bar:
             stop_if_asked()
             try:
@@ -163,7 +149,7 @@ def run(device: torch.device, args: argparse.Namespace) -> int:
                 faults += 1
                 bar.write(f"predict.py: {error}; skipped", file=sys.stderr)
     faults = sum(distributed.gather(faults))
-    if distributed.is_main():
+    if ranks.is_main():
         print(f"{len(photos) - faults} of {len(photos)} photos -> {args.output_dir}")
     return 1 if faults else 0
 
@@ -190,4 +176,4 @@ def find_names(params: Params, checkpoint: dict, args: argparse.Namespace) -> li
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_main(lambda: main(ARGS), shared=True))
+    raise SystemExit(run_main(lambda: main(parse_args()), shared=True))

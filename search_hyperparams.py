@@ -1,9 +1,36 @@
 """Run a sweep: one train.py per trial. parent_dir holds params.json, the base, and search_space.json, what varies."""
 
 import argparse
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from utils import add_folder, end_at_once_on_interrupt, positive
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import TrialState
+from tqdm import tqdm
+
+from engine.cli import add_folder, positive, run_main
+from engine.experiment import RUN_LOCK
+from model import UserError, cores
+from params import Params
+from study import STORAGE_ERRORS, Claim, Study, Values, distributions, grid, open_storage, read_spaces, storage_failure
+from utils import ROOT, Lock, best_epoch, is_locked, lock, read_history, read_json, score, write_json
+
+POLL, LOOK = 0.2, 1.0  # seconds between two looks at the running trials, and at the study
+HEARTBEAT = 15.0  # seconds between two signs of life in a database, four of which may fail to come
+OUTAGE = 600.0  # seconds that a database may be away
+GRACE = 30.0  # seconds that a trial has to end by itself
+LOG_LINES = 5  # of a failed trial
 
 
 def parse_args() -> argparse.Namespace:
@@ -19,52 +46,6 @@ def parse_args() -> argparse.Namespace:
     if (args.sampler == "grid") != (args.n_trials is None):
         parser.error("--n_trials goes with --sampler random or tpe, which need it; a grid runs every combination")
     return args
-
-
-# Before the imports that take a while, so that --help and a typing error answer at once.
-if __name__ == "__main__":
-    ARGS = parse_args()
-    end_at_once_on_interrupt()
-
-import os
-import re
-import shlex
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
-from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any
-
-from optuna.exceptions import UpdateFinishedTrialError
-from optuna.trial import TrialState
-from tqdm import tqdm
-
-from model import UserError, cores
-from study import STORAGE_ERRORS, Claim, Study, Values, distributions, grid, open_storage, read_spaces, storage_failure
-from utils import (
-    ROOT,
-    RUN_LOCK,
-    Lock,
-    Params,
-    best_epoch,
-    is_locked,
-    lock,
-    read_history,
-    read_json,
-    run_main,
-    score,
-    write_json,
-)
-
-POLL, LOOK = 0.2, 1.0  # seconds between two looks at the running trials, and at the study
-HEARTBEAT = 15.0  # seconds between two signs of life in a database, four of which may fail to come
-OUTAGE = 600.0  # seconds that a database may be away
-GRACE = 30.0  # seconds that a trial has to end by itself
-LOG_LINES = 5  # of a failed trial
 
 
 @dataclass
@@ -390,4 +371,4 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_main(lambda: main(ARGS)))
+    raise SystemExit(run_main(lambda: main(parse_args())))

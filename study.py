@@ -28,8 +28,10 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
+from engine.experiment import LOCK_PATIENCE, TRIAL_LOCKS
 from model import UserError
-from utils import LOCK_PATIENCE, TRIAL_LOCKS, Lock, Params, RunFailed, lock, read_json
+from params import Params
+from utils import Lock, RunFailed, lock, read_json
 
 Values = dict[str, Any]  # what a trial sets: keys of params.json and their values
 

@@ -16,26 +16,11 @@ from typing import Any
 
 from tabulate import tabulate
 
+from engine.cli import add_folder, run_main
+from engine.experiment import RUN_LOCK, TRIAL_LOCKS, outputs, why_finished
 from model import UserError
-from utils import (
-    RUN_LOCK,
-    TRIAL_LOCKS,
-    Params,
-    add_folder,
-    best_epoch,
-    is_locked,
-    is_number,
-    outputs,
-    read_history,
-    read_json,
-    run_main,
-    save_figure,
-    score,
-    table_text,
-    walk,
-    why_finished,
-    write_text,
-)
+from params import Params, is_number
+from utils import best_epoch, is_locked, read_history, read_json, save_figure, score, table_text, walk, write_text
 
 METRICS = ("mIoU", "pixel_accuracy", "loss")  # of validation
 ORIGINAL_SIZE = "metrics_", "_best_original_size.json"  # evaluate.py's files, the name of a split between the two

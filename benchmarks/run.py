@@ -28,8 +28,10 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-import distributed
 from benchmarks import baseline, roofline
+from engine import distributed
+from engine.devices import autocast, resolve_precision, seed_everything, to_device
+from engine.training import Training
 from evaluate import evaluate
 from model.data_loader import Loader, SegmentationDataset, Split, make_loader, read_example
 from model.losses import SegmentationLoss
@@ -37,8 +39,8 @@ from model.net import FCN_GCN
 from model.sample import draw_scene
 from model.transforms import to_input
 from model.voc import CLASS_NAMES, colour_mask
-from train import Training, train_epoch
-from utils import Params, autocast, resolve_precision, seed_everything, to_device
+from params import Params
+from train import train_epoch
 
 SIZE, BATCH = 224, 5
 PHOTO = (500, 375)  # VOC's usual size

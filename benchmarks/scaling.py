@@ -25,15 +25,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-import distributed
-import utils
 from benchmarks.run import compared
+from engine import distributed, ranks
+from engine.cli import positive, run_main
+from engine.devices import autocast, resolve_precision, seed_everything, to_device
+from engine.training import Training
 from model.losses import SegmentationLoss
 from model.net import FCN_GCN
 from model.parallel import share
 from model.transforms import to_input
-from train import Training
-from utils import Params, RunFailed
+from params import Params
+from utils import RunFailed, write_json
 
 WARM_UP = 2  # steps that do not count: in the first DistributedDataParallel learns in what order gradients come
 
@@ -47,7 +49,7 @@ def parse_args() -> argparse.Namespace:
         ("--steps", 3, "timed steps of each start"),
         ("--repeats", 3, "starts of each side, in turn"),
     ):
-        parser.add_argument(flag, type=utils.positive, default=default, help=f"{meaning} (default: %(default)s)")
+        parser.add_argument(flag, type=positive, default=default, help=f"{meaning} (default: %(default)s)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)  # what the processes of one start write to
     args = parser.parse_args()
@@ -59,7 +61,7 @@ def parse_args() -> argparse.Namespace:
 def make_step(training: Training, batch_size: int) -> Callable:
     """This process's part in a training step, as train.train_epoch takes it, on random images; returns its seconds."""
     device, params = training.device, training.params
-    count = len(share(batch_size, distributed.rank(), distributed.world_size()))
+    count = len(share(batch_size, ranks.rank(), ranks.world_size()))
     shape = (params.image_size, params.image_size)
     images = torch.randint(256, (count, 3, *shape), dtype=torch.uint8).to(device)
     labels = torch.randint(params.num_classes, (count, *shape), dtype=torch.uint8).to(device)
@@ -67,7 +69,7 @@ def make_step(training: Training, batch_size: int) -> Callable:
 
     def step(*, last_of_group: bool = True) -> float:
         start = time.perf_counter()
-        with training.share_of(batch_size, last_of_group=last_of_group), utils.autocast(device, params.precision):
+        with training.share_of(batch_size, last_of_group=last_of_group), autocast(device, params.precision):
             logits = training.forward(to_input(images, device, **params.input_options()))
         training.step(criterion(logits, labels), last_of_group=last_of_group)
         if device.type == "cuda":
@@ -107,25 +109,25 @@ def sent_to_itself() -> int | None:
 def measure(args: argparse.Namespace) -> None:
     """Write what one start of the processes finds: seconds by batch size, of several processes also their traffic."""
     with distributed.processes(args.device) as device:
-        params = utils.resolve_precision(Params(image_size=args.image_size), device)
-        utils.seed_everything(params.seed, deterministic=False)
+        params = resolve_precision(Params(image_size=args.image_size), device)
+        seed_everything(params.seed, deterministic=False)
         model = FCN_GCN(**params.network_options(), pretrained=False)
-        utils.to_device(model, params, device)
+        to_device(model, params, device)
         training = Training(model, params, steps_per_epoch=1000)
         training.model.train()
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, one thread each"
         result = {"device": name, "precision": params.precision, "seconds": {}}
-        for batch_size in sorted({args.batch_size, args.batch_size * distributed.world_size()}):
+        for batch_size in sorted({args.batch_size, args.batch_size * ranks.world_size()}):
             step = make_step(training, batch_size)
             result["seconds"][batch_size] = [step() for _ in range(WARM_UP + args.steps)][WARM_UP:]
-        if distributed.world_size() > 1:
+        if ranks.world_size() > 1:
             if (before := sent_to_itself()) is not None:
                 step()
                 result["loopback"] = sent_to_itself() - before
             result["traffic"] = [traffic(step, last_of_group=last) for last in (True, False)]
             result["parameters"] = sum(weight.nbytes for weight in model.parameters())
-        if distributed.is_main():
-            utils.write_json(args.result, result)
+        if ranks.is_main():
+            write_json(args.result, result)
 
 
 def start(processes: int, args: argparse.Namespace, result: Path) -> dict:
@@ -172,4 +174,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(utils.run_main(lambda: main(parse_args()), shared=True))
+    raise SystemExit(run_main(lambda: main(parse_args()), shared=True))

@@ -9,14 +9,14 @@ from conftest import make_data, run_script
 from PIL import Image
 
 from benchmarks import baseline, roofline
+from engine.training import Training
 from evaluate import evaluate
 from model.data_loader import SegmentationDataset, Split, make_loader
 from model.losses import SegmentationLoss
 from model.net import FCN_GCN
 from model.transforms import to_input
 from model.voc import CLASS_NAMES
-from train import Training
-from utils import Params
+from params import Params
 
 
 @pytest.fixture

@@ -26,18 +26,20 @@ import torch
 from conftest import ROOT, TINY, make_data, make_experiment, run_script
 from torch import nn
 
-import distributed
 import evaluate
 import predict
 import train
 import utils
+from engine import checkpoints, cli, distributed, ranks, run, training
+from engine.devices import loading_options
+from engine.training import Training
 from model.data_loader import EpochSampler, OwnBatches, SegmentationDataset, Split, class_names, make_loader
 from model.losses import SegmentationLoss
 from model.metrics import BoundaryMetrics, ConfusionMatrix
 from model.net import FCN_GCN
 from model.parallel import Dropout2d, share, synchronize_batch_norm, total
-from train import Training, train_epoch
-from utils import Params
+from params import Params
+from train import train_epoch
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 
@@ -81,7 +83,7 @@ def main_of(script, *args) -> tuple[int, str, str]:
     stdout, stderr = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         try:
-            status = utils.run_main(lambda: script.main(script.parse_args()), shared=True)
+            status = cli.run_main(lambda: script.main(script.parse_args()), shared=True)
         except SystemExit as end:
             status = end.code
     return status, stdout.getvalue(), stderr.getvalue()
@@ -102,12 +104,12 @@ def step_in_float64(images: int) -> dict:
     x, labels = torch.randn(images, 3, 9, 7).double(), torch.randint(6, (images, 7, 5)) % 6
     labels[labels == 5] = 255
     labels[0] = 255  # void is not shared out evenly
-    own = share(images, distributed.rank(), distributed.world_size())
+    own = share(images, ranks.rank(), ranks.world_size())
     rows = slice(own.start, own.stop)
-    if distributed.world_size() > 1:
+    if ranks.world_size() > 1:
         synchronize_batch_norm(model, torch.device("cpu"))
         model[2].whole = own.start, images
-        model = train.distribute(model, torch.device("cpu"))
+        model = training.distribute(model, torch.device("cpu"))
     criterion = SegmentationLoss(
         {"bce": 1, "dice": 1, "inverse_dice": 1, "cross_entropy": 1, "balanced_cross_entropy": 1}, over_processes=True
     )
@@ -140,9 +142,9 @@ def test_a_step_has_the_loss_gradients_and_statistics_of_the_whole_batch(images)
 
 
 def gradient_of_total() -> tuple[float, float]:
-    x = torch.tensor(float(distributed.rank() + 1), requires_grad=True)
+    x = torch.tensor(float(ranks.rank() + 1), requires_grad=True)
     y = total(x)
-    (y.square() * (distributed.rank() + 1)).backward()  # another loss in each process
+    (y.square() * (ranks.rank() + 1)).backward()  # another loss in each process
     return y.item(), x.grad.item()
 
 
@@ -178,7 +180,7 @@ def test_processes_split_training_batches_and_deal_out_those_for_scoring(length,
 def counts_of_rank() -> tuple:
     matrix, boundary = ConfusionMatrix(3), BoundaryMetrics(3)
     labels = torch.arange(64).view(8, 8) % 3
-    for index in range(5)[distributed.rank() :: distributed.world_size()]:
+    for index in range(5)[ranks.rank() :: ranks.world_size()]:
         prediction = (labels + (torch.arange(64).view(8, 8) % (index + 2) == 0)) % 3
         matrix.update(prediction, labels)
         boundary.update(prediction, labels)
@@ -200,8 +202,8 @@ def train_in_float64(data: Path, options: dict) -> dict:
     names = class_names(data, params.num_classes)
     split = Split.find(data, "train")
     dataset = SegmentationDataset(split, class_names=names, image_size=params.image_size, augment=params.augment)
-    loader = make_loader(dataset, batch_size=params.batch_size, seed=1, **params.loading_options())
-    torch.manual_seed(distributed.rank())  # others begin with other weights
+    loader = make_loader(dataset, batch_size=params.batch_size, seed=1, **loading_options(params))
+    torch.manual_seed(ranks.rank())  # others begin with other weights
     training = Training(FCN_GCN(**params.network_options(), pretrained=False).double(), params, len(loader))
     torch.manual_seed(2)
     forward = training.forward
@@ -253,7 +255,7 @@ def test_a_run_is_written_once_and_another_number_of_processes_goes_on_with_it(t
     for ours, theirs, tolerance in zip(*map(utils.read_history, (halves, straight)), (1e-4, 2e-2), strict=True):
         assert ours["train"]["loss"] == pytest.approx(theirs["train"]["loss"], rel=tolerance)
         assert ours["val"]["loss"] == pytest.approx(theirs["val"]["loss"], rel=tolerance * 10)
-    first, second = (utils.load_checkpoint(folder / "last.pth.tar") for folder in (halves, straight))
+    first, second = (checkpoints.load_checkpoint(folder / "last.pth.tar") for folder in (halves, straight))
     assert torch.equal(first["rng"], second["rng"])
     ours, theirs = (
         torch.cat([tensor.flatten() for name, tensor in checkpoint["state_dict"].items() if "running" not in name])
@@ -317,7 +319,7 @@ def test_a_mistake_is_said_once(tmp_path, data):
 
 def fail(who: tuple[int, ...], error: Exception) -> None:
     with distributed.together():
-        if distributed.rank() in who:
+        if ranks.rank() in who:
             raise error
 
 
@@ -332,7 +334,7 @@ def test_an_error_in_some_processes_ends_all_and_one_of_them_speaks(who, error, 
 
 
 def train_on_own_data(experiment: Path, folders: list[Path]) -> tuple[int, str, str]:
-    return main_of(train, "--model_dir", experiment, "--data_dir", folders[distributed.rank() % len(folders)])
+    return main_of(train, "--model_dir", experiment, "--data_dir", folders[ranks.rank() % len(folders)])
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -369,7 +371,7 @@ def flags(experiment: Path, **given) -> dict:
     """The flags after take_up_own_run()."""
     args = argparse.Namespace(model_dir=experiment, restore_file=None, init_from=None, overwrite=False)
     vars(args).update(given)
-    train.take_up_own_run(args)
+    run.take_up_own_run(args)
     return {key: value for key, value in vars(args).items() if key != "model_dir"}
 
 
@@ -470,7 +472,7 @@ def test_a_run_ends_promptly_and_clearly_whichever_process_is_stopped(tmp_path, 
         assert re.search(f"error: {reason}; go on with: torchrun --nproc_per_node 2 train.py", line)
         assert line.endswith(f"train.py --model_dir {experiment} --data_dir {data} --restore_file last")
     assert not [pid for pid in ranks.values() if Path(f"/proc/{pid}").exists()]
-    assert utils.load_checkpoint(experiment / "last.pth.tar")["epoch"] >= 1
+    assert checkpoints.load_checkpoint(experiment / "last.pth.tar")["epoch"] >= 1
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from PIL import Image
 from torchvision.io import ImageReadMode, decode_image
 
 import utils
+from engine import checkpoints
 from evaluate import Worst, table
 from model.data_loader import read_photo
 from model.transforms import squashed, to_input
@@ -31,7 +32,7 @@ def masks_of(data, split: str) -> dict[str, np.ndarray]:
 
 def expected_prediction(experiment, photo, *, sizes=(32,), flip: bool = False) -> np.ndarray:
     """By plain PyTorch, one photo at a time."""
-    model, _, _ = utils.load_network(experiment, "best", torch.device("cpu"))
+    model, _, _ = checkpoints.load_network(experiment, "best", torch.device("cpu"))
     total = 0
     for images in squashed([photo], sizes):
         x = to_input(images, "cpu")
@@ -104,7 +105,7 @@ def test_overlays_show_the_worst_photos_first(experiment, trained):
     run_evaluate(experiment, data, "--save_overlays", 1, "--flip")
     (other,) = (experiment / "overlays_val_best_multi_scale").iterdir()
     assert sorted(folder.iterdir()) == pictures
-    assert {*pictures, other} <= {*utils.outputs(experiment)}  # --overwrite deletes them
+    assert {*pictures, other} <= {*experiment.outputs(experiment)}  # --overwrite deletes them
 
 
 def mean_iou(prediction: np.ndarray, mask: np.ndarray) -> float:

@@ -15,12 +15,13 @@ from conftest import ROOT, make_data, make_experiment, run_script
 from torch import nn
 
 import export
-import utils
+from engine import checkpoints, experiment
 from model import UserError
 from model.data_loader import read_example
 from model.net import FCN_GCN
 from model.transforms import IMAGENET_MEAN, IMAGENET_STD, to_input
-from utils import Params, RunFailed
+from params import Params
+from utils import RunFailed
 
 
 def run_export(experiment, data, *args, **options):
@@ -60,7 +61,7 @@ def exported(tmp_path_factory):
 def networks(exported):
     """The session of the exported file, and the network with either weights of the checkpoint."""
     experiment, _, _ = exported
-    checkpoint = utils.load_checkpoint(experiment / "last.pth.tar")  # after one epoch, the best
+    checkpoint = checkpoints.load_checkpoint(experiment / "last.pth.tar")  # after one epoch, the best
     models = [FCN_GCN(pretrained=False).eval() for _ in range(2)]
     for model, key in zip(models, ("ema_state_dict", "state_dict"), strict=True):
         model.load_state_dict(checkpoint[key])
@@ -107,7 +108,7 @@ def test_the_file_says_what_it_is_and_nothing_of_the_machine(exported):
         "std": list(IMAGENET_STD),
         "image_size": 32,
         "epoch": 1,
-        "git_commit": utils.git_commit(),
+        "git_commit": experiment.git_commit(),
     }
     model.graph.ClearField("initializer")
     assert not [
@@ -237,7 +238,7 @@ def test_help_answers_without_torch_and_onnx(tmp_path):
 def test_starting_over_deletes_what_was_exported_but_not_under_a_name_of_the_users(tmp_path):
     for name in ("best.onnx", "last.onnx", "mine.onnx"):
         (tmp_path / name).touch()
-    assert [path.name for path in utils.outputs(tmp_path)] == ["best.onnx", "last.onnx"]
+    assert [path.name for path in experiment.outputs(tmp_path)] == ["best.onnx", "last.onnx"]
 
 
 def test_weights_that_no_single_file_holds_are_refused_before_the_export():

@@ -14,6 +14,7 @@ from conftest import ROOT, make_experiment, run_script, running_postgresql
 from test_search_hyperparams import logged, make_sweep, wait_until
 
 import utils
+from engine import checkpoints
 
 pytestmark = [
     pytest.mark.multihost,
@@ -126,7 +127,7 @@ def test_a_lost_machine_ends_the_run_on_the_other_which_can_go_on_alone(hosts, t
         and "go on with: torchrun --nproc_per_node 1 --nnodes 2 " in line
     )
     assert f"--model_dir {experiment} --data_dir {data} --restore_file last" in line
-    epoch = utils.load_checkpoint(experiment / "last.pth.tar")["epoch"]
+    epoch = checkpoints.load_checkpoint(experiment / "last.pth.tar")["epoch"]
     make_experiment(experiment, batch_size=4, num_epochs=epoch + 1)
     run_script(*arguments(experiment, data), "--restore_file", "last")
     assert len(utils.read_history(experiment)) == epoch + 1

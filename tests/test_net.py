@@ -8,9 +8,9 @@ from conftest import ROOT
 from torch import nn
 from torchvision.models.resnet import Bottleneck
 
+from engine.checkpoints import load_weights
 from model import UserError
 from model.net import BR, FCN_GCN, GCN, _upsample
-from utils import load_weights
 
 
 def network(**options) -> FCN_GCN:

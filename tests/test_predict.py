@@ -11,6 +11,7 @@ from conftest import ROOT, make_experiment, rename_classes, run_script
 from PIL import Image
 
 import utils
+from engine import checkpoints
 from model.data_loader import read_photo
 from model.inference import Segmenter
 from model.sample import draw_scene
@@ -23,7 +24,7 @@ def run_predict(experiment, *args, **options):
 
 
 def expected_prediction(experiment, file, *, tile=None) -> np.ndarray:
-    model, _, _ = utils.load_network(experiment, "best", torch.device("cpu"))
+    model, _, _ = checkpoints.load_network(experiment, "best", torch.device("cpu"))
     return Segmenter(model, torch.device("cpu"), image_size=32).segment(read_photo(file), tile=tile).numpy()
 
 
@@ -64,7 +65,7 @@ def test_every_photo_of_a_folder_gets_three_files(experiment, photos, tmp_path):
 def test_a_broken_photo_is_reported_and_the_others_go_on(experiment, trained, photos, tmp_path):
     (photos / "aa.jpg").write_bytes((photos / "a.jpg").read_bytes()[:300])
     shutil.copy(photos / "a.jpg", photos / f"{'long' * 62}.jpg")  # a name that leaves no room for _overlay.png
-    assert utils.load_checkpoint(experiment / "best.pth.tar")["class_names"] == list(CLASS_NAMES)
+    assert checkpoints.load_checkpoint(experiment / "best.pth.tar")["class_names"] == list(CLASS_NAMES)
     kinds = [f"kind {index}" for index in range(21)]
     data = rename_classes(experiment, trained[1], tmp_path / "data", kinds)
     utils.write_json(experiment / "run.json", {"data_dir": str(data)})

@@ -22,6 +22,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import utils
+from engine import checkpoints, cli
+from engine.training import Training
 from evaluate import evaluate
 from model import UserError
 from model.data_loader import SegmentationDataset, Split, make_loader, read_example, read_mask, read_photo
@@ -29,8 +31,8 @@ from model.net import FCN_GCN
 from model.sample import draw_scene
 from model.transforms import squash
 from model.voc import CLASS_NAMES, colour_mask
-from train import Training, train_epoch
-from utils import Params
+from params import Params
+from train import train_epoch
 
 # Everything random or stateful switched on.
 EVERYTHING = {
@@ -108,7 +110,7 @@ def finish(experiment: Path, data: Path) -> None:
 
 
 def weights(experiment: Path, name: str = "last") -> dict[str, torch.Tensor]:
-    return utils.load_checkpoint(experiment / f"{name}.pth.tar")["state_dict"]
+    return checkpoints.load_checkpoint(experiment / f"{name}.pth.tar")["state_dict"]
 
 
 def assert_same_run(first: Path, second: Path) -> None:
@@ -119,12 +121,12 @@ def assert_same_run(first: Path, second: Path) -> None:
         for folder in (first, second)
     ]
     assert histories[0] == histories[1]
-    ours, theirs = (utils.load_checkpoint(folder / "last.pth.tar") for folder in (first, second))
+    ours, theirs = (checkpoints.load_checkpoint(folder / "last.pth.tar") for folder in (first, second))
     for part in ("state_dict", "ema_state_dict"):
         assert all(torch.equal(ours[part][key], theirs[part][key]) for key in theirs[part])
     states = [checkpoint["optim_dict"]["state"] for checkpoint in (ours, theirs)]
     assert all(torch.equal(states[0][i]["momentum_buffer"], states[1][i]["momentum_buffer"]) for i in states[1])
-    ours, theirs = (utils.load_checkpoint(folder / "best.pth.tar") for folder in (first, second))
+    ours, theirs = (checkpoints.load_checkpoint(folder / "best.pth.tar") for folder in (first, second))
     assert ours["epoch"] == theirs["epoch"]
     assert all(torch.equal(ours["state_dict"][key], theirs["state_dict"][key]) for key in theirs["state_dict"])
     for name in ("last", "best"):
@@ -207,10 +209,10 @@ def test_a_signal_whose_exception_was_dropped_ends_the_next_batch(data, monkeypa
         SegmentationDataset(split, class_names=CLASS_NAMES, image_size=32), batch_size=3, num_workers=0, seed=0
     )
     training = Training(FCN_GCN(pretrained=False), params, steps_per_epoch=2)
-    monkeypatch.setattr(utils, "_signals", [signal.SIGTERM])
-    with pytest.raises(utils.Terminated):
+    monkeypatch.setattr(cli, "_signals", [signal.SIGTERM])
+    with pytest.raises(cli.Terminated):
         train_epoch(training, loader)
-    with pytest.raises(utils.Terminated):
+    with pytest.raises(cli.Terminated):
         evaluate(training.model, loader, params, training.device)
     assert not training.optimizer.state
 
@@ -225,7 +227,7 @@ def main():
     loader = make_loader(data, batch_size=2, num_workers=1)  # kept alive by the traceback
     for batch in loader:
         raise ZeroDivisionError
-utils.run_main(main)
+cli.run_main(main)
 """
     result = subprocess.run([sys.executable, "-c", code, data], cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=60)
     assert result.returncode == 1 and result.stderr.rstrip().endswith("ZeroDivisionError")
@@ -324,7 +326,7 @@ def test_tensorboard_on_a_full_disk_is_one_line(tmp_path, data):
         pytest.skip("no mounts here")
     assert result.returncode == 1 and result.stderr.count("\n") == 1
     assert "No space left on device" in result.stderr and "--restore_file last" in result.stderr
-    assert utils.load_checkpoint(experiment / "last.pth.tar")["epoch"] == len(utils.read_history(experiment)) - 1
+    assert checkpoints.load_checkpoint(experiment / "last.pth.tar")["epoch"] == len(utils.read_history(experiment)) - 1
 
 
 @pytest.mark.slow
@@ -440,12 +442,12 @@ def test_a_truncated_checkpoint_offers_another_file_if_there_is_one(straight, tm
     last.write_bytes(content[: len(content) // 2])
     best.hardlink_to(last)
     with pytest.raises(UserError) as error:
-        utils.load_checkpoint(last)
+        checkpoints.load_checkpoint(last)
     assert f"{last} is damaged or unreadable" in str(error.value) and "best" not in str(error.value)
     best.unlink()
     best.write_bytes(content)
     with pytest.raises(UserError, match=rf"use {best}, as with --restore_file best"):
-        utils.load_checkpoint(last)
+        checkpoints.load_checkpoint(last)
 
 
 def test_a_checkpoint_whose_values_cannot_be_is_refused(straight, tmp_path):
@@ -475,19 +477,9 @@ def test_a_checkpoint_whose_values_cannot_be_is_refused(straight, tmp_path):
     file = tmp_path / "last.pth.tar"
     for fault in faults:
         with pytest.raises(UserError) as error:
-            training.load_state_dict(utils.checked(sound | fault, file), file)
+            training.load_state_dict(checkpoints.checked(sound | fault, file), file)
         assert str(file) in str(error.value), fault
-    training.load_state_dict(utils.load_checkpoint(experiment / "last.pth.tar"), file)
-
-
-def test_ctrl_c_while_modules_are_imported_is_silent(tmp_path, data):
-    for script in ("train.py", "evaluate.py", "search_hyperparams.py"):
-        process = subprocess.Popen([sys.executable, script], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        maps = Path(f"/proc/{process.pid}/maps")
-        wait_for(process, lambda maps=maps: "numpy" in maps.read_text())
-        process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate(timeout=60)
-        assert (process.returncode, stderr) in ((-signal.SIGINT, ""), (2, stderr)) and "Traceback" not in stderr
+    training.load_state_dict(checkpoints.load_checkpoint(experiment / "last.pth.tar"), file)
 
 
 # ---------------------------------------------------------------------------------------- any bytes
@@ -578,7 +570,7 @@ def edited(content: bytes, edits: list[tuple[str, float, bytes]]) -> bytes:
     return content
 
 
-@pytest.mark.filterwarnings("ignore:::PIL")  # as in utils.run_main
+@pytest.mark.filterwarnings("ignore:::PIL")  # as in cli.run_main
 @pytest.mark.parametrize("kind", ["photo", "mask"])
 def test_any_image_of_any_format(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2**16)  # a damaged header may call for any amount of memory
@@ -600,7 +592,7 @@ def test_any_image_of_any_format(tmp_path, monkeypatch, kind):
 @given(st.data())
 def test_any_checkpoint(tmp_path, data):
     (tmp_path / "last.pth.tar").write_bytes(data.draw(mutated(CHECKPOINT) | st.binary(max_size=30)))
-    only_user_errors(utils.load_checkpoint, tmp_path / "last.pth.tar")
+    only_user_errors(checkpoints.load_checkpoint, tmp_path / "last.pth.tar")
 
 
 def _bytes(save) -> bytes:

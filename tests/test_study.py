@@ -17,8 +17,9 @@ from optuna.trial import TrialState
 
 import study
 from model import UserError
+from params import Params
 from study import Range, Study, distributions, grid, open_storage, read_spaces, trial_name
-from utils import ROOT, Params, is_locked, lock
+from utils import ROOT, is_locked, lock
 
 
 def space_file(folder: Path, content) -> Path:

@@ -9,10 +9,12 @@ import pytest
 from conftest import ROOT, run_script
 from PIL import Image
 
+from engine.experiment import RUN_LOCK, TRIAL_LOCKS
 from model import UserError
+from params import Params
 from study import grid, read_spaces
 from synthesize_results import BY_REGION, Result, by_seed, read_published, without_seed
-from utils import RUN_LOCK, TRIAL_LOCKS, Params, lock, write_history
+from utils import lock, write_history
 from visualize import learning_curves
 
 METRICS = ("pixel_accuracy", "mean_accuracy", "frequency_weighted_IoU", "mean_dice")

@@ -14,11 +14,13 @@ from torch import nn
 
 import train
 import utils
+from engine import checkpoints, training
+from engine.training import Training, build_optimizer, build_schedule, start_from
 from evaluate import evaluate
 from model import UserError
 from model.data_loader import SegmentationDataset, Split, class_names, make_loader
-from train import Training, build_optimizer, build_schedule, start_from, train_epoch
-from utils import Params
+from params import Params
+from train import train_epoch
 
 OUTPUTS = {
     "best.pth.tar",
@@ -55,7 +57,7 @@ def history(experiment, *, without_times: bool = False) -> list[dict]:
 
 
 def weights(experiment, name: str = "last") -> dict[str, torch.Tensor]:
-    return utils.load_checkpoint(experiment / f"{name}.pth.tar")["state_dict"]
+    return checkpoints.load_checkpoint(experiment / f"{name}.pth.tar")["state_dict"]
 
 
 def best_epoch(experiment) -> int:
@@ -510,7 +512,7 @@ def test_the_samples_are_spread_evenly_over_the_list(tmp_path, length, shown):
 def test_a_resumed_training_knows_all_that_the_interrupted_one_knew(finished):
     experiment, _, _ = finished
     file = experiment / "last.pth.tar"
-    state = utils.load_checkpoint(file) | {"best_epoch": 1, "best_mIoU": 0.75}
+    state = checkpoints.load_checkpoint(file) | {"best_epoch": 1, "best_mIoU": 0.75}
     resumed = Training(network(), Params(**state["params"]), 2)
     resumed.load_state_dict(state, file)
     resumed.images, resumed.class_names = state["images"], state["class_names"]  # are those of the data at hand
@@ -529,7 +531,7 @@ def test_a_resumed_training_knows_all_that_the_interrupted_one_knew(finished):
 def test_resume_takes_its_options_from_params_json(finished):
     experiment, _, _ = finished
     file = experiment / "last.pth.tar"
-    state = utils.load_checkpoint(file)
+    state = checkpoints.load_checkpoint(file)
     params = Params(**state["params"] | {"learning_rate": 0.5, "weight_decay": 0.25, "num_epochs": 40})
     resumed = Training(network(), params, 2)
     resumed.load_state_dict(state, file)
@@ -621,7 +623,7 @@ def test_a_compiled_network_trains_to_the_same_loss(data):
     [("cuda", 1, "reduce-overhead"), ("cuda", 2, "default"), ("cpu", 1, "default")],
 )
 def test_cuda_graphs_are_for_gpus_and_not_for_accumulated_gradients(device, accumulation_steps, mode):
-    assert train.compile_mode(torch.device(device), Params(accumulation_steps=accumulation_steps)) == mode
+    assert training.compile_mode(torch.device(device), Params(accumulation_steps=accumulation_steps)) == mode
 
 
 @pytest.mark.gpu
@@ -643,7 +645,7 @@ def test_a_checkpoint_crosses_devices_with_its_optimizer(data, tmp_path, first, 
     run_train(experiment, data, "--device", first)
     make_experiment(experiment, num_epochs=2, precision="fp32", optimizer="adamw")
     run_train(experiment, data, "--restore_file", "last", "--device", second)
-    state = utils.load_checkpoint(experiment / "last.pth.tar")
+    state = checkpoints.load_checkpoint(experiment / "last.pth.tar")
     assert state["epoch"] == 2
     assert {entry["step"].item() for entry in state["optim_dict"]["state"].values()} == {4}
     run_script("evaluate.py", "--model_dir", experiment, "--data_dir", data, "--device", first)

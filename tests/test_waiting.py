@@ -9,12 +9,13 @@ import torch
 from conftest import TINY
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from engine.training import Training
 from evaluate import evaluate
 from model.net import FCN_GCN
 from model.transforms import _mean_and_deviation
 from model.voc import CLASS_NAMES
-from train import Training, train_epoch
-from utils import Params
+from params import Params
+from train import train_epoch
 
 META = torch.device("meta")
 READS = {"item": 1, "is_nonzero": True, "_local_scalar_dense": 1, "nonzero": torch.empty(0, 1, dtype=torch.long)}

@@ -1,0 +1,1 @@
+"""What every experiment needs and no experiment changes: devices, processes, folders, checkpoints, command line."""

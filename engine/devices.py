@@ -1,0 +1,48 @@
+"""Where and how exactly a network computes: device, memory format, precision, random numbers."""
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from engine import ranks
+from model import cores
+from params import Params
+
+
+def to_device(model: nn.Module, params: Params, device: torch.device) -> None:
+    """Move a network to its device, in the memory format that params ask for."""
+    model.to(device, memory_format=torch.channels_last if params.channels_last else torch.contiguous_format)
+
+
+def resolve_precision(params: Params, device: torch.device) -> Params:
+    """params with precision "auto" replaced: bf16 where the device has matrix units for it, otherwise fp32."""
+    if params.precision != "auto":
+        return params
+    on_cuda = device.type == "cuda"
+    fast = torch.cuda.get_device_capability(device) >= (8, 0) if on_cuda else torch.cpu._is_amx_tile_supported()
+    return replace(params, precision="bf16" if fast else "fp32")
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """The context in which a network computes in "fp32", "bf16" or "fp16"."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+
+
+def seed_everything(seed: int, *, deterministic: bool) -> None:
+    """Seed PyTorch, and let it use only algorithms that give the same result every time if deterministic."""
+    torch.manual_seed(seed)
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def loading_options(params: Params) -> dict[str, int]:
+    """The keywords of the loaders of model.data_loader that this process, of several perhaps, gives them."""
+    workers = min(params.num_workers, max(1, cores() // ranks.local_world_size()))
+    return {"num_workers": workers, "rank": ranks.rank(), "world_size": ranks.world_size()}

@@ -1,0 +1,107 @@
+"""The experiment folder: what lies in it, who works in it, and where its results come from."""
+
+import argparse
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from model import UserError
+from params import Params
+from utils import ROOT, lock, read_json
+
+OUTPUTS = (
+    "train.log",
+    "history.jsonl",
+    "last.pth.tar",
+    "best.pth.tar",
+    "last.onnx",  # of the checkpoints of these names; an export under a name of the user's is the user's
+    "best.onnx",
+    "run.json",
+    "samples.png",
+    "curves.png",
+    "metrics_*.json",
+    "metrics_*.png",
+    "overlays_*/*.png",
+    "tensorboard/events.*",
+    "trial.json",
+)
+RUN_LOCK = ".lock"  # held while train.py works in a folder
+TRIAL_LOCKS = ".locks"  # in the folder of a sweep; one for every trial that is started or at work
+LOCK_PATIENCE = 8.0  # seconds; loader processes of a killed run, which inherit its lock, end within five
+
+
+def remove_outputs(model_dir: Path, *, keep_log: bool = False) -> None:
+    """Delete what earlier runs have left in an experiment folder; keep_log: all but train.log."""
+    for path in outputs(model_dir):
+        if keep_log and path.name == "train.log":
+            continue
+        path.unlink()
+        if path.parent != model_dir:
+            with suppress(OSError):  # not empty yet
+                path.parent.rmdir()
+
+
+def outputs(model_dir: Path) -> list[Path]:
+    """What earlier runs have left in an experiment folder."""
+    return sorted(path for pattern in OUTPUTS for path in model_dir.glob(pattern))
+
+
+@contextmanager
+def sole_run(model_dir: Path) -> Iterator[None]:
+    """Hold the folder for one run. Raises UserError if another train.py is at work in it."""
+    if (held := lock(model_dir / RUN_LOCK, patience=LOCK_PATIENCE)) is None:
+        raise UserError(f"another train.py is at work in {model_dir}; wait for it, or stop it first")
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def starts(model_dir: Path) -> list[dict[str, Any]]:
+    """What run.json says of the start of a run and of every resume; [] where there is none that can be read."""
+    with suppress(ValueError, AttributeError, TypeError):
+        first = read_json(model_dir / "run.json", if_absent="")
+        return [first, *(dict(record) for record in first.get("resumed", []))]
+    return []
+
+
+def recorded_data_dir(model_dir: Path) -> Path | None:
+    """The data folder that a run was last trained on; None where run.json does not say."""
+    recorded = [record["data_dir"] for record in starts(model_dir) if isinstance(record.get("data_dir"), str)]
+    return Path(recorded[-1]) if recorded else None
+
+
+def data_dir(args: argparse.Namespace) -> Path:
+    """--data_dir; else the folder that the run was trained on; "data" where run.json does not say which it was.
+
+    Raises UserError if the run's folder is gone.
+    """
+    if args.data_dir is not None:
+        return args.data_dir
+    recorded = recorded_data_dir(args.model_dir)
+    if recorded is None:
+        return Path("data")
+    if not recorded.is_dir():
+        raise UserError(f"{args.model_dir} was trained on {recorded}, which is not there; give --data_dir")
+    return recorded
+
+
+def git_commit() -> str | None:
+    """The commit this code is at, with "-dirty" when tracked files differ from it; None outside a repository."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def why_finished(epoch: int, best_epoch: int, params: Params) -> str:
+    """Why a run that has trained so many epochs has nothing left to train; "" if it has."""
+    patience = params.early_stopping_patience
+    if epoch >= params.num_epochs:
+        return f"trained {epoch} of {params.num_epochs} epochs"
+    if patience is not None and epoch - best_epoch >= patience:
+        return f"stopped early after epoch {epoch}: no better mIoU in {patience} epochs"
+    return ""

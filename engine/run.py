@@ -1,0 +1,213 @@
+"""How a run begins in its folder, is resumed, and explains its end."""
+
+import argparse
+import hashlib
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy
+import PIL
+import torch
+import torchvision
+
+from engine import distributed, ranks
+from engine.checkpoints import checkpoint_path, load_checkpoint, refuse_changed
+from engine.cli import Terminated, ignore_signals, stop_if_asked
+from engine.experiment import git_commit, outputs, sole_run, starts, why_finished
+from engine.training import RESUME_NEEDS
+from model import UserError
+from model.data_loader import Split
+from params import Params
+from utils import best_epoch, is_out_of_memory, read_history, read_json, write_json
+
+
+def provenance(device: Any, params: Params, data_dir: Path) -> dict[str, Any]:
+    """What run.json holds: what was run, from which code, with which versions, on what."""
+    return {
+        "git_commit": git_commit(),
+        "argv": sys.argv,
+        "data_dir": os.path.abspath(data_dir),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "numpy": numpy.__version__,
+            "pillow": PIL.__version__,
+        },
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"cpu, {torch.get_num_threads()} threads",
+        "platform": platform.platform(),
+        "processes": ranks.world_size(),
+        "job": distributed.job(),
+        "seed": params.seed,
+        "params": asdict(params),
+    }
+
+
+def write_provenance(model_dir: Path, device: Any, params: Params, data_dir: Path, *, resumed: bool) -> None:
+    """Write run.json; what a resume was run with is added under "resumed"."""
+    path, record = model_dir / "run.json", provenance(device, params, data_dir)
+    if resumed and path.exists():
+        with suppress(UserError, TypeError, AttributeError):  # damaged, and then written anew
+            first = read_json(path, if_absent="")
+            record = first | {"resumed": [*first.get("resumed", []), record]}
+    write_json(path, record)
+
+
+def refuse_unclear(args: argparse.Namespace, earlier: list[Path]) -> None:
+    """Raise UserError unless the flags say what is to become of an earlier run in the folder."""
+    traces = [path.name for path in earlier if path.name != "train.log"]  # which a sweep opens before its trial starts
+    if traces and args.restore_file is None and not args.overwrite:
+        way_on = "continue it with --restore_file last, or " if "last.pth.tar" in traces else ""
+        raise UserError(f"{args.model_dir} already holds a run ({traces[0]}); {way_on}delete it with --overwrite")
+    if args.overwrite and args.init_from and os.path.realpath(args.init_from) in map(os.path.realpath, earlier):
+        raise UserError(f"--overwrite would delete {args.init_from}; move it to another folder first")
+
+
+def take_folder(params: Params, args: argparse.Namespace, held: ExitStack) -> str:
+    """Hold model_dir for this run, and let the flags say how to begin there. Returns why all is done already, or "".
+
+    Raises UserError for a folder that another train.py works in, or with which the flags do not say what to do.
+    """
+    if distributed.job() and not args.resume:
+        take_up_own_run(args)
+    if not args.resume:
+        refuse_unclear(args, outputs(args.model_dir))
+    held.enter_context(sole_run(args.model_dir))
+    if (args.resume or args.restore_file == "last") and not (args.model_dir / "last.pth.tar").exists():
+        history = read_history(args.model_dir)
+        if history and (finished := why_finished(len(history), best_epoch(history)["epoch"], params)):
+            return finished
+    if args.resume:
+        resume_or_start(args)
+    refuse_unclear(args, outputs(args.model_dir))  # again: another run may have ended just before
+    return ""
+
+
+def resume_or_start(args: argparse.Namespace) -> None:
+    """Let the flags go on from last.pth.tar if it is there, else start over what a run killed in its first epoch left.
+
+    Raises UserError where a start would delete more than that.
+    """
+    if (args.model_dir / "last.pth.tar").exists():
+        args.restore_file = "last"
+    elif len(epochs := read_history(args.model_dir)) > 1 or (args.model_dir / "best.pth.tar").exists():
+        raise UserError(
+            f"{args.model_dir} holds {len(epochs)} epochs and no last.pth.tar to continue from; start over with "
+            "--overwrite, or from the weights of its best.pth.tar with --init_from, in another --model_dir"
+        )
+    else:
+        args.overwrite = bool(outputs(args.model_dir))
+
+
+def say_finished(reason: str, args: argparse.Namespace) -> None:
+    """Print why there is nothing left to train."""
+    if ranks.is_main():
+        print(f"nothing to do in {args.model_dir}: {reason}; raise num_epochs to train on")
+
+
+def take_up_own_run(args: argparse.Namespace) -> None:
+    """If torchrun has started this very job before, let the flags say how to go on with what that has done.
+
+    What it has done says so itself: the name of the job is in run.json and in its checkpoints. Where no flag says
+    otherwise, the same --rdzv_id is the same job.
+    """
+    by_id = not (args.restore_file or args.init_from or args.overwrite)
+    if not any(distributed.is_this_job(start.get("job"), by_id=by_id) for start in starts(args.model_dir)):
+        return
+    last = args.model_dir / "last.pth.tar"
+    if not last.exists():
+        args.overwrite |= not args.restore_file  # what this job has left before its first checkpoint
+    elif distributed.is_this_job(load_checkpoint(last).get("job"), by_id=by_id):
+        args.restore_file, args.init_from, args.overwrite = "last", None, False
+
+
+def read_checkpoint(params: Params, args: argparse.Namespace) -> tuple[Path | None, dict | None]:
+    """What to continue from, if anything. Raises UserError if params.json does not allow it."""
+    if args.restore_file is None:
+        return None, None
+    file = checkpoint_path(args.model_dir, args.restore_file)
+    if args.restore_file == "last" and not file.exists() and not params.keep_last:
+        raise UserError(
+            f'{file} was not kept ("keep_last": false); start from the weights of best.pth.tar with --init_from, '
+            "in another --model_dir"
+        )
+    checkpoint = load_checkpoint(
+        file, otherwise="the weights of another can start a new run: --init_from {file}, in another --model_dir"
+    )
+    refuse_changed(RESUME_NEEDS, checkpoint, params, file)
+    return file, checkpoint
+
+
+def digest(split: Split) -> str:
+    """Of the ids of a list, in their order."""
+    return hashlib.sha256("\n".join(split.ids).encode()).hexdigest()
+
+
+def refuse_other_lists(train_split: Split, val_split: Split) -> None:
+    """Raise UserError unless the lists of all machines are the same."""
+    for split in (train_split, val_split):
+        if len(set(distributed.gather(digest(split)))) > 1:
+            with distributed.together():
+                raise UserError(f"{split.name}.txt is not the same on all machines; copy one data set to all of them")
+
+
+def unfinished_files(model_dir: Path) -> list[Path]:
+    """What a run that was killed had begun to write."""
+    names = (
+        *("last.pth.tar", "best.pth.tar", "history.jsonl", "run.json", "samples.png", "curves.png"),
+        "metrics_val_*_weights.json",
+    )
+    return [path for name in names for path in model_dir.glob(f".{name}.*.tmp")]
+
+
+@contextmanager
+def explained_end(args: argparse.Namespace) -> Iterator[None]:
+    """Say how to go on when a signal, a full disk or a lost process cuts a run short; leave nothing of one that never
+    fitted memory. Of several processes rank 0 does so.
+    """
+    last = args.model_dir / "last.pth.tar"
+
+    def version() -> int:
+        return last.stat().st_mtime_ns if last.exists() else 0
+
+    before, earlier = version(), outputs(args.model_dir)
+    try:
+        try:
+            yield
+        except RuntimeError as error:
+            stop_if_asked()  # a loader process, or another of the run, may have felt the signal first
+            distributed.raise_if_lost(error)
+            never_fitted = is_out_of_memory(error) and args.restore_file is None and version() == before
+            if never_fitted and ranks.is_main():
+                for path in set(outputs(args.model_dir)) - set(earlier):
+                    path.unlink()
+            raise
+    except (KeyboardInterrupt, OSError) as error:
+        ignore_signals()  # torchrun sends some when a process of several has ended
+        what = str(error) or ("terminated" if isinstance(error, Terminated) else "interrupted")
+        command = shlex.join(continuing_command(args, saved=version() not in (0, before)))
+        raise type(error)(f"{what}; go on with: {command}") from None
+
+
+def continuing_command(args: argparse.Namespace, *, saved: bool) -> list[str]:
+    """The command line that goes on where this run has stopped; saved says whether it has written a checkpoint."""
+    folders = ["--model_dir", str(args.model_dir), "--data_dir", str(args.data_dir)]
+    command = [*ranks.launcher(), "train.py", *folders]
+    if args.device != "auto":
+        command += ["--device", args.device]
+    if args.resume:
+        return [*command, "--resume"]
+    if saved or args.restore_file:
+        return [*command, "--restore_file", "last" if saved else args.restore_file]
+    if args.init_from:
+        command += ["--init_from", str(args.init_from)]
+    return [*command, "--overwrite"] if args.overwrite or outputs(args.model_dir) else command

@@ -1,0 +1,275 @@
+"""All that changes while a network is trained: weights, optimizer, schedule, average, and what a resume needs."""
+
+import copy
+import re
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import lr_scheduler
+
+from engine import distributed, ranks
+from engine.checkpoints import load_checkpoint, load_weights, predicting_weights
+from engine.experiment import why_finished
+from model import UserError
+from model.parallel import copy_to_all, share, synchronize_batch_norm
+from params import ARCHITECTURE, Params, is_number
+from utils import is_out_of_memory
+
+SCORE_LAYERS = ("gcn", "br")  # what the names of their tensors begin with
+RESUME_NEEDS = (*ARCHITECTURE, "normalize", "optimizer", "dataset")  # as they were
+
+
+class Training:
+    """All that changes while a network is trained, and nothing else: state_dict() is what a resume needs.
+
+    Several processes each have one, and all are alike: the network begins as that of rank 0, and batch norm, dropout
+    and the loss are those of the whole batch, of which each process has its share.
+
+    Args:
+        model: the network, on its device.
+        params: the experiment.
+        steps_per_epoch: optimizer steps, that is batches divided by accumulation_steps, rounded up.
+    """
+
+    def __init__(self, model: nn.Module, params: Params, steps_per_epoch: int):
+        self.params = params
+        self.steps_per_epoch = steps_per_epoch
+        self.device = next(model.parameters()).device
+        self.model = self.forward = model
+        self.distributed = None
+        if ranks.world_size() > 1:
+            self.model = synchronize_batch_norm(model, self.device)
+            copy_to_all(self.model)
+            self.distributed = self.forward = distribute(self.model, self.device)
+        if params.compile:
+            self.forward = torch.compile(self.forward, mode=compile_mode(self.device, params), dynamic=False)
+        self.ema = copy.deepcopy(self.model).requires_grad_(False) if params.ema_decay is not None else None
+        self.ema_updates = 0
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=params.precision == "fp16")
+        self.optimizer = build_optimizer(self.model, params)
+        self.schedule = build_schedule(self.optimizer, params, steps_per_epoch)
+        self.epoch = 0  # finished ones
+        self.best_epoch = 0
+        self.best_mIoU = -1.0
+        self.history: list[dict] = []  # what history.jsonl holds
+        self.metrics: dict[str, dict] = {}  # of validation, at the "last" and at the "best" epoch
+        self.images = ""  # a digest of the list that is trained on
+        self.class_names: list[str] = []
+
+    @property
+    def finished(self) -> str:
+        """Why there is nothing left to train; "" if there is."""
+        return why_finished(self.epoch, self.best_epoch, self.params)
+
+    @property
+    def predictor(self) -> nn.Module:
+        """The network to evaluate: the averaged one where there is one."""
+        return self.model if self.ema is None else self.ema
+
+    def share_of(self, batch_size: int, *, last_of_group: bool) -> AbstractContextManager:
+        """In it, forward() is given this process's share of a batch.
+
+        Gradients are added up over the processes after the last batch of a group only.
+        """
+        if self.distributed is None:
+            return nullcontext()
+        first = share(batch_size, ranks.rank(), ranks.world_size()).start
+        self.model.dropout.whole = first, batch_size  # of no effect where there is none
+        return nullcontext() if last_of_group else self.ranks.no_sync()
+
+    def step(self, loss: torch.Tensor, *, last_of_group: bool) -> None:
+        """Accumulate the gradient of loss; with the last loss of a group, update the weights."""
+        self.scaler.scale(loss).backward()
+        if not last_of_group:
+            return
+        if self.params.clip_grad_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.params.clip_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        with warnings.catch_warnings():  # fp16 skips the optimizer step, rightly, when the scale was too high
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            self.schedule.step()
+        if self.ema is not None:
+            self._update_average()
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        """Of the weights and of batch norm's statistics; its counters are copied, and so is everything at first.
+
+        Not torch's AveragedModel, whose own counter makes the host wait for the GPU at every update.
+        """
+        if self.ema_updates == 0:
+            self.ema.load_state_dict(self.model.state_dict())
+        else:
+            averaged, current = list(self.ema.parameters()), list(self.model.parameters())
+            for average, now in zip(self.ema.buffers(), self.model.buffers(), strict=True):
+                if average.is_floating_point():
+                    averaged.append(average)
+                    current.append(now)
+                else:
+                    average.copy_(now)
+            torch._foreach_lerp_(averaged, current, 1 - self.params.ema_decay)
+        self.ema_updates += 1
+
+    def is_finite(self) -> bool:
+        """Whether every weight, running statistic and number of the optimizer is finite."""
+        states = self.optimizer.state.values()
+        tensors = [*self.model.state_dict().values(), *(value for state in states for value in state.values())]
+        return all(torch.stack([tensor.isfinite().all() for tensor in tensors if tensor is not None]).tolist())
+
+    def state_to_predict(self) -> dict:
+        """What evaluation, prediction and export need of a checkpoint: the weights, averaged where there is an average,
+        and what they stand for.
+        """
+        return {
+            "epoch": self.epoch,
+            "state_dict": self.predictor.state_dict(),
+            "class_names": self.class_names,
+            "params": asdict(self.params),
+        }
+
+    def state_dict(self) -> dict:
+        """All that a resume needs, as tensors and plain values; epoch, state_dict and optim_dict are the names that the
+        original implementation has.
+        """
+        return {
+            "epoch": self.epoch,
+            "state_dict": self.model.state_dict(),
+            "optim_dict": self.optimizer.state_dict(),
+            "ema_state_dict": None if self.ema is None else self.ema.state_dict(),
+            "ema_updates": self.ema_updates,
+            "scaler": self.scaler.state_dict(),
+            "best_epoch": self.best_epoch,
+            "best_mIoU": self.best_mIoU,
+            "history": self.history,
+            "metrics": self.metrics,
+            "images": self.images,
+            "class_names": self.class_names,
+            "job": distributed.job(),
+            "rng": torch.get_rng_state(),  # the same in every process
+            "rng_cuda": [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else [],
+            "params": asdict(self.params),
+        }
+
+    def load_state_dict(self, state: dict, source: Path) -> None:
+        """Continue from a checkpoint. Options of the optimizer and the schedule are those of params.json as it is now.
+
+        Raises UserError when the checkpoint is damaged, or holds weights only, or those of another network.
+        """
+        if "rng" not in state:
+            raise UserError(
+                f"{source} holds weights to predict with and no training state; continue from last.pth.tar, or start "
+                "from these weights with --init_from, in another --model_dir"
+            )
+        load_weights(self.model, state["state_dict"], source)
+        if self.ema is not None and state.get("ema_state_dict") is not None:
+            load_weights(self.ema, state["ema_state_dict"], source)
+        try:
+            self._load_rest(state)
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from None
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
+            raise UserError(f"{source} is damaged: its training state cannot be what it says ({error!r})") from None
+
+    def _load_rest(self, state: dict) -> None:
+        """Whatever of the state is not weights; any error means that it is not sound."""
+        epoch, best_epoch, best_mIoU = state["epoch"], state["best_epoch"], state["best_mIoU"]
+        if type(best_epoch) is not int or not 0 <= best_epoch <= epoch or not is_number(best_mIoU):
+            raise ValueError(f"epoch {epoch}, best_epoch {best_epoch}, best_mIoU {best_mIoU}")
+        self.epoch, self.best_epoch, self.best_mIoU = epoch, best_epoch, best_mIoU
+        self.history, self.metrics = [dict(record) for record in state["history"]], dict(state["metrics"])
+        if [record["epoch"] for record in self.history] != list(range(1, epoch + 1)):
+            raise ValueError("history")
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["optim_dict"]["state"]})
+        for weight, buffers in self.optimizer.state.items():
+            for name, buffer in buffers.items():
+                if buffer is not None and buffer.shape not in (weight.shape, ()):
+                    raise ValueError(f"optimizer {name}")
+        if not self.is_finite():
+            raise UserError(
+                "weights, or what the optimizer knows of them, are not finite: the run has diverged; start anew with a "
+                'lower "learning_rate" or with "clip_grad_norm"'
+            )
+        if self.ema is not None and state["ema_state_dict"] is not None:
+            self.ema_updates = int(state["ema_updates"])
+        if self.scaler.is_enabled() and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # steps of the schedule without steps of the optimizer
+            for _ in range(self.epoch * self.steps_per_epoch):
+                self.schedule.step()
+        torch.set_rng_state(state["rng"])
+        if self.device.type == "cuda" and state["rng_cuda"]:
+            torch.cuda.set_rng_state(state["rng_cuda"][0], self.device)
+
+
+def distribute(model: nn.Module, device: torch.device) -> DistributedDataParallel:
+    """The network in a form that adds up the gradients of all processes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`broadcast_buffers`")  # has another name from PyTorch 2.15 on
+        return DistributedDataParallel(
+            model,
+            device_ids=[device] if device.type == "cuda" else None,
+            init_sync=False,
+            broadcast_buffers=False,  # batch norm's are alike already
+            gradient_as_bucket_view=True,
+        )
+
+
+def compile_mode(device: torch.device, params: Params) -> str:
+    """On a GPU with CUDA graphs, for launching hundreds of kernels takes its time.
+
+    Not where gradients are accumulated: they would lie in memory that the next batch's graph writes to. Nor where
+    processes exchange them, which would have to be in the graph.
+    """
+    alone = params.accumulation_steps == 1 and ranks.world_size() == 1
+    return "reduce-overhead" if device.type == "cuda" and alone else "default"
+
+
+def build_optimizer(model: nn.Module, params: Params) -> torch.optim.Optimizer:
+    """SGD with momentum, or AdamW, over all parameters, in PyTorch's fused form."""
+    options = {"lr": params.learning_rate, "weight_decay": params.weight_decay, "fused": True}
+    if params.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), **options)
+    return torch.optim.SGD(model.parameters(), momentum=params.momentum, **options)
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, params: Params, steps_per_epoch: int) -> lr_scheduler.LRScheduler:
+    """The rate of every optimizer step: linear warm-up, then constant, or down to 0 as (1 - t)^0.9 or half a cosine."""
+    warmup = params.warmup_epochs * steps_per_epoch
+    rest = params.num_epochs * steps_per_epoch - warmup
+    main = {
+        "constant": lambda: lr_scheduler.ConstantLR(optimizer, factor=1.0),
+        "poly": lambda: lr_scheduler.PolynomialLR(optimizer, total_iters=rest, power=0.9),
+        "cosine": lambda: lr_scheduler.CosineAnnealingLR(optimizer, T_max=rest),
+    }[params.schedule]
+    if warmup == 0:
+        return main()
+    rise = lr_scheduler.LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
+    return lr_scheduler.SequentialLR(optimizer, [rise, main()], milestones=[warmup])
+
+
+def start_from(model: nn.Module, file: Path) -> str:
+    """Load weights only. Score layers stay as initialised if their class count differs; returns which those are."""
+    checkpoint = load_checkpoint(file, otherwise="use --init_from {file}")
+    given, fresh = predicting_weights(checkpoint), model.state_dict()
+
+    def classes(state_dict: dict) -> list[tuple]:  # the last bias of a head has one value a class
+        return [tensor.shape for name, tensor in state_dict.items() if re.fullmatch(r"gcn1\.(.+\.)?bias", name)][-1:]
+
+    layers = ""
+    if classes(given) != classes(fresh):
+        given = {name: tensor for name, tensor in given.items() if not name.startswith(SCORE_LAYERS)}
+        given |= {name: tensor for name, tensor in fresh.items() if name.startswith(SCORE_LAYERS)}
+        layers = ", ".join(name for name, _ in model.named_children() if name.startswith(SCORE_LAYERS))
+    load_weights(model, given, file)
+    return layers
