@@ -17,7 +17,7 @@ from typing import Any
 from tabulate import tabulate
 
 from engine.cli import add_folder, run_main
-from engine.experiment import RUN_LOCK, TRIAL_LOCKS, outputs, why_finished
+from engine.experiment import RUN_LOCK, TRIAL_LOCKS, existing_outputs, why_finished
 from model import UserError
 from params import Params, is_number
 from utils import best_epoch, is_locked, read_history, read_json, save_figure, score, table_text, walk, write_text
@@ -137,7 +137,7 @@ def find(parent_dir: Path) -> list[Path]:
     found = []
     for folder, subfolders, files in walk(parent_dir):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        if "search_space.json" not in files and ("params.json" in files or outputs(folder)):
+        if "search_space.json" not in files and ("params.json" in files or existing_outputs(folder)):
             found.append(folder)
     if not found:
         raise UserError(f"{parent_dir} holds no experiments, which are folders with a params.json")
@@ -204,7 +204,7 @@ def state(folder: Path, params: Params, history: list[dict]) -> tuple[str, str]:
         if isinstance(trial, dict) and trial.get("state") in ("pruned", "failed"):
             reason = trial.get("reason")
             return trial["state"], "; ".join(map(str, reason)) if isinstance(reason, list) else ""
-    if not outputs(folder):
+    if not existing_outputs(folder):
         return "not started", ""
     return "failed", f"ended after {len(history)} of {params.num_epochs} epochs"
 

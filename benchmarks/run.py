@@ -100,7 +100,7 @@ class Sides:
             training.model.train()
             with autocast(self.device, self.params.precision):
                 logits = training.forward(to_input(images, self.device, **self.params.input_options()))
-            training.step(criterion(logits, labels.to(self.device)), last_of_group=True)
+            training.step(criterion(logits, labels.to(self.device)), ends_group=True)
 
         return step, lambda: evaluate(training.model, loader, self.params, self.device)
 
@@ -122,7 +122,7 @@ class Sides:
 
         def ours() -> None:
             train_epoch(training, loaders[0])
-            evaluate(training.predictor, loaders[1], self.params, self.device)
+            evaluate(training.eval_model, loaders[1], self.params, self.device)
 
         model = baseline.network().to(self.device)
         optimizer = baseline.optimizer(model)

@@ -69,9 +69,9 @@ def make_step(training: Training, batch_size: int) -> Callable:
 
     def step(*, last_of_group: bool = True) -> float:
         start = time.perf_counter()
-        with training.share_of(batch_size, last_of_group=last_of_group), autocast(device, params.precision):
+        with training.shard(batch_size, ends_group=last_of_group), autocast(device, params.precision):
             logits = training.forward(to_input(images, device, **params.input_options()))
-        training.step(criterion(logits, labels), last_of_group=last_of_group)
+        training.step(criterion(logits, labels), ends_group=last_of_group)
         if device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
@@ -96,7 +96,7 @@ class Messages(TorchDispatchMode):
 def traffic(step: Callable, *, last_of_group: bool) -> tuple[int, int]:
     """Messages and bytes that this process gives away in a step; those of gradients with the last of a group only."""
     with Messages() as messages:
-        step(last_of_group=last_of_group)
+        step(ends_group=last_of_group)
     return len(messages.bytes), sum(messages.bytes)
 
 
@@ -124,7 +124,7 @@ def measure(args: argparse.Namespace) -> None:
             if (before := sent_to_itself()) is not None:
                 step()
                 result["loopback"] = sent_to_itself() - before
-            result["traffic"] = [traffic(step, last_of_group=last) for last in (True, False)]
+            result["traffic"] = [traffic(step, ends_group=last) for last in (True, False)]
             result["parameters"] = sum(weight.nbytes for weight in model.parameters())
         if ranks.is_main():
             write_json(args.result, result)

@@ -2,18 +2,18 @@
 
 import json
 import pickle
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from engine import distributed
 from engine.devices import resolve_precision, to_device
 from model import UserError, refuse_irregular
 from model.data_loader import Layout, class_names, default_class_names
-from model.net import FCN_GCN
+from model.net import FCN_GCN, class_count, is_of_score_layer, without_unused
 from params import ARCHITECTURE, Params
 from utils import _first_line, is_out_of_memory, replacing
 
@@ -110,7 +110,7 @@ def load_weights(model: Any, state_dict: dict[str, Any], source: str | Path) -> 
     Checkpoints of the original implementation hold unused brN.bn.* tensors, which are ignored. Raises UserError naming
     every other tensor that is surplus, missing or of another shape.
     """
-    given = {name: tensor for name, tensor in state_dict.items() if not re.match(r"br[1-9]\.bn\.", name)}
+    given = without_unused(state_dict)
     wanted = model.state_dict()
     faults = [f"missing {name}" for name in wanted if name not in given]
     faults += [f"surplus {name}" for name in given if name not in wanted]
@@ -123,6 +123,19 @@ def load_weights(model: Any, state_dict: dict[str, Any], source: str | Path) -> 
         more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
         raise UserError(f"{source} does not fit the network that params.json describes: {', '.join(faults[:8])}{more}")
     model.load_state_dict(given)
+
+
+def init_from(model: nn.Module, file: Path) -> str:
+    """Load weights only. Score layers stay as initialised if their class count differs; returns which those are."""
+    checkpoint = load_checkpoint(file, otherwise="use --init_from {file}")
+    given, fresh = predicting_weights(checkpoint), model.state_dict()
+    layers = ""
+    if class_count(given) != class_count(fresh):
+        given = {name: tensor for name, tensor in given.items() if not is_of_score_layer(name)}
+        given |= {name: tensor for name, tensor in fresh.items() if is_of_score_layer(name)}
+        layers = ", ".join(name for name, _ in model.named_children() if is_of_score_layer(name))
+    load_weights(model, given, file)
+    return layers
 
 
 def predicting_weights(checkpoint: dict[str, Any]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ LOCK_PATIENCE = 8.0  # seconds; loader processes of a killed run, which inherit 
 
 def remove_outputs(model_dir: Path, *, keep_log: bool = False) -> None:
     """Delete what earlier runs have left in an experiment folder; keep_log: all but train.log."""
-    for path in outputs(model_dir):
+    for path in existing_outputs(model_dir):
         if keep_log and path.name == "train.log":
             continue
         path.unlink()
@@ -43,7 +43,7 @@ def remove_outputs(model_dir: Path, *, keep_log: bool = False) -> None:
                 path.parent.rmdir()
 
 
-def outputs(model_dir: Path) -> list[Path]:
+def existing_outputs(model_dir: Path) -> list[Path]:
     """What earlier runs have left in an experiment folder."""
     return sorted(path for pattern in OUTPUTS for path in model_dir.glob(pattern))
 

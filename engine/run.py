@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import logging
 import os
 import platform
 import shlex
@@ -20,12 +21,13 @@ import torchvision
 from engine import distributed, ranks
 from engine.checkpoints import checkpoint_path, load_checkpoint, refuse_changed
 from engine.cli import Terminated, ignore_signals, stop_if_asked
-from engine.experiment import git_commit, outputs, sole_run, starts, why_finished
-from engine.training import RESUME_NEEDS
+from engine.experiment import existing_outputs, git_commit, remove_outputs, sole_run, starts, why_finished
+from engine.outputs import EpochOutputs, TensorBoard
+from engine.training import RESUME_NEEDS, Training
 from model import UserError
 from model.data_loader import Split
 from params import Params
-from utils import best_epoch, is_out_of_memory, read_history, read_json, write_json
+from utils import best_epoch, is_out_of_memory, read_history, read_json, set_logger, write_json
 
 
 def provenance(device: Any, params: Params, data_dir: Path) -> dict[str, Any]:
@@ -62,7 +64,7 @@ def write_provenance(model_dir: Path, device: Any, params: Params, data_dir: Pat
     write_json(path, record)
 
 
-def refuse_unclear(args: argparse.Namespace, earlier: list[Path]) -> None:
+def check_existing_run(args: argparse.Namespace, earlier: list[Path]) -> None:
     """Raise UserError unless the flags say what is to become of an earlier run in the folder."""
     traces = [path.name for path in earlier if path.name != "train.log"]  # which a sweep opens before its trial starts
     if traces and args.restore_file is None and not args.overwrite:
@@ -80,7 +82,7 @@ def take_folder(params: Params, args: argparse.Namespace, held: ExitStack) -> st
     if distributed.job() and not args.resume:
         take_up_own_run(args)
     if not args.resume:
-        refuse_unclear(args, outputs(args.model_dir))
+        check_existing_run(args, existing_outputs(args.model_dir))
     held.enter_context(sole_run(args.model_dir))
     if (args.resume or args.restore_file == "last") and not (args.model_dir / "last.pth.tar").exists():
         history = read_history(args.model_dir)
@@ -88,7 +90,7 @@ def take_folder(params: Params, args: argparse.Namespace, held: ExitStack) -> st
             return finished
     if args.resume:
         resume_or_start(args)
-    refuse_unclear(args, outputs(args.model_dir))  # again: another run may have ended just before
+    check_existing_run(args, existing_outputs(args.model_dir))  # again: another run may have ended just before
     return ""
 
 
@@ -105,7 +107,7 @@ def resume_or_start(args: argparse.Namespace) -> None:
             "--overwrite, or from the weights of its best.pth.tar with --init_from, in another --model_dir"
         )
     else:
-        args.overwrite = bool(outputs(args.model_dir))
+        args.overwrite = bool(existing_outputs(args.model_dir))
 
 
 def say_finished(reason: str, args: argparse.Namespace) -> None:
@@ -147,15 +149,34 @@ def read_checkpoint(params: Params, args: argparse.Namespace) -> tuple[Path | No
     return file, checkpoint
 
 
-def digest(split: Split) -> str:
-    """Of the ids of a list, in their order."""
+def check_batch_size(params: Params, count: int) -> None:
+    """Raise UserError if a list of count images does not go into batches that all processes can share."""
+    processes = ranks.world_size()
+    if params.batch_size % processes:
+        below = params.batch_size // processes * processes
+        nearest = f"{below} or {below + processes}" if below else f"{processes}"
+        raise UserError(
+            f'"batch_size" is {params.batch_size}, the images of a step in all processes together, and cannot be '
+            f"divided among {processes}; use {nearest}"
+        )
+    if params.batch_size > count:
+        raise UserError(f'"batch_size" is {params.batch_size}, but {params.train_split} has {count} images; lower it')
+    if (count % params.batch_size or params.batch_size) == 1 and params.stem_maxpool and params.image_size <= 32:
+        raise UserError(
+            f'"batch_size" {params.batch_size} leaves a batch of one among {count} images, and at "image_size" '
+            f"{params.image_size} it gives batch norm a single value a channel; change one of the two"
+        )
+
+
+def list_digest(split: Split) -> str:
+    """Return a digest of the ids of a list, in their order."""
     return hashlib.sha256("\n".join(split.ids).encode()).hexdigest()
 
 
-def refuse_other_lists(train_split: Split, val_split: Split) -> None:
+def check_same_lists(train_split: Split, val_split: Split) -> None:
     """Raise UserError unless the lists of all machines are the same."""
     for split in (train_split, val_split):
-        if len(set(distributed.gather(digest(split)))) > 1:
+        if len(set(distributed.gather(list_digest(split)))) > 1:
             with distributed.together():
                 raise UserError(f"{split.name}.txt is not the same on all machines; copy one data set to all of them")
 
@@ -170,7 +191,7 @@ def unfinished_files(model_dir: Path) -> list[Path]:
 
 
 @contextmanager
-def explained_end(args: argparse.Namespace) -> Iterator[None]:
+def report_interruption(args: argparse.Namespace) -> Iterator[None]:
     """Say how to go on when a signal, a full disk or a lost process cuts a run short; leave nothing of one that never
     fitted memory. Of several processes rank 0 does so.
     """
@@ -179,7 +200,7 @@ def explained_end(args: argparse.Namespace) -> Iterator[None]:
     def version() -> int:
         return last.stat().st_mtime_ns if last.exists() else 0
 
-    before, earlier = version(), outputs(args.model_dir)
+    before, earlier = version(), existing_outputs(args.model_dir)
     try:
         try:
             yield
@@ -188,7 +209,7 @@ def explained_end(args: argparse.Namespace) -> Iterator[None]:
             distributed.raise_if_lost(error)
             never_fitted = is_out_of_memory(error) and args.restore_file is None and version() == before
             if never_fitted and ranks.is_main():
-                for path in set(outputs(args.model_dir)) - set(earlier):
+                for path in set(existing_outputs(args.model_dir)) - set(earlier):
                     path.unlink()
             raise
     except (KeyboardInterrupt, OSError) as error:
@@ -210,4 +231,51 @@ def continuing_command(args: argparse.Namespace, *, saved: bool) -> list[str]:
         return [*command, "--restore_file", "last" if saved else args.restore_file]
     if args.init_from:
         command += ["--init_from", str(args.init_from)]
-    return [*command, "--overwrite"] if args.overwrite or outputs(args.model_dir) else command
+    return [*command, "--overwrite"] if args.overwrite or existing_outputs(args.model_dir) else command
+
+
+def open_outputs(
+    training: Training,
+    args: argparse.Namespace,
+    *,
+    sizes: str,
+    fresh_layers: str,
+    resumed: dict | None,
+    file: Path | None,
+) -> EpochOutputs:
+    """Begin the log and run.json of a run that is about to train, in rank 0, and return what writes its epochs.
+
+    resumed is the checkpoint that the run goes on from, if any, and file where it lies.
+    """
+    outputs = EpochOutputs(args.model_dir)
+    if not ranks.is_main():
+        return outputs
+    params, device = training.params, training.device
+    if args.overwrite:
+        remove_outputs(args.model_dir, keep_log=args.resume)  # which a sweep writes to already
+    for path in unfinished_files(args.model_dir):
+        path.unlink()
+    set_logger(args.model_dir / "train.log")
+    write_provenance(args.model_dir, device, params, args.data_dir, resumed=resumed is not None)
+    logging.info(f"{args.model_dir}: {sizes}, on {ranks.describe(device)} in {params.precision}")
+    if params.num_channels is not None:
+        logging.info('"num_channels" is accepted for old params.json files; this network has no use for it')
+    if fresh_layers:
+        logging.info(f"{args.init_from} has another number of classes; these layers start afresh: {fresh_layers}")
+    if resumed:
+        restore_outputs(outputs, training, resumed, file)
+    if args.tensorboard:
+        outputs.tracker = TensorBoard(args.model_dir, epoch=training.epoch)
+    return outputs
+
+
+def restore_outputs(outputs: EpochOutputs, training: Training, checkpoint: dict, file: Path) -> None:
+    """Bring the other outputs to where a checkpoint is, from which a kill or a full disk may have parted them."""
+    changed = [key for key, value in asdict(training.params).items() if checkpoint["params"].get(key) != value]
+    if checkpoint.get("images") != training.images:
+        changed.append("the list of training images")
+    logging.info(f"continuing after epoch {training.epoch}; changed since: {', '.join(changed) or 'nothing'}")
+    outputs.write_metrics(training)
+    outputs.draw_curves(training)
+    if file.name == "last.pth.tar" and training.is_best:
+        outputs.save_best(training)

@@ -1,8 +1,8 @@
 """All that changes while a network is trained: weights, optimizer, schedule, average, and what a resume needs."""
 
 import copy
-import re
 import warnings
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -13,15 +13,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import lr_scheduler
 
 from engine import distributed, ranks
-from engine.checkpoints import load_checkpoint, load_weights, predicting_weights
+from engine.checkpoints import load_weights
 from engine.experiment import why_finished
 from model import UserError
 from model.parallel import copy_to_all, share, synchronize_batch_norm
 from params import ARCHITECTURE, Params, is_number
-from utils import is_out_of_memory
+from utils import RunFailed, is_out_of_memory
 
-SCORE_LAYERS = ("gcn", "br")  # what the names of their tensors begin with
 RESUME_NEEDS = (*ARCHITECTURE, "normalize", "optimizer", "dataset")  # as they were
+SCALARS = ("loss", "mIoU", "pixel_accuracy", "mean_accuracy", "frequency_weighted_IoU", "mean_dice")  # in history.jsonl
 
 
 class Training:
@@ -34,9 +34,19 @@ class Training:
         model: the network, on its device.
         params: the experiment.
         steps_per_epoch: optimizer steps, that is batches divided by accumulation_steps, rounded up.
+        images: a digest of the list that is trained on.
+        class_names: one for each class index.
     """
 
-    def __init__(self, model: nn.Module, params: Params, steps_per_epoch: int):
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Params,
+        steps_per_epoch: int,
+        *,
+        images: str = "",
+        class_names: Sequence[str] = (),
+    ):
         self.params = params
         self.steps_per_epoch = steps_per_epoch
         self.device = next(model.parameters()).device
@@ -58,8 +68,7 @@ class Training:
         self.best_mIoU = -1.0
         self.history: list[dict] = []  # what history.jsonl holds
         self.metrics: dict[str, dict] = {}  # of validation, at the "last" and at the "best" epoch
-        self.images = ""  # a digest of the list that is trained on
-        self.class_names: list[str] = []
+        self.images, self.class_names = images, list(class_names)
 
     @property
     def finished(self) -> str:
@@ -67,25 +76,44 @@ class Training:
         return why_finished(self.epoch, self.best_epoch, self.params)
 
     @property
-    def predictor(self) -> nn.Module:
+    def is_best(self) -> bool:
+        """Whether the last epoch is the best one so far."""
+        return self.epoch == self.best_epoch
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the next step."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    @property
+    def eval_model(self) -> nn.Module:
         """The network to evaluate: the averaged one where there is one."""
         return self.model if self.ema is None else self.ema
 
-    def share_of(self, batch_size: int, *, last_of_group: bool) -> AbstractContextManager:
-        """In it, forward() is given this process's share of a batch.
+    def accumulation(self, step: int, steps: int) -> tuple[int, bool]:
+        """Return how many batches share the optimizer step of a batch, and whether it is the last of them.
 
-        Gradients are added up over the processes after the last batch of a group only.
+        step counts the batches of an epoch from 0, of which there are steps; the last group may be smaller.
+        """
+        position = step % self.params.accumulation_steps
+        group = min(self.params.accumulation_steps, steps - step + position)
+        return group, position + 1 == group
+
+    def shard(self, batch_size: int, *, ends_group: bool) -> AbstractContextManager:
+        """Give forward() this process's shard of a batch of batch_size images, while the context lasts.
+
+        Gradients are summed over the processes after the last batch of a group only.
         """
         if self.distributed is None:
             return nullcontext()
         first = share(batch_size, ranks.rank(), ranks.world_size()).start
         self.model.dropout.whole = first, batch_size  # of no effect where there is none
-        return nullcontext() if last_of_group else self.ranks.no_sync()
+        return nullcontext() if ends_group else self.distributed.no_sync()
 
-    def step(self, loss: torch.Tensor, *, last_of_group: bool) -> None:
+    def step(self, loss: torch.Tensor, *, ends_group: bool) -> None:
         """Accumulate the gradient of loss; with the last loss of a group, update the weights."""
         self.scaler.scale(loss).backward()
-        if not last_of_group:
+        if not ends_group:
             return
         if self.params.clip_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
@@ -118,19 +146,63 @@ class Training:
             torch._foreach_lerp_(averaged, current, 1 - self.params.ema_decay)
         self.ema_updates += 1
 
+    def check_losses(self, losses: torch.Tensor, rates: Sequence[float]) -> None:
+        """Raise RunFailed naming the first loss of the epoch that is infinite or not a number.
+
+        rates has the learning rate of each step.
+        """
+        if not (bad := losses.isfinite().logical_not().nonzero()).numel():
+            return
+        step = bad[0].item()
+        raise RunFailed(
+            f"the loss became {losses[step].item()} at step {step + 1} of epoch {self.epoch + 1}, "
+            f"at learning rate {rates[step]:g}; {self._way_back()}"
+        )
+
+    def check_epoch(self, train_metrics: dict, val_metrics: dict) -> None:
+        """Raise RunFailed unless what an epoch has left can be saved: weights, optimizer and validation are finite."""
+        if val_metrics["loss"] is None or not self.is_finite():
+            raise RunFailed(
+                f"epoch {self.epoch + 1} ended with weights, optimizer or validation loss not finite, "
+                f"at learning rate {train_metrics['learning_rate']:g}; {self._way_back()}"
+            )
+
+    def _way_back(self) -> str:
+        kept = f"last.pth.tar holds epoch {self.epoch}" if self.epoch else "no checkpoint was written yet"
+        return f'{kept}. Lower "learning_rate", or set "clip_grad_norm"'
+
+    def end_epoch(self, train_metrics: dict, val_metrics: dict, *, seconds: float, images_per_second: float) -> None:
+        """Add an epoch to the history, and note whether it is the best one."""
+        self.epoch += 1
+        score = val_metrics["mIoU"] or 0.0
+        if score > self.best_mIoU:
+            self.best_epoch, self.best_mIoU = self.epoch, score
+        record = {
+            "epoch": self.epoch,
+            "train": {key: train_metrics[key] for key in SCALARS},
+            "val": {key: val_metrics[key] for key in SCALARS},
+            "learning_rate": train_metrics["learning_rate"],
+            "seconds": round(seconds, 3),
+            "images_per_second": round(images_per_second, 2),
+        }
+        self.history.append(record)
+        self.metrics["last"] = {"epoch": self.epoch, **val_metrics}
+        if self.is_best:
+            self.metrics["best"] = self.metrics["last"]
+
     def is_finite(self) -> bool:
         """Whether every weight, running statistic and number of the optimizer is finite."""
         states = self.optimizer.state.values()
         tensors = [*self.model.state_dict().values(), *(value for state in states for value in state.values())]
         return all(torch.stack([tensor.isfinite().all() for tensor in tensors if tensor is not None]).tolist())
 
-    def state_to_predict(self) -> dict:
+    def eval_state_dict(self) -> dict:
         """What evaluation, prediction and export need of a checkpoint: the weights, averaged where there is an average,
         and what they stand for.
         """
         return {
             "epoch": self.epoch,
-            "state_dict": self.predictor.state_dict(),
+            "state_dict": self.eval_model.state_dict(),
             "class_names": self.class_names,
             "params": asdict(self.params),
         }
@@ -256,20 +328,3 @@ def build_schedule(optimizer: torch.optim.Optimizer, params: Params, steps_per_e
         return main()
     rise = lr_scheduler.LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
     return lr_scheduler.SequentialLR(optimizer, [rise, main()], milestones=[warmup])
-
-
-def start_from(model: nn.Module, file: Path) -> str:
-    """Load weights only. Score layers stay as initialised if their class count differs; returns which those are."""
-    checkpoint = load_checkpoint(file, otherwise="use --init_from {file}")
-    given, fresh = predicting_weights(checkpoint), model.state_dict()
-
-    def classes(state_dict: dict) -> list[tuple]:  # the last bias of a head has one value a class
-        return [tensor.shape for name, tensor in state_dict.items() if re.fullmatch(r"gcn1\.(.+\.)?bias", name)][-1:]
-
-    layers = ""
-    if classes(given) != classes(fresh):
-        given = {name: tensor for name, tensor in given.items() if not name.startswith(SCORE_LAYERS)}
-        given |= {name: tensor for name, tensor in fresh.items() if name.startswith(SCORE_LAYERS)}
-        layers = ", ".join(name for name, _ in model.named_children() if name.startswith(SCORE_LAYERS))
-    load_weights(model, given, file)
-    return layers

@@ -3,7 +3,8 @@
 `python -m model.net` prints its layer table.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch.nn.functional as F
@@ -199,6 +200,22 @@ def _encoder(pretrained: bool, zero_init_residual: bool) -> nn.Module:
             f"no ImageNet weights for the encoder ({reason}): put {weights.url} at {file}, "
             'or train from scratch with "pretrained": false in params.json'
         ) from error
+
+
+def without_unused(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out the tensors brN.bn.* that checkpoints of the original implementation hold and no layer uses."""
+    return {name: tensor for name, tensor in state_dict.items() if not re.match(r"br[1-9]\.bn\.", name)}
+
+
+def is_of_score_layer(name: str) -> bool:
+    """Return whether a tensor of this name depends on the number of classes: those of the heads and of BR."""
+    return name.startswith(("gcn", "br"))
+
+
+def class_count(state_dict: Mapping[str, Tensor]) -> int | None:
+    """Return the number of classes that weights are for; None where they have no head."""
+    biases = [tensor for name, tensor in state_dict.items() if re.fullmatch(r"gcn1\.(.+\.)?bias", name)]
+    return len(biases[-1]) if biases and biases[-1].ndim else None  # the last bias of a head has one value per class
 
 
 if __name__ == "__main__":

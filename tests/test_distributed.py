@@ -212,7 +212,7 @@ def train_in_float64(data: Path, options: dict) -> dict:
     return {
         **{key: value for key, value in metrics.items() if isinstance(value, float)},
         "weights": [value.numpy() for value in training.model.state_dict().values()],
-        "average": [value.numpy() for value in training.predictor.state_dict().values()],
+        "average": [value.numpy() for value in training.eval_model.state_dict().values()],
         "random": torch.rand(3).numpy(),
     }
 

@@ -238,7 +238,7 @@ def test_help_answers_without_torch_and_onnx(tmp_path):
 def test_starting_over_deletes_what_was_exported_but_not_under_a_name_of_the_users(tmp_path):
     for name in ("best.onnx", "last.onnx", "mine.onnx"):
         (tmp_path / name).touch()
-    assert [path.name for path in experiment.outputs(tmp_path)] == ["best.onnx", "last.onnx"]
+    assert [path.name for path in experiment.existing_outputs(tmp_path)] == ["best.onnx", "last.onnx"]
 
 
 def test_weights_that_no_single_file_holds_are_refused_before_the_export():

@@ -388,7 +388,7 @@ def test_a_single_value_that_is_not_finite_is_seen(value):
         network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
         training = Training(network, Params(optimizer=optimizer), steps_per_epoch=1)
         assert training.is_finite()
-        training.step(network(torch.rand(2, 3, 5, 5)).sum(), last_of_group=True)
+        training.step(network(torch.rand(2, 3, 5, 5)).sum(), ends_group=True)
         assert training.is_finite()
         training.optimizer.state[network[0].weight][buffer][1] = value
         assert not training.is_finite()

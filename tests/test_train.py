@@ -14,8 +14,8 @@ from torch import nn
 
 import train
 import utils
-from engine import checkpoints, training
-from engine.training import Training, build_optimizer, build_schedule, start_from
+from engine import checkpoints, outputs, training
+from engine.training import Training, build_optimizer, build_schedule
 from evaluate import evaluate
 from model import UserError
 from model.data_loader import SegmentationDataset, Split, class_names, make_loader
@@ -383,9 +383,9 @@ def test_accumulated_gradients_are_those_of_the_large_batch(precision):
     """With the loss divided by the group's size, a group is one step on the mean of its losses."""
     x = torch.randn(4, 3)
     whole, parts = linear_training(), linear_training(accumulation_steps=2, precision=precision)
-    whole.step(whole.model(x).square().mean(), last_of_group=True)
+    whole.step(whole.model(x).square().mean(), ends_group=True)
     for i, half in enumerate(x.chunk(2)):
-        parts.step(parts.model(half).square().mean() / 2, last_of_group=i == 1)
+        parts.step(parts.model(half).square().mean() / 2, ends_group=i == 1)
     torch.testing.assert_close(parts.model.weight, whole.model.weight)
 
 
@@ -409,7 +409,7 @@ def test_a_group_of_batches_steps_on_the_mean_of_their_losses(data):
 def test_clipping_bounds_the_step(precision):
     training = linear_training(clip_grad_norm=0.5, learning_rate=0.1, precision=precision)
     before = training.model.weight.detach().clone()
-    training.step(1000 * training.model(torch.ones(1, 3)).sum(), last_of_group=True)
+    training.step(1000 * training.model(torch.ones(1, 3)).sum(), ends_group=True)
     assert (training.model.weight - before).norm().item() == pytest.approx(0.1 * 0.5, rel=1e-3)
 
 
@@ -419,11 +419,11 @@ def test_ema_is_the_exponential_mean_of_weights_and_statistics():
     training = Training(model, Params(ema_decay=0.9, learning_rate=0.1, momentum=0.0), 10)
     expected = None
     for _ in range(4):
-        training.step(model(torch.randn(5, 3)).square().sum(), last_of_group=True)
+        training.step(model(torch.randn(5, 3)).square().sum(), ends_group=True)
         now = {name: tensor.clone().double() for name, tensor in model.state_dict().items()}
         expected = {name: 0.9 * expected[name] + 0.1 * now[name] for name in now} if expected else now
     expected["1.num_batches_tracked"] = torch.tensor(4.0, dtype=torch.float64)
-    for name, average in training.predictor.state_dict().items():
+    for name, average in training.eval_model.state_dict().items():
         torch.testing.assert_close(average.double(), expected[name], rtol=1e-5, atol=1e-6, msg=name)
         assert name == "1.num_batches_tracked" or not torch.equal(average, model.state_dict()[name])
 
@@ -486,13 +486,13 @@ def test_a_long_epoch_says_every_tenth_where_there_is_no_terminal(data, monkeypa
     training = Training(network(), Params(**TINY | {"batch_size": 1}), 6)
     train_epoch(training, loader)
     assert caplog.messages == []  # a short one
-    monkeypatch.setattr(train, "SAYING_INTERVAL", 0)
+    monkeypatch.setattr(outputs, "LINE_INTERVAL", 0)
     train_epoch(training, loader)
     assert [message.split(",")[0] for message in caplog.messages] == [
         f"epoch 1/2: {share}%" for share in (17, 33, 50, 67, 83)
     ]
     assert all(re.search(r"train loss \d\.\d{4}$", message) for message in caplog.messages)
-    assert [step + 1 for step in range(1000) if train.ends_a_tenth(step, 1000)] == list(range(100, 1000, 100))
+    assert [step for step in range(1, 1001) if outputs.ends_a_tenth(step, 1000)] == list(range(100, 1000, 100))
 
 
 @pytest.mark.parametrize(
@@ -504,7 +504,7 @@ def test_the_samples_are_spread_evenly_over_the_list(tmp_path, length, shown):
         Image.new("RGB", (32, 32), (10 * index,) * 3).save(photo)
     split = Split("val", [photo.stem for photo in photos], photos, None)
     dataset = SegmentationDataset(split, class_names=["a", "b"], image_size=32, cache=False)
-    picture = train.sample_predictions(Training(network(2), Params(**TINY | {"num_classes": 2}), 1), dataset)
+    picture = outputs.sample_predictions(Training(network(2), Params(**TINY | {"num_classes": 2}), 1), dataset)
     tiles = [picture.getpixel((90 + 80 + column * 168, 80))[0] for column in range(len(shown))]
     assert tiles == [10 * index for index in shown]
 
@@ -584,12 +584,12 @@ def test_init_from_starts_score_layers_of_another_class_count_afresh_and_only_th
     file = tmp_path / "x.pth.tar"
     torch.save({"state_dict": source}, file)
     model = build(21)
-    assert not start_from(model, file)
+    assert not checkpoints.init_from(model, file)
     assert same(model.state_dict(), source)
 
     model = build(3)
     fresh = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert start_from(model, file)
+    assert checkpoints.init_from(model, file)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, fresh[name] if name.startswith(("gcn", "br")) else source[name]), name
 
@@ -598,7 +598,7 @@ def test_init_from_refuses_any_other_misfit_by_name(tmp_path):
     file = tmp_path / "x.pth.tar"
     torch.save({"state_dict": train.FCN_GCN(kernel_size=9, pretrained=False).state_dict()}, file)
     with pytest.raises(UserError, match=r"gcn1\.conv_l1\.weight is \(21, 256, 9, 1\) instead of \(21, 256, 7, 1\)"):
-        start_from(network(), file)
+        checkpoints.init_from(network(), file)
 
 
 @pytest.mark.slow
@@ -674,13 +674,13 @@ def test_steps_on_a_gpu_wait_for_nothing(tmp_path, options):
         loader = make_loader(dataset, batch_size=2, seed=1, device="cuda")
         training = Training(network().cuda(), params, 10)
         train_epoch(training, loader)  # sends constants, which stay there
-        evaluate(training.predictor, loader, params, training.device)
+        evaluate(training.eval_model, loader, params, training.device)
         torch.cuda.set_sync_debug_mode("warn")
         try:
             with warnings.catch_warnings(record=True) as seen:
                 warnings.simplefilter("always")
                 train_epoch(training, loader)
-                evaluate(training.predictor, loader, params, training.device)
+                evaluate(training.eval_model, loader, params, training.device)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         waits.append(sum("synchronizing CUDA" in str(warning.message) for warning in seen))

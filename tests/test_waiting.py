@@ -78,7 +78,7 @@ def test_waits_do_not_grow_with_the_number_of_batches(options):
     training = Training(FCN_GCN(pretrained=False), Params(**TINY | options), 10)
     training.device = META
     training.model.to(META)
-    training.predictor.to(META)
+    training.eval_model.to(META)
     for group in training.optimizer.param_groups:  # the fused kernel is unknown to this device
         group |= {"params": list(training.model.parameters()), "fused": False, "foreach": True}
     _mean_and_deviation(META, True)  # stays there
@@ -86,7 +86,7 @@ def test_waits_do_not_grow_with_the_number_of_batches(options):
     for count in (1, 3):
         with Waits() as waits:
             train_epoch(training, Batches(count))
-            evaluate(training.predictor, Batches(count), training.params, META)
+            evaluate(training.eval_model, Batches(count), training.params, META)
         seen[count] = waits.seen
     assert training.optimizer.state
     assert seen[3] == seen[1]
