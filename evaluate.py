@@ -41,7 +41,7 @@ from model.data_loader import (
 from model.inference import Segmenter, class_map
 from model.losses import SegmentationLoss
 from model.metrics import BoundaryMetrics, ConfusionMatrix
-from model.parallel import add_up
+from model.parallel import all_reduce_sum
 from model.transforms import to_input
 from model.voc import colour_mask, is_voc
 from params import Params
@@ -97,7 +97,7 @@ def evaluate(
             loss_sum += criterion(logits, labels) * len(images)
             matrix.update(logits.argmax(1), labels)
             bar.update(len(images))
-    add_up(loss_sum)
+    all_reduce_sum(loss_sum)
     matrix.reduce()
     loss = loss_sum.item() / len(loader.dataset)
     metrics = {"loss": loss if math.isfinite(loss) else None, "images": len(loader.dataset), **matrix.compute()}
@@ -118,7 +118,7 @@ def by_name(metrics: dict, names: Sequence[str]) -> dict:
     }
 
 
-def segmenter(model: nn.Module, params: Params, device: torch.device, args: argparse.Namespace) -> Segmenter:
+def make_segmenter(model: nn.Module, params: Params, device: torch.device, args: argparse.Namespace) -> Segmenter:
     """A network that looks at photos as add_testing_flags() have it. Raises UserError for scales that cannot be."""
     return Segmenter(
         model,
@@ -142,7 +142,7 @@ def predictions(segmenter: Segmenter, loader: DataLoader) -> Iterator[tuple[int,
                 bar.update()
 
 
-class Worst:
+class WorstPredictions:
     """The predictions with the lowest mIoU of those it was shown, at most count of them."""
 
     def __init__(self, count: int, num_classes: int):
@@ -190,7 +190,7 @@ def score_originals(
         dataset, segmenter.sizes, batch_size=params.scoring_batch_size, **loading_options(params)
     )
     matrix, boundary = (metric(params.num_classes, segmenter.device) for metric in (ConfusionMatrix, BoundaryMetrics))
-    worst = Worst(args.save_overlays or 0, params.num_classes)
+    worst = WorstPredictions(args.save_overlays or 0, params.num_classes)
     folder = args.save_predictions and predictions_folder(args.save_predictions, split.name, names)
     if folder:
         with distributed.together():
@@ -245,7 +245,7 @@ def main(args: argparse.Namespace) -> None:
 def run(device: torch.device, args: argparse.Namespace) -> None:
     """Score, and write and print what comes of it."""
     model, params, checkpoint = load_network(args.model_dir, args.restore_file, device)
-    split, names = distributed.first_here(lambda: find_split(params, checkpoint, args))
+    split, names = distributed.local_rank0_first(lambda: find_split(params, checkpoint, args))
     name = f"{args.split}_{args.restore_file}"
     record = {"epoch": checkpoint.get("epoch")}
     if args.original_size:
@@ -253,18 +253,18 @@ def run(device: torch.device, args: argparse.Namespace) -> None:
         name += "_original_size" if scales == [1.0] and not args.flip else "_multi_scale"
         record |= {"scales": scales, "flip": args.flip}
         with distributed.together():
-            ask = segmenter(model, params, device, args)
+            ask = make_segmenter(model, params, device, args)
         dataset = OriginalDataset(split, class_names=names)
         overlays = args.model_dir / f"overlays_{name}"
         metrics, matrix = score_originals(ask, dataset, params, args, overlays=overlays)
     else:
         options = {"class_names": names, "image_size": params.image_size, "cache": params.cache}
-        dataset = distributed.first_here(lambda: SegmentationDataset(split, **options))
+        dataset = distributed.local_rank0_first(lambda: SegmentationDataset(split, **options))
         loader = make_loader(dataset, batch_size=params.scoring_batch_size, device=device, **loading_options(params))
         matrix = ConfusionMatrix(params.num_classes, device)
         metrics = evaluate(model, loader, params, device, matrix=matrix)
     if ranks.is_main():
-        report(record | metrics, matrix, dataset, name, params, args)
+        write_report(record | metrics, matrix, dataset, name, params, args)
 
 
 def find_split(params: Params, checkpoint: dict, args: argparse.Namespace) -> tuple[Split, list[str]]:
@@ -276,7 +276,7 @@ def find_split(params: Params, checkpoint: dict, args: argparse.Namespace) -> tu
     return Split.find(root, args.split, masks_required=not only_predicted), names
 
 
-def report(
+def write_report(
     metrics: dict,
     matrix: ConfusionMatrix | None,
     dataset: SegmentationDataset | OriginalDataset,

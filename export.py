@@ -68,7 +68,7 @@ def refuse_large(model: nn.Module) -> None:
         )
 
 
-def describe(params: Params, names: list[str], epoch: int | None) -> dict[str, str]:
+def onnx_metadata(params: Params, names: list[str], epoch: int | None) -> dict[str, str]:
     """What the file says of itself beside the network, each value as JSON."""
     mean, deviation = mean_and_deviation(params.normalize)
     values = {
@@ -180,7 +180,7 @@ def main(args: argparse.Namespace) -> None:
     root = data_root(params.dataset, data_dir(args))
     file = checkpoint_path(args.model_dir, args.restore_file)
     names = agreed_class_names(checkpoint, file, root, params.num_classes)
-    metadata = describe(params, names, checkpoint.get("epoch"))
+    metadata = onnx_metadata(params, names, checkpoint.get("epoch"))
     photo = Split.find(root, "val").images[0]
     batches = photo_batches(photo, params)
 

@@ -38,7 +38,7 @@ def _integer(
     )
 
 
-def _choice(default: str, *others: str) -> Any:
+def _one_of(default: str, *others: str) -> Any:
     options = (default, *others)
     return _key(
         default, " or ".join(json.dumps(option) for option in options), lambda v: isinstance(v, str) and v in options
@@ -72,7 +72,7 @@ class Params:
     num_workers: int = _integer(4, 0)
     num_channels: int | None = _integer(None, 1)
 
-    dataset: str = _choice("voc", "sample")
+    dataset: str = _one_of("voc", "sample")
     image_size: int = _integer(224, 32, 16384)
     num_classes: int = _integer(21, 2, 255)
     augment: bool = _flag(False)
@@ -87,10 +87,10 @@ class Params:
         f"an object of weights of at least 0, not all of them 0, for {', '.join(LOSS_TERMS)}",
         _are_loss_weights,
     )
-    optimizer: str = _choice("sgd", "adamw")
+    optimizer: str = _one_of("sgd", "adamw")
     momentum: float = _number(0.99, "from 0 to below 1", lambda v: 0 <= v < 1)
     weight_decay: float = _number(0.0005, "of at least 0", lambda v: v >= 0)
-    schedule: str = _choice("constant", "poly", "cosine")
+    schedule: str = _one_of("constant", "poly", "cosine")
     warmup_epochs: int = _integer(0, 0)
     clip_grad_norm: float | None = _number(None, "above 0", lambda v: v > 0)
     ema_decay: float | None = _number(None, "from 0 to below 1", lambda v: 0 <= v < 1)
@@ -98,17 +98,17 @@ class Params:
     early_stopping_patience: int | None = _integer(None, 1)
     keep_last: bool = _flag(True)
 
-    precision: str = _choice("auto", "fp32", "bf16", "fp16")
+    precision: str = _one_of("auto", "fp32", "bf16", "fp16")
     channels_last: bool = _flag(True)
     compile: bool = _flag(False)
     seed: int = _integer(230, 0, 2**63 - 1, also=" and below 2^63")
     deterministic: bool = _flag(False)
 
     kernel_size: int = _integer(7, 3, 255, also=" that is odd", check=lambda v: v % 2 == 1)
-    head: str = _choice(*HEADS)
+    head: str = _one_of(*HEADS)
     boundary_refinement: bool = _flag(True)
     stem_maxpool: bool = _flag(False)
-    gcn_padding: str = _choice(*GCN_PADDINGS)
+    gcn_padding: str = _one_of(*GCN_PADDINGS)
     zero_init_residual: bool = _flag(False)
     pretrained: bool = _flag(True)
 

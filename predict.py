@@ -24,7 +24,7 @@ from engine.cli import (
     stop_if_asked,
 )
 from engine.experiment import recorded_data_dir
-from evaluate import segmenter
+from evaluate import make_segmenter
 from model.data_loader import IMAGE_SUFFIXES, Layout, read_photo
 from model.inference import Segmenter
 from model.voc import colour_mask
@@ -130,11 +130,11 @@ def main(args: argparse.Namespace) -> int:
 
 def run(device: torch.device, args: argparse.Namespace) -> int:
     """Predict; each process takes every so-many-th photo. Returns the exit status: 1 if a photo cannot be read."""
-    photos = distributed.from_main(lambda: prepare(args))
+    photos = distributed.broadcast_from_main(lambda: prepare(args))
     model, params, checkpoint = load_network(args.model_dir, args.restore_file, device)
-    names = distributed.from_main(lambda: find_names(params, checkpoint, args))
+    names = distributed.broadcast_from_main(lambda: find_names(params, checkpoint, args))
     with distributed.together():
-        ask = segmenter(model, params, device, args)
+        ask = make_segmenter(model, params, device, args)
         make_folder(args.output_dir, "--output_dir")
     own = list(photos.items())[ranks.rank() :: ranks.world_size()]
     faults = 0

@@ -23,8 +23,18 @@ from engine.cli import add_folder, positive, run_main
 from engine.experiment import RUN_LOCK
 from model import UserError, cores
 from params import Params
-from study import STORAGE_ERRORS, Claim, Study, Values, distributions, grid, open_storage, read_spaces, storage_failure
-from utils import ROOT, Lock, best_epoch, is_locked, lock, read_history, read_json, score, write_json
+from sweep.study import (
+    STORAGE_ERRORS,
+    Claim,
+    Study,
+    Values,
+    distributions,
+    grid,
+    open_storage,
+    read_spaces,
+    storage_failure,
+)
+from utils import ROOT, Lock, best_epoch, epoch_score, is_locked, lock, read_history, read_json, write_json
 
 POLL, LOOK = 0.2, 1.0  # seconds between two looks at the running trials, and at the study
 HEARTBEAT = 15.0  # seconds between two signs of life in a database, four of which may fail to come
@@ -190,7 +200,7 @@ class Sweep:
         history = history_of(job.folder)
         try:
             for epoch in history[job.reported :]:
-                job.claim.trial.report(score(epoch), epoch["epoch"])
+                job.claim.trial.report(epoch_score(epoch), epoch["epoch"])
             if self.study.shared and time.monotonic() - job.last_beat > HEARTBEAT:
                 job.claim.trial.set_user_attr("heartbeat", time.time())
                 job.last_beat = time.monotonic()
@@ -198,7 +208,7 @@ class Sweep:
             return self.end(job, "taken over")
         if len(history) > job.reported:
             job.reported = len(history)
-            job.bar.set_postfix(mIoU=f"{score(history[-1]):.4f}", refresh=False)
+            job.bar.set_postfix(mIoU=f"{epoch_score(history[-1]):.4f}", refresh=False)
             job.bar.update(len(history) - job.bar.n)
             unfinished = job.process.poll() is None and len(history) < job.bar.total
             if unfinished and job.claim.trial.should_prune():
@@ -217,8 +227,8 @@ class Sweep:
             self.say(f"{name}: stopped, another process has taken it over")
         elif history:
             best = best_epoch(history)
-            self.study.finish(trial.number, TrialState.COMPLETE, score(best))
-            self.say(f"{name}: finished, best mIoU {score(best):.4f} at epoch {best['epoch']}")
+            self.study.finish(trial.number, TrialState.COMPLETE, epoch_score(best))
+            self.say(f"{name}: finished, best mIoU {epoch_score(best):.4f} at epoch {best['epoch']}")
         elif job.ended_as == "pruned":
             self.study.finish(trial.number, TrialState.PRUNED)
             self.leave_note(job, state="pruned", reason=["mIoU below the median of the other trials"])
@@ -304,7 +314,7 @@ def visible_gpus() -> list[str]:
         return []
 
 
-def report(study: Study, parent_dir: Path) -> int:
+def print_summary(study: Study, parent_dir: Path) -> int:
     """Print how the sweep stands. Returns the exit status: 1 if a trial has failed."""
     trials = study.standing()
     failed = {name: trial for name, trial in trials.items() if trial.state == TrialState.FAIL}
@@ -363,7 +373,7 @@ def main(args: argparse.Namespace) -> int:
         sweep = Sweep(study, args.parent_dir, args.data_dir, max_jobs=args.jobs, gpus=gpus)
         sweep.run()
         if not sweep.signals:
-            return report(study, args.parent_dir)
+            return print_summary(study, args.parent_dir)
     except STORAGE_ERRORS as error:
         raise storage_failure(error) from None
     print(f"interrupted; trials stopped: {sweep.stopped}; the same command goes on", file=sys.stderr)

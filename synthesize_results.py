@@ -20,7 +20,7 @@ from engine.cli import add_folder, run_main
 from engine.experiment import RUN_LOCK, TRIAL_LOCKS, existing_outputs, why_finished
 from model import UserError
 from params import Params, is_number
-from utils import best_epoch, is_locked, read_history, read_json, save_figure, score, table_text, walk, write_text
+from utils import best_epoch, epoch_score, is_locked, read_history, read_json, save_figure, table_text, walk, write_text
 
 METRICS = ("mIoU", "pixel_accuracy", "loss")  # of validation
 ORIGINAL_SIZE = "metrics_", "_best_original_size.json"  # evaluate.py's files, the name of a split between the two
@@ -345,7 +345,7 @@ def main(args: argparse.Namespace) -> None:
         compared = {name: published.of(runs[0].params).get("mIoU") for name, runs in drawn.items()}
         values = {key: {name: runs[0].params[key] for name, runs in drawn.items()} for key in varying}
         figure = learning_curves(
-            {name: [[score(epoch) for epoch in run.history] for run in runs] for name, runs in drawn.items()},
+            {name: [[epoch_score(epoch) for epoch in run.history] for run in runs] for name, runs in drawn.items()},
             None if args.over_seeds else values,
             {name: mIoU for name, mIoU in compared.items() if mIoU is not None},
         )

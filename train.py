@@ -92,7 +92,7 @@ def train_epoch(training: Training, loader: Loader) -> dict:
             distributed.stop_together()
             labels = labels.to(device, non_blocking=True)
             group, ends_group = training.accumulation(step, len(loader))
-            with training.shard(sizes[step], ends_group=ends_group), autocast(device, params.precision):
+            with training.sharded(sizes[step], ends_group=ends_group), autocast(device, params.precision):
                 logits = training.forward(to_input(images, device, **params.input_options()))
             loss = criterion(logits, labels)
             losses[step] = loss.detach()
@@ -148,8 +148,8 @@ def make_loaders(
 
 def run(params: Params, device: torch.device, args: argparse.Namespace) -> None:
     """Train in a folder that is this run's alone."""
-    file, checkpoint = distributed.from_main(lambda: read_checkpoint(params, args))
-    data = distributed.first_here(lambda: find_data(params, args.data_dir, checkpoint, file))
+    file, checkpoint = distributed.broadcast_from_main(lambda: read_checkpoint(params, args))
+    data = distributed.local_rank0_first(lambda: find_data(params, args.data_dir, checkpoint, file))
     train_split, val_split, names = data
     check_same_lists(train_split, val_split)
 
@@ -157,7 +157,7 @@ def run(params: Params, device: torch.device, args: argparse.Namespace) -> None:
     with distributed.together():
         model, fresh_layers = build_model(params, args.init_from, resumed=checkpoint is not None)
     to_device(model, params, device)
-    train_loader, val_loader = distributed.first_here(lambda: make_loaders(*data, params, device))
+    train_loader, val_loader = distributed.local_rank0_first(lambda: make_loaders(*data, params, device))
     training = Training(
         model,
         params,
@@ -182,8 +182,10 @@ def main(args: argparse.Namespace) -> None:
     if args.tensorboard:
         require("torch.utils.tensorboard", "events")
     with distributed.processes(args.device) as device, ExitStack() as held:
-        params = distributed.from_main(lambda: resolve_precision(Params.load(args.model_dir / "params.json"), device))
-        if finished := distributed.from_main(lambda: take_folder(params, args, held)):
+        params = distributed.broadcast_from_main(
+            lambda: resolve_precision(Params.load(args.model_dir / "params.json"), device)
+        )
+        if finished := distributed.broadcast_from_main(lambda: take_folder(params, args, held)):
             say_finished(finished, args)
             return
         with report_interruption(args):

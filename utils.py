@@ -197,14 +197,14 @@ def read_history(model_dir: Path) -> list[dict]:
         raise UserError(f"{path} is damaged ({error}); mend or remove the line") from None
 
 
-def score(epoch: dict) -> float:
+def epoch_score(epoch: dict) -> float:
     """What makes an epoch of history.jsonl better than another: its validation mIoU, 0 where it is not defined."""
     return epoch["val"]["mIoU"] or 0.0
 
 
 def best_epoch(history: list[dict]) -> dict:
     """The first of the epochs with the highest score."""
-    return max(history, key=score)
+    return max(history, key=epoch_score)
 
 
 def write_history(model_dir: Path, history: list[dict]) -> None:

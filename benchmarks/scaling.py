@@ -32,7 +32,7 @@ from engine.devices import autocast, resolve_precision, seed_everything, to_devi
 from engine.training import Training
 from model.losses import SegmentationLoss
 from model.net import FCN_GCN
-from model.parallel import share
+from model.parallel import shard
 from model.transforms import to_input
 from params import Params
 from utils import RunFailed, write_json
@@ -61,7 +61,7 @@ def parse_args() -> argparse.Namespace:
 def make_step(training: Training, batch_size: int) -> Callable:
     """This process's part in a training step, as train.train_epoch takes it, on random images; returns its seconds."""
     device, params = training.device, training.params
-    count = len(share(batch_size, ranks.rank(), ranks.world_size()))
+    count = len(shard(batch_size, ranks.rank(), ranks.world_size()))
     shape = (params.image_size, params.image_size)
     images = torch.randint(256, (count, 3, *shape), dtype=torch.uint8).to(device)
     labels = torch.randint(params.num_classes, (count, *shape), dtype=torch.uint8).to(device)
@@ -69,7 +69,7 @@ def make_step(training: Training, batch_size: int) -> Callable:
 
     def step(*, last_of_group: bool = True) -> float:
         start = time.perf_counter()
-        with training.shard(batch_size, ends_group=last_of_group), autocast(device, params.precision):
+        with training.sharded(batch_size, ends_group=last_of_group), autocast(device, params.precision):
             logits = training.forward(to_input(images, device, **params.input_options()))
         training.step(criterion(logits, labels), ends_group=last_of_group)
         if device.type == "cuda":

@@ -153,10 +153,10 @@ def load_network(model_dir: Path, restore_file: str, device: Any) -> tuple[Any, 
         params = resolve_precision(Params.load(model_dir / "params.json"), device)
         file = checkpoint_path(model_dir, restore_file)
         checkpoint = load_checkpoint(file)
-        refuse_changed((*ARCHITECTURE, "normalize"), checkpoint, params, file)
+        check_compatible((*ARCHITECTURE, "normalize"), checkpoint, params, file)
         return params, file, checkpoint
 
-    params, file, checkpoint = distributed.from_main(read)
+    params, file, checkpoint = distributed.broadcast_from_main(read)
     model = FCN_GCN(**params.network_options(), pretrained=False)
     with distributed.together():
         load_weights(model, predicting_weights(checkpoint), file)
@@ -187,7 +187,7 @@ def agreed_class_names(checkpoint: dict[str, Any], file: Path, root: Path | None
     return trained
 
 
-def refuse_changed(keys: Iterable[str], checkpoint: dict[str, Any], params: Params, source: str | Path) -> None:
+def check_compatible(keys: Iterable[str], checkpoint: dict[str, Any], params: Params, source: str | Path) -> None:
     """Raise UserError if params.json has since changed a key without which the checkpoint means something else."""
     trained_with = checkpoint["params"]
     for key in keys:

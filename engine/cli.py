@@ -24,13 +24,6 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, as batch systems send it at the end of the time."""
 
 
-def end_at_once_on_interrupt() -> None:
-    """Let Ctrl-C end the process without a traceback until run_main(): imports have nothing to clean up."""
-    open_standard_streams()
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored, as in a background job
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def open_standard_streams() -> None:
     """Let /dev/null stand for stdin, stdout and stderr where they are closed, or the next file would get their number.
 

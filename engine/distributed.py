@@ -171,7 +171,7 @@ def together() -> Iterator[None]:
         raise SystemExit(statuses[failed[0]])
 
 
-def first_here(function: Callable[[], T]) -> T:
+def local_rank0_first(function: Callable[[], T]) -> T:
     """function() in one process of every machine, and when that is done in the others, to find what it has made."""
     for turn in (True, False):
         with together():
@@ -180,7 +180,7 @@ def first_here(function: Callable[[], T]) -> T:
     return result
 
 
-def from_main(function: Callable[[], T]) -> T:
+def broadcast_from_main(function: Callable[[], T]) -> T:
     """function()'s result in rank 0, for all; if it raises an error there, the others end quietly."""
     if ranks.world_size() == 1:
         return function()
@@ -193,7 +193,7 @@ def from_main(function: Callable[[], T]) -> T:
     return box[0]
 
 
-def largest(value: int) -> int:
+def all_reduce_max(value: int) -> int:
     """The largest of the values of all processes."""
     if ranks.world_size() == 1:
         return value
@@ -205,7 +205,7 @@ def largest(value: int) -> int:
 
 def stop_together() -> None:
     """stop_if_asked() in all processes if a signal has come to any; all must call it equally often."""
-    if number := largest(cli.signal_received()):
+    if number := all_reduce_max(cli.signal_received()):
         cli.stop_as_asked(number)
 
 

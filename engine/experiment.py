@@ -59,7 +59,7 @@ def sole_run(model_dir: Path) -> Iterator[None]:
         held.release()
 
 
-def starts(model_dir: Path) -> list[dict[str, Any]]:
+def recorded_starts(model_dir: Path) -> list[dict[str, Any]]:
     """What run.json says of the start of a run and of every resume; [] where there is none that can be read."""
     with suppress(ValueError, AttributeError, TypeError):
         first = read_json(model_dir / "run.json", if_absent="")
@@ -69,7 +69,7 @@ def starts(model_dir: Path) -> list[dict[str, Any]]:
 
 def recorded_data_dir(model_dir: Path) -> Path | None:
     """The data folder that a run was last trained on; None where run.json does not say."""
-    recorded = [record["data_dir"] for record in starts(model_dir) if isinstance(record.get("data_dir"), str)]
+    recorded = [record["data_dir"] for record in recorded_starts(model_dir) if isinstance(record.get("data_dir"), str)]
     return Path(recorded[-1]) if recorded else None
 
 

@@ -52,7 +52,7 @@ def launcher() -> list[str]:
     return command
 
 
-def describe(device: Any) -> str:
+def device_summary(device: Any) -> str:
     """The device, or how many there are, for people."""
     if world_size() == 1:
         return str(device)

@@ -19,9 +19,9 @@ import torch
 import torchvision
 
 from engine import distributed, ranks
-from engine.checkpoints import checkpoint_path, load_checkpoint, refuse_changed
+from engine.checkpoints import check_compatible, checkpoint_path, load_checkpoint
 from engine.cli import Terminated, ignore_signals, stop_if_asked
-from engine.experiment import existing_outputs, git_commit, remove_outputs, sole_run, starts, why_finished
+from engine.experiment import existing_outputs, git_commit, recorded_starts, remove_outputs, sole_run, why_finished
 from engine.outputs import EpochOutputs, TensorBoard
 from engine.training import RESUME_NEEDS, Training
 from model import UserError
@@ -123,7 +123,7 @@ def take_up_own_run(args: argparse.Namespace) -> None:
     otherwise, the same --rdzv_id is the same job.
     """
     by_id = not (args.restore_file or args.init_from or args.overwrite)
-    if not any(distributed.is_this_job(start.get("job"), by_id=by_id) for start in starts(args.model_dir)):
+    if not any(distributed.is_this_job(start.get("job"), by_id=by_id) for start in recorded_starts(args.model_dir)):
         return
     last = args.model_dir / "last.pth.tar"
     if not last.exists():
@@ -145,7 +145,7 @@ def read_checkpoint(params: Params, args: argparse.Namespace) -> tuple[Path | No
     checkpoint = load_checkpoint(
         file, otherwise="the weights of another can start a new run: --init_from {file}, in another --model_dir"
     )
-    refuse_changed(RESUME_NEEDS, checkpoint, params, file)
+    check_compatible(RESUME_NEEDS, checkpoint, params, file)
     return file, checkpoint
 
 
@@ -257,7 +257,7 @@ def open_outputs(
         path.unlink()
     set_logger(args.model_dir / "train.log")
     write_provenance(args.model_dir, device, params, args.data_dir, resumed=resumed is not None)
-    logging.info(f"{args.model_dir}: {sizes}, on {ranks.describe(device)} in {params.precision}")
+    logging.info(f"{args.model_dir}: {sizes}, on {ranks.device_summary(device)} in {params.precision}")
     if params.num_channels is not None:
         logging.info('"num_channels" is accepted for old params.json files; this network has no use for it')
     if fresh_layers:

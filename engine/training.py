@@ -16,7 +16,7 @@ from engine import distributed, ranks
 from engine.checkpoints import load_weights
 from engine.experiment import why_finished
 from model import UserError
-from model.parallel import copy_to_all, share, synchronize_batch_norm
+from model.parallel import copy_to_all, shard, synchronize_batch_norm
 from params import ARCHITECTURE, Params, is_number
 from utils import RunFailed, is_out_of_memory
 
@@ -99,14 +99,14 @@ class Training:
         group = min(self.params.accumulation_steps, steps - step + position)
         return group, position + 1 == group
 
-    def shard(self, batch_size: int, *, ends_group: bool) -> AbstractContextManager:
+    def sharded(self, batch_size: int, *, ends_group: bool) -> AbstractContextManager:
         """Give forward() this process's shard of a batch of batch_size images, while the context lasts.
 
         Gradients are summed over the processes after the last batch of a group only.
         """
         if self.distributed is None:
             return nullcontext()
-        first = share(batch_size, ranks.rank(), ranks.world_size()).start
+        first = shard(batch_size, ranks.rank(), ranks.world_size()).start
         self.model.dropout.whole = first, batch_size  # of no effect where there is none
         return nullcontext() if ends_group else self.distributed.no_sync()
 

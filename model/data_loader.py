@@ -25,7 +25,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from model import UserError, cores, refuse_irregular
-from model.parallel import share
+from model.parallel import shard
 from model.sample import draw_sample
 from model.transforms import Augmentation, squash, squashed
 from model.voc import CLASS_NAMES, VOID
@@ -96,7 +96,7 @@ class Split:
         else:
             missing += without_mask
         if missing:
-            raise _faults(f"{layout.lists / name}.txt", missing)
+            raise _list_faults(f"{layout.lists / name}.txt", missing)
         return cls(name, ids, [photos[id_] for id_ in ids], masks)
 
 
@@ -257,7 +257,7 @@ def read_mask(path: Path, size: tuple[int, int], num_classes: int) -> Image.Imag
     return mask
 
 
-def _faults(where: str, faults: list[str]) -> UserError:
+def _list_faults(where: str, faults: list[str]) -> UserError:
     shown = faults[:20] + ([f"and {len(faults) - 20} more"] if len(faults) > 20 else [])
     return UserError(
         f"{where}: {faults[0]}" if len(faults) == 1 else "\n  ".join([f"{len(faults)} faults in {where}", *shown])
@@ -355,7 +355,7 @@ class SegmentationDataset(Dataset):
                     else:
                         yield result
         if faults:
-            raise _faults(f"split {self.split.name}", faults)
+            raise _list_faults(f"split {self.split.name}", faults)
 
 
 def _cached(dataset: SegmentationDataset) -> Path:
@@ -452,7 +452,7 @@ class EpochSampler(Sampler):
         return zip(order, seeds, strict=True)
 
 
-class OwnBatches(Sampler):
+class DistributedBatchSampler(Sampler):
     """The batches that one of several processes takes part in, as lists of what a sampler gives.
 
     With split, for training, its share of every batch, which in the last one may be nothing. Otherwise, for scoring,
@@ -478,7 +478,7 @@ class OwnBatches(Sampler):
             yield from islice(self._batches, self.rank, None, self.world_size)
             return
         for batch in self._batches:
-            own = share(len(batch), self.rank, self.world_size)
+            own = shard(len(batch), self.rank, self.world_size)
             yield batch[own.start : own.stop]
 
 
@@ -488,7 +488,7 @@ class DeviceLoader:
     Stands in for a DataLoader of the same data set and batch_sampler, and gives the same batches.
     """
 
-    def __init__(self, dataset: SegmentationDataset, *, batch_sampler: OwnBatches, device: torch.device):
+    def __init__(self, dataset: SegmentationDataset, *, batch_sampler: DistributedBatchSampler, device: torch.device):
         self.dataset = dataset
         self.batch_sampler = batch_sampler
         self._examples = dataset.on_device(device)
@@ -521,12 +521,12 @@ def make_loader(
     """Batches of uint8 (B, 3, S, S) and (B, S, S), the last one smaller where the data set ends.
 
     With a seed in an order of its own every epoch (call loader.batch_sampler.set_epoch), else in the order of the list.
-    One of several processes gets its part of them, see OwnBatches. They lie on the device already if the whole split
-    fits there, otherwise in memory that it can copy from by itself.
+    One of several processes gets its part of them, see DistributedBatchSampler. They lie on the device already if the
+    whole split fits there, otherwise in memory that it can copy from by itself.
     """
     device = torch.device(device)
     sampler = SequentialSampler(dataset) if seed is None else EpochSampler(len(dataset), seed=seed)
-    batches = OwnBatches(sampler, batch_size, split=seed is not None, rank=rank, world_size=world_size)
+    batches = DistributedBatchSampler(sampler, batch_size, split=seed is not None, rank=rank, world_size=world_size)
     if _fits(dataset, device):
         return DeviceLoader(dataset, batch_sampler=batches, device=device)
     loading = _loading(batches, num_workers)
@@ -558,7 +558,9 @@ def make_original_loader(
     """Batches in the order of the list: indices, (width, height) of the photos, squashed(photos, sizes), and masks,
     each uint8 (H, W) or None. One of several processes gets every so-many-th batch.
     """
-    batches = OwnBatches(SequentialSampler(dataset), batch_size, split=False, rank=rank, world_size=world_size)
+    batches = DistributedBatchSampler(
+        SequentialSampler(dataset), batch_size, split=False, rank=rank, world_size=world_size
+    )
     return DataLoader(dataset, **_loading(batches, num_workers), collate_fn=partial(_collate_originals, sizes=sizes))
 
 
@@ -568,7 +570,7 @@ def _collate_originals(examples: list[tuple], sizes: Sequence[int]) -> tuple[lis
     return indices, [photo.size for photo in photos], squashed(photos, sizes), masks
 
 
-def _loading(batches: OwnBatches, num_workers: int) -> dict:
+def _loading(batches: DistributedBatchSampler, num_workers: int) -> dict:
     """The keywords of every DataLoader: no more processes than cores or batches."""
     return {
         "batch_sampler": batches,

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import LOSS_TERMS, UserError
-from model.parallel import add_up, total
+from model.parallel import all_reduce_sum, differentiable_sum
 from model.voc import VOID
 
 SMOOTH = 1.0
@@ -49,7 +49,7 @@ class SegmentationLoss(nn.Module):
         """The loss, a scalar. labels may have any integer dtype."""
         sums = self._sums(logits, labels.long())
         values = torch.stack([value.double() for value in sums.values()])
-        sums = dict(zip(sums, total(values) if self.over_processes else values, strict=True))
+        sums = dict(zip(sums, differentiable_sum(values) if self.over_processes else values, strict=True))
         loss = sum(self.weights[term] * value for term, value in self._terms(sums, logits.shape[1]).items())
         return loss.to(logits.dtype if logits.dtype == torch.float64 else torch.float32)
 
@@ -81,7 +81,7 @@ class SegmentationLoss(nn.Module):
         counts = torch.zeros(num_classes + 1, dtype=torch.int64, device=labels.device)
         counts.scatter_add_(0, bins, torch.ones_like(bins))
         if self.over_processes:
-            add_up(counts)
+            all_reduce_sum(counts)
         balance = counts.double().rsqrt()  # infinite where there is no pixel to weigh
         balance[num_classes] = 0
         return balance[bins].view(labels.shape)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.parallel import add_up
+from model.parallel import all_reduce_sum
 from model.voc import VOID
 
 
@@ -36,7 +36,7 @@ class ConfusionMatrix:
 
     def reduce(self) -> None:
         """Sum over all processes of torch.distributed; nothing to do where there is one."""
-        add_up(self._counts)
+        all_reduce_sum(self._counts)
 
     def compute(self) -> dict:
         """The metrics, all in [0, 1].
@@ -53,13 +53,13 @@ class ConfusionMatrix:
         iou, recall = hits / union, hits / labelled
         return {
             "mIoU": _mean(iou),
-            "pixel_accuracy": _number(hits.sum() / total),
+            "pixel_accuracy": _or_none(hits.sum() / total),
             "mean_accuracy": _mean(recall),
-            "frequency_weighted_IoU": _number((labelled / total * iou.nan_to_num()).sum()),
+            "frequency_weighted_IoU": _or_none((labelled / total * iou.nan_to_num()).sum()),
             "mean_dice": _mean(2 * hits / (labelled + predicted)),
-            "IoU": [_number(value) for value in iou],
-            "accuracy": [_number(value) for value in recall],
-            "frequency": [_number(value) for value in labelled / total],
+            "IoU": [_or_none(value) for value in iou],
+            "accuracy": [_or_none(value) for value in recall],
+            "frequency": [_or_none(value) for value in labelled / total],
         }
 
 
@@ -104,17 +104,17 @@ class BoundaryMetrics:
 
     def reduce(self) -> None:
         """Sum over all processes of torch.distributed; nothing to do where there is one."""
-        add_up(self._pixels, self._rims)
+        all_reduce_sum(self._pixels, self._rims)
 
     def compute(self) -> dict:
         """boundary_accuracy, interior_accuracy, boundary_mIoU, and boundary_IoU as a list; None where undefined."""
         (right, pixels), (intersection, union) = self._pixels.cpu().double().T, self._rims.cpu().double()
         accuracy, iou = right / pixels, intersection / union
         return {
-            "boundary_accuracy": _number(accuracy[0]),
-            "interior_accuracy": _number(accuracy[1]),
+            "boundary_accuracy": _or_none(accuracy[0]),
+            "interior_accuracy": _or_none(accuracy[1]),
             "boundary_mIoU": _mean(iou),
-            "boundary_IoU": [_number(value) for value in iou],
+            "boundary_IoU": [_or_none(value) for value in iou],
         }
 
 
@@ -153,8 +153,8 @@ def _rim(mask: Tensor, reach: int) -> Tensor:
 
 
 def _mean(values: Tensor) -> float | None:
-    return _number(values.nanmean())
+    return _or_none(values.nanmean())
 
 
-def _number(value: Tensor) -> float | None:
+def _or_none(value: Tensor) -> float | None:
     return None if value.isnan() else value.item()

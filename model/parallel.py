@@ -9,19 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def world_size() -> int:
+def process_count() -> int:
     """How many processes share the work."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def share(count: int, rank: int, world_size: int) -> range:
+def shard(count: int, rank: int, world_size: int) -> range:
     """Which of count things are a process's own: contiguous, in the order of the ranks, sizes differing by one."""
     return range(count * rank // world_size, count * (rank + 1) // world_size)
 
 
-def add_up(*counts: Tensor) -> None:
+def all_reduce_sum(*counts: Tensor) -> None:
     """Replace each tensor by its sum over all processes."""
-    if world_size() > 1:
+    if process_count() > 1:
         for count in counts:
             dist.all_reduce(count)
 
@@ -32,14 +32,14 @@ def copy_to_all(model: nn.Module) -> None:
         dist.broadcast(tensor, src=0)
 
 
-def total(x: Tensor) -> Tensor:
+def differentiable_sum(x: Tensor) -> Tensor:
     """The sum of x over all processes, differentiable.
 
     Going backward, the gradients of all processes are summed too. Where each computes the same loss from totals, a
     parameter's gradient in one process is then world_size times what its share of the batch contributes, and the mean
     over the processes, which DistributedDataParallel takes, is the gradient of the loss over the whole batch.
     """
-    return _Total.apply(x) if world_size() > 1 else x
+    return _Total.apply(x) if process_count() > 1 else x
 
 
 class _Total(torch.autograd.Function):
@@ -68,7 +68,7 @@ class _BatchNorm(torch.autograd.Function):
             _, mean, deviation = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)  # 1 / of it
             mean, square = mean.double(), deviation.double().pow(-2) - eps + mean.double().square()
             moments = (x.numel() // channels) * torch.cat([mean, square, moments.new_ones(1)])
-        mean, square, count = total(moments).split([channels, channels, 1])
+        mean, square, count = differentiable_sum(moments).split([channels, channels, 1])
         mean = mean / count
         variance = (square / count - mean.square()).clamp(min=0)
         mean, variance = mean.to(weight.dtype), variance.to(weight.dtype)
@@ -88,7 +88,7 @@ class _BatchNorm(torch.autograd.Function):
                 gradient, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
             )
         scale = weight * (variance + ctx.eps).rsqrt() / count
-        slope, offset = (scale * total(torch.stack([by_weight, by_bias]))).unbind()
+        slope, offset = (scale * differentiable_sum(torch.stack([by_weight, by_bias]))).unbind()
         return by_x - F.batch_norm(x, mean, variance, slope, offset, False, eps=ctx.eps), by_weight, by_bias, None
 
 

@@ -33,11 +33,18 @@ import utils
 from engine import checkpoints, cli, distributed, ranks, run, training
 from engine.devices import loading_options
 from engine.training import Training
-from model.data_loader import EpochSampler, OwnBatches, SegmentationDataset, Split, class_names, make_loader
+from model.data_loader import (
+    DistributedBatchSampler,
+    EpochSampler,
+    SegmentationDataset,
+    Split,
+    class_names,
+    make_loader,
+)
 from model.losses import SegmentationLoss
 from model.metrics import BoundaryMetrics, ConfusionMatrix
 from model.net import FCN_GCN
-from model.parallel import Dropout2d, share, synchronize_batch_norm, total
+from model.parallel import Dropout2d, differentiable_sum, shard, synchronize_batch_norm
 from params import Params
 from train import train_epoch
 
@@ -104,7 +111,7 @@ def step_in_float64(images: int) -> dict:
     x, labels = torch.randn(images, 3, 9, 7).double(), torch.randint(6, (images, 7, 5)) % 6
     labels[labels == 5] = 255
     labels[0] = 255  # void is not shared out evenly
-    own = share(images, ranks.rank(), ranks.world_size())
+    own = shard(images, ranks.rank(), ranks.world_size())
     rows = slice(own.start, own.stop)
     if ranks.world_size() > 1:
         synchronize_batch_norm(model, torch.device("cpu"))
@@ -143,7 +150,7 @@ def test_a_step_has_the_loss_gradients_and_statistics_of_the_whole_batch(images)
 
 def gradient_of_total() -> tuple[float, float]:
     x = torch.tensor(float(ranks.rank() + 1), requires_grad=True)
-    y = total(x)
+    y = differentiable_sum(x)
     (y.square() * (ranks.rank() + 1)).backward()  # another loss in each process
     return y.item(), x.grad.item()
 
@@ -162,9 +169,10 @@ def test_processes_split_training_batches_and_deal_out_those_for_scoring(length,
     sampler = EpochSampler(length, seed=1)
     for split in (True, False):
         keys = sampler if split else range(length)
-        whole = list(OwnBatches(keys, batch_size, split=split))
+        whole = list(DistributedBatchSampler(keys, batch_size, split=split))
         parts = [
-            OwnBatches(keys, batch_size, split=split, rank=rank, world_size=world_size) for rank in range(world_size)
+            DistributedBatchSampler(keys, batch_size, split=split, rank=rank, world_size=world_size)
+            for rank in range(world_size)
         ]
         assert [len(list(part)) for part in parts] == [len(part) for part in parts]
         if split:
@@ -354,7 +362,7 @@ def decoded_by_rank(data: Path) -> bool:
     decode, names = SegmentationDataset.decode, class_names(data, 21)
     SegmentationDataset.decode = lambda self, index: done.append(index) or decode(self, index)
     split = Split.find(data, "train")
-    distributed.first_here(lambda: SegmentationDataset(split, class_names=names, image_size=32))
+    distributed.local_rank0_first(lambda: SegmentationDataset(split, class_names=names, image_size=32))
     return bool(done)
 
 

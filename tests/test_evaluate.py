@@ -13,7 +13,7 @@ from torchvision.io import ImageReadMode, decode_image
 
 import utils
 from engine import checkpoints
-from evaluate import Worst, table
+from evaluate import WorstPredictions, table
 from model.data_loader import read_photo
 from model.transforms import squashed, to_input
 from model.voc import palette
@@ -118,7 +118,7 @@ def test_the_worst_are_kept_whatever_the_order():
     rng = np.random.default_rng(0)
     mask = torch.from_numpy(rng.integers(0, 3, (20, 20)))
     shares = rng.permutation(np.linspace(0, 0.9, 10))
-    worst = Worst(4, 3)
+    worst = WorstPredictions(4, 3)
     for index, share in enumerate(shares):
         prediction = torch.where(torch.from_numpy(rng.random((20, 20)) < share), (mask + 1) % 3, mask)
         worst.add(index, prediction, mask)

@@ -119,7 +119,7 @@ def test_the_file_says_what_it_is_and_nothing_of_the_machine(exported):
 
 
 def test_without_normalization_the_file_says_zeros_and_ones():
-    about = export.describe(Params(normalize=False), ["a", "b"], None)
+    about = export.onnx_metadata(Params(normalize=False), ["a", "b"], None)
     assert (about["mean"], about["std"], about["epoch"]) == ("[0.0, 0.0, 0.0]", "[1.0, 1.0, 1.0]", "null")
 
 

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, TINY, make_data, run_script
 from optuna.trial import TrialState
 
-from study import Study, open_storage, trial_name
+from sweep.study import Study, open_storage, trial_name
 from utils import is_locked, lock, read_history
 
 

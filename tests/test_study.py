@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 
-import study
 from model import UserError
 from params import Params
-from study import Range, Study, distributions, grid, open_storage, read_spaces, trial_name
+from sweep import study
+from sweep.study import Range, Study, distributions, grid, open_storage, read_spaces, trial_name
 from utils import ROOT, is_locked, lock
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from engine.experiment import RUN_LOCK, TRIAL_LOCKS
 from model import UserError
 from params import Params
-from study import grid, read_spaces
+from sweep.study import grid, read_spaces
 from synthesize_results import BY_REGION, Result, by_seed, read_published, without_seed
 from utils import lock, write_history
 from visualize import learning_curves
