@@ -1,6 +1,7 @@
 """All that changes while a network is trained: weights, optimizer, schedule, average, and what a resume needs."""
 
 import copy
+import math
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -10,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import lr_scheduler
 
 from engine import distributed, ranks
 from engine.checkpoints import load_weights
@@ -62,8 +62,8 @@ class Training:
         self.ema_updates = 0
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=params.precision == "fp16")
         self.optimizer = build_optimizer(self.model, params)
-        self.schedule = build_schedule(self.optimizer, params, steps_per_epoch)
         self.epoch = 0  # finished ones
+        self._set_steps(0)
         self.best_epoch = 0
         self.best_mIoU = -1.0
         self.history: list[dict] = []  # what history.jsonl holds
@@ -121,11 +121,15 @@ class Training:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        with warnings.catch_warnings():  # fp16 skips the optimizer step, rightly, when the scale was too high
-            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-            self.schedule.step()
+        self._set_steps(self.steps + 1)
         if self.ema is not None:
             self._update_average()
+
+    def _set_steps(self, steps: int) -> None:
+        """Note how many optimizer steps are done, from which the learning rate of the next one follows."""
+        self.steps = steps
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate_at(steps, self.params, self.steps_per_epoch)
 
     @torch.no_grad()
     def _update_average(self) -> None:
@@ -264,7 +268,8 @@ class Training:
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["optim_dict"]["state"]})
         for weight, buffers in self.optimizer.state.items():
             for name, buffer in buffers.items():
-                if buffer is not None and buffer.shape not in (weight.shape, ()):
+                # A number, one per weight, or, as Adafactor has it, one per row or column.
+                if buffer is not None and torch.broadcast_shapes(buffer.shape, weight.shape) != weight.shape:
                     raise ValueError(f"optimizer {name}")
         if not self.is_finite():
             raise UserError(
@@ -275,10 +280,7 @@ class Training:
             self.ema_updates = int(state["ema_updates"])
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # steps of the schedule without steps of the optimizer
-            for _ in range(self.epoch * self.steps_per_epoch):
-                self.schedule.step()
+        self._set_steps(self.epoch * self.steps_per_epoch)
         torch.set_rng_state(state["rng"])
         if self.device.type == "cuda" and state["rng_cuda"]:
             torch.cuda.set_rng_state(state["rng_cuda"][0], self.device)
@@ -315,16 +317,16 @@ def build_optimizer(model: nn.Module, params: Params) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), momentum=params.momentum, **options)
 
 
-def build_schedule(optimizer: torch.optim.Optimizer, params: Params, steps_per_epoch: int) -> lr_scheduler.LRScheduler:
-    """The rate of every optimizer step: linear warm-up, then constant, or down to 0 as (1 - t)^0.9 or half a cosine."""
-    warmup = params.warmup_epochs * steps_per_epoch
-    rest = params.num_epochs * steps_per_epoch - warmup
-    main = {
-        "constant": lambda: lr_scheduler.ConstantLR(optimizer, factor=1.0),
-        "poly": lambda: lr_scheduler.PolynomialLR(optimizer, total_iters=rest, power=0.9),
-        "cosine": lambda: lr_scheduler.CosineAnnealingLR(optimizer, T_max=rest),
-    }[params.schedule]
-    if warmup == 0:
-        return main()
-    rise = lr_scheduler.LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
-    return lr_scheduler.SequentialLR(optimizer, [rise, main()], milestones=[warmup])
+SCHEDULES = {  # what the learning rate is multiplied by, of the share of the steps after the warm-up that is done
+    "constant": lambda share: 1.0,
+    "poly": lambda share: (1 - share) ** 0.9,
+    "cosine": lambda share: (1 + math.cos(math.pi * share)) / 2,
+}
+
+
+def learning_rate_at(step: int, params: Params, steps_per_epoch: int) -> float:
+    """Return the learning rate of an optimizer step, counted from 0: a linear rise, then the schedule."""
+    warmup, steps = params.warmup_epochs * steps_per_epoch, params.num_epochs * steps_per_epoch
+    if step < warmup:
+        return params.learning_rate * (step + 1) / (warmup + 1)
+    return params.learning_rate * SCHEDULES[params.schedule]((step - warmup) / (steps - warmup))

@@ -15,7 +15,7 @@ from torch import nn
 import train
 import utils
 from engine import checkpoints, outputs, training
-from engine.training import Training, build_optimizer, build_schedule
+from engine.training import Training, build_optimizer, learning_rate_at
 from evaluate import evaluate
 from model import UserError
 from model.data_loader import SegmentationDataset, Split, class_names, make_loader
@@ -346,13 +346,11 @@ def train_tiny(data, **params) -> Training:
 @pytest.mark.parametrize("warmup", [0, 2])
 def test_the_schedule_follows_its_formula(schedule, warmup):
     steps, params = 7, Params(schedule=schedule, warmup_epochs=warmup, num_epochs=5, learning_rate=0.1)
-    optimizer = build_optimizer(nn.Linear(1, 1), params)
+    training = Training(nn.Conv2d(1, 1, 1), params, steps)
     rates = []
-    rule = build_schedule(optimizer, params, steps)
     for _ in range(params.num_epochs * steps):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        rule.step()
+        rates.append(training.learning_rate)
+        training.step(training.model(torch.ones(1, 1, 1, 1)).sum(), ends_group=True)
 
     def expected(step: int) -> float:
         start, total = warmup * steps, params.num_epochs * steps
@@ -362,6 +360,7 @@ def test_the_schedule_follows_its_formula(schedule, warmup):
         return 0.1 * {"constant": 1, "poly": (1 - t) ** 0.9, "cosine": (1 + math.cos(math.pi * t)) / 2}[schedule]
 
     assert rates == pytest.approx([expected(step) for step in range(len(rates))])
+    assert rates == [learning_rate_at(step, params, steps) for step in range(len(rates))]
 
 
 def test_sgd_and_adamw_take_their_options_from_params():
@@ -392,7 +391,7 @@ def test_accumulated_gradients_are_those_of_the_large_batch(precision):
 def test_an_epoch_makes_one_step_per_group_of_batches(data):
     for accumulation, expected in ((1, 3), (2, 2), (4, 1)):
         training = train_tiny(data, batch_size=2, accumulation_steps=accumulation, learning_rate=0.1, schedule="poly")
-        assert training.schedule.last_epoch == expected, accumulation
+        assert training.steps == expected, accumulation
 
 
 def test_a_group_of_batches_steps_on_the_mean_of_their_losses(data):
@@ -538,6 +537,26 @@ def test_resume_takes_its_options_from_params_json(finished):
     group = resumed.optimizer.param_groups[0]
     assert group["weight_decay"] == 0.25
     assert group["lr"] == pytest.approx(0.5 * (1 + math.cos(math.pi * 2 / 40)) / 2)
+
+
+def test_an_optimizer_whose_state_has_other_shapes_than_its_weights_resumes(tmp_path):
+    def adafactor(model: nn.Module) -> Training:
+        result = Training(model, Params(num_epochs=3), 1)
+        result.optimizer = torch.optim.Adafactor(model.parameters())
+        return result
+
+    def step(run: Training) -> None:
+        run.step(run.model(torch.ones(2, 3, 8, 8)).square().sum(), ends_group=True)
+
+    layers = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+    first, second = map(adafactor, layers)
+    step(first)
+    first.epoch, first.history = 1, [{"epoch": 1}]
+    second.load_state_dict(first.state_dict(), tmp_path / "last.pth.tar")
+    assert {buffer.shape for buffer in second.optimizer.state[layers[1].weight].values()} > {(4, 3, 3, 1), (4, 3, 1, 3)}
+    for run in (first, second):
+        step(run)
+    torch.testing.assert_close(layers[0].weight, layers[1].weight)
 
 
 @pytest.mark.parametrize(
