@@ -84,7 +84,7 @@ def evaluate(
     in evaluation mode.
     """
     model.eval()
-    criterion = SegmentationLoss(params.loss_weights)
+    criterion = SegmentationLoss(**params.loss_options())
     matrix = matrix or ConfusionMatrix(params.num_classes, device)
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     with progress(loader, "evaluating") as bar:

@@ -8,8 +8,11 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from model import GCN_PADDINGS, HEADS, LOSS_TERMS, UserError
+from model import GCN_PADDINGS, HEADS, UserError
 from utils import read_json
+
+LOSS_TERMS = ("bce", "dice", "inverse_dice", "cross_entropy", "balanced_cross_entropy", "focal", "lovasz")
+LOSS_CONSTANTS = ("focal_gamma",)  # called after a term and the keyword that it takes
 
 
 def _key(default: Any, allowed: str, check: Callable[[Any], bool]) -> Any:
@@ -87,6 +90,7 @@ class Params:
         f"an object of weights of at least 0, not all of them 0, for {', '.join(LOSS_TERMS)}",
         _are_loss_weights,
     )
+    focal_gamma: float = _number(2.0, "of at least 0", lambda v: v >= 0)
     optimizer: str = _one_of("sgd", "adamw")
     momentum: float = _number(0.99, "from 0 to below 1", lambda v: 0 <= v < 1)
     weight_decay: float = _number(0.0005, "of at least 0", lambda v: v >= 0)
@@ -147,6 +151,10 @@ class Params:
     def network_options(self) -> dict[str, Any]:
         """The keywords of model.net.FCN_GCN but for pretrained."""
         return {key: getattr(self, key) for key in (*ARCHITECTURE, "dropout_rate", "zero_init_residual")}
+
+    def loss_options(self) -> dict[str, Any]:
+        """The keywords of model.losses.SegmentationLoss but for over_processes."""
+        return {"weights": self.loss_weights, **{key: getattr(self, key) for key in LOSS_CONSTANTS}}
 
     def input_options(self) -> dict[str, Any]:
         """The keywords of model.transforms.to_input."""

@@ -82,7 +82,7 @@ def train_epoch(training: Training, loader: Loader) -> dict:
     """
     training.model.train()
     params, device = training.params, training.device
-    criterion = SegmentationLoss(params.loss_weights, over_processes=True)
+    criterion = SegmentationLoss(**params.loss_options(), over_processes=True)
     matrix = ConfusionMatrix(params.num_classes, device)
     sizes = loader.batch_sampler.sizes  # images per batch, over all processes
     losses = torch.zeros(len(loader), device=device)  # stays on the device: reading it at every step would wait for it

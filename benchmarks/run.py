@@ -92,7 +92,7 @@ class Sides:
     def ours(self) -> tuple[Callable, Callable]:
         """The same, as train.py does it."""
         training = self.training()
-        criterion = SegmentationLoss(self.params.loss_weights)
+        criterion = SegmentationLoss(**self.params.loss_options())
         loader = cached(self.split, BATCH, self.device)
         images, labels = next(iter(loader))
 

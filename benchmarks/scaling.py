@@ -65,7 +65,7 @@ def make_step(training: Training, batch_size: int) -> Callable:
     shape = (params.image_size, params.image_size)
     images = torch.randint(256, (count, 3, *shape), dtype=torch.uint8).to(device)
     labels = torch.randint(params.num_classes, (count, *shape), dtype=torch.uint8).to(device)
-    criterion = SegmentationLoss(params.loss_weights, over_processes=True)
+    criterion = SegmentationLoss(**params.loss_options(), over_processes=True)
 
     def step(*, last_of_group: bool = True) -> float:
         start = time.perf_counter()

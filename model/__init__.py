@@ -35,7 +35,6 @@ def refuse_irregular(path: str | Path) -> None:
 # The choices that params.json offers, here because reading it must not wait for torch.
 HEADS = ("gcn", "conv1x1", "conv", "stack")
 GCN_PADDINGS = ("swapped", "same")
-LOSS_TERMS = ("bce", "dice", "inverse_dice", "cross_entropy", "balanced_cross_entropy")
 
 
 def cores() -> int:

@@ -1,112 +1,213 @@
-"""The training loss: a weighted sum of terms over the pixels that are not void."""
+"""The training loss: a weighted sum of terms over the pixels that are not void.
+
+A new term is a class here, in TERMS, and its name in params.py's LOSS_TERMS.
+"""
 
 from collections.abc import Mapping
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import LOSS_TERMS, UserError
+from model import UserError
 from model.parallel import all_reduce_sum, differentiable_sum
 from model.voc import VOID
 
 SMOOTH = 1.0
 
 
+class Batch:
+    """Logits x (B, C, H, W) and labels (B, H, W), and what several terms need of them.
+
+    Half-precision logits become float32. over_processes: the batch is shared by all processes, and this is one shard.
+    """
+
+    def __init__(self, logits: Tensor, labels: Tensor, *, over_processes: bool):
+        self.logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        self.labels, self.over_processes = labels.long(), over_processes
+        self.num_classes = logits.shape[1]
+        self.valid = self.labels != VOID  # (B, H, W)
+        index = self.labels.where(self.valid, 0).unsqueeze(1)
+        self.at_label = self.logits.gather(1, index).squeeze(1)  # (B, H, W), x where t = 1
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum values (B, H, W) over the pixels that are not void."""
+        return values.where(self.valid, 0).sum()
+
+    @cached_property
+    def cross_entropy(self) -> Tensor:
+        """-log softmax(x) at the label, (B, H, W); not F.cross_entropy, which on CUDA has no deterministic form."""
+        return self.logits.logsumexp(1) - self.at_label
+
+    @cached_property
+    def overlap(self) -> dict[str, Tensor]:
+        """Sums of p = sigmoid(x) over pixels and classes: of p, and of p t."""
+        return {"p": self.sum(self.logits.sigmoid().sum(1)), "p t": self.sum(self.at_label.sigmoid())}
+
+
+class BinaryCrossEntropy:
+    """mean(softplus(x) - x t) over pixels and classes."""
+
+    def sums(self, batch: Batch) -> dict[str, Tensor]:
+        return {"bce": batch.sum(F.softplus(batch.logits).sum(1) - batch.at_label)}
+
+    def value(self, sums: Mapping[str, Tensor], num_classes: int) -> Tensor:
+        return sums["bce"] / (sums["pixels"] * num_classes).clamp(min=1)
+
+
+class Dice:
+    """1 - (2 sum(p t) + 1) / (sum p + sum t + 1) (Milletari et al., arXiv 1606.04797, unsquared)."""
+
+    def sums(self, batch: Batch) -> dict[str, Tensor]:
+        return batch.overlap
+
+    def value(self, sums: Mapping[str, Tensor], num_classes: int) -> Tensor:
+        return _dice(sums["p t"], sums["p"] + sums["pixels"])
+
+
+class InverseDice(Dice):
+    """The same with 1 - p and 1 - t."""
+
+    def value(self, sums: Mapping[str, Tensor], num_classes: int) -> Tensor:
+        pixels, entries = sums["pixels"], sums["pixels"] * num_classes
+        both = entries - sums["p"] - pixels + sums["p t"]  # sum (1 - p)(1 - t)
+        return _dice(both, 2 * entries - sums["p"] - pixels)
+
+
+class CrossEntropy:
+    """Mean over pixels of -log softmax(x) at the label."""
+
+    def sums(self, batch: Batch) -> dict[str, Tensor]:
+        return {"cross_entropy": batch.sum(batch.cross_entropy)}
+
+    def value(self, sums: Mapping[str, Tensor], num_classes: int) -> Tensor:
+        return sums["cross_entropy"] / sums["pixels"].clamp(min=1)
+
+
+class BalancedCrossEntropy:
+    """Weighted mean of the cross-entropy; a pixel of a class with n pixels in the batch weighs 1 / sqrt(n)."""
+
+    def sums(self, batch: Batch) -> dict[str, Tensor]:
+        bins = batch.labels.where(batch.valid, batch.num_classes).flatten()
+        counts = torch.zeros(batch.num_classes + 1, dtype=torch.int64, device=bins.device)
+        counts.scatter_add_(0, bins, torch.ones_like(bins))
+        if batch.over_processes:
+            all_reduce_sum(counts)
+        balance = counts.double().rsqrt()  # infinite where there is no pixel to weigh
+        balance[batch.num_classes] = 0
+        balance = balance[bins].view(batch.labels.shape).to(batch.logits.dtype)
+        return {"balance": balance.sum(), "balanced": batch.sum(batch.cross_entropy * balance)}
+
+    def value(self, sums: Mapping[str, Tensor], num_classes: int) -> Tensor:
+        return sums["balanced"] / sums["balance"].clamp(min=1)
+
+
+class Focal:
+    """Mean over pixels of (1 - q)^gamma (-log q), q = softmax(x) at the label (Lin et al., arXiv 1708.02002, eq. 4)."""
+
+    def __init__(self, gamma: float = 2.0):
+        self.gamma = gamma
+
+    def sums(self, batch: Batch) -> dict[str, Tensor]:
+        wrong = -torch.expm1(-batch.cross_entropy)  # 1 - q, without the loss of digits
+        wrong = wrong.clamp(min=1e-12)  # where every power has a finite slope
+        return {"focal": batch.sum(wrong.pow(self.gamma) * batch.cross_entropy)}
+
+    def value(self, sums: Mapping[str, Tensor], num_classes: int) -> Tensor:
+        return sums["focal"] / sums["pixels"].clamp(min=1)
+
+
+class Lovasz:
+    """The Lovász-softmax loss (Berman et al., arXiv 1705.08790): a convex surrogate of 1 - IoU, mean over the classes
+    that occur in the labels of the batch.
+
+    It is no sum over pixels: each process has that of its own shard, and the loss is their mean by pixels, so the
+    number of processes makes a difference. Sorts all pixels once per class, the most expensive term by far.
+    """
+
+    def sums(self, batch: Batch) -> dict[str, Tensor]:
+        valid, labels = batch.valid.flatten(), batch.labels.flatten()
+        probabilities = batch.logits.softmax(1).transpose(0, 1).flatten(1)  # (C, pixels)
+        losses, present = [], []
+        for index, predicted in enumerate(probabilities):
+            true = labels == index
+            errors = ((true.to(predicted.dtype) - predicted).abs()).where(valid, 0)  # void: last, and without weight
+            errors, order = errors.sort(descending=True)
+            losses.append(errors @ _jaccard_steps(true[order]).to(errors.dtype))
+            present.append(true.any())
+        present = torch.stack(present)
+        mean = torch.stack(losses).where(present, 0).sum() / present.sum().clamp(min=1)
+        return {"lovasz": mean * valid.sum()}
+
+    def value(self, sums: Mapping[str, Tensor], num_classes: int) -> Tensor:
+        return sums["lovasz"] / sums["pixels"].clamp(min=1)
+
+
+TERMS = {
+    "bce": BinaryCrossEntropy,
+    "dice": Dice,
+    "inverse_dice": InverseDice,
+    "cross_entropy": CrossEntropy,
+    "balanced_cross_entropy": BalancedCrossEntropy,
+    "focal": Focal,
+    "lovasz": Lovasz,
+}
+
+
 class SegmentationLoss(nn.Module):
     """Weighted sum of loss terms on logits x (B, C, H, W) and class indices (B, H, W), 255 = void.
 
-    With t the one-hot labels, p = sigmoid(x), s = 1, and sums over all non-void pixels and classes of the batch:
-
-        bce           mean(softplus(x) - x t)
-        dice          1 - (2 sum(p t) + s) / (sum p + sum t + s)    (Milletari et al., arXiv 1606.04797, unsquared)
-        inverse_dice  the same with 1 - p and 1 - t
-        cross_entropy mean over pixels of -log softmax(x) at the label
-        balanced_cross_entropy  its weighted mean; a pixel of a class with n pixels in the batch weighs 1 / sqrt(n)
-
-    t is never built: sum(x t) and sum(p t) are the values at the labels, sum t is the number of pixels. Half-precision
-    logits are summed in float32; the sums are combined in float64. An all void batch gives 0 with zero gradients. The
-    batch is that of the call, also where several are accumulated for a step.
+    Terms are functions of sums over all pixels of the batch that are not void, with t the one-hot labels, p =
+    sigmoid(x). t is never built: sum(x t) and sum(p t) are the values at the labels, sum t is the number of pixels. The
+    sums are combined in float64. An all void batch gives 0 with zero gradients. The batch is that of the call, also
+    where several are accumulated for a step.
 
     Args:
         weights: term -> weight; terms that are left out or have weight 0 are not computed.
         over_processes: the batch is shared by all processes of torch.distributed, each of which gives its part (of any
             size, also none) and gets the loss of the whole; gradients are to be averaged over the processes, see
-            parallel.total.
+            parallel.differentiable_sum.
+        constants: what else the terms take, under names as focal_gamma: term, keyword.
 
     Raises:
         UserError: an unknown term.
     """
 
-    def __init__(self, weights: Mapping[str, float], *, over_processes: bool = False):
+    def __init__(self, weights: Mapping[str, float], *, over_processes: bool = False, **constants: float):
         super().__init__()
-        if unknown := set(weights) - set(LOSS_TERMS):
-            raise UserError(f"unknown loss terms {sorted(unknown)}; allowed: {', '.join(LOSS_TERMS)}")
-        self.weights = {term: weight for term, weight in weights.items() if weight}
+        if unknown := set(weights) - set(TERMS):
+            raise UserError(f"unknown loss terms {sorted(unknown)}; allowed: {', '.join(TERMS)}")
+        self.weights = {term: weights[term] for term in TERMS if weights.get(term)}
+        self.terms = {term: TERMS[term](**_constants_of(term, constants)) for term in self.weights}
         self.over_processes = over_processes
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The loss, a scalar. labels may have any integer dtype."""
-        sums = self._sums(logits, labels.long())
+        batch = Batch(logits, labels, over_processes=self.over_processes)
+        sums = {"pixels": batch.valid.sum()}
+        for term in self.terms.values():
+            sums |= term.sums(batch)
         values = torch.stack([value.double() for value in sums.values()])
         sums = dict(zip(sums, differentiable_sum(values) if self.over_processes else values, strict=True))
-        loss = sum(self.weights[term] * value for term, value in self._terms(sums, logits.shape[1]).items())
+        loss = sum(self.weights[name] * term.value(sums, batch.num_classes) for name, term in self.terms.items())
         return loss.to(logits.dtype if logits.dtype == torch.float64 else torch.float32)
 
-    def _sums(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """What the terms are made of: sums over pixels that are not void, and over classes."""
-        if logits.dtype in (torch.float16, torch.bfloat16):
-            logits = logits.float()
-        valid = labels != VOID  # (B, H, W)
-        at_label = logits.gather(1, labels.where(valid, 0).unsqueeze(1)).squeeze(1)  # (B, H, W), x where t = 1
-        sums = {"pixels": valid.sum()}
-        if "bce" in self.weights:
-            sums["bce"] = _masked_sum(F.softplus(logits).sum(1) - at_label, valid)
-        if "dice" in self.weights or "inverse_dice" in self.weights:
-            sums["p"] = _masked_sum(logits.sigmoid().sum(1), valid)
-            sums["p t"] = _masked_sum(at_label.sigmoid(), valid)
-        if self.weights.keys() & {"cross_entropy", "balanced_cross_entropy"}:
-            cross_entropy = logits.logsumexp(1) - at_label  # not F.cross_entropy: on CUDA it has no deterministic form
-        if "cross_entropy" in self.weights:
-            sums["cross_entropy"] = _masked_sum(cross_entropy, valid)
-        if "balanced_cross_entropy" in self.weights:
-            balance = self._balance(labels, valid, logits.shape[1]).to(logits.dtype)
-            sums["balance"] = balance.sum()
-            sums["balanced_cross_entropy"] = _masked_sum(cross_entropy * balance, valid)
-        return sums
 
-    def _balance(self, labels: Tensor, valid: Tensor, num_classes: int) -> Tensor:
-        """(B, H, W): 1 / sqrt(pixels of the same class in the batch), 0 where the label is void."""
-        bins = labels.where(valid, num_classes).flatten()
-        counts = torch.zeros(num_classes + 1, dtype=torch.int64, device=labels.device)
-        counts.scatter_add_(0, bins, torch.ones_like(bins))
-        if self.over_processes:
-            all_reduce_sum(counts)
-        balance = counts.double().rsqrt()  # infinite where there is no pixel to weigh
-        balance[num_classes] = 0
-        return balance[bins].view(labels.shape)
-
-    def _terms(self, sums: dict[str, Tensor], num_classes: int) -> dict[str, Tensor]:
-        pixels = sums["pixels"]
-        entries = pixels * num_classes
-        terms = {}
-        if "bce" in self.weights:
-            terms["bce"] = sums["bce"] / entries.clamp(min=1)
-        if "dice" in self.weights:
-            terms["dice"] = _dice(sums["p t"], sums["p"] + pixels)
-        if "inverse_dice" in self.weights:
-            both = entries - sums["p"] - pixels + sums["p t"]  # sum (1 - p)(1 - t)
-            terms["inverse_dice"] = _dice(both, 2 * entries - sums["p"] - pixels)
-        if "cross_entropy" in self.weights:
-            terms["cross_entropy"] = sums["cross_entropy"] / pixels.clamp(min=1)
-        if "balanced_cross_entropy" in self.weights:
-            terms["balanced_cross_entropy"] = sums["balanced_cross_entropy"] / sums["balance"].clamp(min=1)
-        return terms
-
-
-def _masked_sum(values: Tensor, valid: Tensor) -> Tensor:
-    return values.where(valid, 0).sum()
+def _constants_of(term: str, constants: Mapping[str, float]) -> dict[str, float]:
+    return {key.removeprefix(f"{term}_"): value for key, value in constants.items() if key.startswith(f"{term}_")}
 
 
 def _dice(intersection: Tensor, total: Tensor) -> Tensor:
     return 1 - (2 * intersection + SMOOTH) / (total + SMOOTH)
+
+
+def _jaccard_steps(true: Tensor) -> Tensor:
+    """By how much 1 - IoU grows when one more pixel is wrong, float64 (pixels); true says which are of the class, the
+    most wrong pixel first (algorithm 1 of the paper).
+    """
+    count = true.sum()
+    hits = count - true.cumsum(0)  # in integers, for which CUDA has a deterministic sum
+    union = count + (~true).cumsum(0)
+    jaccard = 1 - hits.double() / union
+    return jaccard.diff(prepend=jaccard.new_zeros(1))

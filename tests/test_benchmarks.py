@@ -47,7 +47,7 @@ def test_one_training_step_of_both_sides_gives_the_same_weights_and_the_same_sco
     plain = copy.deepcopy(model)
     model.to(memory_format=torch.channels_last)
     training = Training(model, params, steps_per_epoch=1)
-    loss = SegmentationLoss(params.loss_weights)(model(to_input(images, "cpu", **params.input_options())), labels)
+    loss = SegmentationLoss(**params.loss_options())(model(to_input(images, "cpu", **params.input_options())), labels)
     training.step(loss, ends_group=True)
     plain_loss = baseline.train_step(plain, baseline.optimizer(plain), plain_images, targets)
     assert loss.item() == pytest.approx(plain_loss, rel=1e-5)

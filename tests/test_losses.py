@@ -4,8 +4,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import LOSS_TERMS, UserError
-from model.losses import SegmentationLoss
+from model import UserError
+from model.losses import TERMS, SegmentationLoss
+from params import LOSS_CONSTANTS, LOSS_TERMS, Params
 
 DEFAULT = {"bce": 0.4, "dice": 0.4, "inverse_dice": 0.2}
 
@@ -30,8 +31,26 @@ def naive(logits: torch.Tensor, labels: torch.Tensor, weights: dict[str, float])
         "inverse_dice": dice(1 - p, 1 - t),
         "cross_entropy": cross_entropy.mean(),
         "balanced_cross_entropy": (cross_entropy * balance).sum() / balance.sum(),
+        "focal": ((1 - torch.exp(-cross_entropy)) ** 2 * cross_entropy).mean(),
+        "lovasz": naive_lovasz(torch.exp(x) / torch.exp(x).sum(1, keepdim=True), t),
     }
     return sum(weight * terms[name] for name, weight in weights.items())
+
+
+def naive_lovasz(probabilities: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """The Lovász extension of the Jaccard loss of each class that occurs, set by set (Berman et al., eq. 9)."""
+    losses = []
+    for c in t.sum(0).nonzero().flatten().tolist():
+        errors = (t[:, c] - probabilities[:, c]).abs()
+        true = set(t[:, c].nonzero().flatten().tolist())
+        wrong: set[int] = set()
+        loss, before = 0.0, 0.0
+        for pixel in errors.argsort(descending=True).tolist():
+            wrong.add(pixel)
+            jaccard = len(wrong) / len(wrong | true)  # of the wrong pixels: 1 - IoU of the prediction that they make
+            loss, before = loss + errors[pixel] * (jaccard - before), jaccard
+        losses.append(loss)
+    return torch.stack(losses).mean()
 
 
 def example(seed: int, void: float, shape=(2, 5, 6, 7)) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,7 +80,7 @@ def test_void_pixels_change_nothing_and_get_no_gradient():
     other = logits.clone()
     other.permute(0, 2, 3, 1)[labels == 255] = 1e4
     other.requires_grad_()
-    criterion = SegmentationLoss({**DEFAULT, "cross_entropy": 1.0, "balanced_cross_entropy": 1.0})
+    criterion = SegmentationLoss(dict.fromkeys(LOSS_TERMS, 1.0))
     loss = criterion(other, labels)
     torch.testing.assert_close(loss, criterion(logits, labels))
     loss.backward()
@@ -71,9 +90,7 @@ def test_void_pixels_change_nothing_and_get_no_gradient():
 
 def test_a_batch_of_void_gives_zero_and_finite_gradients():
     logits = torch.randn(2, 5, 4, 4, requires_grad=True)
-    loss = SegmentationLoss({**DEFAULT, "cross_entropy": 1.0, "balanced_cross_entropy": 1.0})(
-        logits, torch.full((2, 4, 4), 255)
-    )
+    loss = SegmentationLoss(dict.fromkeys(LOSS_TERMS, 1.0))(logits, torch.full((2, 4, 4), 255))
     loss.backward()
     assert loss.item() == 0
     assert torch.equal(logits.grad, torch.zeros_like(logits))
@@ -90,9 +107,7 @@ def test_half_precision_logits_are_summed_in_float32(dtype):
 
 def test_large_logits_stay_finite():
     logits = torch.tensor([-200.0, 200.0]).view(1, 2, 1, 1).requires_grad_()
-    loss = SegmentationLoss({**DEFAULT, "cross_entropy": 1.0, "balanced_cross_entropy": 1.0})(
-        logits, torch.zeros(1, 1, 1)
-    )
+    loss = SegmentationLoss(dict.fromkeys(LOSS_TERMS, 1.0))(logits, torch.zeros(1, 1, 1))
     loss.backward()
     assert loss.isfinite()
     assert logits.grad.isfinite().all()
@@ -114,5 +129,28 @@ def test_balanced_cross_entropy_gives_a_rare_class_the_square_root_of_its_odds()
 
 
 def test_an_unknown_term_is_refused():
-    with pytest.raises(UserError, match=r"focal.*allowed: bce"):
-        SegmentationLoss({"focal": 1.0})
+    with pytest.raises(UserError, match=r"no_such_term.*allowed: bce"):
+        SegmentationLoss({"no_such_term": 1.0})
+
+
+def test_params_json_knows_every_term_and_its_constants():
+    assert tuple(TERMS) == LOSS_TERMS
+    for key in LOSS_CONSTANTS:
+        term = next(term for term in TERMS if key.startswith(f"{term}_"))
+        keyword = key.removeprefix(f"{term}_")
+        changed = SegmentationLoss(**Params(loss_weights={term: 1.0}, **{key: 3.5}).loss_options())
+        assert getattr(changed.terms[term], keyword) == 3.5
+
+
+def test_focal_with_gamma_0_is_the_cross_entropy():
+    logits, labels = example(3, void=0.1)
+    focal = SegmentationLoss({"focal": 1.0}, focal_gamma=0)(logits, labels)
+    torch.testing.assert_close(focal, SegmentationLoss({"cross_entropy": 1.0})(logits, labels))
+
+
+def test_lovasz_of_a_hard_prediction_is_one_minus_the_mean_iou():
+    labels = torch.tensor([[[0, 0, 0, 1], [1, 1, 2, 255]]])
+    predictions = torch.tensor([[[0, 0, 1, 1], [1, 2, 2, 0]]])
+    logits = 100 * F.one_hot(predictions, 4).permute(0, 3, 1, 2).double()
+    loss = SegmentationLoss({"lovasz": 1.0})(logits, labels)
+    assert loss.item() == pytest.approx(1 - (2 / 3 + 2 / 4 + 1 / 2) / 3)
