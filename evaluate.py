@@ -26,7 +26,7 @@ from engine.cli import (
     stop_if_asked,
 )
 from engine.devices import autocast, loading_options
-from engine.experiment import data_dir
+from engine.folders import data_dir
 from model.data_loader import (
     Loader,
     OriginalDataset,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from engine.checkpoints import agreed_class_names, checkpoint_path, load_network
 from engine.cli import add_restore_file, experiment_parser, run_main
 from engine.distributed import pick_device
-from engine.experiment import data_dir, git_commit
+from engine.folders import data_dir, git_commit
 from model import UserError, cores
 from model.data_loader import Split, data_root, read_example
 from model.transforms import mean_and_deviation, to_input

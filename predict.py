@@ -23,7 +23,7 @@ from engine.cli import (
     run_main,
     stop_if_asked,
 )
-from engine.experiment import recorded_data_dir
+from engine.folders import recorded_data_dir
 from evaluate import make_segmenter
 from model.data_loader import IMAGE_SUFFIXES, Layout, read_photo
 from model.inference import Segmenter

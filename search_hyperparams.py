@@ -20,7 +20,7 @@ from optuna.trial import TrialState
 from tqdm import tqdm
 
 from engine.cli import add_folder, positive, run_main
-from engine.experiment import RUN_LOCK
+from engine.folders import RUN_LOCK
 from model import UserError, cores
 from params import Params
 from sweep.study import (

@@ -17,7 +17,7 @@ from typing import Any
 from tabulate import tabulate
 
 from engine.cli import add_folder, run_main
-from engine.experiment import RUN_LOCK, TRIAL_LOCKS, existing_outputs, why_finished
+from engine.folders import RUN_LOCK, TRIAL_LOCKS, existing_outputs, why_finished
 from model import UserError
 from params import Params, is_number
 from utils import best_epoch, epoch_score, is_locked, read_history, read_json, save_figure, table_text, walk, write_text

@@ -21,7 +21,7 @@ import torchvision
 from engine import distributed, ranks
 from engine.checkpoints import check_compatible, checkpoint_path, load_checkpoint
 from engine.cli import Terminated, ignore_signals, stop_if_asked
-from engine.experiment import existing_outputs, git_commit, recorded_starts, remove_outputs, sole_run, why_finished
+from engine.folders import existing_outputs, git_commit, recorded_starts, remove_outputs, sole_run, why_finished
 from engine.outputs import EpochOutputs, TensorBoard
 from engine.training import RESUME_NEEDS, Training
 from model import UserError

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from engine import distributed, ranks
 from engine.checkpoints import load_weights
-from engine.experiment import why_finished
+from engine.folders import why_finished
 from model import UserError
 from model.parallel import copy_to_all, shard, synchronize_batch_norm
 from params import ARCHITECTURE, Params, is_number

@@ -28,7 +28,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
-from engine.experiment import LOCK_PATIENCE, TRIAL_LOCKS
+from engine.folders import LOCK_PATIENCE, TRIAL_LOCKS
 from model import UserError
 from params import Params
 from utils import Lock, RunFailed, lock, read_json

@@ -45,7 +45,7 @@ from model.losses import SegmentationLoss
 from model.metrics import BoundaryMetrics, ConfusionMatrix
 from model.net import FCN_GCN
 from model.parallel import Dropout2d, differentiable_sum, shard, synchronize_batch_norm
-from params import Params
+from params import LOSS_TERMS, Params
 from train import train_epoch
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
@@ -117,9 +117,8 @@ def step_in_float64(images: int) -> dict:
         synchronize_batch_norm(model, torch.device("cpu"))
         model[2].whole = own.start, images
         model = training.distribute(model, torch.device("cpu"))
-    criterion = SegmentationLoss(
-        {"bce": 1, "dice": 1, "inverse_dice": 1, "cross_entropy": 1, "balanced_cross_entropy": 1}, over_processes=True
-    )
+    sums = {term: 1 for term in LOSS_TERMS if term != "lovasz"}  # which differs with the shards
+    criterion = SegmentationLoss(sums, over_processes=True)
     loss = criterion(model(x[rows]), labels[rows])
     loss.backward()
     module = getattr(model, "module", model)

@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision.io import ImageReadMode, decode_image
 
 import utils
-from engine import checkpoints
+from engine import checkpoints, folders
 from evaluate import WorstPredictions, table
 from model.data_loader import read_photo
 from model.transforms import squashed, to_input
@@ -105,7 +105,7 @@ def test_overlays_show_the_worst_photos_first(experiment, trained):
     run_evaluate(experiment, data, "--save_overlays", 1, "--flip")
     (other,) = (experiment / "overlays_val_best_multi_scale").iterdir()
     assert sorted(folder.iterdir()) == pictures
-    assert {*pictures, other} <= {*experiment.existing_outputs(experiment)}  # --overwrite deletes them
+    assert {*pictures, other} <= {*folders.existing_outputs(experiment)}  # --overwrite deletes them
 
 
 def mean_iou(prediction: np.ndarray, mask: np.ndarray) -> float:

@@ -219,7 +219,8 @@ def test_a_signal_whose_exception_was_dropped_ends_the_next_batch(data, monkeypa
 
 def test_an_unforeseen_error_ends_the_process_though_loaders_live(data):
     code = """
-import sys, utils
+import sys
+from engine import cli
 from model.data_loader import SegmentationDataset, Split, make_loader
 from model.voc import CLASS_NAMES
 def main():

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, run_script
 from PIL import Image
 
-from engine.experiment import RUN_LOCK, TRIAL_LOCKS
+from engine.folders import RUN_LOCK, TRIAL_LOCKS
 from model import UserError
 from params import Params
 from sweep.study import grid, read_spaces

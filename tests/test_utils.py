@@ -15,7 +15,7 @@ from conftest import ROOT, make_data, make_experiment, rename_classes, run_scrip
 from torchvision.models import resnet50
 
 import utils
-from engine import checkpoints, devices, experiment
+from engine import checkpoints, devices, folders
 from model import UserError
 from model.net import FCN_GCN
 from model.voc import CLASS_NAMES
@@ -354,7 +354,7 @@ def test_predicting_needs_no_data_and_checks_the_names_where_they_are(experiment
 def test_the_data_of_an_older_run_are_in_data(tmp_path):
     for run in ({}, {"data_dir": None}, {"resumed": 3}, [], {"resumed": [{"argv": []}]}):
         utils.write_json(tmp_path / "run.json", run)
-        assert experiment.data_dir(argparse.Namespace(model_dir=tmp_path, data_dir=None)) == Path("data")
+        assert folders.data_dir(argparse.Namespace(model_dir=tmp_path, data_dir=None)) == Path("data")
 
 
 def test_a_walk_comes_to_each_real_folder_once_and_by_its_own_name(tmp_path):
