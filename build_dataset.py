@@ -14,7 +14,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from http.client import HTTPException
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
@@ -260,12 +260,13 @@ def write_lists(data_dir: Path, shares: list[float], seed: int, group: str | Non
     _refuse_unreadable_names(images, ids)
     groups = [[id_] for id_ in ids] if group is None else grouped(ids, group)
     parts = deal(groups, shares, seed)
-    if not (parts["train"] and parts["val"]):
+    empty = [name for name, share in zip(SPLITS, shares, strict=True) if not parts[name] and (share and group)]
+    if empty or not (parts["train"] and parts["val"]):
         if group is None:
             raise UserError(f"{len(ids)} photos of {images} have a mask in {masks}: too few for train and val")
         raise UserError(
-            f"--group {group!r} makes too few groups for train and val ({len(groups)} of {len(ids)} photos); "
-            "give one that makes more and smaller groups, or another --seed"
+            f"--group {group!r} makes too few groups ({len(groups)} of {len(ids)} photos): none is left for "
+            f"{' and '.join(empty)}; give one that makes more groups, or a share of 0 for test"
         )
     listed = {name: sorted(id_ for members in part for id_ in members) for name, part in parts.items()}
     _write_all({lists / f"{name}.txt": "".join(f"{id_}\n" for id_ in part) for name, part in listed.items() if part})
@@ -276,8 +277,7 @@ def write_lists(data_dir: Path, shares: list[float], seed: int, group: str | Non
     print(f"{', '.join(counts.values())} -> {lists}{whole}")
     if len(photos) > len(ids):
         print(f"{len(photos) - len(ids)} photos without a mask are in no list")
-    if group is None:
-        _warn_of_frames({id_: photos[id_] for id_ in ids}, shares, seed)
+    _warn_of_frames({id_: photos[id_] for id_ in ids}, listed, shares)
 
 
 def _folders_to_deal(data_dir: Path, shares: list[float]) -> tuple[Path, Path, Path]:
@@ -347,17 +347,20 @@ def grouped(ids: list[str], pattern: str) -> list[list[str]]:
 
 
 def deal(groups: list[list[str]], shares: Sequence[float], seed: int) -> dict[str, list[list[str]]]:
-    """Shuffle groups and give each to the split in whose share of all ids its middle falls."""
+    """Shuffle groups and give each to the split in whose share of all ids its middle falls.
+
+    A split whose share is one photo or more gets one group at least, if there are enough groups.
+    """
     groups = groups.copy()
     random.Random(seed).shuffle(groups)
     total = sum(map(len, groups))
     ends = [round(total * shares[0]), round(total * (shares[0] + shares[1]))]
-    parts = {name: [] for name in SPLITS}
-    dealt = 0
-    for group in groups:
-        parts[SPLITS[bisect_right(ends, dealt + len(group) / 2)]].append(group)
-        dealt += len(group)
-    return parts
+    starts = accumulate(map(len, groups), initial=0)
+    splits = [bisect_right(ends, start + len(group) / 2) for start, group in zip(starts, groups, strict=False)]
+    train, val, test = (round(total * share) >= 1 for share in shares)
+    first = min(max(splits.count(0), train), len(groups) - val - test)
+    second = min(max(splits.count(0) + splits.count(1), first + val), len(groups) - test)
+    return dict(zip(SPLITS, (groups[:first], groups[first:second], groups[second:]), strict=True))
 
 
 def _write_all(texts: dict[Path, str]) -> None:
@@ -381,28 +384,32 @@ ALIKE = 15
 KEEP_TOGETHER = (r"(.*?)\d*$", r"(.*?)\d{0,2}$", r"(.*?)\d?$")  # whole videos; hundreds of frames; tens
 
 
-def _warn_of_frames(photos: dict[str, Path], shares: list[float], seed: int) -> None:
-    """Print a line where neighbours look like frames of a video, naming the --group that keeps them together.
+def _warn_of_frames(photos: dict[str, Path], lists: dict[str, list[str]], shares: Sequence[float]) -> None:
+    """Print a line where neighbours in different lists look like frames of a video, naming the --group that helps.
 
     A quarter of the pairs is enough, for a camera may move fast, and bursts hold two photos of a scene.
     """
+    where = {id_: name for name, ids in lists.items() for id_ in ids}
     matches = [match for id_ in photos if (match := NUMBERED.fullmatch(id_))]
     row = sorted((match[1], int(match[2]), match[0]) for match in matches)
     pairs = [(one[2], other[2]) for one, other in pairwise(row) if one[0] == other[0]]
-    pairs = pairs[:: math.ceil(len(pairs) / PAIRS) or 1]
-    alike = [pair for pair in pairs if _are_alike(photos[pair[0]], photos[pair[1]])]
-    if not pairs or len(alike) < len(pairs) / 4:
+    pairs = [pair for pair in pairs if where[pair[0]] != where[pair[1]]]
+    sample = pairs[:: math.ceil(len(pairs) / PAIRS) or 1]
+    alike = [pair for pair in sample if _are_alike(photos[pair[0]], photos[pair[1]])]
+    if not alike or len(alike) < len(sample) / 4:
         return
-
-    def fills_every_split(pattern: str) -> bool:
-        parts = deal(grouped(sorted(photos), pattern), shares, seed)
-        return all(parts[name] for name, share in zip(SPLITS, shares, strict=True) if share)
-
-    pattern = next(filter(fills_every_split, KEEP_TOGETHER), None)
+    (one, other), count = alike[0], round(len(pairs) * len(alike) / len(sample))
+    splits = sum(share > 0 for share in shares)
+    groups = {pattern: len(grouped(list(photos), pattern)) for pattern in KEEP_TOGETHER}
+    pattern = next((pattern for pattern in KEEP_TOGETHER if groups[pattern] >= splits), None)
+    advice = f"delete the lists and add --group '{pattern}'" if pattern else ""
+    if pattern != KEEP_TOGETHER[0]:  # one video, or too few of them
+        advice += ", which leaves the ends of each piece alike; better" if advice else ""
+        advice += " take val from another scene"
     print(
-        f"warning: neighbours such as {_some([*alike[0]])} are nearly the same, like frames of a video, and may be in "
-        "train and in val, whose score then says little; "
-        + (f"delete the lists and add --group '{pattern}'" if pattern else "take val from photos of another scene"),
+        f"warning: about {count} neighbours in different lists, as {one!r} in {where[one]} and {other!r} in "
+        f"{where[other]}, are nearly the same, like frames of a video, so that the scores will say little; "
+        f"{advice.strip()}",
         file=sys.stderr,
     )
 
