@@ -256,7 +256,7 @@ def write_lists(data_dir: Path, shares: list[float], seed: int, group: str | Non
     from model.data_loader import photos_by_id
 
     photos = photos_by_id(images)
-    ids = sorted(id_ for id_ in photos if (masks / f"{id_}.png").is_file())
+    ids = sorted(id_ for id_, photo in photos.items() if photo.is_file() and (masks / f"{id_}.png").is_file())
     _refuse_unreadable_names(images, ids)
     groups = [[id_] for id_ in ids] if group is None else grouped(ids, group)
     parts = deal(groups, shares, seed)

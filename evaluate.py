@@ -3,6 +3,7 @@
 import argparse
 import heapq
 import math
+import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import chain
@@ -163,7 +164,6 @@ class WorstPredictions:
 
     def draw(self, dataset: OriginalDataset, folder: Path) -> None:
         """One PNG each, the worst first by name, in place of those of an earlier evaluation."""
-        folder.mkdir(exist_ok=True)
         earlier = set(folder.glob("*.png"))
         names = dataset.class_names
         for rank, (mIoU, index, prediction) in enumerate(sorted(self._kept, reverse=True), start=1):
@@ -171,7 +171,9 @@ class WorstPredictions:
             mask = read_mask(dataset.split.masks[-index], photo.size, len(names))
             name = dataset.split.ids[-index]
             picture = error_picture(photo, mask, prediction, names, title=f"{name}, mIoU {-mIoU:.3f}")
-            file = folder / f"{rank:0{len(str(len(self._kept)))}d}_{name}.png"
+            number = f"{rank:0{len(str(len(self._kept)))}d}_"
+            kept = os.fsdecode(os.fsencode(name)[: 255 - len(f"{number}.png")])  # a file name has 255 bytes at most
+            file = folder / f"{number}{kept}.png"
             save_picture(picture, file)
             earlier.discard(file)
         for picture in earlier:
@@ -192,9 +194,11 @@ def score_originals(
     matrix, boundary = (metric(params.num_classes, segmenter.device) for metric in (ConfusionMatrix, BoundaryMetrics))
     worst = WorstPredictions(args.save_overlays or 0, params.num_classes)
     folder = args.save_predictions and predictions_folder(args.save_predictions, split.name, names)
-    if folder:
-        with distributed.together():
+    with distributed.together():
+        if folder:
             make_folder(folder, "--save_predictions")
+        if args.save_overlays and ranks.is_main():
+            make_folder(overlays, "--save_overlays")
     for index, prediction, mask in predictions(segmenter, loader):
         if folder:
             save_picture(colour_mask(prediction.cpu().numpy(), names), folder / f"{split.ids[index]}.png")
@@ -269,7 +273,7 @@ def run(device: torch.device, args: argparse.Namespace) -> None:
 
 def find_split(params: Params, checkpoint: dict, args: argparse.Namespace) -> tuple[Split, list[str]]:
     """What is to be scored or predicted, and the names of the classes."""
-    root = data_root(params.dataset, data_dir(args))
+    root = data_root(params.dataset, data_dir(args, params.dataset))
     file = checkpoint_path(args.model_dir, args.restore_file)
     names = agreed_class_names(checkpoint, file, root, params.num_classes)
     only_predicted = args.save_predictions and not args.save_overlays
@@ -288,7 +292,7 @@ def write_report(
 
     name is that of the files, without the word for what they hold.
     """
-    count, of = len(dataset), f"{args.split} of {data_dir(args)}"
+    count, of = len(dataset), f"{args.split} of {data_dir(args, params.dataset)}"
     if matrix:
         output = args.model_dir / f"metrics_{name}.json"
         write_json(output, metrics)

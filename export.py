@@ -177,7 +177,7 @@ def main(args: argparse.Namespace) -> None:
     model.to(memory_format=torch.contiguous_format)
     refuse_large(model)
 
-    root = data_root(params.dataset, data_dir(args))
+    root = data_root(params.dataset, data_dir(args, params.dataset))
     file = checkpoint_path(args.model_dir, args.restore_file)
     names = agreed_class_names(checkpoint, file, root, params.num_classes)
     metadata = onnx_metadata(params, names, checkpoint.get("epoch"))

@@ -2,14 +2,13 @@
 
 import difflib
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from model import GCN_PADDINGS, HEADS, UserError
-from utils import read_json
+from utils import is_number, read_json
 
 LOSS_TERMS = ("bce", "dice", "inverse_dice", "cross_entropy", "balanced_cross_entropy", "focal", "lovasz")
 LOSS_CONSTANTS = ("focal_gamma",)  # called after a term and the keyword that it takes
@@ -50,11 +49,6 @@ def _one_of(default: str, *others: str) -> Any:
 
 def _flag(default: bool) -> Any:
     return _key(default, "true or false", lambda v: isinstance(v, bool))
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value from JSON is a finite number, and no truth value."""
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # false for NaN too
 
 
 def _are_loss_weights(value: Any) -> bool:

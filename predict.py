@@ -25,11 +25,11 @@ from engine.cli import (
 )
 from engine.folders import recorded_data_dir
 from evaluate import make_segmenter
-from model.data_loader import IMAGE_SUFFIXES, Layout, read_photo
+from model.data_loader import IMAGE_SUFFIXES, read_photo
 from model.inference import Segmenter
 from model.voc import colour_mask
 from params import Params
-from utils import UserError, make_folder, save_picture, walk, write_json
+from utils import UserError, make_folder, save_picture, say, walk, write_json
 from visualize import overlay
 
 SUFFIXES = (*IMAGE_SUFFIXES, ".bmp", ".tif", ".tiff", ".webp")  # of photos in folders
@@ -38,7 +38,7 @@ LEAST_AREA = 0.0005  # of a photo, to be in the legend
 
 
 def parse_args() -> argparse.Namespace:
-    parser = experiment_parser(__doc__, trained=True)
+    parser = experiment_parser(__doc__, trained=True, data="data set whose class names must be the checkpoint's")
     parser.add_argument(
         "photos",
         nargs="+",
@@ -147,7 +147,8 @@ def run(device: torch.device, args: argparse.Namespace) -> int:
                 if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:  # which the next photo would meet
                     raise
                 faults += 1
-                bar.write(f"predict.py: {error}; skipped", file=sys.stderr)
+                bar.clear()
+                say(f"predict.py: {error}; skipped", sys.stderr)
     faults = sum(distributed.gather(faults))
     if ranks.is_main():
         print(f"{len(photos) - faults} of {len(photos)} photos -> {args.output_dir}")
@@ -162,17 +163,20 @@ def prepare(args: argparse.Namespace) -> dict[Path, Path]:
 
 
 def find_names(params: Params, checkpoint: dict, args: argparse.Namespace) -> list[str]:
-    """The names of the classes; the data folder that the run has recorded need not be there any more."""
-    root = args.data_dir or recorded_data_dir(args.model_dir)
-    if params.dataset == "sample":  # which has one set of names, and is not to be drawn for them
+    """The names of the classes: the checkpoint's, which data given with --data_dir must have too.
+
+    Data that the run has recorded need not be there any more, and may have become others, which is said.
+    """
+    file, root = checkpoint_path(args.model_dir, args.restore_file), args.data_dir or recorded_data_dir(args.model_dir)
+    if params.dataset == "sample" or not (args.data_dir or (root and root.is_dir())):
         root = None
-    elif root and args.data_dir is None:
-        try:
-            Layout.find(root)
-        except UserError:
-            root = None
-    file = checkpoint_path(args.model_dir, args.restore_file)
-    return agreed_class_names(checkpoint, file, root, params.num_classes)
+    try:
+        return agreed_class_names(checkpoint, file, root, params.num_classes)
+    except UserError as error:
+        if args.data_dir or not checkpoint.get("class_names"):
+            raise
+        say(f"predict.py: {error}; here the names are those of {file}", sys.stderr)
+        return agreed_class_names(checkpoint, file, None, params.num_classes)
 
 
 if __name__ == "__main__":

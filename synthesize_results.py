@@ -19,8 +19,19 @@ from tabulate import tabulate
 from engine.cli import add_folder, run_main
 from engine.folders import RUN_LOCK, TRIAL_LOCKS, existing_outputs, why_finished
 from model import UserError
-from params import Params, is_number
-from utils import best_epoch, epoch_score, is_locked, read_history, read_json, save_figure, table_text, walk, write_text
+from params import Params
+from utils import (
+    best_epoch,
+    epoch_score,
+    is_locked,
+    is_number,
+    read_history,
+    read_json,
+    save_figure,
+    table_text,
+    walk,
+    write_text,
+)
 
 METRICS = ("mIoU", "pixel_accuracy", "loss")  # of validation
 ORIGINAL_SIZE = "metrics_", "_best_original_size.json"  # evaluate.py's files, the name of a split between the two

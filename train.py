@@ -18,6 +18,7 @@ from engine.run import (
     check_batch_size,
     check_same_lists,
     list_digest,
+    mend_finished,
     open_outputs,
     read_checkpoint,
     report_interruption,
@@ -169,6 +170,7 @@ def run(params: Params, device: torch.device, args: argparse.Namespace) -> None:
         with distributed.together():
             training.load_state_dict(checkpoint, file)
     if training.finished:
+        mend_finished(training, args.model_dir)
         say_finished(training.finished, args)
         return
     sizes = f"{len(train_split.ids)} images of {params.train_split}, {len(val_split.ids)} of val"

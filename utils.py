@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from model import UserError, refuse_irregular
 
@@ -23,10 +23,18 @@ class RunFailed(RuntimeError):
     """A run that cannot go on through no fault of the input. Scripts print it as one line and exit with status 1."""
 
 
-def discard_stdout() -> None:
-    """Send to /dev/null what is still to be written to a stdout that takes nothing any more."""
+def say(line: str, stream: TextIO) -> None:
+    """Print a line to stdout or stderr, or, where that takes nothing any more, to nobody."""
+    try:
+        print(line, file=stream, flush=True)
+    except OSError:
+        discard(stream)
+
+
+def discard(stream: TextIO) -> None:
+    """Send to /dev/null what is still to be written to a stdout or stderr that takes nothing any more."""
     null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, sys.stdout.fileno())
+    os.dup2(null, stream.fileno())
     os.close(null)
 
 
@@ -41,8 +49,8 @@ def make_folder(folder: Path, flag: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise UserError(f"{flag}: {folder} cannot be a folder, for links on the way lead in a circle") from None
+        if error.errno == errno.ELOOP or folder.is_symlink():
+            raise UserError(f"{flag}: {folder} cannot be a folder, for a link leads nowhere or in a circle") from None
         if not isinstance(error, FileExistsError | NotADirectoryError):
             raise
         raise UserError(f"{flag}: {folder} cannot be a folder, for a file is in the way") from None
@@ -81,6 +89,11 @@ def read_json(path: str | Path, *, if_absent: str) -> Any:
         raise UserError(f"{path} is not valid JSON: {error}") from None
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value from JSON is a finite number, and no truth value."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # false for NaN too
+
+
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if repeated := {key for key, _ in pairs if [k for k, _ in pairs].count(key) > 1}:
         raise ValueError(f"{', '.join(sorted(repeated))} given twice")
@@ -95,7 +108,8 @@ def _no_constant(name: str) -> None:
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a path to write to that takes path's place, synced to disk, when the block ends without an error."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    kept = os.fsdecode(os.fsencode(path.name)[:200])  # a name may have 255 bytes
+    temporary = path.with_name(f".{kept}.{os.getpid()}.tmp")
     try:
         yield temporary
         with open(temporary, "rb+") as stream:
@@ -186,15 +200,27 @@ def is_locked(path: Path) -> bool:
 
 
 def read_history(model_dir: Path) -> list[dict]:
-    """The epochs of history.jsonl, oldest first; [] where there is none."""
+    """The epochs of history.jsonl, oldest first; [] where there is none. Raises UserError for a damaged one."""
     path = model_dir / "history.jsonl"
     refuse_irregular(path)
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        history = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except FileNotFoundError:
         return []
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); mend or remove the line") from None
+    for number, record in enumerate(history, 1):
+        if not _is_epoch(record, number):
+            raise UserError(f"{path} is damaged in line {number}; mend or remove the line")
+    return history
+
+
+def _is_epoch(record: Any, number: int) -> bool:
+    """Whether a line of history.jsonl is an epoch of that number with a score."""
+    if not isinstance(record, dict) or not isinstance(record.get("val"), dict) or record.get("epoch") != number:
+        return False
+    score = record["val"].get("mIoU", "")
+    return score is None or is_number(score)
 
 
 def epoch_score(epoch: dict) -> float:
@@ -232,7 +258,7 @@ class _Terminal(logging.StreamHandler):
     def handleError(self, record: logging.LogRecord) -> None:
         if not isinstance(sys.exception(), OSError):
             raise  # what emit() has caught
-        discard_stdout()
+        discard(sys.stdout)
 
 
 def set_logger(log_file: Path) -> None:
@@ -242,11 +268,11 @@ def set_logger(log_file: Path) -> None:
     for handler in logger.handlers[:]:
         logger.removeHandler(handler)
         handler.close()
+    refuse_irregular(log_file)
     to_file = _LogFile(log_file, encoding="utf-8", errors="backslashreplace")  # folders may have any name
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(to_file)
     logger.addHandler(_Terminal(sys.stdout))
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # which tells of its fonts
 
 
 def _first_line(error: Exception) -> str:

@@ -3,6 +3,7 @@
 import json
 import pickle
 from collections.abc import Iterable
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from engine import distributed
 from engine.devices import resolve_precision, to_device
 from model import UserError, refuse_irregular
-from model.data_loader import Layout, class_names, default_class_names
+from model.data_loader import class_names, default_class_names, listed_class_names, names_file
 from model.net import FCN_GCN, class_count, is_of_score_layer, without_unused
 from params import ARCHITECTURE, Params
 from utils import _first_line, is_out_of_memory, replacing
@@ -23,8 +24,10 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
     with replacing(path) as temporary:
         try:
             torch.save(state, temporary)
-        except RuntimeError as error:  # what PyTorch makes of a full disk
-            raise OSError(f"cannot write {path} ({_first_line(error)}); is the disk full?") from None
+        except RuntimeError as error:  # what PyTorch makes of a full disk, in words of its own insides
+            if is_out_of_memory(error):
+                raise
+            raise OSError(f"cannot write {path}; is the disk full?") from None
 
 
 def checkpoint_path(model_dir: Path, restore_file: str) -> Path:
@@ -173,15 +176,20 @@ def agreed_class_names(checkpoint: dict[str, Any], file: Path, root: Path | None
     numbers = [str(index) for index in range(num_classes)]  # which stand for names that are not known
     trained = checkpoint.get("class_names") or []
     trained = trained if len(trained) == num_classes else numbers
-    named = default_class_names(num_classes) if root is None else class_names(root, num_classes)
-    if root is None or numbers in (trained, named):
-        return named if trained == numbers else trained
-    for index, (then, now) in enumerate(zip(trained, named, strict=True)):
+    if root is None:
+        return default_class_names(num_classes) if trained == numbers else trained
+    if trained == numbers:
+        return class_names(root, num_classes)
+    named = listed_class_names(root) or default_class_names(num_classes)
+    if named == numbers:
+        return trained
+    for index, (then, now) in enumerate(zip_longest(trained, named)):
         if then != now:
-            source = Layout.find(root).lists / "classes.txt"
+            then, now = ("missing" if name is None else f'"{name}"' for name in (then, now))
+            source = names_file(root)
             source = source if source.exists() else f"{root}, which has no classes.txt"
             raise UserError(
-                f'class {index} is "{then}" in {file}, "{now}" in {source}; '
+                f"class {index} is {then} in {file}, {now} in {source}; "
                 "give the data that the run was trained on with --data_dir, or correct the names there"
             )
     return trained

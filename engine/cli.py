@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import io
+import logging
 import os
 import select
 import signal
@@ -17,7 +18,7 @@ from typing import Any
 
 from engine import ranks
 from model import UserError
-from utils import RunFailed, _first_line, discard_stdout, is_out_of_memory
+from utils import RunFailed, _first_line, discard, is_out_of_memory, say
 
 
 class Terminated(KeyboardInterrupt):
@@ -55,6 +56,7 @@ def run_main(main: Callable[[], int | None], *, shared: bool = False) -> int:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _stop)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # about odd photos, which are read
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # which tells of its fonts, and of a home without a folder
     try:
         if not shared and ranks.world_size() > 1:
             common = True
@@ -69,7 +71,7 @@ def run_main(main: Callable[[], int | None], *, shared: bool = False) -> int:
         status, message = 2, _last_line_if_from_a_worker(error)
     except (RunFailed, OSError) as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads_stdout():  # as after `| head`
-            discard_stdout()
+            discard(sys.stdout)
             return 128 + signal.SIGPIPE
         status, message = 1, _last_line_if_from_a_worker(error)
         common = isinstance(error, RunFailed | ranks.LostConnection)
@@ -86,7 +88,7 @@ def run_main(main: Callable[[], int | None], *, shared: bool = False) -> int:
             raise
     if ranks.is_main() or not common:
         who = "" if ranks.is_main() else f" (rank {ranks.rank()} on {socket.gethostname()})"
-        print(f"{Path(sys.argv[0]).name}: error{who}: {message}", file=sys.stderr)
+        say(f"{Path(sys.argv[0]).name}: error{who}: {message}", sys.stderr)
     return status
 
 
@@ -163,16 +165,19 @@ class _Parser(argparse.ArgumentParser):
             super()._print_message(message, file)
 
 
-def experiment_parser(description: str, *, trained: bool = False) -> argparse.ArgumentParser:
-    """A parser with the flags that every script on one experiment has; trained: see data_dir()."""
+def experiment_parser(
+    description: str, *, trained: bool = False, data: str = "folder of the data set"
+) -> argparse.ArgumentParser:
+    """Make a parser with the flags that every script on one experiment has.
+
+    trained: --data_dir is by default the data set of the run. data: what it is for.
+    """
     parser = _Parser(description=description)
     add_folder(parser, "--model_dir", "experiments/base_model", "folder of the experiment: params.json and all output")
     if trained:
-        parser.add_argument(
-            "--data_dir", type=Path, help="folder of the data set (default: the one that the run was trained on)"
-        )
+        parser.add_argument("--data_dir", type=Path, help=f"{data} (default: the one that the run was trained on)")
     else:
-        add_folder(parser, "--data_dir", "data", "folder of the data set")
+        add_folder(parser, "--data_dir", "data", data)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
     return parser
 

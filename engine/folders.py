@@ -73,15 +73,15 @@ def recorded_data_dir(model_dir: Path) -> Path | None:
     return Path(recorded[-1]) if recorded else None
 
 
-def data_dir(args: argparse.Namespace) -> Path:
+def data_dir(args: argparse.Namespace, dataset: str) -> Path:
     """--data_dir; else the folder that the run was trained on; "data" where run.json does not say which it was.
 
-    Raises UserError if the run's folder is gone.
+    Raises UserError if the run's folder is gone, unless it held the built-in sample, which can be drawn anew.
     """
     if args.data_dir is not None:
         return args.data_dir
     recorded = recorded_data_dir(args.model_dir)
-    if recorded is None:
+    if recorded is None or (dataset == "sample" and not recorded.is_dir()):
         return Path("data")
     if not recorded.is_dir():
         raise UserError(f"{args.model_dir} was trained on {recorded}, which is not there; give --data_dir")

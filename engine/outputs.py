@@ -4,6 +4,8 @@ import logging
 import math
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -124,19 +126,30 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         threading.excepthook = _leave_disk_errors_to_the_main_thread
-        self.writer = SummaryWriter(model_dir / "tensorboard", purge_step=epoch + 1)
+        self.folder = model_dir / "tensorboard"
+        with self._naming_the_folder():
+            self.writer = SummaryWriter(self.folder, purge_step=epoch + 1)
 
     def log(self, record: dict, picture: Image.Image) -> None:
         """Write an epoch of history.jsonl and samples.png."""
         epoch = record["epoch"]
-        for part in ("train", "val"):
-            for metric, value in record[part].items():
+        scalars = {f"{metric}/{part}": value for part in ("train", "val") for metric, value in record[part].items()}
+        scalars |= {key: record[key] for key in ("learning_rate", "images_per_second")}
+        with self._naming_the_folder():
+            for name, value in scalars.items():
                 if value is not None:
-                    self.writer.add_scalar(f"{metric}/{part}", value, epoch)
-        for key in ("learning_rate", "images_per_second"):
-            self.writer.add_scalar(key, record[key], epoch)
-        self.writer.add_image("samples", np.array(picture), epoch, dataformats="HWC")
-        self.writer.flush()
+                    self.writer.add_scalar(name, value, epoch)
+            self.writer.add_image("samples", np.array(picture), epoch, dataformats="HWC")
+            self.writer.flush()
+
+    @contextmanager
+    def _naming_the_folder(self) -> Iterator[None]:
+        """Let an error of the disk say where it was met."""
+        try:
+            yield
+        except OSError as error:
+            error.filename = error.filename or str(self.folder)
+            raise
 
 
 def _leave_disk_errors_to_the_main_thread(args: threading.ExceptHookArgs) -> None:

@@ -27,7 +27,13 @@ from engine.training import RESUME_NEEDS, Training
 from model import UserError
 from model.data_loader import Split
 from params import Params
-from utils import best_epoch, is_out_of_memory, read_history, read_json, set_logger, write_json
+from utils import best_epoch, is_out_of_memory, read_history, read_json, say, set_logger, write_json
+
+# What a run writes before its first checkpoint.
+FIRST_EPOCH = {
+    *("run.json", "train.log", "trial.json", "history.jsonl", "samples.png", "curves.png", "tensorboard"),
+    *("metrics_val_last_weights.json", "metrics_val_best_weights.json"),
+}
 
 
 def provenance(device: Any, params: Params, data_dir: Path) -> dict[str, Any]:
@@ -79,57 +85,69 @@ def take_folder(params: Params, args: argparse.Namespace, held: ExitStack) -> st
 
     Raises UserError for a folder that another train.py works in, or with which the flags do not say what to do.
     """
-    if distributed.job() and not args.resume:
-        take_up_own_run(args)
-    if not args.resume:
+    restarted = is_restart(args)
+    if not (args.resume or restarted):
         check_existing_run(args, existing_outputs(args.model_dir))
     held.enter_context(sole_run(args.model_dir))
-    if (args.resume or args.restore_file == "last") and not (args.model_dir / "last.pth.tar").exists():
-        history = read_history(args.model_dir)
-        if history and (finished := why_finished(len(history), best_epoch(history)["epoch"], params)):
-            return finished
-    if args.resume:
-        resume_or_start(args)
+    if args.resume or restarted:
+        resume_or_start(params, args)
+    if args.restore_file == "last" and (finished := finished_without_last(params, args.model_dir)):
+        return finished
     check_existing_run(args, existing_outputs(args.model_dir))  # again: another run may have ended just before
     return ""
 
 
-def resume_or_start(args: argparse.Namespace) -> None:
-    """Let the flags go on from last.pth.tar if it is there, else start over what a run killed in its first epoch left.
-
-    Raises UserError where a start would delete more than that.
-    """
-    if (args.model_dir / "last.pth.tar").exists():
-        args.restore_file = "last"
-    elif len(epochs := read_history(args.model_dir)) > 1 or (args.model_dir / "best.pth.tar").exists():
-        raise UserError(
-            f"{args.model_dir} holds {len(epochs)} epochs and no last.pth.tar to continue from; start over with "
-            "--overwrite, or from the weights of its best.pth.tar with --init_from, in another --model_dir"
-        )
-    else:
-        args.overwrite = bool(existing_outputs(args.model_dir))
-
-
-def say_finished(reason: str, args: argparse.Namespace) -> None:
-    """Print why there is nothing left to train."""
-    if ranks.is_main():
-        print(f"nothing to do in {args.model_dir}: {reason}; raise num_epochs to train on")
-
-
-def take_up_own_run(args: argparse.Namespace) -> None:
-    """If torchrun has started this very job before, let the flags say how to go on with what that has done.
+def is_restart(args: argparse.Namespace) -> bool:
+    """Return whether torchrun has started this very job before, and it is to go on with what that has done.
 
     What it has done says so itself: the name of the job is in run.json and in its checkpoints. Where no flag says
     otherwise, the same --rdzv_id is the same job.
     """
     by_id = not (args.restore_file or args.init_from or args.overwrite)
     if not any(distributed.is_this_job(start.get("job"), by_id=by_id) for start in recorded_starts(args.model_dir)):
-        return
+        return False
     last = args.model_dir / "last.pth.tar"
-    if not last.exists():
-        args.overwrite |= not args.restore_file  # what this job has left before its first checkpoint
-    elif distributed.is_this_job(load_checkpoint(last).get("job"), by_id=by_id):
+    if last.exists():
+        return distributed.is_this_job(load_checkpoint(last).get("job"), by_id=by_id)
+    return not args.restore_file
+
+
+def finished_without_last(params: Params, model_dir: Path) -> str:
+    """Return why a run that has not kept last.pth.tar has nothing left to train, or ""."""
+    best = model_dir / "best.pth.tar"
+    if (model_dir / "last.pth.tar").exists() or not best.exists() or not (history := read_history(model_dir)):
+        return ""
+    number = best_epoch(history)["epoch"]
+    return why_finished(len(history), number, params) if load_checkpoint(best).get("epoch") == number else ""
+
+
+def resume_or_start(params: Params, args: argparse.Namespace) -> None:
+    """Let the flags go on from last.pth.tar, or else start over what a run killed in its first epoch has left.
+
+    Raises UserError where a start would delete more than that.
+    """
+    if (args.model_dir / "last.pth.tar").exists() or finished_without_last(params, args.model_dir):
         args.restore_file, args.init_from, args.overwrite = "last", None, False
+        return
+    left = {path.relative_to(args.model_dir).parts[0] for path in existing_outputs(args.model_dir)}
+    epochs = len(read_history(args.model_dir))
+    if epochs > 1 or "best.pth.tar" in left:
+        raise UserError(
+            f"{args.model_dir} holds {epochs} epochs and no last.pth.tar to continue from; start over with "
+            "--overwrite, or from the weights of its best.pth.tar with --init_from, in another --model_dir"
+        )
+    if "run.json" in left and left <= FIRST_EPOCH:
+        args.overwrite = True
+
+
+def say_finished(reason: str, args: argparse.Namespace) -> None:
+    """Print why there is nothing left to train."""
+    if not ranks.is_main():
+        return
+    key = "early_stopping_patience" if reason.startswith("stopped early") else "num_epochs"
+    kept = (args.model_dir / "last.pth.tar").exists()
+    advice = f"raise {key} to train on" if kept else "last.pth.tar was not kept to train on from"
+    say(f"nothing to do in {args.model_dir}: {reason}; {advice}", sys.stdout)
 
 
 def read_checkpoint(params: Params, args: argparse.Namespace) -> tuple[Path | None, dict | None]:
@@ -225,6 +243,8 @@ def continuing_command(args: argparse.Namespace, *, saved: bool) -> list[str]:
     command = [*ranks.launcher(), "train.py", *folders]
     if args.device != "auto":
         command += ["--device", args.device]
+    if args.tensorboard:
+        command += ["--tensorboard"]
     if args.resume:
         return [*command, "--resume"]
     if saved or args.restore_file:
@@ -269,9 +289,23 @@ def open_outputs(
     return outputs
 
 
+def mend_finished(training: Training, model_dir: Path) -> None:
+    """Write, in rank 0, what a finished run lacks that was cut short after its last epoch: best.pth.tar."""
+    best = model_dir / "best.pth.tar"
+    if not ranks.is_main():
+        return
+    for path in unfinished_files(model_dir):
+        path.unlink()
+    if training.is_best and not (best.exists() and load_checkpoint(best).get("epoch") == training.epoch):
+        outputs = EpochOutputs(model_dir)
+        outputs.write_metrics(training)
+        outputs.save_best(training)
+
+
 def restore_outputs(outputs: EpochOutputs, training: Training, checkpoint: dict, file: Path) -> None:
     """Bring the other outputs to where a checkpoint is, from which a kill or a full disk may have parted them."""
-    changed = [key for key, value in asdict(training.params).items() if checkpoint["params"].get(key) != value]
+    then = asdict(Params()) | checkpoint["params"]  # what an older program did not know was as it is by default
+    changed = [key for key, value in asdict(training.params).items() if then[key] != value]
     if checkpoint.get("images") != training.images:
         changed.append("the list of training images")
     logging.info(f"continuing after epoch {training.epoch}; changed since: {', '.join(changed) or 'nothing'}")

@@ -17,8 +17,8 @@ from engine.checkpoints import load_weights
 from engine.folders import why_finished
 from model import UserError
 from model.parallel import copy_to_all, shard, synchronize_batch_norm
-from params import ARCHITECTURE, Params, is_number
-from utils import RunFailed, is_out_of_memory
+from params import ARCHITECTURE, Params
+from utils import RunFailed, is_number, is_out_of_memory
 
 RESUME_NEEDS = (*ARCHITECTURE, "normalize", "optimizer", "dataset")  # as they were
 SCALARS = ("loss", "mIoU", "pixel_accuracy", "mean_accuracy", "frequency_weighted_IoU", "mean_dice")  # in history.jsonl
@@ -240,9 +240,10 @@ class Training:
         Raises UserError when the checkpoint is damaged, or holds weights only, or those of another network.
         """
         if "rng" not in state:
+            other = "continue with --restore_file last, or " if (source.parent / "last.pth.tar").exists() else ""
             raise UserError(
-                f"{source} holds weights to predict with and no training state; continue from last.pth.tar, or start "
-                "from these weights with --init_from, in another --model_dir"
+                f"{source} holds weights to predict with and no training state; {other}start from these weights with "
+                "--init_from, in another --model_dir"
             )
         load_weights(self.model, state["state_dict"], source)
         if self.ema is not None and state.get("ema_state_dict") is not None:

@@ -138,17 +138,28 @@ def photos_by_id(folder: Path) -> dict[str, Path]:
 
 
 def class_names(data_dir: str | Path, num_classes: int) -> list[str]:
-    """Names from classes.txt beside the lists; else VOC's where there are 21; else the indices as text."""
-    path = Layout.find(data_dir).lists / "classes.txt"
-    if path.exists():
-        names = read_list(path)
-        if len(names) != num_classes:
-            raise UserError(
-                f"{path} names {len(names)} classes, num_classes is {num_classes}; make them agree: "
-                f'set "num_classes": {len(names)} in params.json, or correct the names, background first'
-            )
-        return names
-    return default_class_names(num_classes)
+    """Names from classes.txt beside the lists; else VOC's where there are 21; else the indices as text.
+
+    Raises UserError where classes.txt has another number of names.
+    """
+    names = listed_class_names(data_dir) or default_class_names(num_classes)
+    if len(names) != num_classes:
+        raise UserError(
+            f"{names_file(data_dir)} names {len(names)} classes, num_classes is {num_classes}; make them agree: "
+            f'set "num_classes": {len(names)} in params.json, or correct the names, background first'
+        )
+    return names
+
+
+def names_file(data_dir: str | Path) -> Path:
+    """Where a data set names its classes, if it does."""
+    return Layout.find(data_dir).lists / "classes.txt"
+
+
+def listed_class_names(data_dir: str | Path) -> list[str] | None:
+    """The names in classes.txt; None where there is none."""
+    path = names_file(data_dir)
+    return read_list(path) if path.exists() or path.is_symlink() else None
 
 
 def default_class_names(num_classes: int) -> list[str]:

@@ -194,6 +194,12 @@ def test_class_names_come_from_classes_txt_first(data):
     assert class_names(data, 21) == names
 
 
+def test_class_names_behind_a_link_to_nowhere_are_missed(data):
+    (data / "classes.txt").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"no list .*classes\.txt"):
+        class_names(data, 21)
+
+
 def test_class_names_of_a_devkit_are_beside_its_lists(data, tmp_path):
     (data / "classes.txt").write_text("background\nroad\n")
     as_devkit(data, tmp_path / "VOC2012")

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ import utils
 from engine import checkpoints, cli, distributed, ranks, run, training
 from engine.devices import loading_options
 from engine.training import Training
+from model import UserError
 from model.data_loader import (
     DistributedBatchSampler,
     EpochSampler,
@@ -375,11 +377,12 @@ def test_other_scripts_refuse_torchrun():
 
 
 def flags(experiment: Path, **given) -> dict:
-    """The flags after take_up_own_run()."""
-    args = argparse.Namespace(model_dir=experiment, restore_file=None, init_from=None, overwrite=False)
+    """The flags after take_folder(), or as they were where that refuses the folder."""
+    args = argparse.Namespace(model_dir=experiment, restore_file=None, init_from=None, overwrite=False, resume=False)
     vars(args).update(given)
-    run.take_up_own_run(args)
-    return {key: value for key, value in vars(args).items() if key != "model_dir"}
+    with ExitStack() as held, suppress(UserError):
+        run.take_folder(Params(num_epochs=1), args, held)
+    return {key: value for key, value in vars(args).items() if key not in ("model_dir", "resume")}
 
 
 def test_a_job_goes_on_with_its_own_run_and_with_no_other(tmp_path, monkeypatch):
@@ -403,6 +406,10 @@ def test_a_job_goes_on_with_its_own_run_and_with_no_other(tmp_path, monkeypatch)
         # Another start of torchrun with the same id goes on if no flag says what else to do.
         again = flags(leave("id/other", "id/other"), **given)
         assert again == (nothing | {"restore_file": "last"} if given == nothing else asked)
+    finished = leave("id/mine")  # with "keep_last": false
+    (finished / "history.jsonl").write_text('{"epoch": 1, "val": {"mIoU": 0.5}}\n')
+    torch.save({"state_dict": {}, "epoch": 1}, finished / "best.pth.tar")
+    assert flags(finished) == flags(finished, overwrite=True) == nothing | {"restore_file": "last"}
     damaged = leave("other/1")
     (damaged / "last.pth.tar").write_bytes(b"no checkpoint")
     assert flags(damaged, overwrite=True) == nothing | {"overwrite": True}

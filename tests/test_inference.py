@@ -143,6 +143,11 @@ def test_segmenting_leaves_the_network_as_it_was():
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
 
 
+def test_other_scales_than_1_read_squares_of_even_sides():
+    assert Segmenter(PixelNetwork(), CPU, image_size=97, scales=(0.75, 1, 1.25)).sizes == [72, 97, 122]
+    assert Segmenter(PixelNetwork(), CPU, image_size=96, scales=(0.75, 1, 1.25)).sizes == [72, 96, 120]
+
+
 @pytest.mark.parametrize("scales", [(0.4,), (), (1, 400), (-1,), (math.nan,)], ids=str)
 def test_impossible_scales_are_refused(scales):
     with pytest.raises(UserError, match="each must leave from 32 to 16384"):

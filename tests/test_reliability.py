@@ -306,6 +306,16 @@ def test_a_table_that_nobody_reads_is_no_error(straight):
         assert (experiment / "results.md").exists()
 
 
+def test_a_stderr_that_takes_nothing_changes_no_status_and_loses_no_photo(straight, tmp_path):
+    experiment, data = straight
+    for words, status in (("train --model_dir nowhere 2> /dev/full", 2), ("train --resume > /dev/full", 0)):
+        assert shell(words, experiment, data).returncode == status
+    predict = f"{sys.executable} predict.py /dev/null {data}/JPEGImages --model_dir {experiment}"
+    result = shell(f"{predict} --output_dir {tmp_path}/out 2> /dev/full", experiment, data)
+    assert result.returncode == 1 and "9 of 10 photos" in result.stdout
+    assert len(list((tmp_path / "out").iterdir())) == 27
+
+
 def test_a_folder_whose_name_is_not_utf8_is_trained_in(tmp_path, data):
     experiment = make_experiment(tmp_path / os.fsdecode(b"caf\xe9"), num_epochs=1)
     result = run_script("train.py", "--model_dir", experiment, "--data_dir", data)
@@ -326,7 +336,8 @@ def test_tensorboard_on_a_full_disk_is_one_line(tmp_path, data):
     if "unshare" in result.stderr or result.returncode == 99:
         pytest.skip("no mounts here")
     assert result.returncode == 1 and result.stderr.count("\n") == 1
-    assert "No space left on device" in result.stderr and "--restore_file last" in result.stderr
+    assert f"No space left on device: '{experiment}/tensorboard'" in result.stderr
+    assert "--tensorboard --restore_file last" in result.stderr
     assert checkpoints.load_checkpoint(experiment / "last.pth.tar")["epoch"] == len(utils.read_history(experiment)) - 1
 
 

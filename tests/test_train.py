@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -200,9 +201,10 @@ def test_resume_starts_and_goes_on_and_says_when_there_is_nothing_left(data, tmp
     before = {path: path.stat().st_mtime_ns for path in experiment.iterdir()}
     for flags in (["--resume"], ["--restore_file", "last"]):
         stdout = run_train(experiment, data, *flags).stdout
-        assert stdout == f"nothing to do in {experiment}: trained 2 of 2 epochs; raise num_epochs to train on\n"
+        finished = f"nothing to do in {experiment}: trained 2 of 2 epochs"
+        assert stdout == f"{finished}; last.pth.tar was not kept to train on from\n"
     said = mistake(monkeypatch, experiment, data, "--restore_file", "best")
-    assert "best.pth.tar holds weights to predict with and no training state; continue from last.pth.tar" in said
+    assert "best.pth.tar holds weights to predict with and no training state; start from these weights" in said
     make_experiment(experiment, num_epochs=3, keep_last=False)
     said = mistake(monkeypatch, experiment, data, "--restore_file", "last")
     assert 'last.pth.tar was not kept ("keep_last": false)' in said and "--init_from" in said
@@ -225,6 +227,68 @@ def test_resume_starts_over_what_was_killed_in_its_first_epoch(data, tmp_path, m
     assert (experiment / "train.log").read_text().startswith("the first try\n")
     for flags in (["--overwrite"], ["--init_from", experiment / "best.pth.tar"], ["--restore_file", "last"]):
         assert run_train(experiment, data, "--resume", *flags, check=2).stderr.count("error: ") == 1
+
+
+def test_resume_deletes_nothing_but_what_a_first_epoch_leaves(data, tmp_path, monkeypatch):
+    experiment = make_experiment(tmp_path / "run", num_epochs=1)
+    for names in (["metrics_val_original_original_size.json"], ["run.json", "metrics_test_best.json"], ["best.onnx"]):
+        for name in names:
+            (experiment / name).write_text("{}")
+        assert "already holds a run" in mistake(monkeypatch, experiment, data, "--resume")
+        for name in names:
+            (experiment / name).unlink()
+
+
+def test_history_alone_is_no_finished_run(data, tmp_path):
+    """The disk was full when last.pth.tar was to be written."""
+    experiment = make_experiment(tmp_path / "run", num_epochs=1)
+    (experiment / "run.json").write_text("{}")
+    (experiment / "history.jsonl").write_text('{"epoch": 1, "val": {"mIoU": 0.5}}\n')
+    assert "trained 1 of 1 epochs; best mIoU" in run_train(experiment, data, "--resume").stdout
+    assert {"last.pth.tar", "best.pth.tar"} <= {path.name for path in experiment.iterdir()}
+
+
+@pytest.mark.parametrize("flags", [["--restore_file", "last"], ["--resume"]])
+def test_a_run_cut_short_after_its_last_epoch_gets_its_best_checkpoint(finished, tmp_path, flags):
+    experiment, data, _ = finished
+    cut = shutil.copytree(experiment, tmp_path / "run")
+    last = torch.load(cut / "last.pth.tar", weights_only=True)
+    torch.save(last | {"best_epoch": 2, "best_mIoU": 1.0}, cut / "last.pth.tar")
+    for epoch in (None, 1):
+        (cut / "best.pth.tar").unlink()
+        if epoch:
+            torch.save({"epoch": 1, "state_dict": last["state_dict"], "params": last["params"]}, cut / "best.pth.tar")
+        (cut / ".best.pth.tar.1.tmp").touch()
+        assert "nothing to do" in run_train(cut, data, *flags).stdout
+        best = torch.load(cut / "best.pth.tar", weights_only=True)
+        assert best["epoch"] == 2 and same(best["state_dict"], last["ema_state_dict"])
+        assert not list(cut.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{}",
+        "5",
+        "[]",
+        "null",
+        '{"epoch": 1}',
+        '{"epoch": "a", "val": {"mIoU": 0.1}}',
+        '{"epoch": 1, "val": {"mIoU": "x"}}',
+        '{"epoch": 2, "val": {"mIoU": 0.1}}',
+    ],
+)
+def test_a_history_that_is_none_is_named_by_its_line(data, tmp_path, monkeypatch, line):
+    experiment = make_experiment(tmp_path / "run")
+    (experiment / "history.jsonl").write_text(line + "\n")
+    said = mistake(monkeypatch, experiment, data, "--resume")
+    assert said == f"{experiment / 'history.jsonl'} is damaged in line 1; mend or remove the line"
+
+
+def test_a_log_that_is_a_fifo_is_refused(data, tmp_path, monkeypatch):
+    experiment = make_experiment(tmp_path / "run")
+    os.mkfifo(experiment / "train.log")
+    assert "train.log is not a regular file (a FIFO)" in mistake(monkeypatch, experiment, data)
 
 
 def test_overwrite_leaves_nothing_of_the_earlier_run(data, tmp_path):

@@ -117,6 +117,12 @@ def test_a_file_is_replaced_whole_or_left_alone(tmp_path):
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_a_file_may_have_the_longest_name_there_is(tmp_path):
+    for name in ("x" * 255, "ü" * 127):
+        utils.write_text(tmp_path / name, "text")
+        assert (tmp_path / name).read_text() == "text"
+
+
 def test_json_never_holds_nan(tmp_path):
     with pytest.raises(ValueError):
         utils.write_json(tmp_path / "x.json", {"loss": float("nan")})
@@ -345,16 +351,39 @@ def test_predicting_needs_no_data_and_checks_the_names_where_they_are(experiment
         run_on_photo("predict.py", experiment, photo=photo)
         assert set(json.loads((experiment / "predictions" / "val0.json").read_text())["areas"]) <= set(names)
     trained_on(experiment, data)  # which has VOC's names
-    assert 'class 0 is "kind 0"' in run_on_photo("predict.py", experiment, photo=photo, check=2).stderr
+    stderr = run_on_photo("predict.py", experiment, photo=photo).stderr
+    assert 'class 0 is "kind 0"' in stderr and "here the names are those of" in stderr and stderr.count("\n") == 1
+    assert (
+        'class 0 is "kind 0"' in run_on_photo("predict.py", experiment, "--data_dir", data, photo=photo, check=2).stderr
+    )
     run_on_photo("predict.py", experiment, "--data_dir", folder, photo=photo)
     stderr = run_on_photo("predict.py", experiment, "--data_dir", tmp_path / "gone", photo=photo, check=2).stderr
     assert "gone holds no data set" in stderr
 
 
+def test_another_number_of_names_than_the_checkpoints_is_refused_by_the_first_that_is_missing(tmp_path):
+    data = make_data(tmp_path / "data", train=1, val=1)
+    for names, said in (
+        (["road"], 'class 1 is "sky" in {}, missing in'),
+        (["road", "sky", "car"], "class 2 is missing"),
+    ):
+        (data / "classes.txt").write_text("\n".join(names))
+        with pytest.raises(UserError, match=said.format(".*best.pth.tar")):
+            checkpoints.agreed_class_names({"class_names": ["road", "sky"]}, tmp_path / "best.pth.tar", data, 2)
+
+
+def test_the_sample_is_drawn_anew_where_the_folder_of_the_run_is_gone(tmp_path):
+    utils.write_json(tmp_path / "run.json", {"data_dir": str(tmp_path / "gone")})
+    args = argparse.Namespace(model_dir=tmp_path, data_dir=None)
+    assert folders.data_dir(args, "sample") == Path("data")
+    with pytest.raises(UserError, match="gone, which is not there; give --data_dir"):
+        folders.data_dir(args, "voc")
+
+
 def test_the_data_of_an_older_run_are_in_data(tmp_path):
     for run in ({}, {"data_dir": None}, {"resumed": 3}, [], {"resumed": [{"argv": []}]}):
         utils.write_json(tmp_path / "run.json", run)
-        assert folders.data_dir(argparse.Namespace(model_dir=tmp_path, data_dir=None)) == Path("data")
+        assert folders.data_dir(argparse.Namespace(model_dir=tmp_path, data_dir=None), "voc") == Path("data")
 
 
 def test_a_walk_comes_to_each_real_folder_once_and_by_its_own_name(tmp_path):
