@@ -72,7 +72,7 @@ def walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
 
 def table_text(text: str) -> str:
     """A text as a cell of a Markdown table can hold it."""
-    return " ".join(text.split()).replace("|", r"\|")
+    return " ".join(text.split()).replace("\\", r"\\").replace("|", r"\|")
 
 
 def read_json(path: str | Path, *, if_absent: str) -> Any:

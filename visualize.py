@@ -130,7 +130,11 @@ def _present(indices: np.ndarray, names: Sequence[str]) -> list[Entry]:
 def _legend(entries: Sequence[Entry], width: int, font: ImageFont.FreeTypeFont) -> Image.Image:
     """Colour swatches with their labels, in as many lines as they need."""
     places, x, y = [], MARGIN, 0
-    for colour, label in entries:
+    for colour, full in entries:
+        label = full
+        while font.getlength(label) > width - TEXT - 2 * MARGIN:  # the end, where an overlay has the share, is kept
+            middle = len(label) // 2
+            label = f"{label[: middle - 2]}…{label[middle + 1 :]}"
         advance = TEXT + int(font.getlength(label)) + 2 * MARGIN
         if x + advance > width and x > MARGIN:
             x, y = MARGIN, y + TEXT

@@ -36,6 +36,7 @@ CLASS_NAMES = (
 
 
 VOID_COLOUR = (224, 224, 192)  # VOC's
+DARKEST = 0.35  # lightness in OKLab, from 0 to 1
 ERROR_COLOUR = (255, 40, 40)  # of wrong pixels in pictures; no class looks like it
 
 
@@ -82,11 +83,13 @@ def voc_palette() -> np.ndarray:
 def distinct_colours() -> np.ndarray:
     """255 colours, uint8 (255, 3), each the farthest in OKLab from those before it and from what pictures also hold.
 
-    That is black (background), white (the page), void and error. The first ones differ most.
+    That is black (background), white (the page), void and error. The first ones differ most. None is so dark that over
+    a dark photo it would look like no colour.
     """
     levels = np.arange(0, 256, 17)
     candidates = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
     places = oklab(candidates)
+    candidates, places = (values[places[:, 0] > DARKEST] for values in (candidates, places))
     taken = oklab(np.array([(0, 0, 0), (255, 255, 255), VOID_COLOUR, ERROR_COLOUR]))
     distances = np.linalg.norm(places[:, None] - taken, axis=-1).min(1)  # to the nearest that is taken
     chosen = []

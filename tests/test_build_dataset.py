@@ -515,6 +515,15 @@ def test_a_photo_without_a_mask_is_in_no_list(tmp_path, capsys):
     assert "2 photos without a mask" in capsys.readouterr().out
 
 
+def test_what_is_no_file_is_in_no_list(tmp_path):
+    own_photos(tmp_path, IDS[:5])
+    for path in (tmp_path / "JPEGImages" / "folder.jpg", tmp_path / "JPEGImages" / "fifo.jpg"):
+        path.mkdir() if path.stem == "folder" else os.mkfifo(path)
+        (tmp_path / "SegmentationClass" / f"{path.stem}.png").touch()
+    write_lists(tmp_path, [0.6, 0.4, 0], seed=1)
+    assert sorted(id_ for ids in read_lists(tmp_path).values() for id_ in ids) == sorted(IDS[:5])
+
+
 def test_lists_of_a_devkit_are_put_where_they_are_read(tmp_path):
     own_photos(tmp_path, IDS)
     (tmp_path / LISTS).mkdir(parents=True)

@@ -86,6 +86,25 @@ def test_scales_and_flip_reach_the_predictions(experiment, trained, tmp_path):
     assert (metrics["scales"], metrics["flip"]) == ([1.0, 2.0], True)
 
 
+def test_names_that_leave_no_room_are_cut_and_a_link_in_the_way_of_overlays_is_said_first(
+    experiment, trained, tmp_path
+):
+    data = shutil.copytree(trained[1], tmp_path / "data")
+    for folder, suffix in (("JPEGImages", "jpg"), ("SegmentationClass", "png")):
+        (data / folder / f"val0.{suffix}").rename(data / folder / f"{'v' * 251}.{suffix}")
+    (data / "val.txt").write_text("v" * 251 + "\n")
+    run_evaluate(experiment, data, "--save_overlays", 1, "--save_predictions", tmp_path / "out")
+    (overlay,) = (experiment / "overlays_val_best_original_size").iterdir()
+    assert overlay.name == f"1_{'v' * 249}.png"
+    assert len(list((tmp_path / "out").rglob("*.png"))) == 1
+    shutil.rmtree(experiment / "overlays_val_best_original_size")
+    (experiment / "overlays_val_best_original_size").symlink_to("nowhere")
+    (experiment / "metrics_val_best_original_size.json").unlink()
+    stderr = run_evaluate(experiment, data, "--save_overlays", 1, check=2).stderr
+    assert "--save_overlays: " in stderr and "a link leads nowhere or in a circle" in stderr
+    assert not (experiment / "metrics_val_best_original_size.json").exists()
+
+
 def test_overlays_show_the_worst_photos_first(experiment, trained):
     _, data = trained
     folder = experiment / "overlays_val_best_original_size"
