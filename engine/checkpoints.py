@@ -107,7 +107,7 @@ def _is_plain(params: Any) -> bool:
     return isinstance(params, dict)
 
 
-def load_weights(model: Any, state_dict: dict[str, Any], source: str | Path) -> None:
+def load_weights(model: nn.Module, state_dict: dict[str, Any], source: str | Path) -> None:
     """Load network weights, all of them and no others.
 
     Checkpoints of the original implementation hold unused brN.bn.* tensors, which are ignored. Raises UserError naming
@@ -146,7 +146,7 @@ def predicting_weights(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return checkpoint.get("ema_state_dict") or checkpoint["state_dict"]
 
 
-def load_network(model_dir: Path, restore_file: str, device: Any) -> tuple[Any, Params, dict[str, Any]]:
+def load_network(model_dir: Path, restore_file: str, device: torch.device) -> tuple[nn.Module, Params, dict[str, Any]]:
     """The network of an experiment with the weights of a checkpoint, to predict on device; its params; the checkpoint.
 
     Raises UserError for a faulty params.json, a faulty checkpoint, or two that do not belong together.

@@ -46,3 +46,11 @@ def loading_options(params: Params) -> dict[str, int]:
     """The keywords of the loaders of model.data_loader that this process, of several perhaps, gives them."""
     workers = min(params.num_workers, max(1, cores() // ranks.local_world_size()))
     return {"num_workers": workers, "rank": ranks.rank(), "world_size": ranks.world_size()}
+
+
+def device_summary(device: torch.device) -> str:
+    """The device, or how many there are, for people."""
+    if ranks.world_size() == 1:
+        return str(device)
+    here = f", {ranks.local_world_size()} on each machine" if ranks.world_size() > ranks.local_world_size() else ""
+    return f"{device.type} by {ranks.world_size()} processes{here}"

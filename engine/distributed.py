@@ -22,7 +22,7 @@ from model import UserError
 T = TypeVar("T")
 STEP_PATIENCE = timedelta(minutes=10)  # that a process waits for the others in training
 SETUP_PATIENCE = timedelta(days=1)  # and while one of them reads a million photos
-_setup_group: Any = None  # for what takes long, and for plain values
+_setup_group: dist.ProcessGroup | None = None  # for what takes long, and for plain values
 _job: str | None = None
 
 
@@ -39,7 +39,7 @@ def is_this_job(name: Any, *, by_id: bool) -> bool:
 
 
 @contextmanager
-def processes(device: str) -> Iterator[Any]:
+def processes(device: str) -> Iterator[torch.device]:
     """Connect the processes while the block runs; gives this one's torch.device.
 
     device is "auto", "cpu" or "cuda"; of several GPUs a process takes that of its local rank. Raises UserError if the
@@ -64,7 +64,7 @@ def processes(device: str) -> Iterator[Any]:
 
 
 @cache
-def _torchrun_store() -> Any:
+def _torchrun_store() -> dist.Store:
     """Torchrun's store; without torchrun, one that rank 0 holds while it lives."""
     return next(dist.rendezvous("env://", ranks.rank(), ranks.world_size(), timeout=STEP_PATIENCE))[0]
 
@@ -86,7 +86,7 @@ def _connect(*, on_gpu: bool) -> None:
         signal.signal(number, handler)
 
 
-def _store() -> Any:
+def _store() -> dist.Store:
     """Where processes leave their addresses for each other: in rank 0, whose own address torchrun's store has.
 
     Torchrun's store itself keeps the addresses of an earlier attempt, so after a restart some would be found that
@@ -111,7 +111,7 @@ def _store() -> Any:
             time.sleep(0.2)
 
 
-def _own_device(name: str) -> Any:
+def _own_device(name: str) -> torch.device:
 
     with together():
         device = pick_device(name)
@@ -129,7 +129,7 @@ def _own_device(name: str) -> Any:
     return device
 
 
-def pick_device(name: str) -> Any:
+def pick_device(name: str) -> torch.device:
     """torch.device of "auto", "cpu" or "cuda". Raises UserError when CUDA is asked for and absent."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

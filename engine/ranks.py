@@ -1,7 +1,6 @@
 """Who is who among the processes that torchrun has started; without torchrun a process is alone."""
 
 import os
-from typing import Any
 
 
 class LostConnection(ConnectionError):
@@ -50,11 +49,3 @@ def launcher() -> list[str]:
         command += ["--nnodes", str(machines), "--rdzv_backend", "c10d", "--rdzv_endpoint", "HOST:PORT"]
         command += ["--rdzv_id", os.environ.get("TORCHELASTIC_RUN_ID", "ID")]
     return command
-
-
-def device_summary(device: Any) -> str:
-    """The device, or how many there are, for people."""
-    if world_size() == 1:
-        return str(device)
-    here = f", {local_world_size()} on each machine" if world_size() > local_world_size() else ""
-    return f"{device.type} by {world_size()} processes{here}"

@@ -21,6 +21,7 @@ import torchvision
 from engine import distributed, ranks
 from engine.checkpoints import check_compatible, checkpoint_path, load_checkpoint
 from engine.cli import Terminated, ignore_signals, stop_if_asked
+from engine.devices import device_summary
 from engine.folders import existing_outputs, git_commit, recorded_starts, remove_outputs, sole_run, why_finished
 from engine.outputs import EpochOutputs, TensorBoard
 from engine.training import RESUME_NEEDS, Training
@@ -36,7 +37,7 @@ FIRST_EPOCH = {
 }
 
 
-def provenance(device: Any, params: Params, data_dir: Path) -> dict[str, Any]:
+def provenance(device: torch.device, params: Params, data_dir: Path) -> dict[str, Any]:
     """What run.json holds: what was run, from which code, with which versions, on what."""
     return {
         "git_commit": git_commit(),
@@ -60,7 +61,7 @@ def provenance(device: Any, params: Params, data_dir: Path) -> dict[str, Any]:
     }
 
 
-def write_provenance(model_dir: Path, device: Any, params: Params, data_dir: Path, *, resumed: bool) -> None:
+def write_provenance(model_dir: Path, device: torch.device, params: Params, data_dir: Path, *, resumed: bool) -> None:
     """Write run.json; what a resume was run with is added under "resumed"."""
     path, record = model_dir / "run.json", provenance(device, params, data_dir)
     if resumed and path.exists():
@@ -277,7 +278,7 @@ def open_outputs(
         path.unlink()
     set_logger(args.model_dir / "train.log")
     write_provenance(args.model_dir, device, params, args.data_dir, resumed=resumed is not None)
-    logging.info(f"{args.model_dir}: {sizes}, on {ranks.device_summary(device)} in {params.precision}")
+    logging.info(f"{args.model_dir}: {sizes}, on {device_summary(device)} in {params.precision}")
     if params.num_channels is not None:
         logging.info('"num_channels" is accepted for old params.json files; this network has no use for it')
     if fresh_layers:

@@ -21,7 +21,6 @@ from params import ARCHITECTURE, Params
 from utils import RunFailed, is_number, is_out_of_memory
 
 RESUME_NEEDS = (*ARCHITECTURE, "normalize", "optimizer", "dataset")  # as they were
-SCALARS = ("loss", "mIoU", "pixel_accuracy", "mean_accuracy", "frequency_weighted_IoU", "mean_dice")  # in history.jsonl
 
 
 class Training:
@@ -183,8 +182,8 @@ class Training:
             self.best_epoch, self.best_mIoU = self.epoch, score
         record = {
             "epoch": self.epoch,
-            "train": {key: train_metrics[key] for key in SCALARS},
-            "val": {key: val_metrics[key] for key in SCALARS},
+            "train": scalars(train_metrics),
+            "val": scalars(val_metrics),
             "learning_rate": train_metrics["learning_rate"],
             "seconds": round(seconds, 3),
             "images_per_second": round(images_per_second, 2),
@@ -285,6 +284,15 @@ class Training:
         torch.set_rng_state(state["rng"])
         if self.device.type == "cuda" and state["rng_cuda"]:
             torch.cuda.set_rng_state(state["rng_cuda"][0], self.device)
+
+
+def scalars(metrics: dict) -> dict[str, float | None]:
+    """Return the metrics that are one number for all classes, which history.jsonl and TensorBoard show."""
+    return {
+        key: value
+        for key, value in metrics.items()
+        if key != "learning_rate" and (value is None or isinstance(value, float))
+    }
 
 
 def distribute(model: nn.Module, device: torch.device) -> DistributedDataParallel:

@@ -96,6 +96,9 @@ def test_a_run_leaves_every_output_and_nothing_else(finished):
     assert {path.name for path in experiment.iterdir()} == OUTPUTS
     assert [epoch["epoch"] for epoch in history(experiment)] == [1, 2]
     assert set(history(experiment)[0]) == {"epoch", "train", "val", "learning_rate", "seconds", "images_per_second"}
+    metrics = json.loads((experiment / "metrics_val_last_weights.json").read_text())
+    single = {name for name, value in metrics.items() if value is None or isinstance(value, float)}
+    assert set(history(experiment)[-1]["val"]) == set(history(experiment)[-1]["train"]) == single > {"loss", "mIoU"}
     assert stdout.count("num_channels") == 1
     assert all(
         line in (experiment / "train.log").read_text()
