@@ -1,9 +1,12 @@
-"""Every hyperparameter of an experiment: name, default and what is allowed."""
+"""Every hyperparameter of an experiment: name, default, what is allowed, and what it means.
+
+`python params.py` prints the table of docs/PARAMS.md.
+"""
 
 import difflib
 import json
 from collections.abc import Callable
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +17,27 @@ LOSS_TERMS = ("bce", "dice", "inverse_dice", "cross_entropy", "balanced_cross_en
 LOSS_CONSTANTS = ("focal_gamma",)  # called after a term and the keyword that it takes
 
 
-def _key(default: Any, allowed: str, check: Callable[[Any], bool]) -> Any:
-    metadata = {"allowed": allowed, "check": check}
+def _key(default: Any, allowed: str, check: Callable[[Any], bool], meaning: str) -> Any:
+    metadata = {"allowed": allowed, "check": check, "meaning": meaning}
     if isinstance(default, dict):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
-def _number(default: float | None, allowed: str, check: Callable[[float], bool]) -> Any:
+def _number(default: float | None, allowed: str, check: Callable[[float], bool], meaning: str) -> Any:
     nullable = default is None
     allowed = f"a number {allowed}" + (" or null" if nullable else "")
-    return _key(default, allowed, lambda v: (nullable and v is None) or (is_number(v) and check(v)))
+    return _key(default, allowed, lambda v: (nullable and v is None) or (is_number(v) and check(v)), meaning)
 
 
 def _integer(
-    default: int | None, minimum: int, maximum: int = 2**31 - 1, *, also: str = "", check: Callable = lambda v: True
+    default: int | None,
+    minimum: int,
+    maximum: int = 2**31 - 1,
+    *,
+    also: str = "",
+    check: Callable[[int], bool] = lambda v: True,
+    meaning: str,
 ) -> Any:
     nullable = default is None
     most = f" and at most {maximum}" if maximum < 2**31 - 1 else ""
@@ -37,18 +46,18 @@ def _integer(
         default,
         allowed,
         lambda v: (nullable and v is None) or (type(v) is int and minimum <= v <= maximum and check(v)),
+        meaning,
     )
 
 
-def _one_of(default: str, *others: str) -> Any:
+def _one_of(default: str, *others: str, meaning: str) -> Any:
     options = (default, *others)
-    return _key(
-        default, " or ".join(json.dumps(option) for option in options), lambda v: isinstance(v, str) and v in options
-    )
+    allowed = " or ".join(json.dumps(option) for option in options)
+    return _key(default, allowed, lambda v: isinstance(v, str) and v in options, meaning)
 
 
-def _flag(default: bool) -> Any:
-    return _key(default, "true or false", lambda v: isinstance(v, bool))
+def _flag(default: bool, meaning: str) -> Any:
+    return _key(default, "true or false", lambda v: isinstance(v, bool), meaning)
 
 
 def _are_loss_weights(value: Any) -> bool:
@@ -61,54 +70,88 @@ def _are_loss_weights(value: Any) -> bool:
 class Params:
     """The hyperparameters of one experiment: every key that params.json may hold, its default and what is allowed."""
 
-    learning_rate: float = _number(0.001, "above 0", lambda v: v > 0)
-    batch_size: int = _integer(5, 1)
-    num_epochs: int = _integer(35, 1)
-    dropout_rate: float = _number(0.0, "from 0 to below 1", lambda v: 0 <= v < 1)
-    save_summary_steps: int = _integer(100, 1)
-    num_workers: int = _integer(4, 0)
-    num_channels: int | None = _integer(None, 1)
+    learning_rate: float = _number(0.001, "above 0", lambda v: v > 0, "of a step, where schedule and warm-up leave it")
+    batch_size: int = _integer(5, 1, meaning="images per step, over all processes")
+    num_epochs: int = _integer(35, 1, meaning="how often every image is trained on")
+    dropout_rate: float = _number(
+        0.0, "from 0 to below 1", lambda v: 0 <= v < 1, "Dropout2d on the encoder features that enter each head"
+    )
+    save_summary_steps: int = _integer(100, 1, meaning="how many batches apart the loss is checked for NaN")
+    num_workers: int = _integer(4, 0, meaning="loader processes of each process, at most one per core")
+    num_channels: int | None = _integer(
+        None, 1, meaning="accepted because old files have it; this network has no use for it"
+    )
 
-    dataset: str = _one_of("voc", "sample")
-    image_size: int = _integer(224, 32, 16384)
-    num_classes: int = _integer(21, 2, 255)
-    augment: bool = _flag(False)
-    normalize: bool = _flag(True)
-    cache: bool = _flag(True)
+    dataset: str = _one_of(
+        "voc", "sample", meaning="`voc` reads `--data_dir`; `sample` is the built-in one, drawn under it on first use"
+    )
+    image_size: int = _integer(224, 32, 16384, meaning="pixels; images are squashed to a square of that side")
+    num_classes: int = _integer(21, 2, 255, meaning="background included")
+    augment: bool = _flag(False, "random resized crop of 0.5-2x, flip, colour jitter")
+    normalize: bool = _flag(True, "with ImageNet's mean and standard deviation; false: values in [0, 1]")
+    cache: bool = _flag(
+        True,
+        "decode each split once, into `<data>/.cache` or, for read-only data, the user's cache folder; false: at every "
+        "access. On a GPU a split that is not augmented and needs at most a sixteenth of the free memory lies there",
+    )
     train_split: str = _key(
-        "train", "the name of a list", lambda v: isinstance(v, str) and v.isprintable() and v == Path(v).name != ""
+        "train",
+        "the name of a list",
+        lambda v: isinstance(v, str) and v.isprintable() and v == Path(v).name != "",
+        "what to train on, for example `trainaug`; validation is on `val`",
     )
 
     loss_weights: dict[str, float] = _key(
         {"bce": 0.4, "dice": 0.4, "inverse_dice": 0.2},
         f"an object of weights of at least 0, not all of them 0, for {', '.join(LOSS_TERMS)}",
         _are_loss_weights,
+        "terms of the loss; replaces the default as a whole. In `balanced_cross_entropy` a pixel of a class with n "
+        "pixels in the batch weighs 1/√n",
     )
-    focal_gamma: float = _number(2.0, "of at least 0", lambda v: v >= 0)
-    optimizer: str = _one_of("sgd", "adamw")
-    momentum: float = _number(0.99, "from 0 to below 1", lambda v: 0 <= v < 1)
-    weight_decay: float = _number(0.0005, "of at least 0", lambda v: v >= 0)
-    schedule: str = _one_of("constant", "poly", "cosine")
-    warmup_epochs: int = _integer(0, 0)
-    clip_grad_norm: float | None = _number(None, "above 0", lambda v: v > 0)
-    ema_decay: float | None = _number(None, "from 0 to below 1", lambda v: 0 <= v < 1)
-    accumulation_steps: int = _integer(1, 1)
-    early_stopping_patience: int | None = _integer(None, 1)
-    keep_last: bool = _flag(True)
+    focal_gamma: float = _number(2.0, "of at least 0", lambda v: v >= 0, "how little well-classified pixels count")
+    optimizer: str = _one_of("sgd", "adamw", meaning="SGD with momentum, or AdamW")
+    momentum: float = _number(0.99, "from 0 to below 1", lambda v: 0 <= v < 1, "SGD's")
+    weight_decay: float = _number(0.0005, "of at least 0", lambda v: v >= 0, "of all weights")
+    schedule: str = _one_of(
+        "constant", "poly", "cosine", meaning="`poly` (power 0.9) and `cosine` fall towards 0 with every step"
+    )
+    warmup_epochs: int = _integer(0, 0, meaning="linear rise of the learning rate; fewer than `num_epochs`")
+    clip_grad_norm: float | None = _number(None, "above 0", lambda v: v > 0, "largest norm of the gradient")
+    ema_decay: float | None = _number(
+        None,
+        "from 0 to below 1",
+        lambda v: 0 <= v < 1,
+        "evaluate an exponential moving average of the weights, for example 0.999",
+    )
+    accumulation_steps: int = _integer(1, 1, meaning="batches per step of the optimizer")
+    early_stopping_patience: int | None = _integer(None, 1, meaning="epochs without a better validation mIoU")
+    keep_last: bool = _flag(
+        True, "false: a finished run deletes its `last.pth.tar`, and cannot be trained on for more epochs"
+    )
 
-    precision: str = _one_of("auto", "fp32", "bf16", "fp16")
-    channels_last: bool = _flag(True)
-    compile: bool = _flag(False)
-    seed: int = _integer(230, 0, 2**63 - 1, also=" and below 2^63")
-    deterministic: bool = _flag(False)
+    precision: str = _one_of(
+        "auto", "fp32", "bf16", "fp16", meaning="auto: bf16 on GPUs from Ampere on and on CPUs with AMX, otherwise fp32"
+    )
+    channels_last: bool = _flag(True, "memory format of the convolutions")
+    compile: bool = _flag(False, "torch.compile for the training step, with CUDA graphs on a GPU")
+    seed: int = _integer(230, 0, 2**63 - 1, also=" and below 2^63", meaning="of weights, order, augmentation, dropout")
+    deterministic: bool = _flag(
+        False, "only algorithms that give the same result every time: two runs on one machine agree bit for bit"
+    )
 
-    kernel_size: int = _integer(7, 3, 255, also=" that is odd", check=lambda v: v % 2 == 1)
-    head: str = _one_of(*HEADS)
-    boundary_refinement: bool = _flag(True)
-    stem_maxpool: bool = _flag(False)
-    gcn_padding: str = _one_of(*GCN_PADDINGS)
-    zero_init_residual: bool = _flag(False)
-    pretrained: bool = _flag(True)
+    kernel_size: int = _integer(
+        7, 3, 255, also=" that is odd", check=lambda v: v % 2 == 1, meaning="k of the heads, in cells of their maps"
+    )
+    head: str = _one_of(*HEADS, meaning="or the paper's comparisons: 1 x 1, k x k, a stack of 3 x 3 convolutions")
+    boundary_refinement: bool = _flag(True, "the BR blocks")
+    stem_maxpool: bool = _flag(False, "true: output stride 32 as in the paper, at less than a third of the operations")
+    gcn_padding: str = _one_of(
+        *GCN_PADDINGS, meaning="`swapped`: as in the original implementation and its checkpoints; `same`: the paper's"
+    )
+    zero_init_residual: bool = _flag(
+        False, "every residual block begins as its shortcut: those of an encoder without `pretrained`, and BR"
+    )
+    pretrained: bool = _flag(True, "ImageNet weights for the encoder")
 
     @classmethod
     def load(cls, path: str | Path) -> "Params":
@@ -162,3 +205,16 @@ class Params:
 
 SCORED_AT_ONCE = 32 * 224**2  # pixels
 ARCHITECTURE = ("num_classes", "kernel_size", "head", "boundary_refinement", "stem_maxpool", "gcn_padding")
+
+
+def table() -> str:
+    """Return the table of docs/PARAMS.md."""
+    rows = ["| key | default | allowed | meaning |", "|---|---|---|---|"]
+    for key, value in asdict(Params()).items():
+        about = Params.__dataclass_fields__[key].metadata
+        rows.append(f"| `{key}` | `{json.dumps(value)}` | {about['allowed']} | {about['meaning']} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(table())

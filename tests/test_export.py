@@ -123,7 +123,7 @@ def test_without_normalization_the_file_says_zeros_and_ones():
     assert (about["mean"], about["std"], about["epoch"]) == ("[0.0, 0.0, 0.0]", "[1.0, 1.0, 1.0]", "null")
 
 
-def test_the_example_of_the_readme_finds_the_classes_that_evaluate_scores(
+def test_the_example_of_the_page_finds_the_classes_that_evaluate_scores(
     exported, networks, tmp_path, monkeypatch, capsys
 ):
     experiment, data, _ = exported
@@ -131,7 +131,7 @@ def test_the_example_of_the_readme_finds_the_classes_that_evaluate_scores(
     (tmp_path / "experiments" / "quickstart").symlink_to(experiment)
     shutil.copy(data / "JPEGImages" / "val1.jpg", tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
-    section = (ROOT / "README.md").read_text().split("### Export\n")[1].split("\n#")[0]
+    section = (ROOT / "docs" / "EXPORT.md").read_text()
     names = {}
     exec(re.search(r"```python\n(.*?)```", section, flags=re.DOTALL)[1], names)
 

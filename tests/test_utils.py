@@ -3,6 +3,7 @@ import inspect
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import tomllib
@@ -19,7 +20,7 @@ from engine import checkpoints, devices, folders
 from model import UserError
 from model.net import FCN_GCN
 from model.voc import CLASS_NAMES
-from params import Params
+from params import Params, table
 
 
 def load(folder, text: str) -> Params:
@@ -192,6 +193,21 @@ def test_other_torch_files_are_not_taken_for_checkpoints(tmp_path):
         torch.save(content, tmp_path / "x.pth.tar")
         with pytest.raises(UserError, match="is not a checkpoint of this network"):
             checkpoints.load_checkpoint(tmp_path / "x.pth.tar")
+
+
+def test_the_page_on_params_json_is_what_params_py_says():
+    assert table() in (ROOT / "docs" / "PARAMS.md").read_text()
+
+
+def test_links_of_the_pages_lead_somewhere():
+    for page in (
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/*.md"),
+        ROOT / "data" / "README.md",
+        ROOT / "benchmarks" / "RESULTS.md",
+    ):
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
 def test_licence_and_version_are_the_same_wherever_they_stand():
