@@ -27,12 +27,12 @@ from tqdm import tqdm
 from model import UserError, cores, refuse_irregular
 from model.parallel import shard
 from model.sample import draw_sample
-from model.transforms import Augmentation, squash, squashed
+from model.transforms import Augmentation, resize_tag, squash, squashed
 from model.voc import CLASS_NAMES, VOID
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 AT_ONCE = 256  # examples in the host's memory while a split is decoded or sent to a GPU
-CACHE_VERSION = 1  # part of every cache's name: raise it when the same files would give other bytes
+CACHE_VERSION = 1  # part of every cache's name: raise it when files are decoded otherwise; resizing has its own tag
 
 
 def data_root(dataset: str, data_dir: str | Path) -> Path:
@@ -372,7 +372,7 @@ class SegmentationDataset(Dataset):
 def _cached(dataset: SegmentationDataset) -> Path:
     """The cache file of a data set, built now unless one of the same files, size and classes is there."""
     split, size = dataset.split, dataset.image_size
-    digest = hashlib.sha256(repr((CACHE_VERSION, size, len(dataset.class_names))).encode())
+    digest = hashlib.sha256(repr((CACHE_VERSION, resize_tag(size), len(dataset.class_names))).encode())
     for path in [*split.images, *(split.masks or [])]:
         with suppress(OSError):  # a link to nowhere, which decoding will name
             status = path.stat()

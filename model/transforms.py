@@ -1,8 +1,10 @@
 """From a decoded photo to what the network reads, and the joint augmentation of photo and mask."""
 
+import hashlib
 from collections.abc import Sequence
 from functools import cache
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -21,6 +23,14 @@ def squash(image: Image.Image, mask: Image.Image | None, image_size: int) -> tup
     size = (image_size, image_size)
     image = image.resize(size, Image.Resampling.BILINEAR)
     return image, None if mask is None else mask.resize(size, Image.Resampling.NEAREST)
+
+
+@cache
+def resize_tag(image_size: int) -> str:
+    """Return a digest of what squash() makes of noise, so that a cache of photos resized in another way has another."""
+    rng = np.random.default_rng(0)
+    photo, mask = (Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)) for shape in ((37, 53, 3), (37, 53)))
+    return hashlib.sha256(b"".join(part.tobytes() for part in squash(photo, mask, image_size))).hexdigest()
 
 
 def squashed(photos: Sequence[Image.Image], sizes: Sequence[int]) -> list[Tensor]:
