@@ -21,7 +21,7 @@ from conftest import ROOT, make_data
 from PIL import EpsImagePlugin, Image
 from torch import Tensor
 
-from model import UserError, data_loader, refuse_irregular
+from model import UserError, data_loader, refuse_irregular, transforms
 from model.data_loader import (
     DeviceLoader,
     EpochSampler,
@@ -646,6 +646,24 @@ def test_cache_follows_the_image_size(data):
     load(data)
     larger = load(data, image_size=48)
     assert arrays(larger)[0].shape == (6, 3, 48, 48) and same(larger, load(data, image_size=48, cache=False))
+
+
+@pytest.mark.parametrize("part", [0, 1], ids=["photo", "mask"])
+def test_cache_follows_a_change_of_resizing_by_itself(data, monkeypatch, part):
+    """Whoever changes how photos or masks are resized need not think of the cache."""
+    before, squash = arrays(load(data)), transforms.squash
+
+    def changed(image, mask, size):
+        result = list(squash(image, mask, size))
+        result[part] = result[part] and result[part].transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+        return tuple(result)
+
+    for module in (transforms, data_loader):
+        monkeypatch.setattr(module, "squash", changed)
+    transforms.resize_tag.cache_clear()
+    after = arrays(load(data))
+    transforms.resize_tag.cache_clear()
+    assert torch.equal(after[part], before[part].flip(-2)) and torch.equal(after[1 - part], before[1 - part])
 
 
 def test_cache_does_not_hide_labels_above_fewer_classes(data):
