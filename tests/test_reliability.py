@@ -286,14 +286,12 @@ def shell(words: str, experiment: Path, data: Path) -> subprocess.CompletedProce
     )
 
 
-@pytest.mark.parametrize(
-    "words", ["train | head -1", "train 2>&-", "train >&-", "train > /dev/full", "train <&- 2>&- >&-"]
-)
+@pytest.mark.parametrize("words", ["train | head -1", "train > /dev/full", "train <&- 2>&- >&-"])
 def test_a_run_goes_on_without_anybody_to_speak_to(tmp_path, data, words):
-    experiment = make_experiment(tmp_path / "run", num_epochs=2)
+    experiment = make_experiment(tmp_path / "run", num_epochs=1)
     result = shell(words, experiment, data)
     assert (result.returncode, result.stderr) == (0, "")
-    assert "trained 2 of 2 epochs" in (experiment / "train.log").read_text()
+    assert "trained 1 of 1 epochs" in (experiment / "train.log").read_text()
 
 
 def test_a_table_that_nobody_reads_is_no_error(straight):
