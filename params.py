@@ -108,7 +108,9 @@ class Params:
         "terms of the loss; replaces the default as a whole. In `balanced_cross_entropy` a pixel of a class with n "
         "pixels in the batch weighs 1/√n",
     )
-    focal_gamma: float = _number(2.0, "of at least 0", lambda v: v >= 0, "how little well-classified pixels count")
+    focal_gamma: float = _number(
+        2.0, "from 0 to 100", lambda v: 0 <= v <= 100, "how little well-classified pixels count"
+    )
     optimizer: str = _one_of("sgd", "adamw", meaning="SGD with momentum, or AdamW")
     momentum: float = _number(0.99, "from 0 to below 1", lambda v: 0 <= v < 1, "SGD's")
     weight_decay: float = _number(0.0005, "of at least 0", lambda v: v >= 0, "of all weights")

@@ -170,11 +170,11 @@ def run(params: Params, device: torch.device, args: argparse.Namespace) -> None:
         with distributed.together():
             training.load_state_dict(checkpoint, file)
     if training.finished:
-        mend_finished(training, args.model_dir)
+        mend_finished(training, file, args.model_dir)
         say_finished(training.finished, args)
         return
     sizes = f"{len(train_split.ids)} images of {params.train_split}, {len(val_split.ids)} of val"
-    outputs = open_outputs(training, args, sizes=sizes, fresh_layers=fresh_layers, resumed=checkpoint, file=file)
+    outputs = open_outputs(training, args, sizes=sizes, fresh_layers=fresh_layers, checkpoint=checkpoint, file=file)
     with stopping_together():
         train(training, train_loader, val_loader, outputs)
 

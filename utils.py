@@ -168,7 +168,6 @@ class Lock:
 
 def lock(path: Path, *, patience: float = 0.0) -> Lock | None:
     """Lock a file, made if need be; None if another process holds it for patience seconds."""
-
     deadline = time.monotonic() + patience
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -188,7 +187,6 @@ def lock(path: Path, *, patience: float = 0.0) -> Lock | None:
 
 def is_locked(path: Path) -> bool:
     """Whether some process holds the lock; writes nothing."""
-
     try:
         with open(path, "rb") as stream:
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -275,5 +273,5 @@ def set_logger(log_file: Path) -> None:
     logger.addHandler(_Terminal(sys.stdout))
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0][:160]

@@ -67,11 +67,11 @@ def make_step(training: Training, batch_size: int) -> Callable:
     labels = torch.randint(params.num_classes, (count, *shape), dtype=torch.uint8).to(device)
     criterion = SegmentationLoss(**params.loss_options(), over_processes=True)
 
-    def step(*, last_of_group: bool = True) -> float:
+    def step(*, ends_group: bool = True) -> float:
         start = time.perf_counter()
-        with training.sharded(batch_size, ends_group=last_of_group), autocast(device, params.precision):
+        with training.sharded(batch_size, ends_group=ends_group), autocast(device, params.precision):
             logits = training.forward(to_input(images, device, **params.input_options()))
-        training.step(criterion(logits, labels), ends_group=last_of_group)
+        training.step(criterion(logits, labels), ends_group=ends_group)
         if device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
@@ -93,10 +93,10 @@ class Messages(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def traffic(step: Callable, *, last_of_group: bool) -> tuple[int, int]:
+def traffic(step: Callable, *, ends_group: bool) -> tuple[int, int]:
     """Messages and bytes that this process gives away in a step; those of gradients with the last of a group only."""
     with Messages() as messages:
-        step(ends_group=last_of_group)
+        step(ends_group=ends_group)
     return len(messages.bytes), sum(messages.bytes)
 
 

@@ -16,7 +16,7 @@ from model import UserError, refuse_irregular
 from model.data_loader import class_names, default_class_names, listed_class_names, names_file
 from model.net import FCN_GCN, class_count, is_of_score_layer, without_unused
 from params import ARCHITECTURE, Params
-from utils import _first_line, is_out_of_memory, replacing
+from utils import first_line, is_out_of_memory, replacing
 
 
 def save_checkpoint(state: dict[str, Any], path: Path) -> None:
@@ -59,12 +59,12 @@ def load_checkpoint(
         raise UserError(f"no checkpoint {path}; in this folder: {', '.join(found) or 'none'}") from None
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path} is refused: damaged, or holds more than tensors and plain values ({_first_line(error)}){others}"
+            f"{path} is refused: damaged, or holds more than tensors and plain values ({first_line(error)}){others}"
         ) from None
     except Exception as error:  # whatever torch.load makes of other bytes: RuntimeError, EOFError, KeyError, ...
         if is_out_of_memory(error):
             raise
-        raise UserError(f"{path} is damaged or unreadable ({_first_line(error)}){others}") from None
+        raise UserError(f"{path} is damaged or unreadable ({first_line(error)}){others}") from None
     return checked(checkpoint, path, others)
 
 
@@ -87,7 +87,6 @@ def checked(checkpoint: Any, path: Path, others: str = "") -> dict[str, Any]:
 
 
 def _are_tensors(value: Any) -> bool:
-
     return isinstance(value, dict) and all(
         isinstance(name, str)
         and isinstance(tensor, torch.Tensor)

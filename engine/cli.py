@@ -18,7 +18,7 @@ from typing import Any
 
 from engine import ranks
 from model import UserError
-from utils import RunFailed, _first_line, discard, is_out_of_memory, say
+from utils import RunFailed, discard, first_line, is_out_of_memory, say
 
 
 class Terminated(KeyboardInterrupt):
@@ -83,7 +83,7 @@ def run_main(main: Callable[[], int | None], *, shared: bool = False) -> int:
         if is_out_of_memory(error):
             status, message = 2, OUT_OF_MEMORY
         elif "DataLoader worker" in str(error):
-            status, message = 1, f'a loader process died ({_first_line(error)}); lower "num_workers" if memory is short'
+            status, message = 1, f'a loader process died ({first_line(error)}); lower "num_workers" if memory is short'
         else:
             raise
     if ranks.is_main() or not common:

@@ -112,7 +112,6 @@ def _store() -> dist.Store:
 
 
 def _own_device(name: str) -> torch.device:
-
     with together():
         device = pick_device(name)
         if device.type == "cuda":

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,9 +22,6 @@ from model.transforms import to_input
 from params import Params
 from utils import save_figure, save_picture, write_history, write_json
 from visualize import comparison, training_curves
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 LINE_INTERVAL = 30.0  # seconds at least between two lines about an epoch, where no progress bar is drawn
 DRAWING_INTERVAL = 10.0  # seconds between two drawings of curves.png, or short epochs would wait for it
@@ -50,7 +46,7 @@ class EpochProgress:
     def __exit__(self, *error: object) -> None:
         self.bar.close()
 
-    def update(self, images: int, losses: "Tensor") -> None:
+    def update(self, images: int, losses: torch.Tensor) -> None:
         """Count a batch; losses has one value per step so far, and is read only where it is shown."""
         if self.bar.update(images):
             self.bar.set_postfix(loss=f"{losses.mean():.4f}", refresh=False)

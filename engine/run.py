@@ -7,7 +7,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -31,7 +31,7 @@ from params import Params
 from utils import best_epoch, is_out_of_memory, read_history, read_json, say, set_logger, write_json
 
 # What a run writes before its first checkpoint.
-FIRST_EPOCH = {
+FIRST_EPOCH_OUTPUTS = {
     *("run.json", "train.log", "trial.json", "history.jsonl", "samples.png", "curves.png", "tensorboard"),
     *("metrics_val_last_weights.json", "metrics_val_best_weights.json"),
 }
@@ -84,6 +84,7 @@ def check_existing_run(args: argparse.Namespace, earlier: list[Path]) -> None:
 def take_folder(params: Params, args: argparse.Namespace, held: ExitStack) -> str:
     """Hold model_dir for this run, and let the flags say how to begin there. Returns why all is done already, or "".
 
+    Sets args.restore_file, args.init_from and args.overwrite to what --resume, or a restart by torchrun, comes to.
     Raises UserError for a folder that another train.py works in, or with which the flags do not say what to do.
     """
     restarted = is_restart(args)
@@ -137,8 +138,8 @@ def resume_or_start(params: Params, args: argparse.Namespace) -> None:
             f"{args.model_dir} holds {epochs} epochs and no last.pth.tar to continue from; start over with "
             "--overwrite, or from the weights of its best.pth.tar with --init_from, in another --model_dir"
         )
-    if "run.json" in left and left <= FIRST_EPOCH:
-        args.overwrite = True
+    if left <= FIRST_EPOCH_OUTPUTS and (left <= {"train.log", "trial.json"} or "run.json" in left):
+        args.overwrite = bool(left)
 
 
 def say_finished(reason: str, args: argparse.Namespace) -> None:
@@ -261,12 +262,12 @@ def open_outputs(
     *,
     sizes: str,
     fresh_layers: str,
-    resumed: dict | None,
+    checkpoint: dict | None,
     file: Path | None,
 ) -> EpochOutputs:
     """Begin the log and run.json of a run that is about to train, in rank 0, and return what writes its epochs.
 
-    resumed is the checkpoint that the run goes on from, if any, and file where it lies.
+    checkpoint is what the run goes on from, if anything, and file where it lies.
     """
     outputs = EpochOutputs(args.model_dir)
     if not ranks.is_main():
@@ -277,30 +278,41 @@ def open_outputs(
     for path in unfinished_files(args.model_dir):
         path.unlink()
     set_logger(args.model_dir / "train.log")
-    write_provenance(args.model_dir, device, params, args.data_dir, resumed=resumed is not None)
+    write_provenance(args.model_dir, device, params, args.data_dir, resumed=checkpoint is not None)
     logging.info(f"{args.model_dir}: {sizes}, on {device_summary(device)} in {params.precision}")
     if params.num_channels is not None:
         logging.info('"num_channels" is accepted for old params.json files; this network has no use for it')
     if fresh_layers:
         logging.info(f"{args.init_from} has another number of classes; these layers start afresh: {fresh_layers}")
-    if resumed:
-        restore_outputs(outputs, training, resumed, file)
+    if checkpoint:
+        restore_outputs(outputs, training, checkpoint, file)
     if args.tensorboard:
         outputs.tracker = TensorBoard(args.model_dir, epoch=training.epoch)
     return outputs
 
 
-def mend_finished(training: Training, model_dir: Path) -> None:
-    """Write, in rank 0, what a finished run lacks that was cut short after its last epoch: best.pth.tar."""
-    best = model_dir / "best.pth.tar"
-    if not ranks.is_main():
+def mend_finished(training: Training, file: Path, model_dir: Path) -> None:
+    """Write, in rank 0, what a finished run lacks that was cut short after its last epoch; a sound one stays as it is.
+
+    file is the checkpoint that was loaded; from another than last.pth.tar nothing is written.
+    """
+    if not ranks.is_main() or file.name != "last.pth.tar":
         return
     for path in unfinished_files(model_dir):
         path.unlink()
-    if training.is_best and not (best.exists() and load_checkpoint(best).get("epoch") == training.epoch):
-        outputs = EpochOutputs(model_dir)
+    outputs = EpochOutputs(model_dir)
+    if not _holds(lambda: read_history(model_dir) == training.history):
         outputs.write_metrics(training)
+    if training.is_best and not _holds(lambda: load_checkpoint(model_dir / "best.pth.tar")["epoch"] == training.epoch):
         outputs.save_best(training)
+
+
+def _holds(condition: Callable[[], bool]) -> bool:
+    """Whether a condition holds; it does not where the file that it is about is absent or damaged."""
+    try:
+        return condition()
+    except (UserError, KeyError):
+        return False
 
 
 def restore_outputs(outputs: EpochOutputs, training: Training, checkpoint: dict, file: Path) -> None:

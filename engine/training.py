@@ -18,7 +18,7 @@ from engine.folders import why_finished
 from model import UserError
 from model.parallel import copy_to_all, shard, synchronize_batch_norm
 from params import ARCHITECTURE, Params
-from utils import RunFailed, is_number, is_out_of_memory
+from utils import RunFailed, epoch_score, is_number, is_out_of_memory
 
 RESUME_NEEDS = (*ARCHITECTURE, "normalize", "optimizer", "dataset")  # as they were
 
@@ -177,9 +177,6 @@ class Training:
     def end_epoch(self, train_metrics: dict, val_metrics: dict, *, seconds: float, images_per_second: float) -> None:
         """Add an epoch to the history, and note whether it is the best one."""
         self.epoch += 1
-        score = val_metrics["mIoU"] or 0.0
-        if score > self.best_mIoU:
-            self.best_epoch, self.best_mIoU = self.epoch, score
         record = {
             "epoch": self.epoch,
             "train": scalars(train_metrics),
@@ -189,6 +186,8 @@ class Training:
             "images_per_second": round(images_per_second, 2),
         }
         self.history.append(record)
+        if epoch_score(record) > self.best_mIoU:
+            self.best_epoch, self.best_mIoU = self.epoch, epoch_score(record)
         self.metrics["last"] = {"epoch": self.epoch, **val_metrics}
         if self.is_best:
             self.metrics["best"] = self.metrics["last"]
@@ -276,7 +275,7 @@ class Training:
                 "weights, or what the optimizer knows of them, are not finite: the run has diverged; start anew with a "
                 'lower "learning_rate" or with "clip_grad_norm"'
             )
-        if self.ema is not None and state["ema_state_dict"] is not None:
+        if self.ema is not None and state.get("ema_state_dict") is not None:
             self.ema_updates = int(state["ema_updates"])
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
@@ -323,7 +322,12 @@ def build_optimizer(model: nn.Module, params: Params) -> torch.optim.Optimizer:
     options = {"lr": params.learning_rate, "weight_decay": params.weight_decay, "fused": True}
     if params.optimizer == "adamw":
         return torch.optim.AdamW(model.parameters(), **options)
-    return torch.optim.SGD(model.parameters(), momentum=params.momentum, **options)
+    optimizer = torch.optim.SGD(model.parameters(), momentum=params.momentum, **options)
+    if params.momentum and params.precision == "fp16":
+        # PyTorch makes the buffers in the first step and fills them there, unless the scaler skips that step.
+        for weight in model.parameters():
+            optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+    return optimizer
 
 
 SCHEDULES = {  # what the learning rate is multiplied by, of the share of the steps after the warm-up that is done
@@ -338,4 +342,4 @@ def learning_rate_at(step: int, params: Params, steps_per_epoch: int) -> float:
     warmup, steps = params.warmup_epochs * steps_per_epoch, params.num_epochs * steps_per_epoch
     if step < warmup:
         return params.learning_rate * (step + 1) / (warmup + 1)
-    return params.learning_rate * SCHEDULES[params.schedule]((step - warmup) / (steps - warmup))
+    return params.learning_rate * SCHEDULES[params.schedule](min(1, (step - warmup) / (steps - warmup)))

@@ -107,7 +107,7 @@ class Focal:
     """Mean over pixels of (1 - q)^gamma (-log q), q = softmax(x) at the label (Lin et al., arXiv 1708.02002, eq. 4)."""
 
     def __init__(self, gamma: float = 2.0):
-        self.gamma = gamma
+        self.gamma = float(gamma)
 
     def sums(self, batch: Batch) -> dict[str, Tensor]:
         wrong = -torch.expm1(-batch.cross_entropy)  # 1 - q, without the loss of digits
@@ -178,7 +178,9 @@ class SegmentationLoss(nn.Module):
         super().__init__()
         if unknown := set(weights) - set(TERMS):
             raise UserError(f"unknown loss terms {sorted(unknown)}; allowed: {', '.join(TERMS)}")
-        self.weights = {term: weights[term] for term in TERMS if weights.get(term)}
+        if unknown := [key for key in constants if not any(key.startswith(f"{term}_") for term in TERMS)]:
+            raise TypeError(f"no term of the loss takes {', '.join(unknown)}")
+        self.weights = {term: float(weights[term]) for term in TERMS if weights.get(term)}
         self.terms = {term: TERMS[term](**_constants_of(term, constants)) for term in self.weights}
         self.over_processes = over_processes
 

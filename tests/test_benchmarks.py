@@ -1,11 +1,13 @@
 """Both sides of the benchmarks compute the same, or their times could not be compared."""
 
 import copy
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_data, run_script
+from conftest import ROOT, make_data, run_script
 from PIL import Image
 
 from benchmarks import baseline, roofline
@@ -98,3 +100,11 @@ def test_the_benchmark_prints_its_tables():
         "operation by operation",
     ):
         assert row in stdout
+
+
+@pytest.mark.slow
+def test_the_scaling_table_is_printed():
+    flags = ("--steps", 1, "--repeats", 1, "--image_size", 32, "--batch_size", 4, "--device", "cpu")
+    command = [sys.executable, ROOT / "benchmarks" / "scaling.py", *map(str, flags)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0 and "1 process" in result.stdout, result.stderr

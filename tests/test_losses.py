@@ -142,6 +142,12 @@ def test_params_json_knows_every_term_and_its_constants():
         assert getattr(changed.terms[term], keyword) == 3.5
 
 
+def test_a_constant_that_no_term_takes_is_an_error():
+    for name in ("over_proceses", "gamma", "focal_gama"):
+        with pytest.raises(TypeError, match=name.removeprefix("focal_")):
+            SegmentationLoss({"focal": 1.0}, **{name: 3})
+
+
 def test_focal_with_gamma_0_is_the_cross_entropy():
     logits, labels = example(3, void=0.1)
     focal = SegmentationLoss({"focal": 1.0}, focal_gamma=0)(logits, labels)

@@ -407,6 +407,16 @@ def test_a_single_value_that_is_not_finite_is_seen(value):
         assert not training.is_finite()
 
 
+def test_a_first_step_that_is_skipped_leaves_momentum_of_zero():
+    """As in half precision, whose first scale may be too high; PyTorch would leave the buffer as memory was."""
+    for attempt in range(20):
+        network = torch.nn.Conv2d(3, 64 + attempt, 3)
+        training = Training(network, Params(precision="fp16"), steps_per_epoch=1)
+        training.step(network(torch.rand(1, 3, 9, 9)).sum() * float("inf"), ends_group=True)
+        buffers = [state["momentum_buffer"] for state in training.optimizer.state.values()]
+        assert len(buffers) == 2 and not any(buffer.any() for buffer in buffers)
+
+
 def test_an_optimizer_that_has_overflowed_is_never_saved(data, tmp_path):
     """AdamW's mean of squared gradients does, while the loss and the weights are finite."""
     experiment = make_experiment(tmp_path / "run", loss_weights={"bce": 1e30}, optimizer="adamw", num_epochs=1)
