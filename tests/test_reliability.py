@@ -373,10 +373,10 @@ def test_out_of_memory_leaves_an_earlier_run_as_it_is(straight, tmp_path):
     experiment, data = straight
     cut = tmp_path / "run"
     shutil.copytree(experiment, cut)
-    (cut / "last.pth.tar").unlink()
+    (cut / "last.pth.tar").rename(cut / "earlier.pth.tar")
     (cut / "params.json").write_text(json.dumps(TINY | EVERYTHING | {"num_epochs": 9, "image_size": 2000}))
     before = {path.name for path in cut.iterdir()}
-    process = start(cut, data, "--device", "cpu", "--restore_file", "best", limits="-v 6500000")
+    process = start(cut, data, "--device", "cpu", "--restore_file", "earlier", limits="-v 6500000")
     _, stderr = process.communicate()
     assert process.returncode == 2 and "out of memory" in stderr and stderr.count("\n") == 1
     assert {path.name for path in cut.iterdir()} == before
