@@ -260,8 +260,8 @@ def write_lists(data_dir: Path, shares: list[float], seed: int, group: str | Non
     _refuse_unreadable_names(images, ids)
     groups = [[id_] for id_ in ids] if group is None else grouped(ids, group)
     parts = deal(groups, shares, seed)
-    empty = [name for name, share in zip(SPLITS, shares, strict=True) if not parts[name] and (share and group)]
-    if empty or not (parts["train"] and parts["val"]):
+    filled = SPLITS if shares[2] and group is not None else SPLITS[:2]
+    if empty := [name for name in filled if not parts[name]]:
         if group is None:
             raise UserError(f"{len(ids)} photos of {images} have a mask in {masks}: too few for train and val")
         raise UserError(

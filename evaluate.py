@@ -234,8 +234,8 @@ def table(metrics: dict) -> str:
     columns = {title: metrics[key] for title, key in columns.items() if key in metrics}
     rows = [(table_text(name), *(column[name] for column in columns.values())) for name in metrics["IoU"]]
     overall = [(key, value) for key, value in metrics.items() if isinstance(value, float)]
-    names_stay = {"disable_numparse": [0]}  # also those that look like numbers
-    options = {"tablefmt": "pipe", "floatfmt": ".4f", "missingval": "-", **names_stay}
+    options = {"tablefmt": "pipe", "floatfmt": ".4f", "missingval": "-"}
+    options["disable_numparse"] = [0]  # names stay, also those that look like numbers
     classes = tabulate(rows, headers=("class", *columns), **options)
     return f"{classes}\n\n{tabulate(overall, headers=('metric', 'value'), **options)}"
 

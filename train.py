@@ -170,7 +170,8 @@ def run(params: Params, device: torch.device, args: argparse.Namespace) -> None:
         with distributed.together():
             training.load_state_dict(checkpoint, file)
     if training.finished:
-        mend_finished(training, file, args.model_dir)
+        with distributed.together():
+            mend_finished(training, file, args.model_dir)
         say_finished(training.finished, args)
         return
     sizes = f"{len(train_split.ids)} images of {params.train_split}, {len(val_split.ids)} of val"

@@ -274,4 +274,5 @@ def set_logger(log_file: Path) -> None:
 
 
 def first_line(error: Exception) -> str:
+    """The first line of what an error says, cut short."""
     return str(error).strip().split("\n")[0][:160]

@@ -30,11 +30,12 @@ from model.data_loader import Split
 from params import Params
 from utils import best_epoch, is_out_of_memory, read_history, read_json, say, set_logger, write_json
 
-# What a run writes before its first checkpoint.
-FIRST_EPOCH_OUTPUTS = {
-    *("run.json", "train.log", "trial.json", "history.jsonl", "samples.png", "curves.png", "tensorboard"),
+# What train.py writes whole or not at all, beside the checkpoints; and all that is there before the first of those.
+WHOLE_FILES = (
+    *("run.json", "history.jsonl", "samples.png", "curves.png"),
     *("metrics_val_last_weights.json", "metrics_val_best_weights.json"),
-}
+)
+FIRST_EPOCH_OUTPUTS = {*WHOLE_FILES, "train.log", "trial.json", "tensorboard"}
 
 
 def provenance(device: torch.device, params: Params, data_dir: Path) -> dict[str, Any]:
@@ -87,14 +88,16 @@ def take_folder(params: Params, args: argparse.Namespace, held: ExitStack) -> st
     Sets args.restore_file, args.init_from and args.overwrite to what --resume, or a restart by torchrun, comes to.
     Raises UserError for a folder that another train.py works in, or with which the flags do not say what to do.
     """
-    restarted = is_restart(args)
-    if not (args.resume or restarted):
+    going_on = args.resume or is_restart(args)
+    if not going_on:
         check_existing_run(args, existing_outputs(args.model_dir))
     held.enter_context(sole_run(args.model_dir))
-    if args.resume or restarted:
-        resume_or_start(params, args)
-    if args.restore_file == "last" and (finished := finished_without_last(params, args.model_dir)):
+    resuming = going_on or args.restore_file == "last"
+    if resuming and (finished := finished_without_last(params, args.model_dir)):
+        args.restore_file, args.init_from, args.overwrite = "last", None, False
         return finished
+    if going_on:
+        resume_or_start(args)
     check_existing_run(args, existing_outputs(args.model_dir))  # again: another run may have ended just before
     return ""
 
@@ -123,12 +126,12 @@ def finished_without_last(params: Params, model_dir: Path) -> str:
     return why_finished(len(history), number, params) if load_checkpoint(best).get("epoch") == number else ""
 
 
-def resume_or_start(params: Params, args: argparse.Namespace) -> None:
+def resume_or_start(args: argparse.Namespace) -> None:
     """Let the flags go on from last.pth.tar, or else start over what a run killed in its first epoch has left.
 
     Raises UserError where a start would delete more than that.
     """
-    if (args.model_dir / "last.pth.tar").exists() or finished_without_last(params, args.model_dir):
+    if (args.model_dir / "last.pth.tar").exists():
         args.restore_file, args.init_from, args.overwrite = "last", None, False
         return
     left = {path.relative_to(args.model_dir).parts[0] for path in existing_outputs(args.model_dir)}
@@ -203,10 +206,7 @@ def check_same_lists(train_split: Split, val_split: Split) -> None:
 
 def unfinished_files(model_dir: Path) -> list[Path]:
     """What a run that was killed had begun to write."""
-    names = (
-        *("last.pth.tar", "best.pth.tar", "history.jsonl", "run.json", "samples.png", "curves.png"),
-        "metrics_val_*_weights.json",
-    )
+    names = (*WHOLE_FILES, "last.pth.tar", "best.pth.tar")
     return [path for name in names for path in model_dir.glob(f".{name}.*.tmp")]
 
 

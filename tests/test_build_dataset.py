@@ -708,8 +708,8 @@ def test_a_few_videos_are_enough_for_three_lists(count, dealt, seed):
     [
         ("([", "is not a regular expression: unterminated character set"),
         (r"([a-h])_", "does not match 'i_001', 'i_002', 'i_003', 'i_004', 'i_005' and 11 more"),
-        (r"_", "makes too few groups (1 of 80 photos): none is left for"),
-        ("", "makes too few groups (1 of 80 photos): none is left for"),
+        (r"_", "makes too few groups (1 of 80 photos): none is left for train and val; give"),
+        ("", "makes too few groups (1 of 80 photos): none is left for train and val; give"),
     ],
 )
 def test_a_group_that_cannot_be_is_refused_in_one_line(tmp_path, pattern, words):
