@@ -49,10 +49,10 @@ def existing_outputs(model_dir: Path) -> list[Path]:
 
 
 @contextmanager
-def sole_run(model_dir: Path) -> Iterator[None]:
-    """Hold the folder for one run. Raises UserError if another train.py is at work in it."""
-    if (held := lock(model_dir / RUN_LOCK, patience=LOCK_PATIENCE)) is None:
-        raise UserError(f"another train.py is at work in {model_dir}; wait for it, or stop it first")
+def sole_run(folder: Path, script: str = "train.py") -> Iterator[None]:
+    """Hold the folder of a run or a sweep. Raises UserError if another run of the script is at work in it."""
+    if (held := lock(folder / RUN_LOCK, patience=LOCK_PATIENCE)) is None:
+        raise UserError(f"another {script} is at work in {folder}; wait for it, or stop it first")
     try:
         yield
     finally:

@@ -1,0 +1,192 @@
+"""The coordinator of a sweep: Optuna's loop over an objective that runs one train.py."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from optuna import TrialPruned
+from optuna.trial import Trial
+
+from engine.folders import TRIAL_LOCKS
+from model import UserError, cores
+from params import Params
+from sweep.space import Values
+from sweep.study import NotRun, Study
+from utils import ROOT, Lock, RunFailed, best_epoch, epoch_score, lock, read_history, read_json, say, write_json
+
+POLL = 0.2  # seconds between two looks at a trial
+GRACE = 30.0  # seconds that a trial has to end by itself
+LOG_LINES = 5  # of a failed trial
+
+
+class TrialFailed(Exception):
+    """A trial that has ended without a score. Its arguments are lines that say why."""
+
+
+@dataclass
+class Coordinator:
+    """Runs the trials of a study, some at once."""
+
+    study: Study
+    data_dir: Path
+    jobs: int  # trials at once
+    gpus: list[str]  # to use, as CUDA_VISIBLE_DEVICES calls them, one per trial; [] for the CPU
+    cluster: Any  # a sweep.cluster.Cluster to run the trials on instead of this machine
+    prune_from: int | None  # the first epoch after which a trial may be pruned; 0: the first after its warm-up
+    signals: list[int] = field(default_factory=list)  # that asked the sweep to stop
+    error: OSError | None = None  # of the journal
+
+    def run(self) -> None:
+        """Run until no trial is left, or until a signal; a second one kills. Raises RunFailed for a full disk."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup asks for
+                signal.signal(number, lambda number, frame: self.signals.append(number))
+        while not self.signals and (left := self.study.left()):
+            with suppress(OSError):  # which is self.error
+                self.study.optimize(self.objective, left, jobs=min(self.jobs, left), catch=(TrialFailed, NotRun))
+            if self.error:
+                raise RunFailed(f"{self.study.parent_dir}/study.journal: {self.error}; the same command resumes")
+
+    def objective(self, trial: Trial) -> float:
+        """Run one trial and return its best score. Raises TrialFailed, TrialPruned or NotRun."""
+        try:
+            self.stop_if_asked()
+            name, values = self.study.begin(trial)
+            folder = self.study.parent_dir / name
+            try:
+                return self.run_trial(trial, folder, self.study.base | values)
+            except (TrialFailed, TrialPruned) as error:
+                state = "pruned" if isinstance(error, TrialPruned) else "failed"
+                reason = list(map(str, error.args))
+                say("\n    ".join([f"{name}: {state}, {reason[0]}", *reason[1:]]), sys.stdout)
+                trial.set_user_attr("reason", reason)
+                with suppress(OSError):  # the folder may be what is wrong
+                    write_json(folder / "trial.json", {"state": state, "reason": reason})
+                raise
+        except OSError as error:
+            self.error = error
+            raise
+
+    def stop_if_asked(self) -> None:
+        """Raise NotRun after a signal, or when the journal cannot be written."""
+        if self.signals or self.error:
+            self.study.study.stop()
+            raise NotRun
+
+    def run_trial(self, trial: Trial, folder: Path, params: Values) -> float:
+        """Train, resume, or count what is finished already."""
+        with ExitStack() as held:
+            try:
+                process = self.start(folder, params, held)
+            except (UserError, OSError) as error:
+                raise TrialFailed(error) from None
+            held.callback(self.end, process)
+            code = self.follow(trial, process, folder, Params.parse(params, folder))
+        history = history_of(folder)
+        if code or not history:
+            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+            log = (folder / "train.log").read_text(errors="replace").splitlines()
+            raise TrialFailed(how, *[line for line in log if line.strip()][-LOG_LINES:])
+        best = best_epoch(history)
+        say(f"{folder.name}: finished, best mIoU {epoch_score(best):.4f} at epoch {best['epoch']}", sys.stdout)
+        self.study.keep_pictures(trial, folder)
+        return epoch_score(best)
+
+    def start(self, folder: Path, params: Values, held: ExitStack) -> Any:
+        """Start train.py in a trial's folder; wait for one that a killed coordinator has left there, and for a GPU."""
+        refuse_other(folder, params)
+        locks = folder.parent / TRIAL_LOCKS
+        locks.mkdir(exist_ok=True)
+        folder.mkdir(exist_ok=True)
+        write_json(folder / "params.json", params)
+        (folder / "trial.json").unlink(missing_ok=True)
+        if self.cluster:
+            return self.cluster.start(folder, self.data_dir, locks / folder.name, jobs=self.jobs)
+        environment = {"OMP_NUM_THREADS": str(max(1, cores() // self.jobs)), **os.environ}
+        own = [wait_for_lock([locks / folder.name], held, self.stop_if_asked)]
+        if self.gpus:
+            files = {locks / re.sub(r"[^\w.-]", "-", f"gpu-{socket.gethostname()}-{gpu}"): gpu for gpu in self.gpus}
+            own.append(wait_for_lock(files, held, self.stop_if_asked))
+            environment["CUDA_VISIBLE_DEVICES"] = files[own[1].path]
+        return start_train(folder, self.data_dir, own, environment)
+
+    def follow(self, trial: Trial, process: Any, folder: Path, params: Params) -> int:
+        """Report every epoch until train.py has ended, and return its exit status. Raises NotRun and TrialPruned."""
+        reported, first = 0, self.prune_from or params.warmup_epochs + 1
+        while True:
+            code = process.poll()  # asked before its last epoch is read
+            epochs = history_of(folder)[reported:]
+            for epoch in epochs:
+                trial.report(epoch_score(epoch), reported := epoch["epoch"])
+                say(f"{folder.name}: epoch {reported}/{params.num_epochs}, mIoU {epoch_score(epoch):.4f}", sys.stdout)
+            if code is not None:
+                return code
+            self.stop_if_asked()
+            may_prune = self.prune_from is not None and epochs and first <= reported < params.num_epochs
+            if may_prune and trial.should_prune():
+                raise TrialPruned(f"mIoU below the median of the other trials after epoch {reported}")
+            time.sleep(POLL)
+
+    def end(self, process: Any) -> None:
+        """End a train.py that is still at work, and wait for that."""
+        if process.poll() is None:
+            process.terminate()
+        deadline = time.monotonic() + GRACE
+        while process.poll() is None:
+            if len(self.signals) > 1 or time.monotonic() > deadline:
+                process.kill()
+            time.sleep(POLL)
+
+
+def wait_for_lock(paths: Iterable[Path], held: ExitStack, check: Callable[[], None]) -> Lock:
+    """Hold the first of some locks that is free, however long that takes; check is called while waiting.
+
+    train.py inherits the lock and keeps it when whoever started it is killed, so that nobody starts another one in its
+    folder or on its GPU.
+    """
+    while True:
+        check()
+        for path in paths:
+            if found := lock(path):
+                held.callback(found.release)
+                return found
+        time.sleep(POLL)
+
+
+def start_train(folder: Path, data_dir: Path, own: list[Lock], environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Start train.py in a trial's folder, where it resumes from a checkpoint if there is one."""
+    command = [sys.executable, f"{ROOT}/train.py", "--resume", "--model_dir", str(folder), "--data_dir", str(data_dir)]
+    with open(folder / "train.log", "ab") as log:  # train.py itself writes there what it says on stdout
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=log,
+            env=environment,
+            pass_fds=[lock.descriptor for lock in own],
+            start_new_session=True,  # Ctrl-C is for the coordinator
+        )
+
+
+def refuse_other(folder: Path, params: Values) -> None:
+    """Raise UserError if the folder of a trial holds another experiment."""
+    file = folder / "params.json"
+    if file.exists() and read_json(file, if_absent="") != params:
+        raise UserError(f"{file} is not what base and search space say; move {folder} away")
+
+
+def history_of(folder: Path) -> list[dict[str, Any]]:
+    """Return the epochs of a trial so far. Raises TrialFailed for a damaged file."""
+    try:
+        return read_history(folder)
+    except (UserError, OSError) as error:
+        raise TrialFailed(error) from None

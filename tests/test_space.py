@@ -1,0 +1,246 @@
+"""Search spaces: what may be written, and which trials come of it."""
+
+import itertools
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+from model import UserError
+from params import Params
+from sweep.space import KINDS, RANGE, distributions, grid, read_spaces, trial_name
+from utils import ROOT
+
+
+def space_file(folder: Path, content) -> Path:
+    path = folder / "search_space.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("", "not valid JSON"),
+        ("[]", "must hold an object"),
+        ("{}", "must hold an object"),
+        ("[{}]", "must hold an object"),
+        ("3", "must hold an object"),
+        ({"learning_rat": [0.1]}, 'did you mean "learning_rate"?'),
+        ({"learning_rat": {"low": 0.1, "high": 1}}, 'did you mean "learning_rate"?'),
+        ({"learning_rate": 0.1}, "allowed: a list of values, or a range"),
+        ({"learning_rate": []}, "allowed: a list of values, or a range"),
+        ({"learning_rate": [0.1, 0.2, -1]}, '"learning_rate" is -1; allowed: a number above 0'),
+        ({"learning_rate": [0.1, 1e-1]}, "lists 0.1 twice"),
+        ({"optimizer": ["sgd", "adam"]}, '"optimizer" is "adam"'),
+        ({"optimizer": {"low": 1, "high": 2}}, '"optimizer" is 1'),
+        ({"augment": {"low": False, "high": True}}, RANGE),
+        ({"learning_rate": {"low": 0.1}}, RANGE),
+        ({"clip_grad_norm": {"low": None, "high": 1}}, RANGE),
+        ({"learning_rate": {"low": 0.1, "hihg": 1}}, RANGE),
+        ({"learning_rate": {"low": 1, "high": 0.1}}, RANGE),
+        ({"learning_rate": {"low": -1, "high": 0.1}}, '"learning_rate" is -1'),
+        ({"weight_decay": {"low": 0, "high": 0.1, "log": True}}, RANGE),
+        ({"weight_decay": {"low": 0, "high": 0.1, "log": "yes"}}, RANGE),
+        ({"weight_decay": {"low": 0, "high": 0.1, "step": 0}}, RANGE),
+        ({"weight_decay": {"low": 0, "high": 0.1, "step": 0.04}}, RANGE),
+        ({"weight_decay": {"low": 0, "high": 0.1, "step": 1e-300}}, RANGE),
+        ({"batch_size": {"low": 2, "high": 8, "step": 1.5}}, RANGE),
+        (
+            {"kernel_size": {"low": 3, "high": 15}},
+            '"kernel_size" is 4; allowed: an integer of at least 3 and at most 255 that is odd',
+        ),
+        ({"batch_size": [1, 0], "num_epochs": [0]}, '"num_epochs" is 0'),
+    ],
+)
+def test_a_faulty_search_space_is_refused(tmp_path, content, words):
+    path = space_file(tmp_path, content)
+    with pytest.raises(UserError) as error:
+        read_spaces(path)
+    assert words in str(error.value) and str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_without_a_search_space_the_error_shows_one(tmp_path):
+    with pytest.raises(UserError, match=r"no .*search_space\.json; a sweep has one, as \{\"learning_rate\""):
+        read_spaces(tmp_path / "search_space.json")
+
+
+def test_a_grid_has_every_combination_once(tmp_path):
+    path = space_file(tmp_path, {"batch_size": [4, 8], "learning_rate": [0.0001, 1e-3], "head": ["gcn"]})
+    trials = grid(read_spaces(path), {}, path)
+    assert list(trials) == [
+        f"learning_rate_{rate}__batch_size_{size}__head_gcn" for size in (4, 8) for rate in (0.0001, 0.001)
+    ]
+    combinations = [(values["learning_rate"], values["batch_size"]) for values in trials.values()]
+    assert combinations == [(rate, size) for size, rate in itertools.product((4, 8), (0.0001, 0.001))]
+
+
+def test_a_list_of_spaces_joins_their_grids(tmp_path):
+    path = space_file(tmp_path, [{"head": ["conv1x1"]}, {"kernel_size": [3, 5]}, {"kernel_size": [5, 7]}])
+    assert list(grid(read_spaces(path), {}, path)) == [
+        "head_conv1x1",
+        "kernel_size_3",
+        "kernel_size_5",
+        "kernel_size_7",
+    ]
+
+
+def test_a_name_in_a_space_begins_the_folders_of_its_trials(tmp_path):
+    spaces = [
+        {"name": "original", "optimizer": ["sgd"], "learning_rate": [0.001], "seed": [1, 2]},
+        {"name": "ours", "optimizer": ["adamw"]},
+        {"seed": [3]},
+    ]
+    path = space_file(tmp_path, spaces)
+    trials = grid(read_spaces(path), {}, path)
+    assert trials == {
+        "original__seed_1": {"optimizer": "sgd", "learning_rate": 0.001, "seed": 1},
+        "original__seed_2": {"optimizer": "sgd", "learning_rate": 0.001, "seed": 2},
+        "ours": {"optimizer": "adamw"},
+        "seed_3": {"seed": 3},
+    }
+    for refused, words in (
+        (lambda: distributions(read_spaces(path)[:1], {}, path), '"name" are for grids'),
+        (lambda: read_spaces(space_file(tmp_path, [{"name": "a/b", "seed": [1]}])), r'"name" is "a/b"; allowed'),
+        (lambda: read_spaces(space_file(tmp_path, [{"name": 3, "seed": [1]}])), r'"name" is 3; allowed'),
+        (lambda: read_spaces(space_file(tmp_path, [{"name": "ü", "seed": [1]}])), r'"name" is "\\u00fc"; allowed'),
+        (lambda: read_spaces(space_file(tmp_path, [{"name": "results.md", "seed": [1]}])), r'"results.md"; allowed'),
+        (lambda: read_spaces(space_file(tmp_path, [{"name": "alone"}])), "must hold an object"),
+        (
+            lambda: read_spaces(space_file(tmp_path, 2 * [{"name": "twice", "seed": [1]}])),
+            'two objects are called "twice"',
+        ),
+    ):
+        with pytest.raises(UserError, match=words):
+            refused()
+    path = space_file(tmp_path, [{"name": "a", "seed": [1, 2]}, {"name": "b", "seed": [2]}])
+    with pytest.raises(UserError, match="a__seed_2 and b are the same trial"):
+        grid(read_spaces(path), {}, path)
+
+
+def test_a_grid_holds_every_combination_against_the_base(tmp_path):
+    path = space_file(tmp_path, {"warmup_epochs": [1, 3], "num_epochs": [9, 3]})
+    with pytest.raises(UserError, match='num_epochs_3__warmup_epochs_3: "warmup_epochs" is 3'):
+        grid(read_spaces(path), {}, path)
+    with pytest.raises(UserError, match='"warmup_epochs" is 3'):
+        distributions(read_spaces(path), {}, path)
+    range_path = space_file(tmp_path, {"warmup_epochs": {"low": 0, "high": 40}})
+    with pytest.raises(UserError, match='"warmup_epochs" is 40'):
+        distributions(read_spaces(range_path), {}, range_path)
+
+
+def test_a_grid_takes_no_range_and_a_sampler_no_list_of_spaces(tmp_path):
+    path = space_file(tmp_path, {"learning_rate": {"low": 0.1, "high": 1}})
+    with pytest.raises(UserError, match="learning_rate is a range; list its values, or use --sampler"):
+        grid(read_spaces(path), {}, path)
+    path = space_file(tmp_path, [{"learning_rate": [1]}, {"momentum": [0.9]}])
+    with pytest.raises(UserError, match="--sampler random and tpe take one object"):
+        distributions(read_spaces(path), {}, path)
+
+
+def test_trials_that_would_share_a_folder_are_refused(tmp_path):
+    path = space_file(tmp_path, {"train_split": ["a b", "a-b"]})
+    with pytest.raises(UserError, match="share the folder train_split_a-b"):
+        grid(read_spaces(path), {}, path)
+
+
+def test_names_are_legible_stable_and_fit_a_file_system():
+    assert trial_name({"batch_size": 8, "learning_rate": 1e-3}) == trial_name({"learning_rate": 0.001, "batch_size": 8})
+    assert trial_name({"learning_rate": 0.00031415926535897}) == "learning_rate_0.000314159"
+    assert trial_name({"learning_rate": 0.12345678}) == "learning_rate_0.12345678"
+    assert trial_name({"learning_rate": 1.0, "augment": True, "clip_grad_norm": None}) == (
+        "learning_rate_1__augment_true__clip_grad_norm_null"
+    )
+    assert trial_name({"loss_weights": {"bce": 0.5, "dice": 1}}) == "loss_weights_bce_0.5+dice_1"
+    assert trial_name({"train_split": "straße/.."}) == "train_split_stra-e-.."
+    long = [trial_name({"train_split": "a" * 300 + end}, "a" * 60) for end in "xy"]
+    assert len(set(long)) == 2 and max(map(len, long)) < 200
+
+
+def test_ranges_and_lists_become_the_distributions_they_mean(tmp_path):
+    weights = {"cross_entropy": 1}
+    path = space_file(
+        tmp_path,
+        {
+            "learning_rate": {"low": 1e-5, "high": 0.1, "log": True},
+            "kernel_size": {"low": 3, "high": 15, "step": 2},
+            "optimizer": ["sgd", "adamw"],
+            "loss_weights": [weights, {"bce": 1}],
+        },
+    )
+    assert read_spaces(path)[0]["kernel_size"] == IntDistribution(3, 15, step=2)
+    assert distributions(read_spaces(path), {}, path) == {
+        "learning_rate": FloatDistribution(1e-5, 0.1, log=True),
+        "kernel_size": IntDistribution(3, 15, step=2),
+        "optimizer": CategoricalDistribution(["sgd", "adamw"]),
+        "loss_weights": CategoricalDistribution([json.dumps(weights), '{"bce": 1}']),
+    }
+
+
+@pytest.mark.parametrize("sweep", sorted(path.parent for path in (ROOT / "experiments").glob("*/search_space.json")))
+def test_the_ready_sweeps_are_sound(sweep):
+    base = json.loads((sweep / "params.json").read_text())
+    trials = grid(read_spaces(sweep / "search_space.json"), base, sweep)
+    names = {
+        "learning_rate": [f"learning_rate_{rate}" for rate in (0.0001, 0.001, 0.01)],
+        "paper_table1": ["head_conv1x1", *(f"kernel_size_{k}" for k in (3, 5, 7, 9, 11, 13, 15))],
+    }
+    assert list(trials) == names.get(sweep.name, list(trials))
+
+
+def differing(one: dict, other: dict) -> set[str]:
+    return {key for key in one if one[key] != other[key]}
+
+
+def test_the_recipe_sets_out_from_the_original():
+    sweep = ROOT / "experiments" / "recipe"
+    base = json.loads((sweep / "params.json").read_text())
+    trials = grid(read_spaces(sweep / "search_space.json"), base, sweep)
+    small = {"pretrained": False, "image_size": 112, "num_epochs": 10, "num_workers": 0}
+    for seed in (1, 2, 3):
+        params = Params.parse(base | trials[f"0_original__seed_{seed}"], sweep)
+        assert params == Params(**small, seed=seed), "every key is the default"
+    changes = ["stem_maxpool", "gcn_padding", "optimizer learning_rate weight_decay", "loss_weights", "batch_size"]
+    changes += ["schedule warmup_epochs", "zero_init_residual", "loss_weights", "augment"]
+    runs = {name: asdict(Params.parse(base | values, sweep)) for name, values in trials.items()}
+    rungs = [runs[name] for name in runs if name.endswith("__seed_1") and "_with_" not in name]
+    for change, before, after in zip(changes, rungs[:-1], rungs[1:], strict=True):
+        assert differing(before, after) == set(change.split())
+    side_steps = {
+        "8_with_learning_rate_x2": "learning_rate",
+        "9_with_constant_rate": "schedule warmup_epochs",
+        "9_with_ema": "ema_decay",
+        "9_with_trainaug": "train_split num_epochs warmup_epochs",
+        "9_with_raw_colours": "normalize",
+    }
+    for name, change in side_steps.items():
+        assert differing(rungs[int(name[0])], runs[f"{name}__seed_1"]) == set(change.split())
+    assert len(runs) == 3 * (len(rungs) + len(side_steps))
+    last = base | trials["9_augment__seed_1"] | {"num_epochs": 60}
+    best = Params.load(ROOT / "experiments" / "best" / "params.json")
+    assert replace(Params.parse(last, sweep), seed=best.seed, num_workers=best.num_workers) == best
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 99) | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["low", "high", "log", "step"]), inner),
+    max_leaves=6,
+)
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.sampled_from([*KINDS, "typo"]), json_values, min_size=1, max_size=3))
+def test_any_search_space_is_either_refused_or_usable(tmp_path_factory, space):
+    path = space_file(tmp_path_factory.mktemp("fuzz"), space)
+    try:
+        spaces = read_spaces(path)
+        distributions(spaces, {}, path)
+        trials = grid(spaces, {}, path)
+    except UserError:
+        return
+    assert all(Params.parse(values, name) for name, values in trials.items())
