@@ -155,7 +155,9 @@ class Study:
             if (values := trial.user_attrs.get("values")) is None:
                 values = {key: suggest(trial, key, distribution) for key, distribution in self.space.items()}
                 if self.name(values) in self.trials():
-                    self._enqueue(*self._draw(1))
+                    self._enqueue(*(other := self._draw(1)))
+                    if not other:
+                        self.study.stop()
                     raise NotRun
                 trial.set_user_attr("values", values)
         name = self.name(values)

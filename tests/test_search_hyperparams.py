@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY, make_data, run_script
-from optuna.trial import TrialState
 
-from sweep.study import Study, open_storage, trial_name
+from sweep.space import trial_name
+from sweep.study import Study
 from utils import is_locked, lock, read_history
 
 
@@ -140,47 +140,13 @@ def test_an_interrupt_ends_every_trial_and_the_same_command_goes_on(tmp_path, da
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130 and not train_processes(sweep)
-    assert stderr == "interrupted; trials stopped: 2; the same command goes on\n", stdout
+    assert stderr == "interrupted; the same command resumes the sweep\n", stdout
     assert not any(is_locked(path) for path in (sweep / ".locks").iterdir())
 
     assert "2 trials: 2 finished" in search(sweep, data_dir, "--jobs", 2).stdout
     for folder in folders:
         assert [epoch["epoch"] for epoch in read_history(folder)] == [1, 2, 3, 4, 5]
         assert logged(folder, "epoch 1/5") == 1 and logged(folder, "continuing after epoch [1-4]") == 1
-
-
-@pytest.mark.slow
-def test_two_processes_share_a_sweep_and_a_killed_trial_leaves_the_others(tmp_path, data_dir, postgresql):
-    sweep = make_sweep(tmp_path / "sweep", {"learning_rate": [0.1, 0.01, 0.001, 0.0001]})
-    storage = ("--storage", postgresql)
-    processes = [start(sweep, data_dir, *storage) for _ in range(2)]
-    victim = sweep / "learning_rate_0.1"
-    wait_until(lambda: logged(victim, "on cpu"))
-    for path in train_processes(victim):
-        os.kill(int(path.name), signal.SIGKILL)
-    outputs = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [1, 1]
-    for stdout, stderr in outputs:
-        assert stderr == "" and "4 trials: 3 finished, 1 failed" in stdout
-        assert "learning_rate_0.1: failed, killed by SIGKILL: " in stdout
-    said = "".join(stdout for stdout, _ in outputs)
-    for rate in (0.01, 0.001, 0.0001):
-        folder = sweep / f"learning_rate_{rate}"
-        assert logged(folder, "on cpu") == 1 and said.count(f"{folder.name}: finished") == 1
-    assert not (sweep / "study.journal").exists()
-
-
-def test_a_trial_that_was_given_to_another_process_is_stopped(tmp_path, data_dir, postgresql):
-    sweep = make_sweep(tmp_path / "sweep", {"learning_rate": [0.1]}, num_epochs=1000)
-    process = start(sweep, data_dir, "--storage", postgresql)
-    trial = sweep / "learning_rate_0.1"
-    wait_until(lambda: logged(trial, "epoch 1/1000"))
-    base = json.loads((sweep / "params.json").read_text())
-    other = Study(open_storage(sweep, postgresql), sweep, base, grid={trial.name: {"learning_rate": 0.1}}, shared=True)
-    other.finish(0, TrialState.FAIL)
-    wait_until(lambda: not train_processes(trial))
-    stdout, stderr = process.communicate(timeout=60)
-    assert f"{trial.name}: stopped, another process has taken it over" in stdout and stderr == ""
 
 
 def test_what_is_wrong_with_the_folder_of_a_trial_does_not_hinder_the_others(tmp_path, data_dir):
@@ -193,7 +159,7 @@ def test_what_is_wrong_with_the_folder_of_a_trial_does_not_hinder_the_others(tmp
     result = search(sweep, data_dir, check=1)
     held.release()
     assert "learning_rate_0.1: failed, [Errno " in result.stdout
-    assert f"learning_rate_0.01: failed, another train.py is at work in {busy}" in result.stdout
+    assert f"another train.py is at work in {busy}; wait for it, or stop it first" in result.stdout
     assert "3 trials: 1 finished, 2 failed" in result.stdout and (busy / "run.json").exists()
 
 
@@ -210,25 +176,80 @@ def test_results_without_a_last_checkpoint_are_taken_up_from_the_best_one(tmp_pa
     assert {path: path.read_bytes() for path in trial.iterdir()} == before
 
 
-def test_prune_ends_a_trial_below_the_median(tmp_path, data_dir):
-    sweep = make_sweep(tmp_path / "sweep", {"learning_rate": [1e-9, *range(1, 6)]}, num_epochs=30)
+def score_elsewhere(sweep: Path, data_dir: Path, rates: list[float], *, epochs: int, mIoU: float) -> None:
+    """Let trials of a grid have finished, each epoch with the same mIoU."""
     base = json.loads((sweep / "params.json").read_text())
-    names = {trial_name(values): values for rate in range(1, 6) for values in [{"learning_rate": rate}]}
-    for name in names:
+    names = {trial_name(values): values for values in ({"learning_rate": rate} for rate in rates)}
+    study = Study(sweep, base, {}, grid=names)
+
+    def objective(trial):
+        name, _ = study.begin(trial)
         (sweep / name).mkdir()
-    earlier = Study(open_storage(sweep, None), sweep, base, grid=names)
-    earlier.enqueue_missing()
-    for _ in names:
-        claim = earlier.claim()
-        for epoch in range(1, 31):
-            claim.trial.report(0.9, epoch)
-        earlier.finish(claim.trial.number, TrialState.COMPLETE, 0.9)
-    result = search(sweep, data_dir, "--prune")
+        for epoch in range(1, epochs + 1):
+            trial.report(mIoU, epoch)
+        return mIoU
+
+    study.optimize(objective, len(rates), jobs=1, catch=())
+
+
+@pytest.mark.parametrize("prune, warmup, first", [(["--prune"], 2, 3), (["--prune", 4], 0, 4)])
+def test_prune_ends_a_trial_below_the_median_but_not_before_its_first_epoch(tmp_path, data_dir, prune, warmup, first):
+    sweep = make_sweep(tmp_path / "sweep", {"learning_rate": [1e-9, *range(1, 6)]}, num_epochs=30, warmup_epochs=warmup)
+    score_elsewhere(sweep, data_dir, [*range(1, 6)], epochs=30, mIoU=0.9)
+    result = search(sweep, data_dir, *prune)
     hopeless = sweep / "learning_rate_1e-09"
-    assert f"{hopeless.name}: pruned after epoch " in result.stdout
+    words = "pruned, mIoU below the median of the other trials after epoch"
+    epoch = int(re.search(f"{hopeless.name}: {words} (.*)\n", result.stdout)[1])
+    assert first <= epoch <= len(read_history(hopeless)) < 30
     assert "6 trials: 5 finished, 1 pruned; best mIoU 0.9000" in result.stdout
-    assert 1 <= len(read_history(hopeless)) < 30
     assert json.loads((hopeless / "trial.json").read_text())["state"] == "pruned"
+
+
+def test_a_damaged_history_fails_its_trial_only(tmp_path, data_dir):
+    sweep = make_sweep(tmp_path / "sweep", {"learning_rate": [0.1, 0.01]})
+    search(sweep, data_dir)
+    damaged = sweep / "learning_rate_0.1"
+    (damaged / "history.jsonl").write_text("nonsense\n")
+    (damaged / "last.pth.tar").unlink()
+    (sweep / "study.journal").unlink()
+    result = search(sweep, data_dir, check=1)
+    assert f"{damaged.name}: failed, {damaged / 'history.jsonl'} is damaged" in result.stdout
+    assert "2 trials: 1 finished, 1 failed" in result.stdout and not train_processes(sweep)
+
+
+def test_a_second_start_is_refused_and_the_first_goes_on(tmp_path, data_dir):
+    sweep = make_sweep(tmp_path / "sweep", {"learning_rate": [0.1]}, num_epochs=1000)
+    process = start(sweep, data_dir)
+    wait_until(lambda: logged(sweep / "learning_rate_0.1", "epoch 1/1000"))
+    result = search(sweep, data_dir, check=2)
+    assert result.stderr == (
+        f"search_hyperparams.py: error: another search_hyperparams.py is at work in {sweep}; "
+        "wait for it, or stop it first\n"
+    )
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 143 and not train_processes(sweep)
+    assert "learning_rate_0.1: epoch 1/1000, mIoU 0." in stdout
+    assert stderr == "interrupted; the same command resumes the sweep\n"
+
+
+def test_the_gpu_of_a_trial_that_outlives_its_coordinator_is_not_used_by_another(tmp_path, data_dir):
+    sweep = make_sweep(tmp_path / "sweep", {"learning_rate": [0.1, 0.01]}, num_epochs=8)
+    process = start(sweep, data_dir, CUDA_VISIBLE_DEVICES="5")
+    first, second = (sweep / f"learning_rate_{rate}" for rate in (0.1, 0.01))
+    wait_until(lambda: logged(first, "epoch 2/8"))
+    process.kill()
+    process.communicate()
+    # The first trial is still at work, and now its turn comes after the second's.
+    (sweep / "search_space.json").write_text('{"learning_rate": [0.01, 0.1]}')
+    again = start(sweep, data_dir, CUDA_VISIBLE_DEVICES="5")
+    while again.poll() is None:
+        assert not (train_processes(first) and train_processes(second))
+        time.sleep(0.05)
+    assert "2 trials: 2 finished" in again.communicate()[0]
+    for trial in (first, second):
+        assert [epoch["epoch"] for epoch in read_history(trial)] == list(range(1, 9))
 
 
 # ---------------------------------------------------------------------------------------- mistakes, before any trial
@@ -243,7 +264,6 @@ def test_prune_ends_a_trial_below_the_median(tmp_path, data_dir):
         (["--jobs", "many"], "'many' is not a number of at least 1"),
         (["--sampler", "grit"], "invalid choice: 'grit'"),
         (["--jobs", 3], "--jobs 3: every trial has a GPU to itself, and there are 2; lower it"),
-        (["--storage", "nonsense"], "--storage: Could not parse SQLAlchemy URL"),
         (["--data_dir", "nowhere"], "no folder nowhere; say where the data set is with --data_dir"),
         (["--parent_dir", "nowhere"], "no nowhere/params.json"),
     ],
