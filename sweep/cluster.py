@@ -7,10 +7,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import ray
-from ray.exceptions import TaskCancelledError
+from ray.exceptions import RayError, TaskCancelledError
 
 from model import UserError
-from sweep.coordinator import start_train, wait_for_lock
+from sweep.coordinator import TrialFailed, start_train, wait_for_lock
 from utils import ROOT, first_line
 
 
@@ -62,6 +62,8 @@ class ClusterTrial:
             return ray.get(self.task) if ray.wait([self.task], timeout=0)[0] else None
         except TaskCancelledError:
             return -signal.SIGTERM
+        except RayError as error:
+            raise TrialFailed(str(error).strip().splitlines()[-1]) from None
 
     def terminate(self) -> None:
         """Ask train.py to end."""

@@ -5,15 +5,11 @@ import os
 import runpy
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -129,54 +125,6 @@ def voc2012() -> Path:
     if not VOC2012.is_dir():
         pytest.skip("no VOC2012 photos beside the repository")
     return VOC2012
-
-
-@contextmanager
-def running_postgresql(address: str = "127.0.0.1", *, inside: Sequence[str] = ()) -> Iterator[str]:
-    """A PostgreSQL of our own that trusts everybody; the URL of its databases but for their name.
-
-    Skips the test where it is not installed. inside is the beginning of a command that runs the rest somewhere else.
-    """
-    pytest.importorskip("psycopg2")
-    if not shutil.which("pg_ctl"):
-        pytest.skip("no PostgreSQL")
-    folder = Path(tempfile.mkdtemp(prefix="pg", dir="/tmp"))  # short, for its socket, and open to its user
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    user = ["runuser", "-u", "nobody", "--"] if os.getuid() == 0 else []  # it refuses to run as root
-    if user:
-        shutil.chown(folder, "nobody")
-    options = {"env": os.environ | {"LC_ALL": "C"}, "cwd": folder, "check": True, "stdout": subprocess.DEVNULL}
-    subprocess.run([*user, "initdb", "-D", folder / "data", "-U", "postgres", "--auth=trust"], **options)
-    with open(folder / "data" / "pg_hba.conf", "a") as rules:
-        rules.write("host all all samenet trust\n")
-    server = [*inside, *user, "pg_ctl", "-D", folder / "data", "-w", "-l", folder / "log"]
-    subprocess.run([*server, "-o", f"-h {address} -p {port} -k {folder} -F", "start"], **options)
-    try:
-        yield f"postgresql+psycopg2://postgres@{address}:{port}/"
-    finally:
-        subprocess.run([*server, "-m", "immediate", "stop"], **options)
-        shutil.rmtree(folder)
-
-
-@pytest.fixture(scope="session")
-def postgresql_server() -> Iterator[str]:
-    with running_postgresql() as url:
-        yield url
-
-
-@pytest.fixture
-def postgresql(postgresql_server: str) -> str:
-    """The URL of an empty database."""
-    import sqlalchemy
-
-    name = f"test{time.time_ns()}"
-    engine = sqlalchemy.create_engine(postgresql_server + "postgres", isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        connection.execute(sqlalchemy.text(f"create database {name}"))
-    engine.dispose()
-    return postgresql_server + name
 
 
 @pytest.fixture(scope="session")
