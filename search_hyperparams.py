@@ -99,7 +99,7 @@ def main(args: argparse.Namespace) -> int:
     with sole_run(args.parent_dir, "search_hyperparams.py"):
         for name, values in trials.items():
             refuse_other(args.parent_dir / name, base | values)
-        study = Study(args.parent_dir, base, space, grid=trials, n_trials=args.n_trials or 0, tpe=args.sampler == "tpe")
+        study = Study(args.parent_dir, base, space, trials, args.n_trials or 0, args.sampler == "tpe")
         sweep = Coordinator(study, args.data_dir, jobs, gpus, cluster, args.prune)
         sweep.run()
         if not sweep.signals:

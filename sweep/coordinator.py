@@ -28,7 +28,7 @@ GRACE = 30.0  # seconds that a trial has to end by itself
 LOG_LINES = 5  # of a failed trial
 
 
-class TrialFailed(Exception):
+class TrialFailed(UserError):
     """A trial that has ended without a score. Its arguments are lines that say why."""
 
 
@@ -43,7 +43,7 @@ class Coordinator:
     cluster: Any  # a sweep.cluster.Cluster to run the trials on instead of this machine
     prune_from: int | None  # the first epoch after which a trial may be pruned; 0: the first after its warm-up
     signals: list[int] = field(default_factory=list)  # that asked the sweep to stop
-    error: OSError | None = None  # of the journal
+    error: RunFailed | None = None  # of the journal
 
     def run(self) -> None:
         """Run until no trial is left, or until a signal; a second one kills. Raises RunFailed for a full disk."""
@@ -51,28 +51,28 @@ class Coordinator:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup asks for
                 signal.signal(number, lambda number, frame: self.signals.append(number))
         while not self.signals and (left := self.study.left()):
-            with suppress(OSError):  # which is self.error
-                self.study.optimize(self.objective, left, jobs=min(self.jobs, left), catch=(TrialFailed, NotRun))
+            with suppress(RunFailed):  # which is self.error
+                self.study.optimize(self.objective, left, min(self.jobs, left), (UserError, OSError, NotRun))
             if self.error:
-                raise RunFailed(f"{self.study.parent_dir}/study.journal: {self.error}; the same command resumes")
+                raise self.error
 
     def objective(self, trial: Trial) -> float:
-        """Run one trial and return its best score. Raises TrialFailed, TrialPruned or NotRun."""
+        """Run one trial and return its best score. Raises UserError, OSError, TrialPruned or NotRun."""
         try:
             self.stop_if_asked()
             name, values = self.study.begin(trial)
             folder = self.study.parent_dir / name
             try:
                 return self.run_trial(trial, folder, self.study.base | values)
-            except (TrialFailed, TrialPruned) as error:
+            except (UserError, OSError, TrialPruned) as error:
                 state = "pruned" if isinstance(error, TrialPruned) else "failed"
-                reason = list(map(str, error.args))
+                reason = list(error.args) if isinstance(error, TrialFailed) else [str(error)]
                 say("\n    ".join([f"{name}: {state}, {reason[0]}", *reason[1:]]), sys.stdout)
                 trial.set_user_attr("reason", reason)
                 with suppress(OSError):  # the folder may be what is wrong
                     write_json(folder / "trial.json", {"state": state, "reason": reason})
                 raise
-        except OSError as error:
+        except RunFailed as error:
             self.error = error
             raise
 
@@ -85,13 +85,10 @@ class Coordinator:
     def run_trial(self, trial: Trial, folder: Path, params: Values) -> float:
         """Train, resume, or count what is finished already."""
         with ExitStack() as held:
-            try:
-                process = self.start(folder, params, held)
-            except (UserError, OSError) as error:
-                raise TrialFailed(error) from None
+            process = self.start(folder, params, held)
             held.callback(self.end, process)
             code = self.follow(trial, process, folder, Params.parse(params, folder))
-        history = history_of(folder)
+        history = read_history(folder)
         if code or not history:
             how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
             log = (folder / "train.log").read_text(errors="replace").splitlines()
@@ -124,7 +121,7 @@ class Coordinator:
         reported, first = 0, self.prune_from or params.warmup_epochs + 1
         while True:
             code = process.poll()  # asked before its last epoch is read
-            epochs = history_of(folder)[reported:]
+            epochs = read_history(folder)[reported:]
             for epoch in epochs:
                 trial.report(epoch_score(epoch), reported := epoch["epoch"])
                 say(f"{folder.name}: epoch {reported}/{params.num_epochs}, mIoU {epoch_score(epoch):.4f}", sys.stdout)
@@ -182,11 +179,3 @@ def refuse_other(folder: Path, params: Values) -> None:
     file = folder / "params.json"
     if file.exists() and read_json(file, if_absent="") != params:
         raise UserError(f"{file} is not what base and search space say; move {folder} away")
-
-
-def history_of(folder: Path) -> list[dict[str, Any]]:
-    """Return the epochs of a trial so far. Raises TrialFailed for a damaged file."""
-    try:
-        return read_history(folder)
-    except (UserError, OSError) as error:
-        raise TrialFailed(error) from None

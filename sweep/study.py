@@ -4,6 +4,7 @@ import json
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from model import UserError
 from params import Params
 from sweep.space import Values, canonical, choice, random_trials, suggest, trial_name
+from utils import RunFailed
 
 FIRST_DRAWS = 10  # trials drawn at random, before TPE has something to learn from
 
@@ -29,51 +31,45 @@ class Journal(JournalFileBackend):
     """A journal that first removes what a full disk or a kill has left of the last line."""
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Append entries, one per line."""
-        with open(self._file_path, "ab+") as stream:
-            stream.seek(0)
-            stream.truncate(stream.read().rfind(b"\n") + 1)
-        super().append_logs(logs)
+        """Append entries, one per line. Raises RunFailed where the file cannot be written."""
+        try:
+            with open(self._file_path, "ab+") as stream:
+                stream.seek(0)
+                stream.truncate(stream.read().rfind(b"\n") + 1)
+            super().append_logs(logs)
+        except OSError as error:
+            raise RunFailed(f"{self._file_path}: {error.strerror}; the same command resumes the sweep") from None
 
 
+@dataclass
 class Study:
     """The trials of a sweep, which one coordinator runs.
 
     A trial waits in the study's queue until it is run. An entry of the study is an attempt at a trial, of which the
     last counts. Its user attribute "values" is what the trial sets, "folder" where it has begun.
 
-    Args:
-        parent_dir: folder of the sweep.
-        base: the keys of params.json that every trial begins with.
-        space: what a sampler draws from, and what the values of a grid are recorded with.
-        grid: all trials by name, {} to draw n_trials from space.
-        tpe: draw with TPE, not at random.
-
     Raises UserError if what was there before does not go with it: another base, or other choices to draw from.
     """
 
-    def __init__(
-        self,
-        parent_dir: Path,
-        base: Values,
-        space: dict[str, BaseDistribution],
-        *,
-        grid: dict[str, Values],
-        n_trials: int = 0,
-        tpe: bool = False,
-    ):
+    parent_dir: Path
+    base: Values  # the keys of params.json that every trial begins with
+    space: dict[str, BaseDistribution]  # what a sampler draws from, and what the values of a grid are recorded with
+    grid: dict[str, Values]  # all trials by name, {} to draw n_trials from space
+    n_trials: int = 0
+    tpe: bool = False  # draw with TPE, not at random
+
+    def __post_init__(self) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self.parent_dir, self.base, self.space, self.n_trials = parent_dir, base, space, n_trials
-        self.study = _open(parent_dir / "study.journal")
-        self.names = {canonical(values): name for name, values in grid.items()}
+        self.study = _open(self.parent_dir / "study.journal")
+        self.names = {canonical(values): name for name, values in self.grid.items()}
         for attempt in (entry.user_attrs for entry in self._entries()):
             if "folder" in attempt:  # which a trial keeps, whatever it would be called now
                 self.names[canonical(attempt["values"])] = attempt["folder"]
-        self.grid = {self.name(values): values for values in grid.values()}
+        size, self.grid = len(self.grid), {self.name(values): values for values in self.grid.values()}
         self._drawing = threading.Lock()
-        self._check(len(grid))
-        self.study.set_user_attr("base", base)
-        self._queue(min(n_trials, FIRST_DRAWS) if tpe else n_trials)
+        self._check(size)
+        self.study.set_user_attr("base", self.base)
+        self._queue(min(self.n_trials, FIRST_DRAWS) if self.tpe else self.n_trials)
 
     def _entries(self) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False)
@@ -143,7 +139,7 @@ class Study:
         waiting = sum(entry.state == TrialState.WAITING for entry in self._entries())
         return waiting + (0 if self.is_exhausted() else max(0, self.n_trials - len(self.trials())))
 
-    def optimize(self, objective: Callable[[Trial], float], count: int, *, jobs: int, catch: Any) -> None:
+    def optimize(self, objective: Callable[[Trial], float], count: int, jobs: int, catch: Any) -> None:
         """Let Optuna run count trials, from another seed at every start, or TPE would repeat its draws."""
         seed = (self.base.get("seed", Params.seed) + len(self._entries())) % 2**32
         self.study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)  # running trials count as bad

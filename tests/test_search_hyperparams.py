@@ -189,7 +189,7 @@ def score_elsewhere(sweep: Path, data_dir: Path, rates: list[float], *, epochs: 
             trial.report(mIoU, epoch)
         return mIoU
 
-    study.optimize(objective, len(rates), jobs=1, catch=())
+    study.optimize(objective, len(rates), 1, ())
 
 
 @pytest.mark.parametrize("prune, warmup, first", [(["--prune"], 2, 3), (["--prune", 4], 0, 4)])

@@ -43,7 +43,7 @@ def run(study: Study, *, jobs: int = 1, score: Callable[[Values], float] = lambd
         return score(values)
 
     while left := study.left():
-        study.optimize(objective, left, jobs=jobs, catch=(Exception,))
+        study.optimize(objective, left, jobs, (Exception,))
     return began
 
 
