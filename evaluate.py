@@ -22,7 +22,6 @@ from engine.cli import (
     add_testing_flags,
     experiment_parser,
     positive,
-    require,
     run_main,
     stop_if_asked,
 )
@@ -241,7 +240,6 @@ def table(metrics: dict) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
-    require("matplotlib", "pictures")
     with distributed.processes(args.device) as device:
         run(device, args)
 

@@ -14,6 +14,14 @@ from model import GCN_PADDINGS, HEADS, UserError
 from utils import is_number, read_json
 
 LOSS_TERMS = ("bce", "dice", "inverse_dice", "cross_entropy", "balanced_cross_entropy", "focal", "lovasz")
+METRICS = {  # of validation, that can choose the best epoch, and which of two values is better
+    "mIoU": max,
+    "pixel_accuracy": max,
+    "mean_accuracy": max,
+    "frequency_weighted_IoU": max,
+    "mean_dice": max,
+    "loss": min,
+}
 LOSS_CONSTANTS = ("focal_gamma",)  # called after a term and the keyword that it takes
 
 
@@ -126,7 +134,11 @@ class Params:
         "evaluate an exponential moving average of the weights, for example 0.999",
     )
     accumulation_steps: int = _integer(1, 1, meaning="batches per step of the optimizer")
-    early_stopping_patience: int | None = _integer(None, 1, meaning="epochs without a better validation mIoU")
+    best_metric: str = _one_of(
+        *METRICS,
+        meaning="of validation: chooses the best epoch, and so `best.pth.tar`, the early stop and the results table",
+    )
+    early_stopping_patience: int | None = _integer(None, 1, meaning="epochs without a better `best_metric`")
     keep_last: bool = _flag(
         True, "false: a finished run deletes its `last.pth.tar`, and cannot be trained on for more epochs"
     )

@@ -11,7 +11,7 @@ from collections import Counter
 from optuna.trial import TrialState
 
 from engine.cli import add_folder, positive, require, run_main
-from engine.folders import sole_run
+from engine.folders import better_of, sole_run
 from model import UserError
 from params import Params
 from sweep.coordinator import Coordinator, refuse_other
@@ -66,8 +66,8 @@ def print_summary(study: Study) -> int:
     scores = {name: trial.value for name, trial in trials.items() if trial.state == TrialState.COMPLETE}
     line = ", ".join(f"{counts[state]} {word}" for state, word in WORDS.items() if counts[state])
     if scores:
-        best = max(scores, key=lambda name: scores[name] or 0.0)
-        line += f"; best mIoU {scores[best]:.4f} by {best}"
+        best = better_of(study.metric)(scores, key=lambda name: scores[name])
+        line += f"; best {study.metric} {scores[best]:.4f} by {best}"
     print(f"{len(trials)} trials: {line}")
     if study.is_exhausted():
         print(f"there are no other trials in this search space than these {len(trials)}")

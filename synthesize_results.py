@@ -8,41 +8,42 @@ import os
 import re
 import sys
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import combinations
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from engine.cli import add_folder, run_main
-from engine.folders import RUN_LOCK, TRIAL_LOCKS, existing_outputs, why_finished
+from engine.folders import (
+    RUN_LOCK,
+    TRIAL_LOCKS,
+    best_epoch,
+    better_of,
+    existing_outputs,
+    recorded_data_dir,
+    score,
+    why_finished,
+)
 from model import UserError
 from params import Params
-from utils import (
-    best_epoch,
-    epoch_score,
-    is_locked,
-    is_number,
-    read_history,
-    read_json,
-    save_figure,
-    table_text,
-    walk,
-    write_text,
-)
+from utils import is_locked, is_number, read_history, read_json, save_figure, table_text, walk, write_text
+from visualize import learning_curves
 
-METRICS = ("mIoU", "pixel_accuracy", "loss")  # of validation
 ORIGINAL_SIZE = "metrics_", "_best_original_size.json"  # evaluate.py's files, the name of a split between the two
 BY_REGION = ("boundary_accuracy", "interior_accuracy")  # in that of val
+TASK = ("dataset", "num_classes", "image_size")  # experiments that differ in one are scored on different pixels
+KEYS = {key.name for key in fields(Params)}
 PUBLISHABLE = ("mIoU", "pixel_accuracy", *BY_REGION)  # all of them from 0 to 1, higher is better
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add_folder(parser, "--parent_dir", "experiments", "where to look")
-    parser.add_argument("--sort", default="mIoU", metavar="COLUMN", help="any column (default: %(default)s)")
+    parser.add_argument("--sort", metavar="COLUMN", help="any column (default: the metric that chose the best epochs)")
     parser.add_argument(
         "--over_seeds", action="store_true", help="one row for runs that differ in their seed only: mean and deviation"
     )
@@ -77,13 +78,24 @@ class Result:
     name: str
     params: dict[str, Any] = field(default_factory=dict)  # every key of params.json; {} if unreadable
     history: list[dict] = field(default_factory=list)
+    data_dir: str | None = None  # of the last start
     original_size: dict[str, float | None] = field(default_factory=dict)  # metrics at the photos' own size
     state: str = "unreadable"
     problem: str = ""
 
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The best epoch by this experiment's own metric, None before the first has ended."""
+        return best_epoch(self.history, self.params["best_metric"]) if self.history else None
+
+    def task(self, metric: str) -> str:
+        """Return what is the same for experiments that a metric can rank among each other."""
+        keys = [key for key in TASK if not (key == "image_size" and metric.endswith(original_size_mIoU("")))]
+        return json.dumps([self.data_dir, *(self.params.get(key) for key in keys)])
+
     def row(self, varying: list[str], metrics: list[str], published: Published) -> dict[str, Any]:
-        """The columns of the table, None where there is nothing; metrics are those of the epoch of best mIoU."""
-        best = best_epoch(self.history) if self.history else {"epoch": None, "val": {}}
+        """Return the columns of the table, None where there is nothing; metrics are those of the best epoch."""
+        best = self.best or {"epoch": None, "val": {}}
         found = best["val"] | self.original_size
         values = {}
         for metric in metrics:
@@ -92,7 +104,8 @@ class Result:
                 values[f"published_{metric}"] = published.of(self.params).get(metric)
         return {
             "name": self.name,
-            **{key: self.params.get(key) for key in varying},
+            **({"data_dir": self.data_dir} if "data_dir" in varying else {}),
+            **{key: self.params.get(key) for key in varying if key != "data_dir"},
             **values,
             "best_epoch": best["epoch"],
             "epochs": len(self.history) or None,
@@ -165,27 +178,23 @@ def read(folder: Path, parent_dir: Path) -> Result:
         history = read_history(folder)
         check(history, folder)
         result.history = history
-        result.original_size = read_original_size(folder, history)
+        result.data_dir = str(found) if (found := recorded_data_dir(folder)) else None
+        result.original_size = read_original_size(folder, result.best)
         result.state, result.problem = state(folder, params, history)
     except (UserError, OSError) as error:
         result.problem = str(error)
     return result
 
 
-def check(history: list, folder: Path) -> None:
-    """Raise UserError unless every epoch has the numbers that the table needs."""
+def check(history: list[dict[str, Any]], folder: Path) -> None:
+    """Raise UserError unless every epoch says how long it took."""
     for line, epoch in enumerate(history, 1):
-        try:
-            numbers = [epoch["epoch"], epoch["seconds"], *(epoch["val"][metric] for metric in METRICS)]
-            sane = all(is_number(n) or (n is None and index > 1) for index, n in enumerate(numbers))
-        except (KeyError, TypeError):
-            sane = False
-        if not sane:
+        if not is_number(epoch.get("seconds")):
             raise UserError(f"{folder / 'history.jsonl'} is damaged in line {line}; mend or remove the line")
 
 
-def read_original_size(folder: Path, history: list[dict]) -> dict[str, float | None]:
-    """What evaluate.py has found for the best epoch at the photos' own size: mIoU by split, accuracies by region."""
+def read_original_size(folder: Path, best: dict[str, Any] | None) -> dict[str, float | None]:
+    """Return what evaluate.py found for the best epoch at the photos' own size: mIoU by split, accuracies by region."""
     found: dict[str, float | None] = {}
     for path in sorted(folder.glob("*".join(ORIGINAL_SIZE))):
         metrics = read_json(path, if_absent="")
@@ -194,7 +203,7 @@ def read_original_size(folder: Path, history: list[dict]) -> dict[str, float | N
         numbers = [metrics.get(key) for key in names] if isinstance(metrics, dict) else [""]
         if not all(value is None or is_number(value) for value in numbers):
             raise UserError(f"{path} is damaged; write it anew with evaluate.py, or remove it")
-        if history and metrics.get("epoch") == best_epoch(history)["epoch"]:
+        if best and metrics.get("epoch") == best["epoch"]:
             found |= dict(zip(names.values(), numbers, strict=True))
     return found
 
@@ -208,7 +217,7 @@ def state(folder: Path, params: Params, history: list[dict]) -> tuple[str, str]:
     """The state of an experiment, and what is the matter with it, if anything."""
     if is_locked(folder / RUN_LOCK) or is_locked(folder.parent / TRIAL_LOCKS / folder.name):  # train.py's, a sweep's
         return "running", ""
-    if history and why_finished(len(history), best_epoch(history)["epoch"], params):
+    if why_finished(history, params):
         return "finished", ""
     if (folder / "trial.json").exists():
         trial = read_json(folder / "trial.json", if_absent="")
@@ -221,23 +230,28 @@ def state(folder: Path, params: Params, history: list[dict]) -> tuple[str, str]:
 
 
 def varying_keys(results: list[Result]) -> list[str]:
-    """The hyperparameters in which the readable experiments differ, in the order of Params."""
+    """Return the hyperparameters in which the experiments differ, and data_dir first if they differ in that."""
     readable = [result.params for result in results if result.params]
-    return [key for key in (readable or [{}])[0] if any(params[key] != readable[0][key] for params in readable)]
+    folders = {result.data_dir for result in results} - {None}
+    keys = [key for key in (readable or [{}])[0] if any(params[key] != readable[0][key] for params in readable)]
+    return ["data_dir"] * (len(folders) > 1) + keys
 
 
 def metric_columns(results: list[Result], published: Published) -> list[str]:
-    """The metrics of the table: those of training, at the photos' own size where any was looked at, and to compare."""
+    """Return the metrics of the table: those of the histories, those at the photos' own size, and those to compare."""
+    trained = dict.fromkeys(key for result in results for epoch in result.history for key in epoch["val"])
     looked_at = {key for result in results for key in result.original_size if key not in BY_REGION}
     looked_at = sorted(looked_at, key=lambda column: column.removesuffix(original_size_mIoU("")))
-    return list(dict.fromkeys(("mIoU", *looked_at, *METRICS, *published.metrics)))
+    others = sorted(trained, key=lambda metric: metric == "loss")
+    return list(dict.fromkeys(("mIoU", *looked_at, *others, *published.metrics)))
 
 
 def by_seed(results: list[Result], parent_dir: Path) -> dict[str, list[Result]]:
     """Experiments that differ in nothing but their seed, under the name that they have without it."""
     alike: dict[str, list[Result]] = {}
     for result in results:
-        key = json.dumps(result.params | {"seed": None}, sort_keys=True) if result.params else result.name
+        key = json.dumps([result.params | {"seed": None}, result.data_dir], sort_keys=True)
+        key = key if result.params else result.name
         alike.setdefault(key, []).append(result)
     groups, short = list(alike.values()), []
     for group in groups:
@@ -279,16 +293,22 @@ def merge(name: str, rows: list[dict[str, Any]], varying: list[str]) -> dict[str
     return merged
 
 
-def sort(rows: list[dict[str, Any]], column: str) -> list[dict[str, Any]]:
-    """Best first by a metric, else in rising order; rows without a value last. Raises UserError for no column."""
+def sort(rows: list[dict[str, Any]], column: str, tasks: dict[str, str], metrics: list[str]) -> list[dict[str, Any]]:
+    """Return the rows in the order of a column, those without a value last. Raises UserError for no column.
+
+    A metric has its best value first, among rows of one task, as tasks has it by name; any other column rises.
+    """
     if column not in rows[0]:
         raise UserError(f"--sort {column}: no such column; there are {', '.join(rows[0])}")
     known, unknown = [], []
     for row in rows:
         (unknown if row[column] is None else known).append(row)
     numeric = all(type(row[column]) in (int, float) for row in known)
-    descending = column.endswith(PUBLISHABLE)
+    metric = column.removeprefix("published_")
+    descending = metric in metrics and better_of(metric) is max
     known.sort(key=lambda row: row[column] if numeric else spell(row[column]), reverse=descending)
+    if metric in metrics:
+        known.sort(key=lambda row: tasks[row["name"]])
     return known + unknown
 
 
@@ -307,13 +327,15 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def cell(column: str, value: Any) -> str:
-    """A value as the table on the terminal has it."""
+    """Return a value as the table on the terminal has it: metrics to four decimals, others to six digits."""
     if value is None:
         return "-"
-    if column.removesuffix("_std").endswith((*METRICS, *PUBLISHABLE)):
-        return f"{value:.4f}"
     if column in ("best_epoch", "epochs", "minutes") and type(value) is float:
         return f"{value:.1f}"
+    if column in KEYS and type(value) is float:
+        return f"{value:.6g}"
+    if type(value) in (int, float) and column not in (*KEYS, "best_epoch", "epochs"):
+        return f"{value:.4f}"
     return table_text(spell(value))
 
 
@@ -326,10 +348,43 @@ def comma_separated(rows: list[dict[str, Any]]) -> str:
     return stream.getvalue()
 
 
+def draw(
+    names: list[str],
+    groups: dict[str, list[Result]],
+    varying: list[str],
+    metric: str,
+    published: Published,
+    *,
+    by_name: bool,
+) -> Figure | None:
+    """Return the curves of a metric and its best values, names in their order; None where no run has any."""
+    begun = {name: [run for run in groups[name] if any(has(epoch, metric) for epoch in run.history)] for name in names}
+    counted = {name: [run for run in runs if run.state == "finished"] for name, runs in begun.items()}
+    drawn = {name: counted[name] or runs for name, runs in begun.items() if runs}
+    if not drawn:
+        return None
+    compared = {name: published.of(runs[0].params).get("mIoU") for name, runs in drawn.items() if metric == "mIoU"}
+    keys = [key for key in varying if key != "data_dir"]
+    return learning_curves(
+        {name: [[score(epoch, metric) for epoch in run.history] for run in runs] for name, runs in drawn.items()},
+        None if by_name else {key: {name: runs[0].params[key] for name, runs in drawn.items()} for key in keys},
+        {name: mIoU for name, mIoU in compared.items() if mIoU is not None},
+        metric=metric,
+        better=better_of(metric),
+    )
+
+
+def has(epoch: dict[str, Any], metric: str) -> bool:
+    """Return whether a metric is defined after an epoch."""
+    return epoch["val"].get(metric) is not None
+
+
 def main(args: argparse.Namespace) -> None:
     folders, published = find(args.parent_dir), read_published(args.parent_dir / "published.json")
     results = [read(folder, args.parent_dir) for folder in folders]
     varying, metrics = varying_keys(results), metric_columns(results, published)
+    chosen_by = {result.params["best_metric"] for result in results if result.history}
+    column = args.sort or (chosen_by.pop() if len(chosen_by) == 1 else "mIoU")
     if args.over_seeds:
         varying = [key for key in varying if key != "seed"]
         groups = by_seed(results, args.parent_dir)
@@ -340,26 +395,19 @@ def main(args: argparse.Namespace) -> None:
     else:
         groups = {result.name: [result] for result in results}
         rows = [result.row(varying, metrics, published) for result in results]
-    rows = sort(rows, args.sort)
+    tasks = {name: group[0].task(column) for name, group in groups.items()}
+    rows = sort(rows, column, tasks, metrics)
     table = markdown(rows)
+    scored = {tasks[row["name"]] for row in rows if row[column] is not None}
+    if column in metrics and len(scored) > 1:
+        table += "\n\nRows of another data_dir, num_classes or image_size are not ranked among each other."
     if published.results:
         table += f"\n\nPublished: {published.source}"
     write_text(args.parent_dir / "results.md", table + "\n")
     write_text(args.parent_dir / "results.csv", comma_separated(rows))
-
-    from visualize import learning_curves  # matplotlib, which takes longer to import than all of the above to run
-
-    begun = {row["name"]: [run for run in groups[row["name"]] if run.history] for row in rows}
-    counted = {name: [run for run in runs if run.state == "finished"] for name, runs in begun.items()}
-    drawn = {name: counted[name] or runs for name, runs in begun.items() if runs}
-    if drawn:
-        compared = {name: published.of(runs[0].params).get("mIoU") for name, runs in drawn.items()}
-        values = {key: {name: runs[0].params[key] for name, runs in drawn.items()} for key in varying}
-        figure = learning_curves(
-            {name: [[epoch_score(epoch) for epoch in run.history] for run in runs] for name, runs in drawn.items()},
-            None if args.over_seeds else values,
-            {name: mIoU for name, mIoU in compared.items() if mIoU is not None},
-        )
+    by_epoch = column if any(has(epoch, column) for result in results for epoch in result.history) else "mIoU"
+    names = [row["name"] for row in rows]
+    if figure := draw(names, groups, varying, by_epoch, published, by_name=args.over_seeds):
         save_figure(figure, args.parent_dir / "results.png", dpi=120)
     print(table)
     for result in results:

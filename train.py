@@ -13,7 +13,7 @@ from engine import distributed, ranks
 from engine.checkpoints import agreed_class_names, init_from
 from engine.cli import experiment_parser, require, run_main, stopping_together
 from engine.devices import autocast, loading_options, resolve_precision, seed_everything, to_device
-from engine.outputs import EpochOutputs, EpochProgress
+from engine.outputs import EpochOutputs, EpochProgress, best_line
 from engine.run import (
     check_batch_size,
     check_same_lists,
@@ -68,8 +68,7 @@ def train(training: Training, train_loader: Loader, val_loader: Loader, outputs:
         if ranks.is_main():
             outputs.write(training, val_loader.dataset)
         distributed.stop_together()
-    best = f"best mIoU {training.best_mIoU:.4f} at epoch {training.best_epoch}"
-    logging.info(f"{training.finished}; {best}, in {outputs.model_dir}")
+    logging.info(f"{training.finished}; {best_line(training)}, in {outputs.model_dir}")
     if ranks.is_main():
         outputs.close(training)
 
@@ -181,7 +180,6 @@ def run(params: Params, device: torch.device, args: argparse.Namespace) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    require("matplotlib", "curves.png")
     if args.tensorboard:
         require("torch.utils.tensorboard", "events")
     with distributed.processes(args.device) as device, ExitStack() as held:

@@ -208,27 +208,16 @@ def read_history(model_dir: Path) -> list[dict]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); mend or remove the line") from None
     for number, record in enumerate(history, 1):
-        if not _is_epoch(record, number):
+        if not is_epoch(record, number):
             raise UserError(f"{path} is damaged in line {number}; mend or remove the line")
     return history
 
 
-def _is_epoch(record: Any, number: int) -> bool:
-    """Whether a line of history.jsonl is an epoch of that number with a score."""
+def is_epoch(record: Any, number: int) -> bool:
+    """Return whether a line of history.jsonl is an epoch of that number."""
     if not isinstance(record, dict) or not isinstance(record.get("val"), dict) or record.get("epoch") != number:
         return False
-    score = record["val"].get("mIoU", "")
-    return score is None or is_number(score)
-
-
-def epoch_score(epoch: dict) -> float:
-    """What makes an epoch of history.jsonl better than another: its validation mIoU, 0 where it is not defined."""
-    return epoch["val"]["mIoU"] or 0.0
-
-
-def best_epoch(history: list[dict]) -> dict:
-    """The first of the epochs with the highest score."""
-    return max(history, key=epoch_score)
+    return all(value is None or is_number(value) for value in record["val"].values())
 
 
 def write_history(model_dir: Path, history: list[dict]) -> None:

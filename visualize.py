@@ -1,20 +1,20 @@
 """Pictures of what a network makes of photos, and of how it got there."""
 
 import json
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from PIL import Image, ImageDraw, ImageFont
 
 from model.voc import ERROR_COLOUR, VOID, VOID_COLOUR, colour_mask, is_background, palette
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 MARGIN, TEXT = 8, 22  # pixels
 COLOURS = [f"C{number}" for number in range(10) if number != 7]  # of the best runs in a plot; C7 is grey, as the others
+PANELS = 6  # of results.png at most
 SHADES = 30, 120  # what black and white become in the error picture: darker than error and void
 Entry = tuple[tuple[int, int, int] | None, str]  # of a legend: a colour, None for what is not coloured, and its label
 
@@ -148,37 +148,41 @@ def _legend(entries: Sequence[Entry], width: int, font: ImageFont.FreeTypeFont) 
     return legend
 
 
-def training_curves(history: Sequence[Mapping]) -> "Figure":
-    """Loss, mIoU and learning rate of a run by epoch; history is what history.jsonl holds."""
-    from matplotlib.figure import Figure
-
-    epochs = [record["epoch"] for record in history]
-    figure = Figure(figsize=(13, 3.8), layout="constrained")
-    panels = figure.subplots(1, 3)
-    for axes, metric in zip(panels, ("loss", "mIoU"), strict=False):
+def training_curves(history: Sequence[Mapping]) -> Figure:
+    """Return every metric of a run and its learning rate by epoch; history is what history.jsonl holds."""
+    metrics = [*dict.fromkeys(key for record in history for key in record["val"])]
+    columns = min(4, 1 + len(metrics))
+    rows = -(-(1 + len(metrics)) // columns)
+    figure = Figure(figsize=(3.6 * columns, 3 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, metric in zip(panels, metrics, strict=False):
         for part in ("train", "val"):
-            values = [np.nan if record[part][metric] is None else record[part][metric] for record in history]
-            axes.plot(epochs, values, marker="." if len(epochs) < 50 else "", label=part)
-        axes.set(xlabel="epoch", ylabel=metric)
+            values = [record[part].get(metric) for record in history]
+            _by_epoch(axes, history, [np.nan if value is None else value for value in values], label=part)
+        axes.set(title=metric.replace("_", " "))
         axes.legend()
-    panels[2].plot(epochs, [record["learning_rate"] for record in history], marker="." if len(epochs) < 50 else "")
-    panels[2].set(xlabel="epoch", ylabel="learning rate, at the end of the epoch")
-    panels[2].set_ylim(bottom=0)
-    panels[2].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
-    for axes in panels:
-        axes.xaxis.get_major_locator().set_params(integer=True)
+    _by_epoch(panels[len(metrics)], history, [record["learning_rate"] for record in history])
+    panels[len(metrics)].set(title="learning rate at the end of the epoch", ylim=(0, None))
+    panels[len(metrics)].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    for axes in panels[1 + len(metrics) :]:
+        axes.remove()
     return figure
 
 
-def confusion_figure(counts: np.ndarray, iou: Mapping[str, float | None]) -> "Figure":
+def _by_epoch(axes: Axes, history: Sequence[Mapping], values: Sequence[float], **options: Any) -> None:
+    """Plot a value for each epoch."""
+    axes.plot([record["epoch"] for record in history], values, marker="." if len(history) < 50 else "", **options)
+    axes.set(xlabel="epoch")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def confusion_figure(counts: np.ndarray, iou: Mapping[str, float | None]) -> Figure:
     """Where the pixels of each class went, as shares of its pixels, and each class's IoU as a bar.
 
     Args:
         counts: pixels (C, C) by label and prediction.
         iou: a value for each of the C names; None where the class occurs nowhere.
     """
-    from matplotlib.figure import Figure
-
     names = [_spelling(name if len(name) <= 18 else f"{name[:17]}…") for name in iou]
     side = max(5.0, 2.5 + 0.32 * len(names))
     figure = Figure(figsize=(1.7 * side, side), layout="constrained")
@@ -209,71 +213,107 @@ def learning_curves(
     curves: Mapping[str, Sequence[Sequence[float]]],
     hyperparameters: Mapping[str, Mapping[str, Any]] | None,
     published: Mapping[str, float] | None = None,
-) -> "Figure":
-    """Validation mIoU by epoch, and a plot of the best one against every hyperparameter, or by name.
+    *,
+    metric: str = "mIoU",
+    better: Callable = max,
+) -> Figure:
+    """Return a validation metric by epoch, and its best value against every hyperparameter, or by name.
 
     Args:
-        curves: by name, the most important first, the mIoU of each epoch in each of the runs that differ in their
+        curves: by name, the most important first, the metric of each epoch in each of the runs that differ in their
             seed only. The line is their mean, in a band from the lowest to the highest.
-        hyperparameters: for every key that varies its value by name. None: one plot by name instead, of every run and,
-            as a line, their mean.
-        published: the mIoU to compare the best one with, where there is one; a ring in the colour of its name.
+        hyperparameters: for every key that varies its value by name; at most PANELS of them are shown, those between
+            whose values the best ones differ most. None: one plot by name instead, of every run and their mean.
+        published: the values to compare the best one with, where there are some; a ring in the colour of its name.
+        metric: what it is called.
+        better: max or min, which chooses the better of two values.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-
     colours = {name: COLOURS[rank] if rank < len(COLOURS) else "lightgrey" for rank, name in enumerate(curves)}
-    by_name = hyperparameters is None
-    plots = 2 if by_name else 1 + len(hyperparameters)
+    best = {name: [better(run) for run in runs] for name, runs in curves.items()}
+    means = {name: float(np.mean(values)) for name, values in best.items()}
+    keys = None if hyperparameters is None else _widest(hyperparameters, means)
+    plots = 2 if keys is None else 1 + len(keys)
     columns = min(3, plots)
     rows = -(-plots // columns)
-    room_for_names = 0.2 * max(len(curves) - 12, 0) if by_name else 0.25 * min(len(curves), len(COLOURS) + 1)
+    room_for_names = 0.2 * max(len(curves) - 12, 0) if keys is None else 0.25 * min(len(curves), len(COLOURS) + 1)
     figure = Figure(figsize=(5 * columns, 3.6 * rows + room_for_names), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flat
-    for name in reversed(curves):  # the best on top
-        epochs = max(map(len, curves[name]))
-        runs = np.array([[*run, *[np.nan] * (epochs - len(run))] for run in curves[name]])
-        numbers = range(1, epochs + 1)
-        axes[0].plot(numbers, np.nanmean(runs, 0), color=colours[name], marker=".", label=_spelling(name))
-        if len(runs) > 1:
-            axes[0].fill_between(
-                numbers, np.nanmin(runs, 0), np.nanmax(runs, 0), color=colours[name], alpha=0.2, linewidth=0
-            )
-    axes[0].set(xlabel="epoch", ylabel="validation mIoU")
-    axes[0].xaxis.get_major_locator().set_params(integer=True)
-    handles, names = (
-        entries[::-1][: 0 if by_name else len(COLOURS)] for entries in axes[0].get_legend_handles_labels()
-    )
-    if not by_name and (others := len(curves) - len(COLOURS)) > 0:
-        handles.append(Line2D([], [], marker=".", color="lightgrey"))
-        names.append(f"the other {others}")
-    if published:
-        handles.append(Line2D([], [], linestyle="none", marker="o", color="grey", markerfacecolor="none"))
-        names.append("published")
-    if names:
-        figure.legend(handles, names, loc="outside lower left", fontsize="small")
-    best = {name: [max(run) for run in runs] for name, runs in curves.items()}
-    if by_name:
+    _curves(axes[0], curves, colours)
+    axes[0].set(xlabel="epoch", ylabel=f"validation {metric}")
+    _curves_legend(figure, axes[0], len(curves), named=keys is not None, ringed=bool(published))
+    for axis, key in zip(axes[1:], keys or (), strict=False):
+        _best_by_value(axis, hyperparameters[key], means, colours, published or {}, joined=plots == 2)
+        axis.set(xlabel=key, ylabel=f"best validation {metric}")
+    if keys is None:
         _best_by_name(axes[1], best, colours, published or {})
-    for axis, (key, values) in zip(axes[1:], (hyperparameters or {}).items(), strict=False):
-        positions = _positions(axis, list(values.values()))
-        means = [np.mean(best[name]) for name in values]
-        if plots == 2:
-            axis.plot(*zip(*sorted(zip(positions, means, strict=True)), strict=True), color="lightgrey", zorder=0)
-        axis.scatter(positions, means, c=[colours[name] for name in values])
-        at = dict(zip(values, positions, strict=True))
-        for name, mIoU in (published or {}).items():
-            axis.plot(at[name], mIoU, "o", color=colours[name], markerfacecolor="none")
-        axis.set(xlabel=key, ylabel="best validation mIoU")
+        axes[1].set(xlabel=f"best validation {metric}")
     for axis in axes[plots:]:
         axis.remove()
     return figure
 
 
-def _best_by_name(
-    axis: "Axes", best: Mapping[str, Sequence[float]], colours: Mapping[str, str], published: Mapping[str, float]
+def _widest(hyperparameters: Mapping[str, Mapping[str, Any]], means: Mapping[str, float]) -> list[str]:
+    """Return the keys of which the plots fit, those first between whose values the mean of the best differs most."""
+    spread = {}
+    for key, values in hyperparameters.items():
+        by_value: dict[str, list[float]] = {}
+        for name, value in values.items():
+            by_value.setdefault(_spelling(value), []).append(means[name])
+        of_values = [np.mean(found) for found in by_value.values()]
+        spread[key] = max(of_values) - min(of_values)
+    return sorted(spread, key=lambda key: -spread[key])[: PANELS - 1]
+
+
+def _curves(axis: Axes, curves: Mapping[str, Sequence[Sequence[float]]], colours: Mapping[str, str]) -> None:
+    """Plot the mean of each name's runs by epoch, in a band from the lowest to the highest."""
+    for name in reversed(curves):  # the best on top
+        epochs = max(map(len, curves[name]))
+        runs = np.array([[*run, *[np.nan] * (epochs - len(run))] for run in curves[name]])
+        numbers = range(1, epochs + 1)
+        axis.plot(numbers, np.nanmean(runs, 0), color=colours[name], marker=".", label=_spelling(name))
+        if len(runs) > 1:
+            lowest, highest = np.nanmin(runs, 0), np.nanmax(runs, 0)
+            axis.fill_between(numbers, lowest, highest, color=colours[name], alpha=0.2, linewidth=0)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _curves_legend(figure: Figure, axis: Axes, count: int, *, named: bool, ringed: bool) -> None:
+    """Name the curves below the plots, the best first, and the rings of published values."""
+    handles, names = (entries[::-1][: len(COLOURS) * named] for entries in axis.get_legend_handles_labels())
+    if named and count > len(COLOURS):
+        handles.append(Line2D([], [], marker=".", color="lightgrey"))
+        names.append(f"the other {count - len(COLOURS)}")
+    if ringed:
+        handles.append(Line2D([], [], linestyle="none", marker="o", color="grey", markerfacecolor="none"))
+        names.append("published")
+    if names:
+        figure.legend(handles, names, loc="outside lower left", fontsize="small")
+
+
+def _best_by_value(
+    axis: Axes,
+    values: Mapping[str, Any],
+    means: Mapping[str, float],
+    colours: Mapping[str, str],
+    published: Mapping[str, float],
+    *,
+    joined: bool,
 ) -> None:
-    """A line of points for every name, the first on top."""
+    """Plot the best value of every name against its value of a hyperparameter."""
+    positions = dict(zip(values, _positions(axis, list(values.values())), strict=True))
+    if joined:
+        axis.plot(
+            *zip(*sorted((positions[name], means[name]) for name in values), strict=True), color="lightgrey", zorder=0
+        )
+    axis.scatter(list(positions.values()), [means[name] for name in values], c=[colours[name] for name in values])
+    for name, value in published.items():
+        axis.plot(positions[name], value, "o", color=colours[name], markerfacecolor="none")
+
+
+def _best_by_name(
+    axis: Axes, best: Mapping[str, Sequence[float]], colours: Mapping[str, str], published: Mapping[str, float]
+) -> None:
+    """Plot a line of points for every name, the first on top."""
     for position, (name, values) in enumerate(best.items()):
         axis.scatter(values, [position] * len(values), color=colours[name])
         axis.plot(np.mean(values), position, marker="|", markersize=12, color=colours[name])
@@ -281,10 +321,9 @@ def _best_by_name(
             axis.plot(published[name], position, "o", color=colours[name], markerfacecolor="none")
     axis.set_yticks(range(len(best)), [_spelling(name) for name in best], fontsize="small")
     axis.invert_yaxis()
-    axis.set(xlabel="best validation mIoU")
 
 
-def _positions(axis: "Axes", values: list) -> list[float]:
+def _positions(axis: Axes, values: list) -> list[float]:
     """Where values lie on the horizontal axis: by size, on a logarithmic scale if they span decades, else in a row."""
     numeric = all(type(value) in (int, float) for value in values)
     different = sorted(set(values)) if numeric else list(dict.fromkeys(sorted(map(_spelling, values))))

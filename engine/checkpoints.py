@@ -3,6 +3,7 @@
 import json
 import pickle
 from collections.abc import Iterable
+from dataclasses import asdict
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -196,9 +197,9 @@ def agreed_class_names(checkpoint: dict[str, Any], file: Path, root: Path | None
 
 def check_compatible(keys: Iterable[str], checkpoint: dict[str, Any], params: Params, source: str | Path) -> None:
     """Raise UserError if params.json has since changed a key without which the checkpoint means something else."""
-    trained_with = checkpoint["params"]
-    for key in keys:
+    trained_with = checkpoint["params"] and asdict(Params()) | checkpoint["params"]  # older ones lack some keys
+    for key in keys if trained_with else ():
         now = getattr(params, key)
-        if trained_with.get(key, now) != now:
+        if trained_with[key] != now:
             then, now = json.dumps(trained_with[key]), json.dumps(now)
             raise UserError(f'{source} was trained with "{key}": {then}, params.json says {now}; set it back')

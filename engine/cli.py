@@ -20,6 +20,8 @@ from engine import ranks
 from model import UserError
 from utils import RunFailed, discard, first_line, is_out_of_memory, say
 
+logging.getLogger("matplotlib").setLevel(logging.ERROR)  # before it is imported: it tells of a home without a folder
+
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, as batch systems send it at the end of the time."""
@@ -56,7 +58,6 @@ def run_main(main: Callable[[], int | None], *, shared: bool = False) -> int:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _stop)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # about odd photos, which are read
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # which tells of its fonts, and of a home without a folder
     try:
         if not shared and ranks.world_size() > 1:
             common = True

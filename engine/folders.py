@@ -1,14 +1,15 @@
 """The experiment folder: what lies in it, who works in it, and where its results come from."""
 
 import argparse
+import math
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from model import UserError
-from params import Params
+from params import METRICS, Params
 from utils import ROOT, lock, read_json
 
 OUTPUTS = (
@@ -97,11 +98,28 @@ def git_commit() -> str | None:
         return None
 
 
-def why_finished(epoch: int, best_epoch: int, params: Params) -> str:
-    """Why a run that has trained so many epochs has nothing left to train; "" if it has."""
-    patience = params.early_stopping_patience
+def why_finished(history: list[dict], params: Params) -> str:
+    """Return why a run with the epochs of history.jsonl has nothing left to train; "" if it has."""
+    epoch, patience = len(history), params.early_stopping_patience
     if epoch >= params.num_epochs:
         return f"trained {epoch} of {params.num_epochs} epochs"
-    if patience is not None and epoch - best_epoch >= patience:
-        return f"stopped early after epoch {epoch}: no better mIoU in {patience} epochs"
+    if patience is not None and history and epoch - best_epoch(history, params.best_metric)["epoch"] >= patience:
+        return f"stopped early after epoch {epoch}: no better {params.best_metric} in {patience} epochs"
     return ""
+
+
+def best_epoch(history: list[dict], metric: str) -> dict:
+    """Return the first of the epochs with the best value of a validation metric."""
+    return better_of(metric)(history, key=lambda epoch: score(epoch, metric))
+
+
+def score(epoch: dict, metric: str) -> float:
+    """Return a validation metric of an epoch of history.jsonl; where it is undefined, what is worse than any value."""
+    value = epoch["val"].get(metric)
+    worst = -math.inf if better_of(metric) is max else math.inf
+    return worst if value is None else value
+
+
+def better_of(metric: str) -> Callable:
+    """Return max or min, which chooses the better of two values; max for a metric that params.METRICS lacks."""
+    return METRICS.get(metric, max)

@@ -169,11 +169,22 @@ def sample_predictions(training: Training, dataset: SegmentationDataset, count: 
 
 def epoch_line(record: dict, params: Params, *, is_best: bool) -> str:
     """Return an epoch in one line for people."""
-    val = record["val"]
-    shown = {key: "-" if val[key] is None else f"{val[key]:.4f}" for key in ("mIoU", "pixel_accuracy")}
+    shown = dict.fromkeys(("mIoU", "pixel_accuracy", params.best_metric))
+    values = [f"{key} {decimal(record['val'][key])}".replace("_", " ") for key in shown if key != "loss"]
     return (
         f"epoch {record['epoch']}/{params.num_epochs}: "
-        f"train loss {record['train']['loss']:.4f}, val loss {val['loss']:.4f}, "
-        f"mIoU {shown['mIoU']}, pixel accuracy {shown['pixel_accuracy']}, lr {record['learning_rate']:.3g}, "
+        f"train loss {record['train']['loss']:.4f}, val loss {record['val']['loss']:.4f}, "
+        f"{', '.join(values)}, lr {record['learning_rate']:.3g}, "
         f"{record['seconds']:.1f} s, {record['images_per_second']:.1f} images/s{' (best)' if is_best else ''}"
     )
+
+
+def best_line(training: Training) -> str:
+    """Return the best epoch in a few words for people."""
+    metric = training.params.best_metric
+    return f"best {metric} {decimal(training.metrics['best'][metric])} at epoch {training.best_epoch}"
+
+
+def decimal(value: float | None) -> str:
+    """Return a metric for people; "-" where it is undefined."""
+    return "-" if value is None else f"{value:.4f}"

@@ -22,13 +22,21 @@ from engine import distributed, ranks
 from engine.checkpoints import check_compatible, checkpoint_path, load_checkpoint
 from engine.cli import Terminated, ignore_signals, stop_if_asked
 from engine.devices import device_summary
-from engine.folders import existing_outputs, git_commit, recorded_starts, remove_outputs, sole_run, why_finished
+from engine.folders import (
+    best_epoch,
+    existing_outputs,
+    git_commit,
+    recorded_starts,
+    remove_outputs,
+    sole_run,
+    why_finished,
+)
 from engine.outputs import EpochOutputs, TensorBoard
 from engine.training import RESUME_NEEDS, Training
 from model import UserError
 from model.data_loader import Split
 from params import Params
-from utils import best_epoch, is_out_of_memory, read_history, read_json, say, set_logger, write_json
+from utils import is_out_of_memory, read_history, read_json, say, set_logger, write_json
 
 # What train.py writes whole or not at all, beside the checkpoints; and all that is there before the first of those.
 WHOLE_FILES = (
@@ -122,8 +130,8 @@ def finished_without_last(params: Params, model_dir: Path) -> str:
     best = model_dir / "best.pth.tar"
     if (model_dir / "last.pth.tar").exists() or not best.exists() or not (history := read_history(model_dir)):
         return ""
-    number = best_epoch(history)["epoch"]
-    return why_finished(len(history), number, params) if load_checkpoint(best).get("epoch") == number else ""
+    number = best_epoch(history, params.best_metric)["epoch"]
+    return why_finished(history, params) if load_checkpoint(best).get("epoch") == number else ""
 
 
 def resume_or_start(args: argparse.Namespace) -> None:

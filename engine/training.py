@@ -14,13 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from engine import distributed, ranks
 from engine.checkpoints import load_weights
-from engine.folders import why_finished
+from engine.folders import best_epoch, why_finished
 from model import UserError
 from model.parallel import copy_to_all, shard, synchronize_batch_norm
 from params import ARCHITECTURE, Params
-from utils import RunFailed, epoch_score, is_number, is_out_of_memory
+from utils import RunFailed, is_epoch, is_out_of_memory
 
-RESUME_NEEDS = (*ARCHITECTURE, "normalize", "optimizer", "dataset")  # as they were
+RESUME_NEEDS = (*ARCHITECTURE, "normalize", "optimizer", "dataset", "best_metric")  # as they were
 
 
 class Training:
@@ -63,8 +63,6 @@ class Training:
         self.optimizer = build_optimizer(self.model, params)
         self.epoch = 0  # finished ones
         self._set_steps(0)
-        self.best_epoch = 0
-        self.best_mIoU = -1.0
         self.history: list[dict] = []  # what history.jsonl holds
         self.metrics: dict[str, dict] = {}  # of validation, at the "last" and at the "best" epoch
         self.images, self.class_names = images, list(class_names)
@@ -72,7 +70,12 @@ class Training:
     @property
     def finished(self) -> str:
         """Why there is nothing left to train; "" if there is."""
-        return why_finished(self.epoch, self.best_epoch, self.params)
+        return why_finished(self.history, self.params)
+
+    @property
+    def best_epoch(self) -> int:
+        """The number of the best epoch so far, 0 before the first has ended."""
+        return best_epoch(self.history, self.params.best_metric)["epoch"] if self.history else 0
 
     @property
     def is_best(self) -> bool:
@@ -186,8 +189,6 @@ class Training:
             "images_per_second": round(images_per_second, 2),
         }
         self.history.append(record)
-        if epoch_score(record) > self.best_mIoU:
-            self.best_epoch, self.best_mIoU = self.epoch, epoch_score(record)
         self.metrics["last"] = {"epoch": self.epoch, **val_metrics}
         if self.is_best:
             self.metrics["best"] = self.metrics["last"]
@@ -220,8 +221,6 @@ class Training:
             "ema_state_dict": None if self.ema is None else self.ema.state_dict(),
             "ema_updates": self.ema_updates,
             "scaler": self.scaler.state_dict(),
-            "best_epoch": self.best_epoch,
-            "best_mIoU": self.best_mIoU,
             "history": self.history,
             "metrics": self.metrics,
             "images": self.images,
@@ -257,13 +256,12 @@ class Training:
 
     def _load_rest(self, state: dict) -> None:
         """Whatever of the state is not weights; any error means that it is not sound."""
-        epoch, best_epoch, best_mIoU = state["epoch"], state["best_epoch"], state["best_mIoU"]
-        if type(best_epoch) is not int or not 0 <= best_epoch <= epoch or not is_number(best_mIoU):
-            raise ValueError(f"epoch {epoch}, best_epoch {best_epoch}, best_mIoU {best_mIoU}")
-        self.epoch, self.best_epoch, self.best_mIoU = epoch, best_epoch, best_mIoU
-        self.history, self.metrics = [dict(record) for record in state["history"]], dict(state["metrics"])
-        if [record["epoch"] for record in self.history] != list(range(1, epoch + 1)):
+        self.epoch, self.history = state["epoch"], [dict(record) for record in state["history"]]
+        self.metrics = dict(state["metrics"])
+        if not all(is_epoch(record, number) for number, record in enumerate(self.history, 1)):
             raise ValueError("history")
+        if len(self.history) != self.epoch or set(self.metrics) != {"last", "best"}:
+            raise ValueError(f"epoch {self.epoch}")
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["optim_dict"]["state"]})
         for weight, buffers in self.optimizer.state.items():
             for name, buffer in buffers.items():

@@ -16,12 +16,12 @@ from typing import Any
 from optuna import TrialPruned
 from optuna.trial import Trial
 
-from engine.folders import TRIAL_LOCKS
+from engine.folders import TRIAL_LOCKS, best_epoch, score
 from model import UserError, cores
 from params import Params
 from sweep.space import Values
 from sweep.study import NotRun, Study
-from utils import ROOT, Lock, RunFailed, best_epoch, epoch_score, lock, read_history, read_json, say, write_json
+from utils import ROOT, Lock, RunFailed, lock, read_history, read_json, say, write_json
 
 POLL = 0.2  # seconds between two looks at a trial
 GRACE = 30.0  # seconds that a trial has to end by itself
@@ -93,10 +93,11 @@ class Coordinator:
             how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
             log = (folder / "train.log").read_text(errors="replace").splitlines()
             raise TrialFailed(how, *[line for line in log if line.strip()][-LOG_LINES:])
-        best = best_epoch(history)
-        say(f"{folder.name}: finished, best mIoU {epoch_score(best):.4f} at epoch {best['epoch']}", sys.stdout)
+        best = best_epoch(history, self.study.metric)
+        value = score(best, self.study.metric)
+        say(f"{folder.name}: finished, best {self.study.metric} {value:.4f} at epoch {best['epoch']}", sys.stdout)
         self.study.keep_pictures(trial, folder)
-        return epoch_score(best)
+        return value
 
     def start(self, folder: Path, params: Values, held: ExitStack) -> Any:
         """Start train.py in a trial's folder; wait for one that a killed coordinator has left there, and for a GPU."""
@@ -118,19 +119,19 @@ class Coordinator:
 
     def follow(self, trial: Trial, process: Any, folder: Path, params: Params) -> int:
         """Report every epoch until train.py has ended, and return its exit status. Raises NotRun and TrialPruned."""
-        reported, first = 0, self.prune_from or params.warmup_epochs + 1
+        reported, first, metric = 0, self.prune_from or params.warmup_epochs + 1, self.study.metric
         while True:
             code = process.poll()  # asked before its last epoch is read
             epochs = read_history(folder)[reported:]
             for epoch in epochs:
-                trial.report(epoch_score(epoch), reported := epoch["epoch"])
-                say(f"{folder.name}: epoch {reported}/{params.num_epochs}, mIoU {epoch_score(epoch):.4f}", sys.stdout)
+                trial.report(value := score(epoch, metric), reported := epoch["epoch"])
+                say(f"{folder.name}: epoch {reported}/{params.num_epochs}, {metric} {value:.4f}", sys.stdout)
             if code is not None:
                 return code
             self.stop_if_asked()
             may_prune = self.prune_from is not None and epochs and first <= reported < params.num_epochs
             if may_prune and trial.should_prune():
-                raise TrialPruned(f"mIoU below the median of the other trials after epoch {reported}")
+                raise TrialPruned(f"{metric} worse than the median of the other trials after epoch {reported}")
             time.sleep(POLL)
 
     def end(self, process: Any) -> None:

@@ -58,6 +58,8 @@ def _faults(key: str, options: Any) -> list[str]:
     if key == "name":
         named = isinstance(options, str) and re.fullmatch(r"\w[\w+-]{0,59}", options, flags=re.ASCII)
         return [] if named else [f'"name" is {json.dumps(options)}; allowed: up to 60 of letters, digits and _ + -']
+    if key == "best_metric":
+        return ['"best_metric" is what the trials are compared by; set it in params.json']
     if isinstance(options, dict):
         return _range_faults(key, options)
     if not isinstance(options, list) or not options:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import optuna
 from filelock import FileLock
@@ -15,6 +15,7 @@ from optuna.distributions import BaseDistribution, check_distribution_compatibil
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from engine.folders import better_of
 from model import UserError
 from params import Params
 from sweep.space import Values, canonical, choice, random_trials, suggest, trial_name
@@ -60,7 +61,9 @@ class Study:
 
     def __post_init__(self) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self.study = _open(self.parent_dir / "study.journal")
+        self.metric = self.base.get("best_metric", Params.best_metric)
+        direction = "maximize" if better_of(self.metric) is max else "minimize"
+        self.study = _open(self.parent_dir / "study.journal", direction)
         self.names = {canonical(values): name for name, values in self.grid.items()}
         for attempt in (entry.user_attrs for entry in self._entries()):
             if "folder" in attempt:  # which a trial keeps, whatever it would be called now
@@ -174,13 +177,13 @@ class Study:
                 upload_artifact(artifact_store=store, file_path=str(file), study_or_trial=trial)
 
 
-def _open(journal: Path) -> optuna.Study:
+def _open(journal: Path, direction: Literal["maximize", "minimize"]) -> optuna.Study:
     guard = FileLock(f"{journal}.lock")  # the operating system's: it ends with its process, Optuna's own 30 s later
     try:
         storage = optuna.storages.JournalStorage(Journal(str(journal), lock_obj=guard))  # type: ignore[arg-type]
         pruner = optuna.pruners.MedianPruner()
         return optuna.create_study(
-            storage=storage, study_name="sweep", direction="maximize", load_if_exists=True, pruner=pruner
+            storage=storage, study_name="sweep", direction=direction, load_if_exists=True, pruner=pruner
         )
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         raise UserError(f"{journal} is damaged ({error}); move it away: finished trials are kept") from None

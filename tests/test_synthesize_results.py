@@ -12,7 +12,7 @@ from PIL import Image
 from engine.folders import RUN_LOCK, TRIAL_LOCKS
 from model import UserError
 from params import Params
-from sweep.study import grid, read_spaces
+from sweep.space import grid, read_spaces
 from synthesize_results import BY_REGION, Result, by_seed, read_published, without_seed
 from utils import lock, write_history
 from visualize import learning_curves
@@ -101,7 +101,7 @@ def test_the_table_has_a_row_for_every_experiment_best_first(parent):
         "optimizer": "sgd",
         "early_stopping_patience": "-",
         "mIoU": "0.5000",
-        "pixel_accuracy": "0.5200",
+        **dict.fromkeys(METRICS, "0.5200"),
         "loss": "0.5000",
         "best_epoch": "2",
         "epochs": "2",
@@ -112,6 +112,60 @@ def test_the_table_has_a_row_for_every_experiment_best_first(parent):
     assert "failed: failed, exit status 1; loss is nan" in result.stderr
     assert "crashed: failed, ended after 1 of 3 epochs" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_metric_that_only_some_experiments_have_gets_a_column(tmp_path):
+    """Best first by its own direction; the others show "-", come last, and stay readable."""
+    for name, worst, loss in (("a", 0.2, 3.0), ("b", None, 1.0), ("c", 0.4, 2.0), ("old", "absent", 0.5)):
+        folder = experiment(tmp_path / name, [0.5])
+        history = [epoch(1, 0.5)]
+        history[0]["val"] |= {"loss": loss} | ({} if worst == "absent" else {"worst_IoU": worst})
+        write_history(folder, history)
+    assert [row["worst_IoU"] for row in table(synthesize(tmp_path).stdout)] == ["0.2000", "-", "0.4000", "-"]
+    rows = table(synthesize(tmp_path, "--sort", "worst_IoU").stdout)
+    assert [(row["name"], row["worst_IoU"]) for row in rows[:2]] == [("c", "0.4000"), ("a", "0.2000")]
+    assert {row["state"] for row in rows} == {"finished"}
+    assert [row["name"] for row in table(synthesize(tmp_path, "--sort", "loss").stdout)] == ["old", "b", "c", "a"]
+
+
+def test_the_metric_that_chose_the_epochs_sorts_the_table(tmp_path):
+    for name, losses in (("a", [0.3, 0.4]), ("b", [0.9, 0.2]), ("c", [0.1, 0.8])):
+        folder = experiment(tmp_path / name, [0.1, 0.2], best_metric="loss")
+        history = [epoch(number, number / 10) for number in (1, 2)]
+        for record, loss in zip(history, losses, strict=True):
+            record["val"]["loss"] = loss
+        write_history(folder, history)
+    rows = table(synthesize(tmp_path).stdout)
+    assert [(row["name"], row["loss"], row["best_epoch"]) for row in rows] == [
+        ("c", "0.1000", "1"),
+        ("b", "0.2000", "2"),
+        ("a", "0.3000", "1"),
+    ]
+
+
+def test_experiments_on_other_data_or_of_another_size_are_not_ranked_among_each_other(tmp_path):
+    for name, data, size, mIoU in (("a", "x", 64, 0.5), ("b", "y", 64, 0.6), ("c", "x", 64, 0.7), ("d", "x", 32, 0.9)):
+        folder = experiment(tmp_path / name, [mIoU], image_size=size)
+        (folder / "run.json").write_text(json.dumps({"data_dir": f"/{data}"}))
+        metrics = {"epoch": 1, "mIoU": mIoU / 2, **dict.fromkeys(BY_REGION)}
+        (folder / "metrics_val_best_original_size.json").write_text(json.dumps(metrics))
+    result = synthesize(tmp_path)
+    rows = table(result.stdout)
+    assert [row["name"] for row in rows] == ["d", "c", "a", "b"]
+    assert [row["data_dir"] for row in rows] == ["/x", "/x", "/x", "/y"]
+    words = "Rows of another data_dir, num_classes or image_size are not ranked among each other."
+    assert words in result.stdout and words in (tmp_path / "results.md").read_text()
+    by_original = table(synthesize(tmp_path, "--sort", "val_original_size_mIoU").stdout)
+    assert [row["name"] for row in by_original] == ["d", "c", "a", "b"], "at their own size all of x can be ranked"
+    alike = synthesize(tmp_path / "a")
+    assert words not in alike.stdout and "data_dir" not in table(alike.stdout)[0]
+
+
+def test_long_numbers_have_six_digits_on_the_screen_and_all_in_the_file(tmp_path):
+    for name, rate in (("a", 0.000123456789), ("b", 0.1)):
+        experiment(tmp_path / name, [0.123456789], learning_rate=rate)
+    assert table(synthesize(tmp_path).stdout)[0]["learning_rate"] == "0.000123457"
+    assert "0.000123456789" in (tmp_path / "results.csv").read_text()
 
 
 def test_the_files_say_what_the_terminal_says(parent):

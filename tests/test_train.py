@@ -16,12 +16,12 @@ from torch import nn
 
 import train
 import utils
-from engine import checkpoints, outputs, training
+from engine import checkpoints, folders, outputs, training
 from engine.training import Training, build_optimizer, learning_rate_at
 from evaluate import evaluate
 from model import UserError
 from model.data_loader import SegmentationDataset, Split, class_names, make_loader
-from params import Params
+from params import METRICS, Params
 from train import train_epoch
 
 OUTPUTS = {
@@ -128,7 +128,7 @@ def test_best_holds_what_prediction_needs_and_last_what_a_resume_needs(finished)
     experiment, _, _ = finished
     best, last = (torch.load(experiment / f"{name}.pth.tar", weights_only=True) for name in ("best", "last"))
     assert best.keys() == {"epoch", "state_dict", "class_names", "params"} < last.keys()
-    assert best["epoch"] == best_epoch(experiment) == last["best_epoch"]
+    assert best["epoch"] == best_epoch(experiment)
     if best["epoch"] == last["epoch"]:
         assert same(best["state_dict"], last["ema_state_dict"])  # what validation has scored
     weights_size = sum(tensor.nbytes for tensor in best["state_dict"].values())
@@ -257,7 +257,9 @@ def test_a_run_cut_short_after_its_last_epoch_gets_its_best_checkpoint(finished,
     experiment, data, _ = finished
     cut = shutil.copytree(experiment, tmp_path / "run")
     last = torch.load(cut / "last.pth.tar", weights_only=True)
-    torch.save(last | {"best_epoch": 2, "best_mIoU": 1.0}, cut / "last.pth.tar")
+    last["history"][1]["val"]["mIoU"] = 1.0
+    torch.save(last, cut / "last.pth.tar")
+    utils.write_history(cut, last["history"])
     for left in ("nothing", "an older one", "a damaged one"):
         (cut / "best.pth.tar").unlink()
         if left == "an older one":
@@ -269,7 +271,7 @@ def test_a_run_cut_short_after_its_last_epoch_gets_its_best_checkpoint(finished,
         assert "nothing to do" in run_train(cut, data, *flags).stdout
         best = torch.load(cut / "best.pth.tar", weights_only=True)
         assert best["epoch"] == 2 and same(best["state_dict"], last["ema_state_dict"])
-        assert not list(cut.glob(".*")) and history(cut) == history(experiment)
+        assert not list(cut.glob(".*")) and history(cut) == last["history"]
 
 
 @pytest.mark.parametrize(
@@ -582,7 +584,7 @@ def test_the_samples_are_spread_evenly_over_the_list(tmp_path, length, shown):
 def test_a_resumed_training_knows_all_that_the_interrupted_one_knew(finished):
     experiment, _, _ = finished
     file = experiment / "last.pth.tar"
-    state = checkpoints.load_checkpoint(file) | {"best_epoch": 1, "best_mIoU": 0.75}
+    state = checkpoints.load_checkpoint(file)
     resumed = Training(network(), Params(**state["params"]), 2)
     resumed.load_state_dict(state, file)
     resumed.images, resumed.class_names = state["images"], state["class_names"]  # are those of the data at hand
@@ -596,6 +598,47 @@ def test_a_resumed_training_knows_all_that_the_interrupted_one_knew(finished):
     assert equal(again.pop("optim_dict")["state"], state.pop("optim_dict")["state"])
     assert [key for key in state if not equal(again[key], state[key])] == []
     assert again.keys() == state.keys()
+
+
+def test_the_metric_of_params_json_chooses_the_best_epoch():
+    values = [{"mIoU": 0.3, "loss": 0.9}, {"mIoU": 0.1, "loss": 0.2}, {"mIoU": 0.2, "loss": 0.3}]
+    found = {}
+    for key, patience in (("mIoU", None), ("loss", None), ("loss", 1)):
+        params = Params(**TINY | {"num_epochs": 9, "best_metric": key, "early_stopping_patience": patience})
+        training = Training(nn.Conv2d(3, 21, 1), params, 1)
+        for metrics in values:
+            training.end_epoch({"learning_rate": 0.1}, metrics, seconds=1.0, images_per_second=1.0)
+        found[key, patience] = training.best_epoch, training.metrics["best"]["epoch"], training.finished
+        assert outputs.best_line(training) == f"best {key} {values[training.best_epoch - 1][key]:.4f} at epoch " + str(
+            training.best_epoch
+        )
+    stopped = "stopped early after epoch 3: no better loss in 1 epochs"
+    assert found == {("mIoU", None): (1, 1, ""), ("loss", None): (2, 2, ""), ("loss", 1): (2, 2, stopped)}
+
+
+def test_an_undefined_metric_is_worse_than_any_value():
+    for metric in ("mIoU", "loss"):
+        history = [{"epoch": 1, "val": {metric: None}}, {"epoch": 2, "val": {metric: 0.0}}, {"epoch": 3, "val": {}}]
+        assert folders.best_epoch(history, metric)["epoch"] == 2
+
+
+def test_every_metric_of_validation_can_choose_the_best_epoch(finished):
+    experiment, _, _ = finished
+    assert {*history(experiment)[0]["val"]} == {*METRICS}
+
+
+def test_a_checkpoint_that_knows_of_no_best_metric_was_chosen_by_mIoU(finished, tmp_path, monkeypatch):
+    experiment, data, _ = finished
+    params = json.loads((experiment / "params.json").read_text())
+    for metric in ("mIoU", "loss"):
+        old = make_experiment(tmp_path / metric, **params | {"best_metric": metric})
+        state = torch.load(experiment / "last.pth.tar", weights_only=True)
+        del state["params"]["best_metric"]
+        torch.save(state | {"best_epoch": 1, "best_mIoU": 0.1}, old / "last.pth.tar")
+    assert "nothing to do" in run_train(tmp_path / "mIoU", data, "--resume").stdout
+    assert 'was trained with "best_metric": "mIoU", params.json says "loss"' in mistake(
+        monkeypatch, tmp_path / "loss", data, "--resume"
+    )
 
 
 def test_resume_takes_its_options_from_params_json(finished):
@@ -622,7 +665,7 @@ def test_an_optimizer_whose_state_has_other_shapes_than_its_weights_resumes(tmp_
     layers = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
     first, second = map(adafactor, layers)
     step(first)
-    first.epoch, first.history = 1, [{"epoch": 1}]
+    first.epoch, first.history, first.metrics = 1, [{"epoch": 1, "val": {}}], {"last": {}, "best": {}}
     second.load_state_dict(copy.deepcopy(first.state_dict()), tmp_path / "last.pth.tar")
     assert {buffer.shape for buffer in second.optimizer.state[layers[1].weight].values()} > {(4, 3, 3, 1), (4, 3, 1, 3)}
     for run in (first, second):
@@ -631,7 +674,14 @@ def test_an_optimizer_whose_state_has_other_shapes_than_its_weights_resumes(tmp_
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("optimizer", "adamw"), ("stem_maxpool", True), ("normalize", False), ("dataset", "sample")]
+    ("key", "value"),
+    [
+        ("optimizer", "adamw"),
+        ("stem_maxpool", True),
+        ("normalize", False),
+        ("dataset", "sample"),
+        ("best_metric", "loss"),
+    ],
 )
 def test_resume_refuses_by_name_what_must_not_change(finished, tmp_path, monkeypatch, key, value):
     experiment, data, _ = finished
