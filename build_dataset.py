@@ -17,10 +17,17 @@ from http.client import HTTPException
 from itertools import accumulate, pairwise
 from pathlib import Path, PurePosixPath
 
+from PIL import Image, ImageChops, ImageStat
+from torchvision.datasets import SBDataset
+from torchvision.datasets.utils import download_url
+from torchvision.datasets.voc import DATASET_YEAR_DICT
 from tqdm import tqdm
 
 from engine.cli import require, run_main
 from model import UserError
+from model.layouts import VOCFolders, find_split, ids_in, photos_by_id
+from model.photos import read_photo
+from model.sample import draw_sample
 from utils import RunFailed, replacing, write_text
 
 ARCHIVE = "VOCtrainval_11-May-2012.tar"
@@ -70,8 +77,6 @@ def download(urls: list[str], folder: Path, md5: str, *, filename: str = ARCHIVE
 
     Raises RunFailed naming every address and what it answered.
     """
-    from torchvision.datasets.utils import download_url
-
     failures = []
     for url in urls:
         try:
@@ -97,43 +102,53 @@ def unpack(archive: Path, data_dir: Path) -> None:
         raise UserError(f"no archive {archive}")
     try:
         with tarfile.open(archive, "r:") as tar:
-            found = {kind: {} for kind in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation")}
-            for member in tqdm(tar, desc="reading the archive", unit="file", disable=None, leave=False):
-                name = PurePosixPath(member.name)
-                if name.is_absolute() or ".." in name.parts or not (member.isreg() or member.isdir()):
-                    raise UserError(
-                        f"{archive}: member {member.name} is a link or leads out of the folder; "
-                        "this is not the official archive"
-                    )
-                if (match := MEMBER.fullmatch(name.as_posix())) and member.isreg():
-                    found[match["kind"]][match["id"]] = member
-            lists = {
-                id_: tar.extractfile(member).read().decode() for id_, member in found["ImageSets/Segmentation"].items()
-            }
+            found = _members(tar, archive)
+            texts = found["ImageSets/Segmentation"]
+            lists = {name: _content(tar, member).decode() for name, member in texts.items()}
             wanted = sorted({id_ for text in lists.values() for id_ in text.split()})
-            missing = [id_ for id_ in wanted if id_ not in found["JPEGImages"] or id_ not in found["SegmentationClass"]]
-            if not {"train", "val"} <= lists.keys() or missing:
-                reason = (
-                    f"lists {missing[0]} without its photo or mask"
-                    if missing
-                    else "holds no VOCdevkit/VOC2012/ImageSets/Segmentation/"
+            if not {"train", "val"} <= lists.keys():
+                raise UserError(
+                    f"{archive} holds no VOCdevkit/VOC2012/ImageSets/Segmentation/; is it {ARCHIVE}, whole?"
                 )
-                raise UserError(f"{archive} {reason}; is it {ARCHIVE}, whole?")
+            for id_ in wanted:
+                if id_ not in found["JPEGImages"] or id_ not in found["SegmentationClass"]:
+                    raise UserError(f"{archive} lists {id_} without its photo or mask; is it {ARCHIVE}, whole?")
             _refuse_other_lists(data_dir, lists)
             for kind, suffix in (("JPEGImages", "jpg"), ("SegmentationClass", "png")):
                 (data_dir / kind).mkdir(parents=True, exist_ok=True)
                 for id_ in tqdm(wanted, desc=f"unpacking {kind}", unit="file", disable=None, leave=False):
                     member, target = found[kind][id_], data_dir / kind / f"{id_}.{suffix}"
                     if not target.exists() or target.stat().st_size != member.size:
-                        target.write_bytes(tar.extractfile(member).read())
+                        target.write_bytes(_content(tar, member))
     except (tarfile.TarError, EOFError, UnicodeDecodeError) as error:
         raise UserError(f"{archive} cannot be read as a tar archive ({error}); download it again") from None
     for name in sorted(lists, key=lambda name: name == "trainval"):  # whose presence says that all is there
         write_text(data_dir / f"{name}.txt", lists[name])
-    print(
-        f"{len(wanted)} photos with masks in {data_dir}: "
-        + ", ".join(f"{len(text.split())} {name}" for name, text in sorted(lists.items()))
-    )
+    counts = ", ".join(f"{len(text.split())} {name}" for name, text in sorted(lists.items()))
+    print(f"{len(wanted)} photos with masks in {data_dir}: {counts}")
+
+
+def _members(tar: tarfile.TarFile, archive: Path) -> dict[str, dict[str, tarfile.TarInfo]]:
+    """Return the files of the official archive by kind and name. Raises UserError for links, and paths out of it."""
+    found: dict[str, dict[str, tarfile.TarInfo]] = {
+        kind: {} for kind in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation")
+    }
+    for member in tqdm(tar, desc="reading the archive", unit="file", disable=None, leave=False):
+        name = PurePosixPath(member.name)
+        if name.is_absolute() or ".." in name.parts or not (member.isreg() or member.isdir()):
+            raise UserError(
+                f"{archive}: member {member.name} is a link or leads out of the folder; use the official archive"
+            )
+        if (match := MEMBER.fullmatch(name.as_posix())) and member.isreg():
+            found[match["kind"]][match["id"]] = member
+    return found
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """Return the bytes of a regular file in an archive."""
+    stream = tar.extractfile(member)
+    assert stream is not None
+    return stream.read()
 
 
 def _refuse_other_lists(data_dir: Path, lists: dict[str, str]) -> None:
@@ -146,12 +161,8 @@ def _refuse_other_lists(data_dir: Path, lists: dict[str, str]) -> None:
 def get_voc(data_dir: Path, archive: Path | None) -> None:
     """Bring VOC2012 into data_dir, downloading it if no archive is given and it is not there."""
     if archive is None:
-        from torchvision.datasets.voc import DATASET_YEAR_DICT
-
-        from model.data_loader import Split
-
         if (data_dir / "trainval.txt").exists():
-            count = sum(len(Split.find(data_dir, name).ids) for name in ("train", "val"))
+            count = sum(len(find_split("voc", data_dir, name).ids) for name in ("train", "val"))
             print(f"{data_dir} is complete: {count} photos with masks")
             return
         if (data_dir / "train.txt").exists():
@@ -166,22 +177,19 @@ def get_voc(data_dir: Path, archive: Path | None) -> None:
 
 def get_sbd(data_dir: Path, archive: Path | None) -> None:
     """Bring the photos of SBD into a VOC2012 that is in data_dir, downloading them if no archive is given."""
-    from torchvision.datasets import SBDataset
-
-    from model.data_loader import Layout, Split
-
     require("scipy", "masks of SBD")
-    layout = Layout.find(data_dir)
-    if (layout.lists / "trainaug.txt").exists():
-        print(f"{layout.lists / 'trainaug.txt'} is complete: {len(Split.find(data_dir, 'trainaug').ids)} photos")
+    folders = VOCFolders.find(data_dir)
+    if (folders.lists / "trainaug.txt").exists():
+        count = len(find_split("voc", data_dir, "trainaug").ids)
+        print(f"{folders.lists / 'trainaug.txt'} is complete: {count} photos")
         return
-    train, val = (Split.find(data_dir, name).ids for name in ("train", "val"))
+    train, val = (find_split("voc", data_dir, name).ids for name in ("train", "val"))
     given = archive is not None
     if not given:
         archive = download([SBDataset.url], data_dir, SBDataset.md5, filename=SBD_ARCHIVE, flag="--sbd")
-    added = unpack_sbd(archive, layout.images, layout.masks, here={*train, *val})
-    write_text(layout.lists / "trainaug.txt", "".join(f"{id_}\n" for id_ in sorted({*train, *added})))
-    print(f"{len(train)} photos of train and {len(added)} of SBD -> {layout.lists / 'trainaug.txt'}")
+    added = unpack_sbd(archive, folders.images, folders.masks, here={*train, *val})
+    write_text(folders.lists / "trainaug.txt", "".join(f"{id_}\n" for id_ in sorted({*train, *added})))
+    print(f"{len(train)} photos of train and {len(added)} of SBD -> {folders.lists / 'trainaug.txt'}")
     if not given:
         print(f"{archive} is no longer needed")
 
@@ -208,7 +216,7 @@ def unpack_sbd(archive: Path, images: Path, masks: Path, *, here: set[str]) -> s
                 is_photo = match["kind"] == "img"
                 target = images / f"{match['id']}.jpg" if is_photo else masks / f"{match['id']}.png"
                 if not target.exists():
-                    content = tar.extractfile(member).read()
+                    content = _content(tar, member)
                     _write_whole(target, content if is_photo else _mask_of_sbd(content, member.name))
     except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{archive} cannot be read as a .tgz archive ({error}); download it again") from None
@@ -221,8 +229,7 @@ def unpack_sbd(archive: Path, images: Path, masks: Path, *, here: set[str]) -> s
 
 def _mask_of_sbd(content: bytes, name: str) -> bytes:
     """A MATLAB file's class indices as a PNG. SBD has no void."""
-    from PIL import Image
-    from scipy.io import loadmat
+    from scipy.io import loadmat  # needed for SBD only
 
     stream = io.BytesIO()
     try:
@@ -252,9 +259,6 @@ def write_lists(data_dir: Path, shares: list[float], seed: int, group: str | Non
     group is a regular expression: photos for which it captures the same text come into the same list.
     """
     images, masks, lists = _folders_to_deal(data_dir, shares)
-
-    from model.data_loader import photos_by_id
-
     photos = photos_by_id(images)
     ids = sorted(id_ for id_, photo in photos.items() if photo.is_file() and (masks / f"{id_}.png").is_file())
     _refuse_unreadable_names(images, ids)
@@ -304,7 +308,6 @@ def _folders_to_deal(data_dir: Path, shares: list[float]) -> tuple[Path, Path, P
 
 def _refuse_unreadable_names(images: Path, ids: list[str]) -> None:
     """Raise UserError naming those that would not come back from a list."""
-    from model.data_loader import ids_in
 
     def comes_back(id_: str) -> bool:
         try:
@@ -415,10 +418,6 @@ def _warn_of_frames(photos: dict[str, Path], lists: dict[str, list[str]], shares
 
 
 def _are_alike(*paths: Path) -> bool:
-    from PIL import ImageChops, ImageStat
-
-    from model.data_loader import read_photo
-
     try:
         first, second = (read_photo(path).convert("L").resize((32, 32)) for path in paths)
     except UserError:  # which training will name
@@ -434,8 +433,6 @@ def main(args: argparse.Namespace) -> None:
     if args.sbd:
         get_sbd(args.data_dir, None if args.sbd is DOWNLOAD else args.sbd)
     elif args.sample:
-        from model.sample import draw_sample
-
         print(f"the sample is in {draw_sample(args.data_dir / 'sample')}")
     elif args.split:
         write_lists(args.data_dir, args.split, args.seed, args.group)
@@ -444,5 +441,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    ARGS = parse_args()
-    raise SystemExit(run_main(lambda: main(ARGS)))
+    raise SystemExit(run_main(lambda: main(parse_args())))

@@ -27,21 +27,13 @@ from engine.cli import (
 )
 from engine.devices import autocast, loading_options
 from engine.folders import data_dir
-from model.data_loader import (
-    Loader,
-    OriginalDataset,
-    SegmentationDataset,
-    Split,
-    data_root,
-    make_loader,
-    make_original_loader,
-    read_mask,
-    read_photo,
-)
+from model.data_loader import Loader, OriginalDataset, SegmentationDataset, make_loader, make_original_loader
 from model.inference import Segmenter, class_map
+from model.layouts import Split, find_split
 from model.losses import SegmentationLoss
 from model.metrics import BoundaryMetrics, ConfusionMatrix
 from model.parallel import all_reduce_sum
+from model.photos import read_photo
 from model.transforms import to_input
 from model.voc import colour_mask, is_voc
 from params import Params
@@ -167,7 +159,7 @@ class WorstPredictions:
         names = dataset.class_names
         for rank, (mIoU, index, prediction) in enumerate(sorted(self._kept, reverse=True), start=1):
             photo = read_photo(dataset.split.images[-index])
-            mask = read_mask(dataset.split.masks[-index], photo.size, len(names))
+            mask = dataset.mask(-index, photo.size)
             name = dataset.split.ids[-index]
             picture = error_picture(photo, mask, prediction, names, title=f"{name}, mIoU {-mIoU:.3f}")
             number = f"{rank:0{len(str(len(self._kept)))}d}_"
@@ -247,7 +239,7 @@ def main(args: argparse.Namespace) -> None:
 def run(device: torch.device, args: argparse.Namespace) -> None:
     """Score, and write and print what comes of it."""
     model, params, checkpoint = load_network(args.model_dir, args.restore_file, device)
-    split, names = distributed.local_rank0_first(lambda: find_split(params, checkpoint, args))
+    split, names = distributed.local_rank0_first(lambda: find_data(params, checkpoint, args))
     name = f"{args.split}_{args.restore_file}"
     record = {"epoch": checkpoint.get("epoch")}
     if args.original_size:
@@ -269,13 +261,13 @@ def run(device: torch.device, args: argparse.Namespace) -> None:
         write_report(record | metrics, matrix, dataset, name, params, args)
 
 
-def find_split(params: Params, checkpoint: dict, args: argparse.Namespace) -> tuple[Split, list[str]]:
-    """What is to be scored or predicted, and the names of the classes."""
-    root = data_root(params.dataset, data_dir(args, params.dataset))
-    file = checkpoint_path(args.model_dir, args.restore_file)
-    names = agreed_class_names(checkpoint, file, root, params.num_classes)
+def find_data(params: Params, checkpoint: dict, args: argparse.Namespace) -> tuple[Split, list[str]]:
+    """Find what is to be scored or predicted, and the names of the classes."""
     only_predicted = args.save_predictions and not args.save_overlays
-    return Split.find(root, args.split, masks_required=not only_predicted), names
+    folder = data_dir(args, params.dataset)
+    split = find_split(params.dataset, folder, args.split, masks_required=not only_predicted)
+    file = checkpoint_path(args.model_dir, args.restore_file)
+    return split, agreed_class_names(checkpoint, file, split, params.num_classes)
 
 
 def write_report(

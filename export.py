@@ -18,7 +18,8 @@ from engine.cli import add_restore_file, experiment_parser, run_main
 from engine.distributed import pick_device
 from engine.folders import data_dir, git_commit
 from model import UserError, cores
-from model.data_loader import Split, data_root, read_example
+from model.layouts import find_split
+from model.photos import read_example
 from model.transforms import mean_and_deviation, to_input
 from params import Params
 from utils import RunFailed, replacing
@@ -177,12 +178,11 @@ def main(args: argparse.Namespace) -> None:
     model.to(memory_format=torch.contiguous_format)
     refuse_large(model)
 
-    root = data_root(params.dataset, data_dir(args, params.dataset))
+    split = find_split(params.dataset, data_dir(args, params.dataset), "val")
     file = checkpoint_path(args.model_dir, args.restore_file)
-    names = agreed_class_names(checkpoint, file, root, params.num_classes)
+    names = agreed_class_names(checkpoint, file, split, params.num_classes)
     metadata = onnx_metadata(params, names, checkpoint.get("epoch"))
-    photo = Split.find(root, "val").images[0]
-    batches = photo_batches(photo, params)
+    batches = photo_batches(split.images[0], params)
 
     with replacing(output) as temporary:
         write_onnx(model, temporary, metadata)
@@ -192,7 +192,7 @@ def main(args: argparse.Namespace) -> None:
         inputs = [to_input(batch, device, normalize=params.normalize, channels_last=False) for batch in batches]
         rows = [compare(session, model, part) for images in inputs for part in (images[:1], images)]
     print(tabulate(rows, headers="keys", tablefmt="pipe", floatfmt=".2g"))
-    print(f"\nonnxruntime against PyTorch on {photo}, epoch {checkpoint.get('epoch')} -> {output}")
+    print(f"\nonnxruntime against PyTorch on {split.images[0]}, epoch {checkpoint.get('epoch')} -> {output}")
 
 
 if __name__ == "__main__":

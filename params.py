@@ -91,7 +91,10 @@ class Params:
     )
 
     dataset: str = _one_of(
-        "voc", "sample", meaning="`voc` reads `--data_dir`; `sample` is the built-in one, drawn under it on first use"
+        "voc",
+        "sample",
+        "cityscapes",
+        meaning="layout of `--data_dir`: VOC's, Cityscapes'; `sample`: the built-in scenes, drawn there on first use",
     )
     image_size: int = _integer(224, 32, 16384, meaning="pixels; images are squashed to a square of that side")
     num_classes: int = _integer(21, 2, 255, meaning="background included")

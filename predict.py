@@ -25,8 +25,9 @@ from engine.cli import (
 )
 from engine.folders import recorded_data_dir
 from evaluate import make_segmenter
-from model.data_loader import IMAGE_SUFFIXES, read_photo
 from model.inference import Segmenter
+from model.layouts import find_split
+from model.photos import IMAGE_SUFFIXES, read_photo
 from model.voc import colour_mask
 from params import Params
 from utils import UserError, make_folder, save_picture, say, walk, write_json
@@ -168,10 +169,10 @@ def find_names(params: Params, checkpoint: dict, args: argparse.Namespace) -> li
     Data that the run has recorded need not be there any more, and may have become others, which is said.
     """
     file, root = checkpoint_path(args.model_dir, args.restore_file), args.data_dir or recorded_data_dir(args.model_dir)
-    if params.dataset == "sample" or not (args.data_dir or (root and root.is_dir())):
-        root = None
+    given = params.dataset != "sample" and (args.data_dir or (root and root.is_dir()))
     try:
-        return agreed_class_names(checkpoint, file, root, params.num_classes)
+        split = find_split(params.dataset, root, "val") if given else None
+        return agreed_class_names(checkpoint, file, split, params.num_classes)
     except UserError as error:
         if args.data_dir or not checkpoint.get("class_names"):
             raise

@@ -27,7 +27,8 @@ from engine.run import (
 )
 from engine.training import Training
 from evaluate import evaluate
-from model.data_loader import Loader, SegmentationDataset, Split, data_root, make_loader
+from model.data_loader import Loader, SegmentationDataset, make_loader
+from model.layouts import Split, find_split
 from model.losses import SegmentationLoss
 from model.metrics import ConfusionMatrix
 from model.net import FCN_GCN
@@ -115,11 +116,11 @@ def find_data(
 
     Raises UserError for every fault that shows without decoding a photo.
     """
-    root = data_root(params.dataset, data_dir)
-    train_split = Split.find(root, params.train_split, masks_required=True)
-    val_split = Split.find(root, "val", masks_required=True)
+    train_split, val_split = (
+        find_split(params.dataset, data_dir, name, masks_required=True) for name in (params.train_split, "val")
+    )
     check_batch_size(params, len(train_split.ids))
-    return train_split, val_split, agreed_class_names(checkpoint or {}, file, root, params.num_classes)
+    return train_split, val_split, agreed_class_names(checkpoint or {}, file, val_split, params.num_classes)
 
 
 def build_model(params: Params, weights: Path | None, *, resumed: bool) -> tuple[nn.Module, str]:

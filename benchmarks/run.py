@@ -33,9 +33,11 @@ from engine import distributed
 from engine.devices import autocast, resolve_precision, seed_everything, to_device
 from engine.training import Training
 from evaluate import evaluate
-from model.data_loader import Loader, SegmentationDataset, Split, make_loader, read_example
+from model.data_loader import Loader, SegmentationDataset, make_loader
+from model.layouts import Split, find_split
 from model.losses import SegmentationLoss
 from model.net import FCN_GCN
+from model.photos import read_example
 from model.sample import draw_scene
 from model.transforms import to_input
 from model.voc import CLASS_NAMES, colour_mask
@@ -227,7 +229,7 @@ def scaling(folder: Path, bar: tqdm) -> list[tuple]:
     rows = []
     for count in COUNTS:
         (folder / "train.txt").write_text("".join(f"{index}\n" for index in range(count)))
-        dataset = SegmentationDataset(Split.find(folder, "train"), class_names=CLASS_NAMES, image_size=SMALL)
+        dataset = SegmentationDataset(find_split("voc", folder, "train"), class_names=CLASS_NAMES, image_size=SMALL)
         loader = make_loader(dataset, batch_size=20, num_workers=0, seed=0)
         rates = []
         for epoch in range(1 + 10_000 // count):
@@ -311,14 +313,14 @@ def make_scenes(folder: Path, count: int) -> Path:
 def main(args: argparse.Namespace) -> None:
     device = distributed.pick_device(args.device)
     if args.peak_memory_of:
-        return print_peak_memory(Sides(Split.find(args.data_dir, "val"), device), args.peak_memory_of)
+        return print_peak_memory(Sides(find_split("voc", args.data_dir, "val"), device), args.peak_memory_of)
     with (
         tempfile.TemporaryDirectory() as temporary,
         tqdm(total=4 * args.repeats + min(3, args.repeats) + 12, unit="run") as bar,
     ):
         temporary = Path(temporary)
         args.data_dir = args.data_dir or make_scenes(temporary / "scenes", 2 * max(EPOCH[device.type]))
-        sides = Sides(Split.find(args.data_dir, "val"), device)
+        sides = Sides(find_split("voc", args.data_dir, "val"), device)
         (our_step, our_evaluation), (step, evaluation) = sides.ours(), sides.baseline()
         steps = in_turn(our_step, step, args.repeats, bar, device)
         rows = [

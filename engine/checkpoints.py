@@ -14,7 +14,7 @@ from torch import nn
 from engine import distributed
 from engine.devices import resolve_precision, to_device
 from model import UserError, refuse_irregular
-from model.data_loader import class_names, default_class_names, listed_class_names, names_file
+from model.layouts import Split, class_names, default_class_names
 from model.net import FCN_GCN, class_count, is_of_score_layer, without_unused
 from params import ARCHITECTURE, Params
 from utils import first_line, is_out_of_memory, replacing
@@ -167,8 +167,8 @@ def load_network(model_dir: Path, restore_file: str, device: torch.device) -> tu
     return model.eval(), params, checkpoint
 
 
-def agreed_class_names(checkpoint: dict[str, Any], file: Path, root: Path | None, num_classes: int) -> list[str]:
-    """The names of the classes in a checkpoint, read from file, and in the data set at root, which must agree.
+def agreed_class_names(checkpoint: dict[str, Any], file: Path, split: Split | None, num_classes: int) -> list[str]:
+    """Return the names of the classes in a checkpoint, read from file, and in a data set, which must agree.
 
     Where only one of them has names, those; None is a data set that is not there. Raises UserError naming the first
     class that they call differently.
@@ -176,20 +176,18 @@ def agreed_class_names(checkpoint: dict[str, Any], file: Path, root: Path | None
     numbers = [str(index) for index in range(num_classes)]  # which stand for names that are not known
     trained = checkpoint.get("class_names") or []
     trained = trained if len(trained) == num_classes else numbers
-    if root is None:
+    if split is None:
         return default_class_names(num_classes) if trained == numbers else trained
     if trained == numbers:
-        return class_names(root, num_classes)
-    named = listed_class_names(root) or default_class_names(num_classes)
+        return class_names(split, num_classes)
+    named = split.class_names or default_class_names(num_classes)
     if named == numbers:
         return trained
     for index, (then, now) in enumerate(zip_longest(trained, named)):
         if then != now:
             then, now = ("missing" if name is None else f'"{name}"' for name in (then, now))
-            source = names_file(root)
-            source = source if source.exists() else f"{root}, which has no classes.txt"
             raise UserError(
-                f"class {index} is {then} in {file}, {now} in {source}; "
+                f"class {index} is {then} in {file}, {now} in {split.names_source}; "
                 "give the data that the run was trained on with --data_dir, or correct the names there"
             )
     return trained

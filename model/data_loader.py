@@ -1,4 +1,4 @@
-"""Data sets in VOC's layout, decoded once into a memory-mapped cache, and their loaders."""
+"""Data sets, decoded once into a memory-mapped cache, and their loaders."""
 
 import glob
 import hashlib
@@ -6,11 +6,9 @@ import io
 import math
 import os
 import signal
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import cache, partial
+from contextlib import suppress
+from functools import partial
 from itertools import islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -18,261 +16,20 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock
-from PIL import ExifTags, Image
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, SequentialSampler, default_collate
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from model import UserError, cores, refuse_irregular
+from model import UserError, cores
+from model.layouts import Split, list_faults
 from model.parallel import shard
-from model.sample import draw_sample
-from model.transforms import Augmentation, resize_tag, squash, squashed
-from model.voc import CLASS_NAMES, VOID
+from model.photos import read_example, read_mask, read_photo
+from model.transforms import Augmentation, resize_tag, squashed
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 AT_ONCE = 256  # examples in the host's memory while a split is decoded or sent to a GPU
 CACHE_VERSION = 1  # part of every cache's name: raise it when files are decoded otherwise; resizing has its own tag
-
-
-def data_root(dataset: str, data_dir: str | Path) -> Path:
-    """The folder of a data set: data_dir for "voc", the drawn scenes under it for "sample"."""
-    return draw_sample(Path(data_dir) / "sample") if dataset == "sample" else Path(data_dir)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where a data set keeps its photos, its masks and its lists."""
-
-    images: Path
-    masks: Path
-    lists: Path
-
-    @classmethod
-    def find(cls, data_dir: str | Path) -> "Layout":
-        """The layout of data_dir: lists beside JPEGImages, or a devkit's VOC2012/ImageSets/Segmentation.
-
-        Raises UserError where there is none.
-        """
-        data_dir = Path(data_dir)
-        for root in (data_dir, data_dir / "VOC2012", data_dir / "VOCdevkit" / "VOC2012"):
-            lists = root / "ImageSets" / "Segmentation"
-            lists = lists if lists.is_dir() else root
-            if (root / "JPEGImages").is_dir():
-                return cls(root / "JPEGImages", root / "SegmentationClass", lists)
-        raise UserError(
-            f"{data_dir} holds no data set (JPEGImages/ with train.txt and val.txt, or VOC2012/). Get VOC2012 with "
-            "`python build_dataset.py`, or try `python train.py --model_dir experiments/quickstart`, which needs none"
-        )
-
-
-@dataclass(frozen=True)
-class Split:
-    """The photos of one list and their masks; masks is None where not one photo has one."""
-
-    name: str
-    ids: list[str]
-    images: list[Path]
-    masks: list[Path] | None
-
-    @classmethod
-    def find(cls, data_dir: str | Path, name: str, *, masks_required: bool = False) -> "Split":
-        """Read <name>.txt and find its files. Raises UserError for an unusable list, and naming all missing files."""
-        if Path(name).name != name:
-            raise UserError(f"split {name!r}: give the name of a list without folder and suffix, as val")
-        layout = Layout.find(data_dir)
-        ids = read_list(layout.lists / f"{name}.txt")
-        photos = photos_by_id(layout.images)
-        masks = [layout.masks / f"{id_}.png" for id_ in ids]
-        present = {entry.name for entry in os.scandir(layout.masks)} if layout.masks.is_dir() else set()
-        missing = [f"no photo {layout.images / id_}.jpg" for id_ in ids if id_ not in photos]
-        without_mask = [f"no mask {mask}" for mask in masks if mask.name not in present]
-        if len(without_mask) == len(ids):
-            if masks_required:
-                raise UserError(
-                    f"split {name} of {data_dir} has no masks: it can be predicted, not scored or trained on"
-                )
-            masks = None
-        else:
-            missing += without_mask
-        if missing:
-            raise _list_faults(f"{layout.lists / name}.txt", missing)
-        return cls(name, ids, [photos[id_] for id_ in ids], masks)
-
-
-def read_list(path: Path) -> list[str]:
-    """The ids of a list file, one a line. Raises UserError when it is absent, empty, not text, or repeats an id."""
-    refuse_irregular(path)
-    try:
-        ids = ids_in(path.read_bytes())
-    except FileNotFoundError:
-        found = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt") if p.name != "classes.txt"))
-        found = found or "none; `python build_dataset.py --split 0.8 0.1 0.1` deals photos into lists"
-        raise UserError(f"no list {path}; splits here: {found}") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not a UTF-8 text file ({error.reason})") from None
-    if not ids:
-        raise UserError(f"{path} lists no image")
-    if repeated := [id_ for id_, count in Counter(ids).items() if count > 1]:
-        raise UserError(f"{path} lists {', '.join(repeated[:5])} more than once")
-    return ids
-
-
-def ids_in(content: bytes) -> list[str]:
-    """The ids in the bytes of a list. Raises UnicodeDecodeError where they are not UTF-8."""
-    return [line.strip() for line in content.decode("utf-8-sig").splitlines() if line.strip()]
-
-
-def photos_by_id(folder: Path) -> dict[str, Path]:
-    """Every photo of a folder by its name without suffix. Raises UserError when two photos share one."""
-    photos: dict[str, Path] = {}
-    for entry in os.scandir(folder):
-        path = Path(entry.path)
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."):
-            if path.stem in photos:
-                raise UserError(f"{photos[path.stem]} and {path} have the same name; keep one of them")
-            photos[path.stem] = path
-    return photos
-
-
-def class_names(data_dir: str | Path, num_classes: int) -> list[str]:
-    """Names from classes.txt beside the lists; else VOC's where there are 21; else the indices as text.
-
-    Raises UserError where classes.txt has another number of names.
-    """
-    names = listed_class_names(data_dir) or default_class_names(num_classes)
-    if len(names) != num_classes:
-        raise UserError(
-            f"{names_file(data_dir)} names {len(names)} classes, num_classes is {num_classes}; make them agree: "
-            f'set "num_classes": {len(names)} in params.json, or correct the names, background first'
-        )
-    return names
-
-
-def names_file(data_dir: str | Path) -> Path:
-    """Where a data set names its classes, if it does."""
-    return Layout.find(data_dir).lists / "classes.txt"
-
-
-def listed_class_names(data_dir: str | Path) -> list[str] | None:
-    """The names in classes.txt; None where there is none."""
-    path = names_file(data_dir)
-    return read_list(path) if path.exists() or path.is_symlink() else None
-
-
-def default_class_names(num_classes: int) -> list[str]:
-    """VOC's names where there are 21 classes, else the indices as text."""
-    return list(CLASS_NAMES) if num_classes == len(CLASS_NAMES) else [str(index) for index in range(num_classes)]
-
-
-def read_example(image_path: Path, mask_path: Path | None, *, image_size: int, num_classes: int) -> np.ndarray:
-    """Decode a photo and its mask at their own size, check them, and squash both to a square.
-
-    Returns uint8 (image_size, image_size, 4): red, green, blue, class index (void without a mask).
-    Raises UserError naming the file and what is wrong with it.
-    """
-    image = read_photo(image_path)
-    mask = None if mask_path is None else read_mask(mask_path, image.size, num_classes)
-    image, mask = squash(image, mask, image_size)
-    example = np.full((image_size, image_size, 4), VOID, dtype=np.uint8)
-    example[..., :3] = image
-    if mask is not None:
-        example[..., 3] = mask
-    return example
-
-
-def read_photo(path: Path) -> Image.Image:
-    """An upright RGB photo. Raises UserError naming the file and what is wrong with it."""
-    with _naming(path):
-        image = _upright(_decode(path)[0])
-        if image.mode.startswith("I;16"):  # convert() would clip
-            image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
-        if image.mode in ("I", "F"):
-            raise UserError(f"{path}: has 32 bits a pixel, of unknown range; convert it to 8 or 16 bits")
-        return image.convert("RGB")
-
-
-def _decode(path: Path) -> tuple[Image.Image, object]:
-    """An image as it is stored, and how its pixels were stored, which shows only before they are decoded."""
-    refuse_irregular(path)
-    with Image.open(path, formats=_formats()) as image:
-        stored_as = image.tile[0].args if image.tile else None
-        image.load()
-        return image, stored_as
-
-
-@cache
-def _formats() -> tuple[str, ...]:
-    """Pillow's formats without EPS, for which it starts Ghostscript: a photo must not run a program."""
-    Image.preinit()  # so that the common formats come first, as Image.open has it by itself
-    Image.init()
-    return tuple(name for name in Image.ID if name != "EPS")
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Turn whatever Pillow makes of other bytes into a UserError that names the file."""
-    try:
-        yield
-    except (UserError, MemoryError):
-        raise
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except Exception as error:  # by format OSError, SyntaxError, ValueError, RuntimeError, struct.error, KeyError, ...
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path}: cannot be read as an image ({reason})") from None
-
-
-TURNS = {  # of EXIF orientations; not ImageOps.exif_transpose, which fails on any fault in the rest of the block
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # whatever Pillow makes of other bytes; the pixels are whole all the same
-        turn = None
-    return image if turn is None else image.transpose(turn)
-
-
-STRETCHED = {"1": 255, "L;2": 85, "L;4": 17}  # what Pillow multiplies grey values of fewer than 8 bits by
-
-
-def read_mask(path: Path, size: tuple[int, int], num_classes: int) -> Image.Image:
-    """The mask of a photo of that size (width, height), its pixel values class indices. Raises UserError likewise."""
-    with _naming(path):
-        mask, stored_as = _decode(path)
-        if mask.mode in ("1", "L") and isinstance(stored_as, str) and stored_as in STRETCHED:
-            mask = mask.convert("L").point(lambda value: value // STRETCHED[stored_as])
-    if mask.mode not in ("P", "L"):
-        raise UserError(
-            f"{path}: the mask is {mask.mode}, not a palette or grey PNG of class indices; "
-            "model.voc.indices_from_colours converts masks painted in VOC's colours"
-        )
-    if mask.size != size:
-        raise UserError(f"{path}: the mask is {mask.width}x{mask.height}, its photo {size[0]}x{size[1]}")
-    if bad := [index for index, count in enumerate(mask.histogram()) if count and num_classes <= index != VOID]:
-        raise UserError(
-            f"{path}: class index {bad[0]} is neither below num_classes = {num_classes} nor void ({VOID}); "
-            "raise num_classes in params.json or correct the mask"
-        )
-    return mask
-
-
-def _list_faults(where: str, faults: list[str]) -> UserError:
-    shown = faults[:20] + ([f"and {len(faults) - 20} more"] if len(faults) > 20 else [])
-    return UserError(
-        f"{where}: {faults[0]}" if len(faults) == 1 else "\n  ".join([f"{len(faults)} faults in {where}", *shown])
-    )
 
 
 class SegmentationDataset(Dataset):
@@ -341,9 +98,8 @@ class SegmentationDataset(Dataset):
     def decode(self, index: int) -> np.ndarray:
         """uint8 (S, S, 4) from the files, see read_example."""
         mask = self.split.masks[index] if self.split.masks else None
-        return read_example(
-            self.split.images[index], mask, image_size=self.image_size, num_classes=len(self.class_names)
-        )
+        options = {"image_size": self.image_size, "num_classes": len(self.class_names)}
+        return read_example(self.split.images[index], mask, **options, label_map=self.split.label_map)
 
     def decode_all(self) -> Iterator[np.ndarray]:
         """Every example in order, decoded on all cores. Raises UserError at the end, naming every faulty file."""
@@ -366,18 +122,20 @@ class SegmentationDataset(Dataset):
                     else:
                         yield result
         if faults:
-            raise _list_faults(f"split {self.split.name}", faults)
+            raise list_faults(f"split {self.split.name}", faults)
 
 
 def _cached(dataset: SegmentationDataset) -> Path:
     """The cache file of a data set, built now unless one of the same files, size and classes is there."""
     split, size = dataset.split, dataset.image_size
     digest = hashlib.sha256(repr((CACHE_VERSION, resize_tag(size), len(dataset.class_names))).encode())
+    if split.label_map is not None:
+        digest.update(repr(sorted(split.label_map.items())).encode())
     for path in [*split.images, *(split.masks or [])]:
         with suppress(OSError):  # a link to nowhere, which decoding will name
             status = path.stat()
             digest.update(repr((path.name, status.st_size, status.st_mtime_ns)).encode())
-    folder = _cache_folder(split.images[0].parent.parent)
+    folder = _cache_folder(split.root or split.images[0].parent.parent)
     prefix = f"{split.name}-{size}px-{len(dataset.class_names)}classes"
     file = folder / f"{prefix}-{digest.hexdigest()[:16]}.npy"
     header = io.BytesIO()
@@ -437,8 +195,12 @@ class OriginalDataset(Dataset):
 
     def __getitem__(self, index: int) -> tuple[int, Image.Image, Image.Image | None]:
         photo = read_photo(self.split.images[index])
-        masks = self.split.masks
-        return index, photo, masks and read_mask(masks[index], photo.size, len(self.class_names))
+        return index, photo, self.mask(index, photo.size)
+
+    def mask(self, index: int, size: tuple[int, int]) -> Image.Image | None:
+        """Return the mask of a photo of that size (width, height), None where there is none."""
+        split = self.split
+        return split.masks and read_mask(split.masks[index], size, len(self.class_names), split.label_map)
 
 
 class EpochSampler(Sampler):

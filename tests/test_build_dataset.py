@@ -24,7 +24,7 @@ from scipy.io import savemat
 import build_dataset
 from build_dataset import ARCHIVE, deal, download, grouped, write_lists
 from model import UserError
-from model.data_loader import Split, read_list
+from model.layouts import find_split, read_list
 from model.voc import CLASS_NAMES, VOID
 from utils import RunFailed
 
@@ -105,8 +105,8 @@ def test_archive_gives_the_listed_files_byte_for_byte_and_nothing_else(tmp_path,
         if "Annotations" not in name and "unlisted" not in name
     }
     assert contents(data) == wanted
-    assert {name: Split.find(data, name).ids for name in ("train", "val")} == {"train": train, "val": val}
-    assert Split.find(data, "trainval").masks is not None
+    assert {name: find_split("voc", data, name).ids for name in ("train", "val")} == {"train": train, "val": val}
+    assert find_split("voc", data, "trainval").masks is not None
 
 
 def test_archive_with_a_leading_dot_is_the_same(tmp_path, archive):
@@ -353,7 +353,7 @@ def test_sbd_adds_its_photos_to_train_and_leaves_those_of_voc_alone(tmp_path, vo
     with Image.open(voc / "SegmentationClass" / "newer.png") as mask:
         assert mask.mode == "L" and np.array_equal(mask, MASK + 3)
     assert after.keys() == {"JPEGImages/newer.jpg", "SegmentationClass/new.png", "SegmentationClass/newer.png"}
-    assert Split.find(voc, "trainaug", masks_required=True).ids == ["a", "b", "new", "newer"]
+    assert find_split("voc", voc, "trainaug", masks_required=True).ids == ["a", "b", "new", "newer"]
     archive.unlink()
     assert "complete: 4 photos" in run_script("build_dataset.py", "--sbd", archive, "--data_dir", voc).stdout
 
@@ -528,7 +528,7 @@ def test_lists_of_a_devkit_are_put_where_they_are_read(tmp_path):
     own_photos(tmp_path, IDS)
     (tmp_path / LISTS).mkdir(parents=True)
     write_lists(tmp_path, [0.6, 0.3, 0.1], seed=230)
-    assert read_lists(tmp_path) == {} and len(Split.find(tmp_path, "train").ids) == 12
+    assert read_lists(tmp_path) == {} and len(find_split("voc", tmp_path, "train").ids) == 12
 
 
 @pytest.mark.parametrize("shares", [[0.8, 0.1, 0.2], [1.2, -0.1, -0.1], [1, 0, 0], [0, 1, 0], [float("nan")] * 3])
@@ -550,7 +550,7 @@ def test_script_deals_names_with_spaces_and_accents(tmp_path):
     ids = [f"Straße à côté {index}" for index in range(8)] + ["地図 1", "地図 2"]
     own_photos(tmp_path / "my photos", ids)
     run_script("build_dataset.py", "--data_dir", tmp_path / "my photos", "--split", 0.5, 0.3, 0.2)
-    splits = [Split.find(tmp_path / "my photos", name) for name in ("train", "val", "test")]
+    splits = [find_split("voc", tmp_path / "my photos", name) for name in ("train", "val", "test")]
     assert sorted(id_ for split in splits for id_ in split.ids) == sorted(ids)
     assert [len(split.ids) for split in splits] == [5, 3, 2]
 
@@ -601,7 +601,7 @@ def test_a_folder_whose_name_is_not_utf8_can_be_dealt(tmp_path):
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xe9"))
     own_photos(folder, IDS)
     assert "-> " in run_script("build_dataset.py", "--data_dir", folder, "--split", 0.6, 0.3, 0.1).stdout
-    assert len(Split.find(folder, "train").ids) == 12
+    assert len(find_split("voc", folder, "train").ids) == 12
 
 
 characters = st.sampled_from([*"ab .\u00e9\x0b\x1c\u2028\x85\ufeff\t\n\r\u3000\x00\udcff", "\u5730", "\U0001f600"])
@@ -628,7 +628,7 @@ def test_any_name_that_is_accepted_can_be_read_back(names):
             assert read_lists(data) == {}
         else:
             assert {id_ for name in ("train", "val") for id_ in read_list(data / f"{name}.txt")} == wanted
-            assert all(Split.find(data, name).masks for name in ("train", "val"))
+            assert all(find_split("voc", data, name).masks for name in ("train", "val"))
 
 
 def test_lists_are_written_all_or_none_on_a_full_disk(tmp_path):
@@ -785,7 +785,7 @@ def sample(tmp_path_factory) -> Path:
 
 
 def test_sample_holds_64_and_16_photos_with_masks(sample):
-    splits = {name: Split.find(sample, name) for name in ("train", "val")}
+    splits = {name: find_split("voc", sample, name) for name in ("train", "val")}
     assert {name: len(split.ids) for name, split in splits.items()} == {"train": 64, "val": 16}
     assert all(split.masks for split in splits.values())
     assert len(contents(sample)) == 2 * 80 + 2
@@ -801,7 +801,7 @@ def test_sample_scenes_differ(sample):
 
 
 def test_sample_photos_and_masks_are_in_voc_format(sample):
-    for id_ in Split.find(sample, "val").ids:
+    for id_ in find_split("voc", sample, "val").ids:
         with (
             Image.open(sample / "JPEGImages" / f"{id_}.jpg") as photo,
             Image.open(sample / "SegmentationClass" / f"{id_}.png") as mask,
@@ -814,7 +814,7 @@ def test_sample_photos_and_masks_are_in_voc_format(sample):
 def test_sample_shows_its_six_classes_and_no_others(sample, split):
     """Each in both splits: a class that val lacked would have no score."""
     shown = set()
-    for mask in Split.find(sample, split).masks:
+    for mask in find_split("voc", sample, split).masks:
         with Image.open(mask) as image:
             shown |= set(np.unique(image).tolist())
     names = ("background", "aeroplane", "bottle", "bus", "cat", "sheep", "tvmonitor")

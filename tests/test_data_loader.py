@@ -21,17 +21,10 @@ from conftest import ROOT, make_data
 from PIL import EpsImagePlugin, Image
 from torch import Tensor
 
-from model import UserError, data_loader, refuse_irregular, transforms
-from model.data_loader import (
-    DeviceLoader,
-    EpochSampler,
-    Layout,
-    SegmentationDataset,
-    Split,
-    class_names,
-    make_loader,
-    read_example,
-)
+from model import UserError, data_loader, photos, refuse_irregular, transforms
+from model.data_loader import DeviceLoader, EpochSampler, SegmentationDataset, make_loader
+from model.layouts import VOCFolders, class_names, find_split
+from model.photos import read_example
 from model.voc import CLASS_NAMES, VOID, indices_from_colours, palette
 from visualize import colour_mask
 
@@ -39,8 +32,8 @@ SIZE = 32
 
 
 def load(folder: Path, split: str = "train", *, num_classes: int = 21, **options) -> SegmentationDataset:
-    names = class_names(folder, num_classes)
-    return SegmentationDataset(Split.find(folder, split), class_names=names, **{"image_size": SIZE} | options)
+    names = class_names(find_split("voc", folder, split), num_classes)
+    return SegmentationDataset(find_split("voc", folder, split), class_names=names, **{"image_size": SIZE} | options)
 
 
 def arrays(dataset: SegmentationDataset) -> tuple[Tensor, Tensor]:
@@ -89,14 +82,14 @@ def test_devkit_and_plain_layout_give_the_same(data, tmp_path, given):
 
 def test_a_folder_without_photos_says_how_to_get_some(tmp_path):
     with pytest.raises(UserError, match=rf"{tmp_path} holds no data set .*build_dataset\.py"):
-        Layout.find(tmp_path)
+        VOCFolders.find(tmp_path)
 
 
 def test_photos_without_lists_say_how_to_write_them(data):
     for path in data.glob("*.txt"):
         path.unlink()
     with pytest.raises(UserError, match=r"build_dataset\.py .*--split"):
-        Split.find(data, "train")
+        find_split("voc", data, "train")
 
 
 # ---------------------------------------------------------------------------------------------------- lists
@@ -112,7 +105,7 @@ def test_examples_come_in_the_order_of_the_list(data):
 
 def test_lists_written_on_windows_are_read(data):
     (data / "train.txt").write_bytes("\ufefftrain0\r\n\r\n  train1 \r\n\r\n".encode())
-    assert Split.find(data, "train").ids == ["train0", "train1"]
+    assert find_split("voc", data, "train").ids == ["train0", "train1"]
 
 
 def test_ids_may_hold_spaces_accents_and_dots(data):
@@ -128,31 +121,31 @@ def test_ids_may_hold_spaces_accents_and_dots(data):
 def test_an_empty_list_is_refused(data):
     (data / "train.txt").write_text("\n \n")
     with pytest.raises(UserError, match=r"train\.txt lists no image"):
-        Split.find(data, "train")
+        find_split("voc", data, "train")
 
 
 def test_a_repeated_id_is_refused_by_name(data):
     (data / "train.txt").write_text("train0\ntrain1\ntrain0\n")
     with pytest.raises(UserError, match="train0 more than once"):
-        Split.find(data, "train")
+        find_split("voc", data, "train")
 
 
 def test_an_absent_list_names_the_splits_there_are(data):
     (data / "classes.txt").write_text("a\nb\n")
     with pytest.raises(UserError, match=r"no list .*test\.txt; splits here: train, val$"):
-        Split.find(data, "test")
+        find_split("voc", data, "test")
 
 
 def test_a_list_that_is_not_text_is_refused(data):
     (data / "train.txt").write_bytes(b"train\xff0\n")
     with pytest.raises(UserError, match=r"train\.txt is not a UTF-8"):
-        Split.find(data, "train")
+        find_split("voc", data, "train")
 
 
 def test_two_photos_of_one_name_are_refused(data):
     shutil.copy(photo(data, "train0"), photo(data, "train0").with_suffix(".jpeg"))
     with pytest.raises(UserError, match=r"train0\.(jpg|jpeg) and .*train0\.(jpg|jpeg) have the same name"):
-        Split.find(data, "train")
+        find_split("voc", data, "train")
 
 
 def test_every_missing_photo_and_mask_is_named(data):
@@ -160,7 +153,7 @@ def test_every_missing_photo_and_mask_is_named(data):
     mask(data, "train2").unlink()
     mask(data, "train5").unlink()
     with pytest.raises(UserError, match="3 faults") as fault:
-        Split.find(data, "train")
+        find_split("voc", data, "train")
     missing = photo(data, "train1"), mask(data, "train2"), mask(data, "train5")
     assert all(str(path) in str(fault.value) for path in missing)
     assert "train0" not in str(fault.value)
@@ -169,7 +162,7 @@ def test_every_missing_photo_and_mask_is_named(data):
 def test_a_long_list_of_faults_is_cut_short(data):
     (data / "train.txt").write_text("train0\n" + "".join(f"absent{index}\n" for index in range(30)))
     with pytest.raises(UserError, match="60 faults") as fault:
-        Split.find(data, "train")
+        find_split("voc", data, "train")
     assert str(fault.value).count("\n") == 21 and "and 40 more" in str(fault.value)
 
 
@@ -191,30 +184,30 @@ def test_a_split_without_masks_has_void_labels(data, folder_too):
 def test_class_names_come_from_classes_txt_first(data):
     names = [f"part {index}" for index in range(21)]
     (data / "classes.txt").write_text("\n".join(names))
-    assert class_names(data, 21) == names
+    assert class_names(find_split("voc", data, "train"), 21) == names
 
 
 def test_class_names_behind_a_link_to_nowhere_are_missed(data):
     (data / "classes.txt").symlink_to("nowhere")
     with pytest.raises(UserError, match=r"no list .*classes\.txt"):
-        class_names(data, 21)
+        class_names(find_split("voc", data, "train"), 21)
 
 
 def test_class_names_of_a_devkit_are_beside_its_lists(data, tmp_path):
     (data / "classes.txt").write_text("background\nroad\n")
     as_devkit(data, tmp_path / "VOC2012")
-    assert class_names(tmp_path, 2) == ["background", "road"]
+    assert class_names(find_split("voc", tmp_path, "train"), 2) == ["background", "road"]
 
 
 def test_a_wrong_count_of_class_names_is_refused(data):
     (data / "classes.txt").write_text("background\nroad\nsky\n")
     with pytest.raises(UserError, match=r'classes\.txt names 3 classes, num_classes is 4; .* "num_classes": 3 '):
-        class_names(data, 4)
+        class_names(find_split("voc", data, "train"), 4)
 
 
 def test_class_names_without_classes_txt(data):
-    assert class_names(data, 21) == list(CLASS_NAMES)
-    assert class_names(data, 3) == ["0", "1", "2"]
+    assert class_names(find_split("voc", data, "train"), 21) == list(CLASS_NAMES)
+    assert class_names(find_split("voc", data, "train"), 3) == ["0", "1", "2"]
 
 
 # ---------------------------------------------------------------------------------------------------- files
@@ -290,12 +283,12 @@ def test_grey_masks_of_any_bit_depth_hold_indices(data, bits):
 
 
 def test_photos_and_masks_may_be_links(data, tmp_path):
-    split = Split.find(data, "train")
+    split = find_split("voc", data, "train")
     before = read_example(split.images[0], split.masks[0], image_size=32, num_classes=21)
     for path in (split.images[0], split.masks[0]):
         path.rename(tmp_path / path.name)
         path.symlink_to(tmp_path / path.name)
-    split = Split.find(data, "train", masks_required=True)
+    split = find_split("voc", data, "train", masks_required=True)
     assert np.array_equal(before, read_example(split.images[0], split.masks[0], image_size=32, num_classes=21))
 
 
@@ -658,7 +651,7 @@ def test_cache_follows_a_change_of_resizing_by_itself(data, monkeypatch, part):
         result[part] = result[part] and result[part].transpose(Image.Transpose.FLIP_TOP_BOTTOM)
         return tuple(result)
 
-    for module in (transforms, data_loader):
+    for module in (transforms, photos):
         monkeypatch.setattr(module, "squash", changed)
     transforms.resize_tag.cache_clear()
     after = arrays(load(data))
@@ -699,9 +692,10 @@ def test_read_only_data_are_cached_in_the_users_folder(data, tmp_path):
     (other / ".cache").mkdir(mode=0o555)  # left by the owner of the data
     code = f"""
 import sys
-from model.data_loader import SegmentationDataset, Split
+from model.data_loader import SegmentationDataset
+from model.layouts import find_split
 for folder in sys.argv[1:]:
-    dataset = SegmentationDataset(Split.find(folder, "train"), class_names=["x"] * 21, image_size={SIZE})
+    dataset = SegmentationDataset(find_split("voc", folder, "train"), class_names=["x"] * 21, image_size={SIZE})
     print(len(dataset), int(dataset[0][0].sum()), dataset.cache_file, sep=",")
 """
     command = [sys.executable, "-c", code, str(data), str(other)]
@@ -729,8 +723,10 @@ def test_read_only_data_of_a_user_without_a_home_say_where_else_to_go(data):
     stranger += [capability.format("inh-caps"), capability.format("ambient-caps"), sys.executable, "-c"]
     code = f"""
 import os, sys
-from model.data_loader import SegmentationDataset, Split, UserError
-split = Split.find(sys.argv[1], "train")
+from model import UserError
+from model.data_loader import SegmentationDataset
+from model.layouts import find_split
+split = find_split("voc", sys.argv[1], "train")
 print(len(SegmentationDataset(split, class_names=["x"] * 21, image_size={SIZE}, cache=False)))
 for home in (None, "/", "/dev/null"):
     if home:

@@ -35,14 +35,8 @@ from engine import checkpoints, cli, distributed, ranks, run, training
 from engine.devices import loading_options
 from engine.training import Training
 from model import UserError
-from model.data_loader import (
-    DistributedBatchSampler,
-    EpochSampler,
-    SegmentationDataset,
-    Split,
-    class_names,
-    make_loader,
-)
+from model.data_loader import DistributedBatchSampler, EpochSampler, SegmentationDataset, make_loader
+from model.layouts import class_names, find_split
 from model.losses import SegmentationLoss
 from model.metrics import BoundaryMetrics, ConfusionMatrix
 from model.net import FCN_GCN
@@ -208,8 +202,8 @@ def test_metrics_count_what_all_processes_have_seen():
 
 def train_in_float64(data: Path, options: dict) -> dict:
     params = Params(**TINY | options)
-    names = class_names(data, params.num_classes)
-    split = Split.find(data, "train")
+    names = class_names(find_split("voc", data, "train"), params.num_classes)
+    split = find_split("voc", data, "train")
     dataset = SegmentationDataset(split, class_names=names, image_size=params.image_size, augment=params.augment)
     loader = make_loader(dataset, batch_size=params.batch_size, seed=1, **loading_options(params))
     torch.manual_seed(ranks.rank())  # others begin with other weights
@@ -360,9 +354,9 @@ def test_machines_with_other_lists_are_refused(tmp_path, split):
 
 def decoded_by_rank(data: Path) -> bool:
     done = []
-    decode, names = SegmentationDataset.decode, class_names(data, 21)
+    decode, names = SegmentationDataset.decode, class_names(find_split("voc", data, "train"), 21)
     SegmentationDataset.decode = lambda self, index: done.append(index) or decode(self, index)
-    split = Split.find(data, "train")
+    split = find_split("voc", data, "train")
     distributed.local_rank0_first(lambda: SegmentationDataset(split, class_names=names, image_size=32))
     return bool(done)
 

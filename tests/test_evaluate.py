@@ -14,7 +14,7 @@ from torchvision.io import ImageReadMode, decode_image
 import utils
 from engine import checkpoints, folders
 from evaluate import WorstPredictions, table
-from model.data_loader import read_photo
+from model.photos import read_photo
 from model.transforms import squashed, to_input
 from model.voc import palette
 

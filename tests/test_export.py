@@ -17,8 +17,8 @@ from torch import nn
 import export
 from engine import checkpoints, folders
 from model import UserError
-from model.data_loader import read_example
 from model.net import FCN_GCN
+from model.photos import read_example
 from model.transforms import IMAGENET_MEAN, IMAGENET_STD, to_input
 from params import Params
 from utils import RunFailed

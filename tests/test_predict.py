@@ -12,8 +12,8 @@ from PIL import Image
 
 import utils
 from engine import checkpoints
-from model.data_loader import read_photo
 from model.inference import Segmenter
+from model.photos import read_photo
 from model.sample import draw_scene
 from model.voc import CLASS_NAMES, palette
 from predict import find_photos

@@ -26,8 +26,10 @@ from engine import checkpoints, cli
 from engine.training import Training
 from evaluate import evaluate
 from model import UserError
-from model.data_loader import SegmentationDataset, Split, make_loader, read_example, read_mask, read_photo
+from model.data_loader import SegmentationDataset, make_loader
+from model.layouts import find_split
 from model.net import FCN_GCN
+from model.photos import read_example, read_mask, read_photo
 from model.sample import draw_scene
 from model.transforms import squash
 from model.voc import CLASS_NAMES, colour_mask
@@ -204,7 +206,7 @@ def test_a_second_run_is_refused_and_a_signal_before_the_first_checkpoint_says_h
 def test_a_signal_whose_exception_was_dropped_ends_the_next_batch(data, monkeypatch):
     """Python drops what a handler raises inside a destructor or a fork."""
     params = Params(**TINY | {"batch_size": 3})
-    split = Split.find(data, "train")
+    split = find_split("voc", data, "train")
     loader = make_loader(
         SegmentationDataset(split, class_names=CLASS_NAMES, image_size=32), batch_size=3, num_workers=0, seed=0
     )
@@ -221,10 +223,11 @@ def test_an_unforeseen_error_ends_the_process_though_loaders_live(data):
     code = """
 import sys
 from engine import cli
-from model.data_loader import SegmentationDataset, Split, make_loader
+from model.data_loader import SegmentationDataset, make_loader
+from model.layouts import find_split
 from model.voc import CLASS_NAMES
 def main():
-    data = SegmentationDataset(Split.find(sys.argv[1], "train"), class_names=CLASS_NAMES, image_size=32)
+    data = SegmentationDataset(find_split("voc", sys.argv[1], "train"), class_names=CLASS_NAMES, image_size=32)
     loader = make_loader(data, batch_size=2, num_workers=1)  # kept alive by the traceback
     for batch in loader:
         raise ZeroDivisionError
@@ -548,7 +551,7 @@ def test_any_params_json(tmp_path, content):
 def test_any_list(data, content):
     (data / "train.txt").write_bytes(content)
     try:
-        Split.find(data, "train")
+        find_split("voc", data, "train")
     except UserError as error:  # a line for each fault
         assert str(error)
 

@@ -20,7 +20,8 @@ from engine import checkpoints, folders, outputs, training
 from engine.training import Training, build_optimizer, learning_rate_at
 from evaluate import evaluate
 from model import UserError
-from model.data_loader import SegmentationDataset, Split, class_names, make_loader
+from model.data_loader import SegmentationDataset, make_loader
+from model.layouts import Split, class_names, find_split
 from params import METRICS, Params
 from train import train_epoch
 
@@ -401,8 +402,8 @@ def network(num_classes: int = 21) -> nn.Module:
 
 def loader_of(data, **params):
     params = Params(**TINY | params)
-    split = Split.find(data, "train")
-    dataset = SegmentationDataset(split, class_names=class_names(data, 21), image_size=32, augment=params.augment)
+    split = find_split("voc", data, "train")
+    dataset = SegmentationDataset(split, class_names=class_names(split, 21), image_size=32, augment=params.augment)
     return make_loader(dataset, batch_size=params.batch_size, seed=params.seed)
 
 
@@ -809,8 +810,8 @@ def test_steps_on_a_gpu_wait_for_nothing(tmp_path, options):
     waits = []
     for count in (4, 10):
         data = make_data(tmp_path / str(count), train=count)
-        split = Split.find(data, "train")
-        dataset = SegmentationDataset(split, class_names=class_names(data, 21), image_size=32, augment=params.augment)
+        split = find_split("voc", data, "train")
+        dataset = SegmentationDataset(split, class_names=class_names(split, 21), image_size=32, augment=params.augment)
         loader = make_loader(dataset, batch_size=2, seed=1, device="cuda")
         training = Training(network().cuda(), params, 10)
         train_epoch(training, loader)  # sends constants, which stay there

@@ -18,6 +18,7 @@ from torchvision.models import resnet50
 import utils
 from engine import checkpoints, devices, folders
 from model import UserError
+from model.layouts import find_split
 from model.net import FCN_GCN
 from model.voc import CLASS_NAMES
 from params import Params, table
@@ -217,7 +218,7 @@ def test_licence_and_version_are_the_same_wherever_they_stand():
     assert (ROOT / "LICENSE").read_text().startswith(f"{project['license']} License\n")
 
 
-@pytest.mark.parametrize("script", ["search_hyperparams.py", "synthesize_results.py", "build_dataset.py"])
+@pytest.mark.parametrize("script", ["search_hyperparams.py", "synthesize_results.py"])
 def test_help_answers_without_torch(script, tmp_path):
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
     result = run_script(script, "--help", PYTHONPATH=str(tmp_path))
@@ -315,7 +316,8 @@ def test_the_names_are_those_that_are_known(tmp_path):
 
     def names(trained: list[str] | None, root, num_classes: int = 3) -> list[str]:
         checkpoint = {} if trained is None else {"class_names": trained}
-        return checkpoints.agreed_class_names(checkpoint, tmp_path / "best.pth.tar", root, num_classes)
+        split = root and find_split("voc", root, "val")
+        return checkpoints.agreed_class_names(checkpoint, tmp_path / "best.pth.tar", split, num_classes)
 
     assert names(None, named) == names(numbers, named) == names(streets, named) == streets
     assert names(streets, plain) == names(streets, None) == streets, "plain has no names for three classes"
@@ -385,7 +387,8 @@ def test_another_number_of_names_than_the_checkpoints_is_refused_by_the_first_th
     ):
         (data / "classes.txt").write_text("\n".join(names))
         with pytest.raises(UserError, match=said.format(".*best.pth.tar")):
-            checkpoints.agreed_class_names({"class_names": ["road", "sky"]}, tmp_path / "best.pth.tar", data, 2)
+            split = find_split("voc", data, "val")
+            checkpoints.agreed_class_names({"class_names": ["road", "sky"]}, tmp_path / "best.pth.tar", split, 2)
 
 
 def test_the_sample_is_drawn_anew_where_the_folder_of_the_run_is_gone(tmp_path):

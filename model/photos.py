@@ -1,0 +1,139 @@
+"""Photos and masks as files: decoded, checked, and brought to one size."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image
+
+from model import UserError, refuse_irregular
+from model.transforms import squash
+from model.voc import VOID
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+
+
+def read_example(
+    image_path: Path,
+    mask_path: Path | None,
+    *,
+    image_size: int,
+    num_classes: int,
+    label_map: Mapping[int, int] | None = None,
+) -> np.ndarray:
+    """Decode a photo and its mask at their own size, check them, and squash both to a square; see read_mask().
+
+    Returns uint8 (image_size, image_size, 4): red, green, blue, class index (void without a mask).
+    Raises UserError naming the file and what is wrong with it.
+    """
+    image = read_photo(image_path)
+    mask = None if mask_path is None else read_mask(mask_path, image.size, num_classes, label_map)
+    image, mask = squash(image, mask, image_size)
+    example = np.full((image_size, image_size, 4), VOID, dtype=np.uint8)
+    example[..., :3] = image
+    if mask is not None:
+        example[..., 3] = mask
+    return example
+
+
+def read_photo(path: Path) -> Image.Image:
+    """An upright RGB photo. Raises UserError naming the file and what is wrong with it."""
+    with _naming(path):
+        image = _upright(_decode(path)[0])
+        if image.mode.startswith("I;16"):  # convert() would clip
+            image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
+        if image.mode in ("I", "F"):
+            raise UserError(f"{path}: has 32 bits a pixel, of unknown range; convert it to 8 or 16 bits")
+        return image.convert("RGB")
+
+
+def _decode(path: Path) -> tuple[Image.Image, object]:
+    """An image as it is stored, and how its pixels were stored, which shows only before they are decoded."""
+    refuse_irregular(path)
+    with Image.open(path, formats=_formats()) as image:
+        stored_as = image.tile[0].args if image.tile else None
+        image.load()
+        return image, stored_as
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Pillow's formats without EPS, for which it starts Ghostscript: a photo must not run a program."""
+    Image.preinit()  # so that the common formats come first, as Image.open has it by itself
+    Image.init()
+    return tuple(name for name in Image.ID if name != "EPS")
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turn whatever Pillow makes of other bytes into a UserError that names the file."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except Exception as error:  # by format OSError, SyntaxError, ValueError, RuntimeError, struct.error, KeyError, ...
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: cannot be read as an image ({reason})") from None
+
+
+TURNS = {  # of EXIF orientations; not ImageOps.exif_transpose, which fails on any fault in the rest of the block
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # whatever Pillow makes of other bytes; the pixels are whole all the same
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
+STRETCHED = {"1": 255, "L;2": 85, "L;4": 17}  # what Pillow multiplies grey values of fewer than 8 bits by
+
+
+def read_mask(
+    path: Path, size: tuple[int, int], num_classes: int, label_map: Mapping[int, int] | None = None
+) -> Image.Image:
+    """Return the mask of a photo of that size (width, height), its pixel values class indices.
+
+    label_map has the class index, or void, of every value that the file may hold; None: they are class indices already.
+    Raises UserError naming the file and what is wrong with it.
+    """
+    with _naming(path):
+        mask, stored_as = _decode(path)
+        if mask.mode in ("1", "L") and isinstance(stored_as, str) and stored_as in STRETCHED:
+            mask = mask.convert("L").point(lambda value: value // STRETCHED[stored_as])
+    if mask.mode not in ("P", "L"):
+        raise UserError(
+            f"{path}: the mask is {mask.mode}, not a palette or grey PNG of class indices; "
+            "model.voc.indices_from_colours converts masks painted in VOC's colours"
+        )
+    if mask.size != size:
+        raise UserError(f"{path}: the mask is {mask.width}x{mask.height}, its photo {size[0]}x{size[1]}")
+    if label_map is not None:
+        mask = _mapped(mask, label_map, path)
+    if bad := [index for index, count in enumerate(mask.histogram()) if count and num_classes <= index != VOID]:
+        raise UserError(
+            f"{path}: class index {bad[0]} is neither below num_classes = {num_classes} nor void ({VOID}); "
+            "raise num_classes in params.json or correct the mask"
+        )
+    return mask
+
+
+def _mapped(mask: Image.Image, label_map: Mapping[int, int], path: Path) -> Image.Image:
+    if unknown := [value for value, count in enumerate(mask.histogram()) if count and value not in label_map]:
+        raise UserError(f"{path}: {unknown[0]} is no label of this data set; correct the mask")
+    table = np.full(256, VOID, dtype=np.uint8)
+    table[list(label_map)] = list(label_map.values())
+    return Image.fromarray(table[np.array(mask)])
