@@ -184,14 +184,12 @@ def get_sbd(data_dir: Path, archive: Path | None) -> None:
         print(f"{folders.lists / 'trainaug.txt'} is complete: {count} photos")
         return
     train, val = (find_split("voc", data_dir, name).ids for name in ("train", "val"))
-    given = archive is not None
-    if not given:
-        archive = download([SBDataset.url], data_dir, SBDataset.md5, filename=SBD_ARCHIVE, flag="--sbd")
-    added = unpack_sbd(archive, folders.images, folders.masks, here={*train, *val})
+    source = archive or download([SBDataset.url], data_dir, SBDataset.md5, filename=SBD_ARCHIVE, flag="--sbd")
+    added = unpack_sbd(source, folders.images, folders.masks, here={*train, *val})
     write_text(folders.lists / "trainaug.txt", "".join(f"{id_}\n" for id_ in sorted({*train, *added})))
     print(f"{len(train)} photos of train and {len(added)} of SBD -> {folders.lists / 'trainaug.txt'}")
-    if not given:
-        print(f"{archive} is no longer needed")
+    if archive is None:
+        print(f"{source} is no longer needed")
 
 
 def unpack_sbd(archive: Path, images: Path, masks: Path, *, here: set[str]) -> set[str]:
@@ -202,7 +200,7 @@ def unpack_sbd(archive: Path, images: Path, masks: Path, *, here: set[str]) -> s
     """
     if not archive.is_file():
         raise UserError(f"no archive {archive}")
-    found = {"img": set(), "cls": set()}
+    found: dict[str, set[str]] = {"img": set(), "cls": set()}
     try:
         with gzip.open(archive) as stream:
             while stream.read(2**24):  # to the end, where a checksum says whether all was right

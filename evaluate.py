@@ -1,4 +1,4 @@
-"""Score a checkpoint on a split: a table a class on the terminal, metrics_<split>_<restore_file>.json and .png."""
+"""Score a checkpoint on a split: a table per class on the terminal, metrics_<split>_<restore_file>.json and .png."""
 
 import argparse
 import heapq
@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from engine import distributed, ranks
@@ -27,7 +27,14 @@ from engine.cli import (
 )
 from engine.devices import autocast, loading_options
 from engine.folders import data_dir
-from model.data_loader import Loader, OriginalDataset, SegmentationDataset, make_loader, make_original_loader
+from model.data_loader import (
+    Loader,
+    OriginalDataset,
+    OriginalLoader,
+    SegmentationDataset,
+    make_loader,
+    make_original_loader,
+)
 from model.inference import Segmenter, class_map
 from model.layouts import Split, find_split
 from model.losses import SegmentationLoss
@@ -96,7 +103,7 @@ def evaluate(
     return by_name(metrics, loader.dataset.class_names)
 
 
-def progress(loader: Loader, title: str) -> tqdm:
+def progress(loader: Loader | OriginalLoader, title: str) -> tqdm:
     """A bar over the images that are this process's part."""
     total = sum(loader.batch_sampler.sizes)
     return tqdm(total=total, desc=title, unit="img", leave=False, disable=ranks.bar_disabled())
@@ -123,7 +130,7 @@ def make_segmenter(model: nn.Module, params: Params, device: torch.device, args:
     )
 
 
-def predictions(segmenter: Segmenter, loader: DataLoader) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+def predictions(segmenter: Segmenter, loader: OriginalLoader) -> Iterator[tuple[int, Tensor, Tensor | None]]:
     """Index, class map and mask of every photo at its own size: uint8 (H, W) on the device."""
     with progress(loader, "predicting") as bar:
         for indices, sizes, inputs, masks in loader:
@@ -160,6 +167,7 @@ class WorstPredictions:
         for rank, (mIoU, index, prediction) in enumerate(sorted(self._kept, reverse=True), start=1):
             photo = read_photo(dataset.split.images[-index])
             mask = dataset.mask(-index, photo.size)
+            assert mask is not None  # it was scored
             name = dataset.split.ids[-index]
             picture = error_picture(photo, mask, prediction, names, title=f"{name}, mIoU {-mIoU:.3f}")
             number = f"{rank:0{len(str(len(self._kept)))}d}_"
@@ -167,8 +175,8 @@ class WorstPredictions:
             file = folder / f"{number}{kept}.png"
             save_picture(picture, file)
             earlier.discard(file)
-        for picture in earlier:
-            picture.unlink()
+        for outdated in earlier:
+            outdated.unlink()
 
 
 def score_originals(
@@ -182,7 +190,8 @@ def score_originals(
     loader = make_original_loader(
         dataset, segmenter.sizes, batch_size=params.scoring_batch_size, **loading_options(params)
     )
-    matrix, boundary = (metric(params.num_classes, segmenter.device) for metric in (ConfusionMatrix, BoundaryMetrics))
+    matrix = ConfusionMatrix(params.num_classes, segmenter.device)
+    boundary = BoundaryMetrics(params.num_classes, segmenter.device)
     worst = WorstPredictions(args.save_overlays or 0, params.num_classes)
     folder = args.save_predictions and predictions_folder(args.save_predictions, split.name, names)
     with distributed.together():
@@ -225,7 +234,7 @@ def table(metrics: dict) -> str:
     columns = {title: metrics[key] for title, key in columns.items() if key in metrics}
     rows = [(table_text(name), *(column[name] for column in columns.values())) for name in metrics["IoU"]]
     overall = [(key, value) for key, value in metrics.items() if isinstance(value, float)]
-    options = {"tablefmt": "pipe", "floatfmt": ".4f", "missingval": "-"}
+    options: dict[str, Any] = {"tablefmt": "pipe", "floatfmt": ".4f", "missingval": "-"}
     options["disable_numparse"] = [0]  # names stay, also those that look like numbers
     classes = tabulate(rows, headers=("class", *columns), **options)
     return f"{classes}\n\n{tabulate(overall, headers=('metric', 'value'), **options)}"
@@ -233,32 +242,32 @@ def table(metrics: dict) -> str:
 
 def main(args: argparse.Namespace) -> None:
     with distributed.processes(args.device) as device:
-        run(device, args)
+        score(device, args)
 
 
-def run(device: torch.device, args: argparse.Namespace) -> None:
-    """Score, and write and print what comes of it."""
+def score(device: torch.device, args: argparse.Namespace) -> None:
+    """Score a checkpoint, and write and print the metrics."""
     model, params, checkpoint = load_network(args.model_dir, args.restore_file, device)
     split, names = distributed.local_rank0_first(lambda: find_data(params, checkpoint, args))
     name = f"{args.split}_{args.restore_file}"
-    record = {"epoch": checkpoint.get("epoch")}
+    record: dict[str, Any] = {"epoch": checkpoint.get("epoch")}
     if args.original_size:
         scales = args.scales or [1.0]
         name += "_original_size" if scales == [1.0] and not args.flip else "_multi_scale"
         record |= {"scales": scales, "flip": args.flip}
         with distributed.together():
-            ask = make_segmenter(model, params, device, args)
-        dataset = OriginalDataset(split, class_names=names)
+            segmenter = make_segmenter(model, params, device, args)
         overlays = args.model_dir / f"overlays_{name}"
-        metrics, matrix = score_originals(ask, dataset, params, args, overlays=overlays)
+        originals = OriginalDataset(split, class_names=names)
+        metrics, matrix = score_originals(segmenter, originals, params, args, overlays=overlays)
     else:
-        options = {"class_names": names, "image_size": params.image_size, "cache": params.cache}
-        dataset = distributed.local_rank0_first(lambda: SegmentationDataset(split, **options))
+        make_dataset = partial(SegmentationDataset, split, class_names=names, image_size=params.image_size)
+        dataset = distributed.local_rank0_first(lambda: make_dataset(cache=params.cache))
         loader = make_loader(dataset, batch_size=params.scoring_batch_size, device=device, **loading_options(params))
         matrix = ConfusionMatrix(params.num_classes, device)
         metrics = evaluate(model, loader, params, device, matrix=matrix)
     if ranks.is_main():
-        write_report(record | metrics, matrix, dataset, name, params, args)
+        write_report(record | metrics, matrix, split, name, params, args, names)
 
 
 def find_data(params: Params, checkpoint: dict, args: argparse.Namespace) -> tuple[Split, list[str]]:
@@ -273,16 +282,17 @@ def find_data(params: Params, checkpoint: dict, args: argparse.Namespace) -> tup
 def write_report(
     metrics: dict,
     matrix: ConfusionMatrix | None,
-    dataset: SegmentationDataset | OriginalDataset,
+    split: Split,
     name: str,
     params: Params,
     args: argparse.Namespace,
+    class_names: Sequence[str],
 ) -> None:
     """Write the metrics as JSON and PNG, if there are any, and say what has been written where.
 
     name is that of the files, without the word for what they hold.
     """
-    count, of = len(dataset), f"{args.split} of {data_dir(args, params.dataset)}"
+    count, of = len(split.ids), f"{args.split} of {data_dir(args, params.dataset)}"
     if matrix:
         output = args.model_dir / f"metrics_{name}.json"
         write_json(output, metrics)
@@ -295,7 +305,7 @@ def write_report(
     if args.save_overlays:
         print(f"the worst of them -> {args.model_dir / f'overlays_{name}'}")
     if args.save_predictions:
-        folder = predictions_folder(args.save_predictions, args.split, dataset.class_names)
+        folder = predictions_folder(args.save_predictions, args.split, class_names)
         print(f"{count} predictions -> {folder}")
 
 

@@ -106,6 +106,7 @@ def write_onnx(model: nn.Module, file: Path, metadata: dict[str, str]) -> None:
         raise UserError(
             f"PyTorch {torch.__version__} does not go with this onnxscript ({error}): pip install --upgrade onnxscript"
         ) from None
+    assert program is not None
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces, with the paths of this machine
     program.model.metadata_props.clear()

@@ -169,9 +169,10 @@ def find_names(params: Params, checkpoint: dict, args: argparse.Namespace) -> li
     Data that the run has recorded need not be there any more, and may have become others, which is said.
     """
     file, root = checkpoint_path(args.model_dir, args.restore_file), args.data_dir or recorded_data_dir(args.model_dir)
-    given = params.dataset != "sample" and (args.data_dir or (root and root.is_dir()))
+    if params.dataset == "sample" or not (args.data_dir or (root and root.is_dir())):
+        root = None
     try:
-        split = find_split(params.dataset, root, "val") if given else None
+        split = None if root is None else find_split(params.dataset, root, "val")
         return agreed_class_names(checkpoint, file, split, params.num_classes)
     except UserError as error:
         if args.data_dir or not checkpoint.get("class_names"):

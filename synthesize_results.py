@@ -200,7 +200,7 @@ def read_original_size(folder: Path, best: dict[str, Any] | None) -> dict[str, f
         metrics = read_json(path, if_absent="")
         split = path.name.removeprefix(ORIGINAL_SIZE[0]).removesuffix(ORIGINAL_SIZE[1])
         names = {"mIoU": original_size_mIoU(split)} | {name: name for name in BY_REGION if split == "val"}
-        numbers = [metrics.get(key) for key in names] if isinstance(metrics, dict) else [""]
+        numbers: list[Any] = [metrics.get(key) for key in names] if isinstance(metrics, dict) else [""]
         if not all(value is None or is_number(value) for value in numbers):
             raise UserError(f"{path} is damaged; write it anew with evaluate.py, or remove it")
         if best and metrics.get("epoch") == best["epoch"]:
@@ -240,8 +240,8 @@ def varying_keys(results: list[Result]) -> list[str]:
 def metric_columns(results: list[Result], published: Published) -> list[str]:
     """Return the metrics of the table: those of the histories, those at the photos' own size, and those to compare."""
     trained = dict.fromkeys(key for result in results for epoch in result.history for key in epoch["val"])
-    looked_at = {key for result in results for key in result.original_size if key not in BY_REGION}
-    looked_at = sorted(looked_at, key=lambda column: column.removesuffix(original_size_mIoU("")))
+    found = {key for result in results for key in result.original_size if key not in BY_REGION}
+    looked_at = sorted(found, key=lambda column: column.removesuffix(original_size_mIoU("")))
     others = sorted(trained, key=lambda metric: metric == "loss")
     return list(dict.fromkeys(("mIoU", *looked_at, *others, *published.metrics)))
 
@@ -300,7 +300,8 @@ def sort(rows: list[dict[str, Any]], column: str, tasks: dict[str, str], metrics
     """
     if column not in rows[0]:
         raise UserError(f"--sort {column}: no such column; there are {', '.join(rows[0])}")
-    known, unknown = [], []
+    known: list[dict[str, Any]] = []
+    unknown: list[dict[str, Any]] = []
     for row in rows:
         (unknown if row[column] is None else known).append(row)
     numeric = all(type(row[column]) in (int, float) for row in known)

@@ -4,13 +4,14 @@ import argparse
 import logging
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from engine import distributed, ranks
-from engine.checkpoints import agreed_class_names, init_from
+from engine.checkpoints import Restored, agreed_class_names, init_from
 from engine.cli import experiment_parser, require, run_main, stopping_together
 from engine.devices import autocast, loading_options, resolve_precision, seed_everything, to_device
 from engine.outputs import EpochOutputs, EpochProgress, best_line
@@ -28,7 +29,7 @@ from engine.run import (
 from engine.training import Training
 from evaluate import evaluate
 from model.data_loader import Loader, SegmentationDataset, make_loader
-from model.layouts import Split, find_split
+from model.layouts import Split, class_names, find_split
 from model.losses import SegmentationLoss
 from model.metrics import ConfusionMatrix
 from model.net import FCN_GCN
@@ -109,9 +110,7 @@ def train_epoch(training: Training, loader: Loader) -> dict:
     return {"loss": mean, "learning_rate": rates[-1], **matrix.compute()}
 
 
-def find_data(
-    params: Params, data_dir: Path, checkpoint: dict | None, file: Path | None
-) -> tuple[Split, Split, list[str]]:
+def find_data(params: Params, data_dir: Path, restored: Restored | None) -> tuple[Split, Split, list[str]]:
     """Find train_split, val and the class names, which must be those of a checkpoint that is resumed.
 
     Raises UserError for every fault that shows without decoding a photo.
@@ -120,7 +119,9 @@ def find_data(
         find_split(params.dataset, data_dir, name, masks_required=True) for name in (params.train_split, "val")
     )
     check_batch_size(params, len(train_split.ids))
-    return train_split, val_split, agreed_class_names(checkpoint or {}, file, val_split, params.num_classes)
+    if restored is None:
+        return train_split, val_split, class_names(val_split, params.num_classes)
+    return train_split, val_split, agreed_class_names(restored.state, restored.file, val_split, params.num_classes)
 
 
 def build_model(params: Params, weights: Path | None, *, resumed: bool) -> tuple[nn.Module, str]:
@@ -137,26 +138,25 @@ def make_loaders(
     train_split: Split, val_split: Split, names: list[str], params: Params, device: torch.device
 ) -> tuple[Loader, Loader]:
     """Decode both splits, or find them decoded, and load them in batches. Raises UserError naming every faulty file."""
-    options = {"class_names": names, "image_size": params.image_size, "cache": params.cache}
-    train_set = SegmentationDataset(train_split, augment=params.augment, **options)
-    val_set = SegmentationDataset(val_split, **options)
-    loading = {"device": device, **loading_options(params)}
+    make_dataset = partial(SegmentationDataset, class_names=names, image_size=params.image_size, cache=params.cache)
+    train_set = make_dataset(train_split, augment=params.augment)
+    own = loading_options(params)
     return (
-        make_loader(train_set, batch_size=params.batch_size, seed=params.seed, **loading),
-        make_loader(val_set, batch_size=params.scoring_batch_size, **loading),
+        make_loader(train_set, batch_size=params.batch_size, seed=params.seed, device=device, **own),
+        make_loader(make_dataset(val_split), batch_size=params.scoring_batch_size, device=device, **own),
     )
 
 
 def run(params: Params, device: torch.device, args: argparse.Namespace) -> None:
     """Train in a folder that is this run's alone."""
-    file, checkpoint = distributed.broadcast_from_main(lambda: read_checkpoint(params, args))
-    data = distributed.local_rank0_first(lambda: find_data(params, args.data_dir, checkpoint, file))
+    restored = distributed.broadcast_from_main(lambda: read_checkpoint(params, args))
+    data = distributed.local_rank0_first(lambda: find_data(params, args.data_dir, restored))
     train_split, val_split, names = data
     check_same_lists(train_split, val_split)
 
     seed_everything(params.seed, deterministic=params.deterministic)
     with distributed.together():
-        model, fresh_layers = build_model(params, args.init_from, resumed=checkpoint is not None)
+        model, fresh_layers = build_model(params, args.init_from, resumed=restored is not None)
     to_device(model, params, device)
     train_loader, val_loader = distributed.local_rank0_first(lambda: make_loaders(*data, params, device))
     training = Training(
@@ -166,16 +166,16 @@ def run(params: Params, device: torch.device, args: argparse.Namespace) -> None:
         images=list_digest(train_split),
         class_names=names,
     )
-    if checkpoint:
+    if restored:
         with distributed.together():
-            training.load_state_dict(checkpoint, file)
-    if training.finished:
+            training.load_state_dict(restored.state, restored.file)
+    if restored and training.finished:
         with distributed.together():
-            mend_finished(training, file, args.model_dir)
+            mend_finished(training, restored.file, args.model_dir)
         say_finished(training.finished, args)
         return
     sizes = f"{len(train_split.ids)} images of {params.train_split}, {len(val_split.ids)} of val"
-    outputs = open_outputs(training, args, sizes=sizes, fresh_layers=fresh_layers, checkpoint=checkpoint, file=file)
+    outputs = open_outputs(training, args, sizes=sizes, fresh_layers=fresh_layers, restored=restored)
     with stopping_together():
         train(training, train_loader, val_loader, outputs)
 

@@ -5,9 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
 from model.voc import ERROR_COLOUR, VOID, VOID_COLOUR, colour_mask, is_background, palette
@@ -16,6 +18,7 @@ MARGIN, TEXT = 8, 22  # pixels
 COLOURS = [f"C{number}" for number in range(10) if number != 7]  # of the best runs in a plot; C7 is grey, as the others
 PANELS = 6  # of results.png at most
 SHADES = 30, 120  # what black and white become in the error picture: darker than error and void
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 Entry = tuple[tuple[int, int, int] | None, str]  # of a legend: a colour, None for what is not coloured, and its label
 
 
@@ -111,7 +114,7 @@ def overlay(
     colours = colour_mask(prediction, names).resize(photo.size, Image.Resampling.NEAREST)
     mixed = Image.blend(photo, colours.convert("RGB"), 0.55)
     bare = [index for index, name in enumerate(names) if is_background(name)]
-    objects = Image.fromarray(~np.isin(colours, bare))
+    objects = Image.fromarray(~np.isin(np.array(colours), bare))
     swatches = palette(names).tolist()
     entries = [(None if index in bare else tuple(swatches[index]), label) for index, label in labels.items()]
     legend = _legend(entries, max(photo.width, 240), ImageFont.load_default(size=14))
@@ -127,7 +130,7 @@ def _present(indices: np.ndarray, names: Sequence[str]) -> list[Entry]:
     return [(tuple(colours[index]), "void" if index == VOID else names[index]) for index in indices.tolist()]
 
 
-def _legend(entries: Sequence[Entry], width: int, font: ImageFont.FreeTypeFont) -> Image.Image:
+def _legend(entries: Sequence[Entry], width: int, font: Font) -> Image.Image:
     """Colour swatches with their labels, in as many lines as they need."""
     places, x, y = [], MARGIN, 0
     for colour, full in entries:
@@ -173,7 +176,7 @@ def _by_epoch(axes: Axes, history: Sequence[Mapping], values: Sequence[float], *
     """Plot a value for each epoch."""
     axes.plot([record["epoch"] for record in history], values, marker="." if len(history) < 50 else "", **options)
     axes.set(xlabel="epoch")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
 
 
 def confusion_figure(counts: np.ndarray, iou: Mapping[str, float | None]) -> Figure:
@@ -231,20 +234,21 @@ def learning_curves(
     colours = {name: COLOURS[rank] if rank < len(COLOURS) else "lightgrey" for rank, name in enumerate(curves)}
     best = {name: [better(run) for run in runs] for name, runs in curves.items()}
     means = {name: float(np.mean(values)) for name, values in best.items()}
-    keys = None if hyperparameters is None else _widest(hyperparameters, means)
-    plots = 2 if keys is None else 1 + len(keys)
+    by_name = hyperparameters is None
+    shown = _widest(hyperparameters or {}, means)
+    plots = 2 if by_name else 1 + len(shown)
     columns = min(3, plots)
     rows = -(-plots // columns)
-    room_for_names = 0.2 * max(len(curves) - 12, 0) if keys is None else 0.25 * min(len(curves), len(COLOURS) + 1)
+    room_for_names = 0.2 * max(len(curves) - 12, 0) if by_name else 0.25 * min(len(curves), len(COLOURS) + 1)
     figure = Figure(figsize=(5 * columns, 3.6 * rows + room_for_names), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flat
     _curves(axes[0], curves, colours)
     axes[0].set(xlabel="epoch", ylabel=f"validation {metric}")
-    _curves_legend(figure, axes[0], len(curves), named=keys is not None, ringed=bool(published))
-    for axis, key in zip(axes[1:], keys or (), strict=False):
-        _best_by_value(axis, hyperparameters[key], means, colours, published or {}, joined=plots == 2)
+    _curves_legend(figure, axes[0], len(curves), named=not by_name, ringed=bool(published))
+    for axis, (key, values) in zip(axes[1:], shown.items(), strict=False):
+        _best_by_value(axis, values, means, colours, published or {}, joined=plots == 2)
         axis.set(xlabel=key, ylabel=f"best validation {metric}")
-    if keys is None:
+    if by_name:
         _best_by_name(axes[1], best, colours, published or {})
         axes[1].set(xlabel=f"best validation {metric}")
     for axis in axes[plots:]:
@@ -252,21 +256,24 @@ def learning_curves(
     return figure
 
 
-def _widest(hyperparameters: Mapping[str, Mapping[str, Any]], means: Mapping[str, float]) -> list[str]:
+def _widest(
+    hyperparameters: Mapping[str, Mapping[str, Any]], means: Mapping[str, float]
+) -> dict[str, Mapping[str, Any]]:
     """Return the keys of which the plots fit, those first between whose values the mean of the best differs most."""
-    spread = {}
+    spread: dict[str, float] = {}
     for key, values in hyperparameters.items():
         by_value: dict[str, list[float]] = {}
         for name, value in values.items():
             by_value.setdefault(_spelling(value), []).append(means[name])
         of_values = [np.mean(found) for found in by_value.values()]
-        spread[key] = max(of_values) - min(of_values)
-    return sorted(spread, key=lambda key: -spread[key])[: PANELS - 1]
+        spread[key] = float(max(of_values) - min(of_values))
+    widest = sorted(spread, key=lambda key: -spread[key])[: PANELS - 1]
+    return {key: hyperparameters[key] for key in widest}
 
 
 def _curves(axis: Axes, curves: Mapping[str, Sequence[Sequence[float]]], colours: Mapping[str, str]) -> None:
     """Plot the mean of each name's runs by epoch, in a band from the lowest to the highest."""
-    for name in reversed(curves):  # the best on top
+    for name in reversed(list(curves)):  # the best on top
         epochs = max(map(len, curves[name]))
         runs = np.array([[*run, *[np.nan] * (epochs - len(run))] for run in curves[name]])
         numbers = range(1, epochs + 1)
@@ -274,12 +281,14 @@ def _curves(axis: Axes, curves: Mapping[str, Sequence[Sequence[float]]], colours
         if len(runs) > 1:
             lowest, highest = np.nanmin(runs, 0), np.nanmax(runs, 0)
             axis.fill_between(numbers, lowest, highest, color=colours[name], alpha=0.2, linewidth=0)
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
 
 
 def _curves_legend(figure: Figure, axis: Axes, count: int, *, named: bool, ringed: bool) -> None:
     """Name the curves below the plots, the best first, and the rings of published values."""
-    handles, names = (entries[::-1][: len(COLOURS) * named] for entries in axis.get_legend_handles_labels())
+    lines, labels = axis.get_legend_handles_labels()
+    handles: list[Artist] = lines[::-1][: len(COLOURS) * named]
+    names: list[str] = labels[::-1][: len(COLOURS) * named]
     if named and count > len(COLOURS):
         handles.append(Line2D([], [], marker=".", color="lightgrey"))
         names.append(f"the other {count - len(COLOURS)}")
@@ -326,7 +335,7 @@ def _best_by_name(
 def _positions(axis: Axes, values: list) -> list[float]:
     """Where values lie on the horizontal axis: by size, on a logarithmic scale if they span decades, else in a row."""
     numeric = all(type(value) in (int, float) for value in values)
-    different = sorted(set(values)) if numeric else list(dict.fromkeys(sorted(map(_spelling, values))))
+    different: list[Any] = sorted(set(values)) if numeric else sorted(set(map(_spelling, values)))
     if numeric and different[0] > 0 and different[-1] / different[0] >= 10:
         axis.set_xscale("log")
         axis.minorticks_off()

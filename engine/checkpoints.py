@@ -3,7 +3,7 @@
 import json
 import pickle
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,14 @@ from model.layouts import Split, class_names, default_class_names
 from model.net import FCN_GCN, class_count, is_of_score_layer, without_unused
 from params import ARCHITECTURE, Params
 from utils import first_line, is_out_of_memory, replacing
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What a checkpoint holds, and the file that it was read from."""
+
+    file: Path
+    state: dict[str, Any]
 
 
 def save_checkpoint(state: dict[str, Any], path: Path) -> None:

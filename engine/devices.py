@@ -3,6 +3,7 @@
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import TypedDict
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from params import Params
 
 def to_device(model: nn.Module, params: Params, device: torch.device) -> None:
     """Move a network to its device, in the memory format that params ask for."""
-    model.to(device, memory_format=torch.channels_last if params.channels_last else torch.contiguous_format)
+    model.to(device).to(memory_format=torch.channels_last if params.channels_last else torch.contiguous_format)
 
 
 def resolve_precision(params: Params, device: torch.device) -> Params:
@@ -42,10 +43,18 @@ def seed_everything(seed: int, *, deterministic: bool) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def loading_options(params: Params) -> dict[str, int]:
-    """The keywords of the loaders of model.data_loader that this process, of several perhaps, gives them."""
+class LoadingOptions(TypedDict):
+    """The keywords of the loaders of model.data_loader that depend on the processes of a run."""
+
+    num_workers: int
+    rank: int
+    world_size: int
+
+
+def loading_options(params: Params) -> LoadingOptions:
+    """Return the keywords of the loaders of this process."""
     workers = min(params.num_workers, max(1, cores() // ranks.local_world_size()))
-    return {"num_workers": workers, "rank": ranks.rank(), "world_size": ranks.world_size()}
+    return LoadingOptions(num_workers=workers, rank=ranks.rank(), world_size=ranks.world_size())
 
 
 def device_summary(device: torch.device) -> str:

@@ -76,12 +76,11 @@ def _connect(*, on_gpu: bool) -> None:
     handlers = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
     for number in handlers:  # no handler would run while a connection is waited for
         signal.signal(number, signal.SIG_DFL)
-    backend, place = (
-        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-        {"rank": ranks.rank(), "world_size": ranks.world_size()},
-    )
-    dist.init_process_group(backend, store=_store(), timeout=STEP_PATIENCE, **place)
-    _setup_group = dist.new_group(backend="gloo", timeout=SETUP_PATIENCE)
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    own, of = ranks.rank(), ranks.world_size()
+    dist.init_process_group(backend, store=_store(), timeout=STEP_PATIENCE, rank=own, world_size=of)
+    group = dist.new_group(backend="gloo", timeout=SETUP_PATIENCE)
+    _setup_group = group if isinstance(group, dist.ProcessGroup) else None
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
@@ -157,14 +156,14 @@ def together() -> Iterator[None]:
     if ranks.world_size() == 1:
         yield
         return
-    failure = None
+    failure: Exception | None = None
     try:
         yield
     except Exception as error:
         failure = error
     statuses = gather(failure and (2 if isinstance(failure, UserError) else 1))
     failed = [number for number, status in enumerate(statuses) if status]
-    if failed and failed[0] == ranks.rank():
+    if failure and failed[0] == ranks.rank():
         raise failure
     if failed:
         raise SystemExit(statuses[failed[0]])
@@ -199,7 +198,7 @@ def all_reduce_max(value: int) -> int:
 
     result = torch.tensor(value)
     dist.all_reduce(result, dist.ReduceOp.MAX, group=_setup_group)
-    return result.item()
+    return int(result.item())
 
 
 def stop_together() -> None:

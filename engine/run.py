@@ -19,7 +19,7 @@ import torch
 import torchvision
 
 from engine import distributed, ranks
-from engine.checkpoints import check_compatible, checkpoint_path, load_checkpoint
+from engine.checkpoints import Restored, check_compatible, checkpoint_path, load_checkpoint
 from engine.cli import Terminated, ignore_signals, stop_if_asked
 from engine.devices import device_summary
 from engine.folders import (
@@ -163,10 +163,10 @@ def say_finished(reason: str, args: argparse.Namespace) -> None:
     say(f"nothing to do in {args.model_dir}: {reason}; {advice}", sys.stdout)
 
 
-def read_checkpoint(params: Params, args: argparse.Namespace) -> tuple[Path | None, dict | None]:
-    """What to continue from, if anything. Raises UserError if params.json does not allow it."""
+def read_checkpoint(params: Params, args: argparse.Namespace) -> Restored | None:
+    """Return what to continue from, if anything. Raises UserError if params.json does not allow it."""
     if args.restore_file is None:
-        return None, None
+        return None
     file = checkpoint_path(args.model_dir, args.restore_file)
     if args.restore_file == "last" and not file.exists() and not params.keep_last:
         raise UserError(
@@ -177,7 +177,7 @@ def read_checkpoint(params: Params, args: argparse.Namespace) -> tuple[Path | No
         file, otherwise="the weights of another can start a new run: --init_from {file}, in another --model_dir"
     )
     check_compatible(RESUME_NEEDS, checkpoint, params, file)
-    return file, checkpoint
+    return Restored(file, checkpoint)
 
 
 def check_batch_size(params: Params, count: int) -> None:
@@ -270,12 +270,11 @@ def open_outputs(
     *,
     sizes: str,
     fresh_layers: str,
-    checkpoint: dict | None,
-    file: Path | None,
+    restored: Restored | None,
 ) -> EpochOutputs:
     """Begin the log and run.json of a run that is about to train, in rank 0, and return what writes its epochs.
 
-    checkpoint is what the run goes on from, if anything, and file where it lies.
+    restored is what the run continues from, if anything.
     """
     outputs = EpochOutputs(args.model_dir)
     if not ranks.is_main():
@@ -286,14 +285,14 @@ def open_outputs(
     for path in unfinished_files(args.model_dir):
         path.unlink()
     set_logger(args.model_dir / "train.log")
-    write_provenance(args.model_dir, device, params, args.data_dir, resumed=checkpoint is not None)
+    write_provenance(args.model_dir, device, params, args.data_dir, resumed=restored is not None)
     logging.info(f"{args.model_dir}: {sizes}, on {device_summary(device)} in {params.precision}")
     if params.num_channels is not None:
         logging.info('"num_channels" is accepted for old params.json files; this network has no use for it')
     if fresh_layers:
         logging.info(f"{args.init_from} has another number of classes; these layers start afresh: {fresh_layers}")
-    if checkpoint:
-        restore_outputs(outputs, training, checkpoint, file)
+    if restored:
+        restore_outputs(outputs, training, restored)
     if args.tensorboard:
         outputs.tracker = TensorBoard(args.model_dir, epoch=training.epoch)
     return outputs
@@ -323,14 +322,14 @@ def _holds(condition: Callable[[], bool]) -> bool:
         return False
 
 
-def restore_outputs(outputs: EpochOutputs, training: Training, checkpoint: dict, file: Path) -> None:
+def restore_outputs(outputs: EpochOutputs, training: Training, restored: Restored) -> None:
     """Bring the other outputs to where a checkpoint is, from which a kill or a full disk may have parted them."""
-    then = asdict(Params()) | checkpoint["params"]  # what an older program did not know was as it is by default
+    then = asdict(Params()) | restored.state["params"]  # what an older program did not know was as it is by default
     changed = [key for key, value in asdict(training.params).items() if then[key] != value]
-    if checkpoint.get("images") != training.images:
+    if restored.state.get("images") != training.images:
         changed.append("the list of training images")
     logging.info(f"continuing after epoch {training.epoch}; changed since: {', '.join(changed) or 'nothing'}")
     outputs.write_metrics(training)
     outputs.draw_curves(training)
-    if file.name == "last.pth.tar" and training.is_best:
+    if restored.file.name == "last.pth.tar" and training.is_best:
         outputs.save_best(training)

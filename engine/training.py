@@ -3,7 +3,7 @@
 import copy
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +16,7 @@ from engine import distributed, ranks
 from engine.checkpoints import load_weights
 from engine.folders import best_epoch, why_finished
 from model import UserError
-from model.parallel import copy_to_all, shard, synchronize_batch_norm
+from model.parallel import Dropout2d, copy_to_all, shard, synchronize_batch_norm
 from params import ARCHITECTURE, Params
 from utils import RunFailed, is_epoch, is_out_of_memory
 
@@ -49,8 +49,9 @@ class Training:
         self.params = params
         self.steps_per_epoch = steps_per_epoch
         self.device = next(model.parameters()).device
-        self.model = self.forward = model
-        self.distributed = None
+        self.model = model
+        self.forward: Callable[[torch.Tensor], torch.Tensor] = model
+        self.distributed: DistributedDataParallel | None = None
         if ranks.world_size() > 1:
             self.model = synchronize_batch_norm(model, self.device)
             copy_to_all(self.model)
@@ -109,7 +110,8 @@ class Training:
         if self.distributed is None:
             return nullcontext()
         first = shard(batch_size, ranks.rank(), ranks.world_size()).start
-        self.model.dropout.whole = first, batch_size  # of no effect where there is none
+        if isinstance(self.model.dropout, Dropout2d):
+            self.model.dropout.whole = first, batch_size
         return nullcontext() if ends_group else self.distributed.no_sync()
 
     def step(self, loss: torch.Tensor, *, ends_group: bool) -> None:
@@ -124,8 +126,8 @@ class Training:
         self.scaler.update()
         self.optimizer.zero_grad()
         self._set_steps(self.steps + 1)
-        if self.ema is not None:
-            self._update_average()
+        if self.ema is not None and self.params.ema_decay is not None:
+            self._update_average(self.ema, self.params.ema_decay)
 
     def _set_steps(self, steps: int) -> None:
         """Note how many optimizer steps are done, from which the learning rate of the next one follows."""
@@ -134,22 +136,23 @@ class Training:
             group["lr"] = learning_rate_at(steps, self.params, self.steps_per_epoch)
 
     @torch.no_grad()
-    def _update_average(self) -> None:
-        """Of the weights and of batch norm's statistics; its counters are copied, and so is everything at first.
+    def _update_average(self, ema: nn.Module, decay: float) -> None:
+        """Average the weights and batch norm's statistics; copy its counters, and everything at first.
 
         Not torch's AveragedModel, whose own counter makes the host wait for the GPU at every update.
         """
         if self.ema_updates == 0:
-            self.ema.load_state_dict(self.model.state_dict())
+            ema.load_state_dict(self.model.state_dict())
         else:
-            averaged, current = list(self.ema.parameters()), list(self.model.parameters())
-            for average, now in zip(self.ema.buffers(), self.model.buffers(), strict=True):
+            averaged: list[torch.Tensor] = list(ema.parameters())
+            current: list[torch.Tensor] = list(self.model.parameters())
+            for average, now in zip(ema.buffers(), self.model.buffers(), strict=True):
                 if average.is_floating_point():
                     averaged.append(average)
                     current.append(now)
                 else:
                     average.copy_(now)
-            torch._foreach_lerp_(averaged, current, 1 - self.params.ema_decay)
+            torch._foreach_lerp_(averaged, current, 1 - decay)
         self.ema_updates += 1
 
     def check_losses(self, losses: torch.Tensor, rates: Sequence[float]) -> None:
@@ -159,7 +162,7 @@ class Training:
         """
         if not (bad := losses.isfinite().logical_not().nonzero()).numel():
             return
-        step = bad[0].item()
+        step = int(bad[0])
         raise RunFailed(
             f"the loss became {losses[step].item()} at step {step + 1} of epoch {self.epoch + 1}, "
             f"at learning rate {rates[step]:g}; {self._way_back()}"
@@ -317,10 +320,10 @@ def compile_mode(device: torch.device, params: Params) -> str:
 
 def build_optimizer(model: nn.Module, params: Params) -> torch.optim.Optimizer:
     """SGD with momentum, or AdamW, over all parameters, in PyTorch's fused form."""
-    options = {"lr": params.learning_rate, "weight_decay": params.weight_decay, "fused": True}
+    weights, rate, decay = model.parameters(), params.learning_rate, params.weight_decay
     if params.optimizer == "adamw":
-        return torch.optim.AdamW(model.parameters(), **options)
-    optimizer = torch.optim.SGD(model.parameters(), momentum=params.momentum, **options)
+        return torch.optim.AdamW(weights, lr=rate, weight_decay=decay, fused=True)
+    optimizer = torch.optim.SGD(weights, lr=rate, momentum=params.momentum, weight_decay=decay, fused=True)
     if params.momentum and params.precision == "fp16":
         # PyTorch makes the buffers in the first step and fills them there, unless the scaler skips that step.
         for weight in model.parameters():

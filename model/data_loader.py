@@ -59,10 +59,13 @@ class SegmentationDataset(Dataset):
         self.image_size = image_size
         self.augmentation = Augmentation(image_size) if augment else None
         self.cache_file = _cached(self) if cache else None
-        self._examples = np.load(self.cache_file, mmap_mode="r") if cache else None
+        self._examples = self._map()
         if not cache:
             for _ in self.decode_all():  # to find every faulty file now
                 pass
+
+    def _map(self) -> np.ndarray | None:
+        return None if self.cache_file is None else np.load(self.cache_file, mmap_mode="r")
 
     def __len__(self) -> int:
         return len(self.split.ids)
@@ -80,7 +83,7 @@ class SegmentationDataset(Dataset):
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        self._examples = np.load(self.cache_file, mmap_mode="r") if self.cache_file else None
+        self._examples = self._map()
 
     @property
     def nbytes(self) -> int:
@@ -89,6 +92,7 @@ class SegmentationDataset(Dataset):
 
     def on_device(self, device: torch.device) -> Tensor:
         """The whole decoded split as uint8 (N, S, S, 4) on a device; needs the cache."""
+        assert self._examples is not None
         examples = torch.empty(self._examples.shape, dtype=torch.uint8, device=device)
         for start in range(0, len(self), AT_ONCE):
             part = np.array(self._examples[start : start + AT_ONCE])
@@ -147,7 +151,7 @@ def _cached(dataset: SegmentationDataset) -> Path:
             try:
                 with open(temporary, "wb") as stream:  # not a writable map: a full disk would end that with SIGBUS
                     stream.write(header.getvalue())
-                    stream.writelines(dataset.decode_all())
+                    stream.writelines(example.data for example in dataset.decode_all())
                     stream.flush()
                     os.fsync(stream.fileno())
                 temporary.replace(file)
@@ -199,8 +203,9 @@ class OriginalDataset(Dataset):
 
     def mask(self, index: int, size: tuple[int, int]) -> Image.Image | None:
         """Return the mask of a photo of that size (width, height), None where there is none."""
-        split = self.split
-        return split.masks and read_mask(split.masks[index], size, len(self.class_names), split.label_map)
+        if self.split.masks is None:
+            return None
+        return read_mask(self.split.masks[index], size, len(self.class_names), self.split.label_map)
 
 
 class EpochSampler(Sampler):
@@ -233,7 +238,15 @@ class DistributedBatchSampler(Sampler):
     images of each of these batches, with split those of all shares together.
     """
 
-    def __init__(self, sampler: Sampler, batch_size: int, *, split: bool, rank: int = 0, world_size: int = 1):
+    def __init__(
+        self,
+        sampler: "EpochSampler | SequentialSampler",
+        batch_size: int,
+        *,
+        split: bool,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
         self.sampler = sampler
         self.split, self.rank, self.world_size = split, rank, world_size
         self._batches = BatchSampler(sampler, batch_size, drop_last=False)
@@ -241,7 +254,8 @@ class DistributedBatchSampler(Sampler):
         self.sizes = sizes if split else sizes[rank::world_size]
 
     def set_epoch(self, epoch: int) -> None:
-        self.sampler.set_epoch(epoch)
+        if isinstance(self.sampler, EpochSampler):
+            self.sampler.set_epoch(epoch)
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -271,14 +285,28 @@ class DeviceLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         batches = list(self.batch_sampler)
-        order = [key[0] if isinstance(key, tuple) else key for batch in batches for key in batch]
-        order = torch.tensor(order, dtype=torch.int64).to(self._examples.device)
+        indices = [key[0] if isinstance(key, tuple) else key for batch in batches for key in batch]
+        order = torch.tensor(indices, dtype=torch.int64).to(self._examples.device)
         for batch in order.split([len(batch) for batch in batches]):
             examples = self._examples[batch]
             yield examples[..., :3].permute(0, 3, 1, 2), examples[..., 3]
 
 
-Loader = DataLoader | DeviceLoader
+class HostLoader(DataLoader):
+    """Batches that loader processes, or this one, fetch from a data set."""
+
+    dataset: SegmentationDataset
+    batch_sampler: DistributedBatchSampler
+
+
+class OriginalLoader(DataLoader):
+    """Photos at several sizes and masks at their own, in batches."""
+
+    dataset: OriginalDataset
+    batch_sampler: DistributedBatchSampler
+
+
+Loader = HostLoader | DeviceLoader
 
 
 def make_loader(
@@ -303,7 +331,7 @@ def make_loader(
     if _fits(dataset, device):
         return DeviceLoader(dataset, batch_sampler=batches, device=device)
     loading = _loading(batches, num_workers)
-    return DataLoader(
+    return HostLoader(
         dataset,
         **loading,
         collate_fn=partial(_collate, image_size=dataset.image_size),
@@ -327,14 +355,17 @@ def make_original_loader(
     num_workers: int,
     rank: int = 0,
     world_size: int = 1,
-) -> DataLoader:
-    """Batches in the order of the list: indices, (width, height) of the photos, squashed(photos, sizes), and masks,
-    each uint8 (H, W) or None. One of several processes gets every so-many-th batch.
+) -> OriginalLoader:
+    """Return batches in the order of the list: indices, (width, height) of the photos, squashed(photos, sizes), masks.
+
+    Masks are uint8 (H, W) or None. One of n processes gets every n-th batch.
     """
     batches = DistributedBatchSampler(
         SequentialSampler(dataset), batch_size, split=False, rank=rank, world_size=world_size
     )
-    return DataLoader(dataset, **_loading(batches, num_workers), collate_fn=partial(_collate_originals, sizes=sizes))
+    return OriginalLoader(
+        dataset, **_loading(batches, num_workers), collate_fn=partial(_collate_originals, sizes=sizes)
+    )
 
 
 def _collate_originals(examples: list[tuple], sizes: Sequence[int]) -> tuple[list, list, list[Tensor], list]:

@@ -3,8 +3,9 @@
 A new term is a class here, in TERMS, and its name in params.py's LOSS_TERMS.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,13 @@ class Batch:
     def overlap(self) -> dict[str, Tensor]:
         """Sums of p = sigmoid(x) over pixels and classes: of p, and of p t."""
         return {"p": self.sum(self.logits.sigmoid().sum(1)), "p t": self.sum(self.at_label.sigmoid())}
+
+
+class Term(Protocol):
+    """A term of the loss: sums over the pixels of a batch, and the term from those of all processes."""
+
+    def sums(self, batch: Batch) -> dict[str, Tensor]: ...
+    def value(self, sums: Mapping[str, Tensor], num_classes: int) -> Tensor: ...
 
 
 class BinaryCrossEntropy:
@@ -129,14 +137,14 @@ class Lovasz:
     def sums(self, batch: Batch) -> dict[str, Tensor]:
         valid, labels = batch.valid.flatten(), batch.labels.flatten()
         probabilities = batch.logits.softmax(1).transpose(0, 1).flatten(1)  # (C, pixels)
-        losses, present = [], []
+        losses, occurs = [], []
         for index, predicted in enumerate(probabilities):
             true = labels == index
             errors = ((true.to(predicted.dtype) - predicted).abs()).where(valid, 0)  # void: last, and without weight
             errors, order = errors.sort(descending=True)
             losses.append(errors @ _jaccard_steps(true[order]).to(errors.dtype))
-            present.append(true.any())
-        present = torch.stack(present)
+            occurs.append(true.any())
+        present = torch.stack(occurs)
         mean = torch.stack(losses).where(present, 0).sum() / present.sum().clamp(min=1)
         return {"lovasz": mean * valid.sum()}
 
@@ -144,7 +152,7 @@ class Lovasz:
         return sums["lovasz"] / sums["pixels"].clamp(min=1)
 
 
-TERMS = {
+TERMS: dict[str, Callable[..., Term]] = {
     "bce": BinaryCrossEntropy,
     "dice": Dice,
     "inverse_dice": InverseDice,
@@ -178,8 +186,8 @@ class SegmentationLoss(nn.Module):
         super().__init__()
         if unknown := set(weights) - set(TERMS):
             raise UserError(f"unknown loss terms {sorted(unknown)}; allowed: {', '.join(TERMS)}")
-        if unknown := [key for key in constants if not any(key.startswith(f"{term}_") for term in TERMS)]:
-            raise TypeError(f"no term of the loss takes {', '.join(unknown)}")
+        if surplus := [key for key in constants if not any(key.startswith(f"{term}_") for term in TERMS)]:
+            raise TypeError(f"no term of the loss takes {', '.join(surplus)}")
         self.weights = {term: float(weights[term]) for term in TERMS if weights.get(term)}
         self.terms = {term: TERMS[term](**_constants_of(term, constants)) for term in self.weights}
         self.over_processes = over_processes
@@ -192,7 +200,8 @@ class SegmentationLoss(nn.Module):
             sums |= term.sums(batch)
         values = torch.stack([value.double() for value in sums.values()])
         sums = dict(zip(sums, differentiable_sum(values) if self.over_processes else values, strict=True))
-        loss = sum(self.weights[name] * term.value(sums, batch.num_classes) for name, term in self.terms.items())
+        terms = [self.weights[name] * term.value(sums, batch.num_classes) for name, term in self.terms.items()]
+        loss = sum(terms, start=values.new_zeros(()))
         return loss.to(logits.dtype if logits.dtype == torch.float64 else torch.float32)
 
 

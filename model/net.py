@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, compiler, hub, nn, sym_max
-from torchvision.models import ResNet50_Weights, resnet50
+from torchvision.models import ResNet, ResNet50_Weights, resnet50
 
 from model import GCN_PADDINGS, HEADS, UserError
 from model.parallel import Dropout2d
@@ -22,14 +22,17 @@ class Conv2d(nn.Conv2d):
     several times slower, so here it is added afterwards.
     """
 
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: tuple[int, int], *, padding: tuple[int, int]):
+        super().__init__(in_channels, out_channels, kernel_size, padding=padding)
+        self.covered = tuple(pad if side > 1 else 0 for pad, side in zip(padding, kernel_size, strict=True))
+        self.uncovered = tuple(0 if side > 1 else pad for pad, side in zip(padding, kernel_size, strict=True))
+
     def forward(self, x: Tensor) -> Tensor:
-        (k_h, k_w), (p_h, p_w) = self.kernel_size, self.padding
-        covered = (p_h if k_h > 1 else 0, p_w if k_w > 1 else 0)
-        if covered == self.padding:
+        if not any(self.uncovered):
             return super().forward(x)
-        y = F.conv2d(x, self.weight, None, padding=covered)
-        y = F.pad(y, (p_w - covered[1], p_w - covered[1], p_h - covered[0], p_h - covered[0]))
-        return y + self.bias.to(y.dtype).view(1, -1, 1, 1)
+        height, width = self.uncovered
+        y = F.pad(F.conv2d(x, self.weight, None, padding=self.covered), (width, width, height, height))
+        return y if self.bias is None else y + self.bias.to(y.dtype).view(1, -1, 1, 1)
 
 
 class GCN(nn.Module):
@@ -63,7 +66,7 @@ class GCN(nn.Module):
         # Narrower than a swapped kernel: continue the map with zeros up to the kernel's width, and crop afterwards.
         missing = sym_max(self.min_width - width, 0)
         before = missing // 2
-        wide = F.pad(x, (before, missing - before))
+        wide = F.pad(x, (before, missing - before))  # type: ignore[arg-type]  # an exported size is symbolic
         return left + self.conv_r2(self.conv_r1(wide)).narrow(-1, before, width)
 
 
@@ -76,8 +79,8 @@ class BR(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         if zero_init:
-            nn.init.zeros_(self.conv2.weight)
-            nn.init.zeros_(self.conv2.bias)
+            for parameter in self.conv2.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
         return x + self.conv2(self.relu(self.conv1(x)))
@@ -187,7 +190,7 @@ def _head(name: str, in_channels: int, num_classes: int, kernel_size: int, gcn_p
     raise UserError(f"head is {name!r}; allowed: {', '.join(HEADS)}")
 
 
-def _encoder(pretrained: bool, zero_init_residual: bool) -> nn.Module:
+def _encoder(pretrained: bool, zero_init_residual: bool) -> ResNet:
     if not pretrained:
         return resnet50(weights=None, zero_init_residual=zero_init_residual)
     weights = ResNet50_Weights.IMAGENET1K_V1

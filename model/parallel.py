@@ -56,54 +56,28 @@ class _Total(torch.autograd.Function):
         return result
 
 
-class _BatchNorm(torch.autograd.Function):
-    """Batch norm of x (B, C, H, W), B may be 0, with the statistics of all processes: y, mean (C), variance (C)
-    and the number of values of a channel."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
-        channels = len(weight)
-        moments = weight.new_zeros(2 * channels + 1, dtype=torch.float64)  # sums of x and x^2, and of how many
-        if len(x):
-            _, mean, deviation = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)  # 1 / of it
-            mean, square = mean.double(), deviation.double().pow(-2) - eps + mean.double().square()
-            moments = (x.numel() // channels) * torch.cat([mean, square, moments.new_ones(1)])
-        mean, square, count = differentiable_sum(moments).split([channels, channels, 1])
-        mean = mean / count
-        variance = (square / count - mean.square()).clamp(min=0)
-        mean, variance = mean.to(weight.dtype), variance.to(weight.dtype)
-        count = count.to(weight.dtype)
-        ctx.eps = eps
-        ctx.save_for_backward(x, weight, mean, variance, count)
-        ctx.mark_non_differentiable(mean, variance, count)
-        return F.batch_norm(x, mean, variance, weight, bias, False, eps=eps), mean, variance, count
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor, *_) -> tuple[Tensor, Tensor, Tensor, None]:
-        x, weight, mean, variance, count = ctx.saved_tensors
-        by_x, by_weight, by_bias = gradient, torch.zeros_like(weight), torch.zeros_like(weight)
-        if len(x):
-            # As if mean and variance were constants. What x does to them, here and elsewhere, is taken off below.
-            by_x, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
-                gradient, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
-            )
-        scale = weight * (variance + ctx.eps).rsqrt() / count
-        slope, offset = (scale * differentiable_sum(torch.stack([by_weight, by_bias]))).unbind()
-        return by_x - F.batch_norm(x, mean, variance, slope, offset, False, eps=ctx.eps), by_weight, by_bias, None
-
-
 class HostSyncBatchNorm2d(nn.BatchNorm2d):
     """nn.SyncBatchNorm for the CPU, which that refuses: statistics of the whole batch, whatever part of it is here."""
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W), B may be 0
         if not self.training:
             return super().forward(x)
-        y, mean, variance, count = _BatchNorm.apply(x, self.weight, self.bias, self.eps)
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)  # unbiased
-        return y
+        full = x.to(torch.promote_types(x.dtype, torch.float32))
+        count = full.new_tensor(full[:, 0].numel(), dtype=torch.float64)
+        all_reduce_sum(count)
+        mean = differentiable_sum(full.sum((0, 2, 3), dtype=torch.float64)) / count
+        centred = full - mean.to(full.dtype).view(1, -1, 1, 1)
+        variance = differentiable_sum(centred.square().sum((0, 2, 3), dtype=torch.float64)) / count
+        self._update_statistics(mean.detach(), variance.detach() * count / (count - 1))  # unbiased
+        scale = self.weight * (variance + self.eps).rsqrt().to(full.dtype)
+        return (centred * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)).to(x.dtype)
+
+    @torch.no_grad()
+    def _update_statistics(self, mean: Tensor, variance: Tensor) -> None:
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        for average, now in ((self.running_mean, mean), (self.running_var, variance)):
+            average.lerp_(now.to(average.dtype), self.momentum or 0.0)
 
 
 class DeviceSyncBatchNorm2d(nn.SyncBatchNorm):

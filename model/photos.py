@@ -32,9 +32,9 @@ def read_example(
     mask = None if mask_path is None else read_mask(mask_path, image.size, num_classes, label_map)
     image, mask = squash(image, mask, image_size)
     example = np.full((image_size, image_size, 4), VOID, dtype=np.uint8)
-    example[..., :3] = image
+    example[..., :3] = np.array(image)
     if mask is not None:
-        example[..., 3] = mask
+        example[..., 3] = np.array(mask)
     return example
 
 
@@ -93,7 +93,7 @@ TURNS = {  # of EXIF orientations; not ImageOps.exif_transpose, which fails on a
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # whatever Pillow makes of other bytes; the pixels are whole all the same
         turn = None
     return image if turn is None else image.transpose(turn)

@@ -30,7 +30,8 @@ def resize_tag(image_size: int) -> str:
     """Return a digest of what squash() makes of noise, so that a cache of photos resized in another way has another."""
     rng = np.random.default_rng(0)
     photo, mask = (Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)) for shape in ((37, 53, 3), (37, 53)))
-    return hashlib.sha256(b"".join(part.tobytes() for part in squash(photo, mask, image_size))).hexdigest()
+    parts = [np.array(part).tobytes() for part in squash(photo, mask, image_size)]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def squashed(photos: Sequence[Image.Image], sizes: Sequence[int]) -> list[Tensor]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import optuna
 from filelock import FileLock
@@ -62,8 +62,7 @@ class Study:
     def __post_init__(self) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.metric = self.base.get("best_metric", Params.best_metric)
-        direction = "maximize" if better_of(self.metric) is max else "minimize"
-        self.study = _open(self.parent_dir / "study.journal", direction)
+        self.study = _open(self.parent_dir / "study.journal", maximize=better_of(self.metric) is max)
         self.names = {canonical(values): name for name, values in self.grid.items()}
         for attempt in (entry.user_attrs for entry in self._entries()):
             if "folder" in attempt:  # which a trial keeps, whatever it would be called now
@@ -177,13 +176,16 @@ class Study:
                 upload_artifact(artifact_store=store, file_path=str(file), study_or_trial=trial)
 
 
-def _open(journal: Path, direction: Literal["maximize", "minimize"]) -> optuna.Study:
+def _open(journal: Path, *, maximize: bool) -> optuna.Study:
     guard = FileLock(f"{journal}.lock")  # the operating system's: it ends with its process, Optuna's own 30 s later
     try:
         storage = optuna.storages.JournalStorage(Journal(str(journal), lock_obj=guard))  # type: ignore[arg-type]
-        pruner = optuna.pruners.MedianPruner()
         return optuna.create_study(
-            storage=storage, study_name="sweep", direction=direction, load_if_exists=True, pruner=pruner
+            storage=storage,
+            study_name="sweep",
+            direction="maximize" if maximize else "minimize",
+            load_if_exists=True,
+            pruner=optuna.pruners.MedianPruner(),
         )
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         raise UserError(f"{journal} is damaged ({error}); move it away: finished trials are kept") from None
