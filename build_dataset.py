@@ -226,7 +226,7 @@ def unpack_sbd(archive: Path, images: Path, masks: Path, *, here: set[str]) -> s
 
 
 def _mask_of_sbd(content: bytes, name: str) -> bytes:
-    """A MATLAB file's class indices as a PNG. SBD has no void."""
+    """Turn a MATLAB file's class indices into a PNG. SBD has no void."""
     from scipy.io import loadmat  # needed for SBD only
 
     stream = io.BytesIO()
@@ -241,7 +241,7 @@ def _mask_of_sbd(content: bytes, name: str) -> bytes:
 
 
 def _write_whole(path: Path, content: bytes) -> None:
-    """As replacing, without waiting for the disk, which for 18,000 files would take minutes."""
+    """Write a file whole, without waiting for the disk, which for 18,000 files would take minutes."""
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(content)
@@ -283,7 +283,7 @@ def write_lists(data_dir: Path, shares: list[float], seed: int, group: str | Non
 
 
 def _folders_to_deal(data_dir: Path, shares: list[float]) -> tuple[Path, Path, Path]:
-    """Where the photos and masks are and the lists are to be. Raises UserError if they cannot be dealt."""
+    """Return where the photos and masks are and the lists are to be. Raises UserError if they cannot be dealt."""
     if (
         any(not 0 <= share <= 1 for share in shares)
         or not math.isclose(sum(shares), 1, abs_tol=1e-6)
@@ -321,12 +321,12 @@ def _refuse_unreadable_names(images: Path, ids: list[str]) -> None:
 
 
 def _some(names: list[str]) -> str:
-    """The first few names, with whatever a terminal would not show spelled out."""
+    """Return the first few names, with whatever a terminal would not show spelled out."""
     return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def grouped(ids: list[str], pattern: str) -> list[list[str]]:
-    """The ids for which a regular expression captures the same text, or, without groups of its own, matches it.
+    """Return the ids for which a regular expression captures the same text, or, without groups of its own, matches it.
 
     Raises UserError for one that is not valid, and naming ids that it does not match.
     """

@@ -104,13 +104,13 @@ def evaluate(
 
 
 def progress(loader: Loader | OriginalLoader, title: str) -> tqdm:
-    """A bar over the images that are this process's part."""
+    """Return a bar over the images that are this process's part."""
     total = sum(loader.batch_sampler.sizes)
     return tqdm(total=total, desc=title, unit="img", leave=False, disable=ranks.bar_disabled())
 
 
 def by_name(metrics: dict, names: Sequence[str]) -> dict:
-    """Lists of one value a class become {name: value}."""
+    """Turn lists of one value per class into {name: value}."""
     return {
         key: dict(zip(names, value, strict=True)) if isinstance(value, list) else value
         for key, value in metrics.items()
@@ -118,7 +118,7 @@ def by_name(metrics: dict, names: Sequence[str]) -> dict:
 
 
 def make_segmenter(model: nn.Module, params: Params, device: torch.device, args: argparse.Namespace) -> Segmenter:
-    """A network that looks at photos as add_testing_flags() have it. Raises UserError for scales that cannot be."""
+    """Return what segments photos as the flags of add_testing_flags() say. Raises UserError for unusable scales."""
     return Segmenter(
         model,
         device,
@@ -161,7 +161,7 @@ class WorstPredictions:
         self._kept = heapq.nlargest(self.count, chain.from_iterable(distributed.gather(self._kept)))
 
     def draw(self, dataset: OriginalDataset, folder: Path) -> None:
-        """One PNG each, the worst first by name, in place of those of an earlier evaluation."""
+        """Draw a PNG for each, the worst first by name, in place of those of an earlier evaluation."""
         earlier = set(folder.glob("*.png"))
         names = dataset.class_names
         for rank, (mIoU, index, prediction) in enumerate(sorted(self._kept, reverse=True), start=1):
@@ -219,12 +219,12 @@ def score_originals(
 
 
 def predictions_folder(folder: Path, split: str, names: Sequence[str]) -> Path:
-    """Where --save_predictions writes: for VOC's classes where its server looks (comp5: trained on VOC's own data)."""
+    """Return where --save_predictions writes, for VOC's classes where its server looks (comp5: VOC's data only)."""
     return folder / (f"results/VOC2012/Segmentation/comp5_{split}_cls" if is_voc(names) else split)
 
 
 def table(metrics: dict) -> str:
-    """The result as text: a row a class, then the metrics over all classes."""
+    """Return the result as text: a row per class, then the metrics over all classes."""
     columns = {
         "IoU": "IoU",
         "accuracy": "accuracy",

@@ -50,7 +50,7 @@ def require_packages() -> None:
 
 
 def output_path(args: argparse.Namespace) -> Path:
-    """The file to write. Raises UserError for one that cannot be, or that has another's name."""
+    """Return the file to write. Raises UserError for one that cannot be, or that has another's name."""
     output = args.output or args.model_dir / f"{args.restore_file}.onnx"
     if output.suffix != ".onnx" or output.is_dir():
         raise UserError(f"--output {output}: give the name of a file that ends in .onnx")
@@ -70,7 +70,7 @@ def refuse_large(model: nn.Module) -> None:
 
 
 def onnx_metadata(params: Params, names: list[str], epoch: int | None) -> dict[str, str]:
-    """What the file says of itself beside the network, each value as JSON."""
+    """Return what the file says of itself beside the network, each value as JSON."""
     mean, deviation = mean_and_deviation(params.normalize)
     values = {
         "class_names": names,
@@ -115,7 +115,7 @@ def write_onnx(model: nn.Module, file: Path, metadata: dict[str, str]) -> None:
 
 
 def open_onnx(file: Path) -> Any:
-    """An onnxruntime session on the CPU. Raises RunFailed if the file is not valid ONNX or the runtime refuses it."""
+    """Open a file in onnxruntime, on the CPU. Raises RunFailed if it is not valid ONNX or the runtime refuses it."""
     import onnx
     import onnxruntime
 
@@ -134,7 +134,7 @@ def refused(error: Exception) -> RunFailed:
 
 
 def photo_batches(path: Path, params: Params) -> list[Tensor]:
-    """A photo and its mirror image, uint8 (2, 3, H, W): at image_size, and higher, narrower and of odd sides."""
+    """Return a photo and its mirror image, uint8 (2, 3, H, W): at image_size, and higher, narrower and of odd sides."""
     size = params.image_size
     batches = []
     for height, width in ((size, size), (int(1.25 * size) | 1, max(int(0.75 * size), 32) | 1)):
@@ -146,7 +146,7 @@ def photo_batches(path: Path, params: Params) -> list[Tensor]:
 
 @torch.inference_mode()
 def compare(session: Any, model: nn.Module, images: Tensor) -> dict[str, Any]:
-    """How far the logits of onnxruntime are from those of PyTorch for images as the network reads them.
+    """Return how far the logits of onnxruntime are from those of PyTorch for images as the network reads them.
 
     Returns a row of the table. Raises RunFailed if they differ by more than TOLERANCE times the largest logit.
     """

@@ -180,7 +180,7 @@ class Params:
 
     @classmethod
     def parse(cls, values: dict[str, Any], source: str | Path) -> "Params":
-        """Params of the given keys and values. Raises UserError that begins with source and names every fault."""
+        """Make params of keys and values. Raises UserError that begins with source and names every fault."""
         if faults := [fault for key, value in values.items() if (fault := cls.fault(key, value))]:
             raise UserError(f"{source}: {'; '.join(faults)}")
         params = cls(**values)
@@ -193,7 +193,7 @@ class Params:
 
     @classmethod
     def fault(cls, key: str, value: Any) -> str | None:
-        """What is wrong with a key and its value, in words; None if nothing is."""
+        """Say what is wrong with a key and its value; None if nothing is."""
         known: dict[str, Field] = {f.name: f for f in fields(cls)}
         if key not in known:
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
@@ -203,15 +203,15 @@ class Params:
         return None if rule["check"](value) else f'"{key}" is {json.dumps(value)}; allowed: {rule["allowed"]}'
 
     def network_options(self) -> dict[str, Any]:
-        """The keywords of model.net.FCN_GCN but for pretrained."""
+        """Return the keywords of model.net.FCN_GCN but for pretrained."""
         return {key: getattr(self, key) for key in (*ARCHITECTURE, "dropout_rate", "zero_init_residual")}
 
     def loss_options(self) -> dict[str, Any]:
-        """The keywords of model.losses.SegmentationLoss but for over_processes."""
+        """Return the keywords of model.losses.SegmentationLoss but for over_processes."""
         return {"weights": self.loss_weights, **{key: getattr(self, key) for key in LOSS_CONSTANTS}}
 
     def input_options(self) -> dict[str, Any]:
-        """The keywords of model.transforms.to_input."""
+        """Return the keywords of model.transforms.to_input."""
         return {"normalize": self.normalize, "channels_last": self.channels_last}
 
     @property

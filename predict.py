@@ -58,7 +58,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def find_photos(given: Sequence[str], output_dir: Path) -> dict[Path, Path]:
-    """Every photo by what its results are called, without suffix: its place below the folder, pattern or file given.
+    """Return every photo by the name of its results, without suffix: its place below the folder, pattern or file given.
 
     An output_dir inside a folder is not searched. Raises UserError where there is no photo, where one lies beside the
     results, and where two would have the same result.
@@ -87,13 +87,13 @@ def find_photos(given: Sequence[str], output_dir: Path) -> dict[Path, Path]:
 
 
 def _matches(pattern: str) -> list[Path]:
-    """The folders and photos that a pattern as 'a/*.jpg' means."""
+    """Return the folders and photos that a pattern as 'a/*.jpg' means."""
     paths = map(Path, sorted(glob.glob(pattern, recursive=True)))
     return [path for path in paths if path.is_dir() or path.suffix.lower() in SUFFIXES]
 
 
 def _below(path: Path, output_dir: Path) -> list[tuple[Path, Path]]:
-    """The photos of a folder with that folder, or a file with its own."""
+    """Return the photos of a folder with that folder, or a file with its own."""
     if not path.is_dir():
         return [(path, path.parent)]
     within_results = output_dir in (_real(path), *_real(path).parents)
@@ -103,7 +103,7 @@ def _below(path: Path, output_dir: Path) -> list[tuple[Path, Path]]:
 
 
 def _real(path: Path) -> Path:
-    """A path without links; one that leads in a circle as it is."""
+    """Return a path without links; one that leads in a circle as it is."""
     return Path(os.path.realpath(path))
 
 
@@ -130,7 +130,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def run(device: torch.device, args: argparse.Namespace) -> int:
-    """Predict; each process takes every so-many-th photo. Returns the exit status: 1 if a photo cannot be read."""
+    """Predict; of n processes each takes every n-th photo. Returns the exit status: 1 if a photo cannot be read."""
     photos = distributed.broadcast_from_main(lambda: prepare(args))
     model, params, checkpoint = load_network(args.model_dir, args.restore_file, device)
     names = distributed.broadcast_from_main(lambda: find_names(params, checkpoint, args))
@@ -157,14 +157,14 @@ def run(device: torch.device, args: argparse.Namespace) -> int:
 
 
 def prepare(args: argparse.Namespace) -> dict[Path, Path]:
-    """The photos by what their results are called, see find_photos."""
+    """Return the photos by what their results are called, see find_photos."""
     if args.tile is not None and args.tile < 32:
         raise UserError(f"--tile {args.tile}: a tile has at least 32 pixels a side")
     return find_photos(args.photos, args.output_dir)
 
 
 def find_names(params: Params, checkpoint: dict, args: argparse.Namespace) -> list[str]:
-    """The names of the classes: the checkpoint's, which data given with --data_dir must have too.
+    """Return the names of the classes: the checkpoint's, which data given with --data_dir must have too.
 
     Data that the run has recorded need not be there any more, and may have become others, which is said.
     """

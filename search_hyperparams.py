@@ -47,7 +47,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def visible_gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES may hold for one trial each; asks the driver, as importing torch would take seconds."""
+    """Return the values of CUDA_VISIBLE_DEVICES for one trial each, by asking the driver: importing torch is slow."""
     if (listed := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name for part in listed.split(",") if (name := part.strip()) not in ("", "-1")]
     if shutil.which("nvidia-smi") is None:

@@ -63,7 +63,7 @@ class Published:
         return [metric for metric in PUBLISHABLE if any(metric in result for result in self.results)]
 
     def of(self, params: dict[str, Any]) -> dict[str, Any]:
-        """The published result of an experiment, {} if there is none."""
+        """Return the published result of an experiment, {} if there is none."""
         return next((result for result in self.results if result["params"].items() <= params.items()), {})
 
 
@@ -140,7 +140,7 @@ def read_published(path: Path) -> Published:
 
 
 def result_faults(result: dict[str, Any]) -> list[str]:
-    """What is wrong with a published result, in words."""
+    """Say what is wrong with a published result."""
     params = result.get("params")
     if not isinstance(params, dict):
         return [f'"params" is {json.dumps(params)}; allowed: an object with keys of params.json']
@@ -155,7 +155,7 @@ def result_faults(result: dict[str, Any]) -> list[str]:
 
 
 def find(parent_dir: Path) -> list[Path]:
-    """The experiment folders under parent_dir, or itself; a sweep's own params.json is only the base of its trials."""
+    """Return the experiment folders under parent_dir, or itself; a sweep's own folder is none."""
     if not parent_dir.is_dir():
         raise UserError(f"no folder {parent_dir}; give the folder of your experiments with --parent_dir")
     found = []
@@ -169,7 +169,7 @@ def find(parent_dir: Path) -> list[Path]:
 
 
 def read(folder: Path, parent_dir: Path) -> Result:
-    """What an experiment folder holds; a damaged file makes it "unreadable", and is named as the problem."""
+    """Read an experiment folder; a damaged file makes it "unreadable", and is named as the problem."""
     name = folder.resolve().name if folder == parent_dir else str(folder.relative_to(parent_dir))
     result = Result(os.fsencode(name).decode(errors="replace"))
     try:
@@ -209,12 +209,12 @@ def read_original_size(folder: Path, best: dict[str, Any] | None) -> dict[str, f
 
 
 def original_size_mIoU(split: str) -> str:
-    """The column of a split's mIoU at the photos' own size."""
+    """Return the column of a split's mIoU at the photos' own size."""
     return f"{split}_original_size_mIoU"
 
 
 def state(folder: Path, params: Params, history: list[dict]) -> tuple[str, str]:
-    """The state of an experiment, and what is the matter with it, if anything."""
+    """Return the state of an experiment, and what is the matter with it, if anything."""
     if is_locked(folder / RUN_LOCK) or is_locked(folder.parent / TRIAL_LOCKS / folder.name):  # train.py's, a sweep's
         return "running", ""
     if why_finished(history, params):
@@ -247,7 +247,7 @@ def metric_columns(results: list[Result], published: Published) -> list[str]:
 
 
 def by_seed(results: list[Result], parent_dir: Path) -> dict[str, list[Result]]:
-    """Experiments that differ in nothing but their seed, under the name that they have without it."""
+    """Return experiments that differ in nothing but their seed, under the name that they have without it."""
     alike: dict[str, list[Result]] = {}
     for result in results:
         key = json.dumps([result.params | {"seed": None}, result.data_dir], sort_keys=True)
@@ -265,13 +265,13 @@ def by_seed(results: list[Result], parent_dir: Path) -> dict[str, list[Result]]:
 
 
 def without_seed(name: str) -> str:
-    """batch_size_8 for a trial called batch_size_8__seed_1, "" for one called seed_1."""
+    """Return batch_size_8 for a trial called batch_size_8__seed_1, "" for one called seed_1."""
     parts = [re.sub(r"(?:^|__)seed_\d+(?=__|$)", "", part).removeprefix("__") for part in name.split("/")]
     return "/".join(filter(None, parts))
 
 
 def merge(name: str, rows: list[dict[str, Any]], varying: list[str]) -> dict[str, Any]:
-    """One row for several seeds: means over those that have finished, and the standard deviation of every mIoU."""
+    """Merge rows of several seeds: means over those that have finished, and the standard deviation of every mIoU."""
     finished = [row for row in rows if row["state"] == "finished"]
     merged: dict[str, Any] = {}
     for column, value in rows[0].items():
@@ -314,12 +314,12 @@ def sort(rows: list[dict[str, Any]], column: str, tasks: dict[str, str], metrics
 
 
 def spell(value: Any) -> str:
-    """A value as params.json has it, strings without their quotes."""
+    """Return a value as params.json has it, strings without their quotes."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table as people read it, on a terminal or rendered."""
+    """Return the table as people read it, on a terminal or rendered."""
     cells = [[cell(column, value) for column, value in row.items()] for row in rows]
     numeric = [any(type(row[key]) in (int, float) for row in rows) for key in rows[0]]
     alignment = ["right" if right else "left" for right in numeric]
@@ -341,7 +341,7 @@ def cell(column: str, value: Any) -> str:
 
 
 def comma_separated(rows: list[dict[str, Any]]) -> str:
-    """The table for programs: all digits, empty cells where there is nothing."""
+    """Return the table for programs: all digits, empty cells where there is nothing."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(rows[0])

@@ -16,6 +16,7 @@ from engine.cli import experiment_parser, require, run_main, stopping_together
 from engine.devices import autocast, loading_options, resolve_precision, seed_everything, to_device
 from engine.outputs import EpochOutputs, EpochProgress, best_line
 from engine.run import (
+    Start,
     check_batch_size,
     check_same_lists,
     list_digest,
@@ -70,7 +71,7 @@ def train(training: Training, train_loader: Loader, val_loader: Loader, outputs:
         if ranks.is_main():
             outputs.write(training, val_loader.dataset)
         distributed.stop_together()
-    logging.info(f"{training.finished}; {best_line(training)}, in {outputs.model_dir}")
+    logging.info(f"{training.finished.reason}; {best_line(training)}, in {outputs.model_dir}")
     if ranks.is_main():
         outputs.close(training)
 
@@ -147,23 +148,23 @@ def make_loaders(
     )
 
 
-def run(params: Params, device: torch.device, args: argparse.Namespace) -> None:
-    """Train in a folder that is this run's alone."""
-    restored = distributed.broadcast_from_main(lambda: read_checkpoint(params, args))
+def build_and_train(params: Params, device: torch.device, args: argparse.Namespace, start: Start) -> None:
+    """Build data, network and training state, as a checkpoint left them if the run resumes, and train."""
+    restored = distributed.broadcast_from_main(lambda: read_checkpoint(params, start, args.model_dir))
     data = distributed.local_rank0_first(lambda: find_data(params, args.data_dir, restored))
     train_split, val_split, names = data
     check_same_lists(train_split, val_split)
 
     seed_everything(params.seed, deterministic=params.deterministic)
     with distributed.together():
-        model, fresh_layers = build_model(params, args.init_from, resumed=restored is not None)
+        model, fresh_layers = build_model(params, start.init_from, resumed=restored is not None)
     to_device(model, params, device)
     train_loader, val_loader = distributed.local_rank0_first(lambda: make_loaders(*data, params, device))
     training = Training(
         model,
         params,
         steps_per_epoch=-(-len(train_loader) // params.accumulation_steps),
-        images=list_digest(train_split),
+        list_digest=list_digest(train_split),
         class_names=names,
     )
     if restored:
@@ -172,10 +173,10 @@ def run(params: Params, device: torch.device, args: argparse.Namespace) -> None:
     if restored and training.finished:
         with distributed.together():
             mend_finished(training, restored.file, args.model_dir)
-        say_finished(training.finished, args)
+        say_finished(training.finished, args.model_dir)
         return
     sizes = f"{len(train_split.ids)} images of {params.train_split}, {len(val_split.ids)} of val"
-    outputs = open_outputs(training, args, sizes=sizes, fresh_layers=fresh_layers, restored=restored)
+    outputs = open_outputs(training, args, start, sizes=sizes, fresh_layers=fresh_layers, restored=restored)
     with stopping_together():
         train(training, train_loader, val_loader, outputs)
 
@@ -187,11 +188,12 @@ def main(args: argparse.Namespace) -> None:
         params = distributed.broadcast_from_main(
             lambda: resolve_precision(Params.load(args.model_dir / "params.json"), device)
         )
-        if finished := distributed.broadcast_from_main(lambda: take_folder(params, args, held)):
-            say_finished(finished, args)
+        start, finished = distributed.broadcast_from_main(lambda: take_folder(params, args, held))
+        if finished:
+            say_finished(finished, args.model_dir)
             return
-        with report_interruption(args):
-            run(params, device, args)
+        with report_interruption(args, start):
+            build_and_train(params, device, args, start)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def discard(stream: TextIO) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether PyTorch, on any device, or NumPy has found no memory."""
+    """Return whether an error means that PyTorch, on any device, or NumPy has run out of memory."""
     words = ("out of memory", "not enough memory", "can't allocate memory")
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in words))
 
@@ -57,7 +57,7 @@ def make_folder(folder: Path, flag: str) -> None:
 
 
 def walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """os.walk() in alphabetical order, and after that through the links to folders; each real folder once."""
+    """Yield what os.walk() does in alphabetical order, then the same below links to folders; each real folder once."""
     seen, waiting = set(), [folder]
     while waiting:
         for here, folders, files in os.walk(waiting.pop(0)):
@@ -71,12 +71,12 @@ def walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
 
 
 def table_text(text: str) -> str:
-    """A text as a cell of a Markdown table can hold it."""
+    """Return a text as a cell of a Markdown table can hold it."""
     return " ".join(text.split()).replace("\\", r"\\").replace("|", r"\|")
 
 
 def read_json(path: str | Path, *, if_absent: str) -> Any:
-    """The value in a JSON file. Raises UserError naming the file; if_absent says what to do where there is none."""
+    """Read a JSON file. Raises UserError naming the file; if_absent says what to do where there is none."""
     path = Path(path)
     refuse_irregular(path)
     try:
@@ -90,7 +90,7 @@ def read_json(path: str | Path, *, if_absent: str) -> Any:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value from JSON is a finite number, and no truth value."""
+    """Return whether a value from JSON is a finite number, and no truth value."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max  # false for NaN too
 
 
@@ -186,7 +186,7 @@ def lock(path: Path, *, patience: float = 0.0) -> Lock | None:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether some process holds the lock; writes nothing."""
+    """Return whether some process holds the lock; writes nothing."""
     try:
         with open(path, "rb") as stream:
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -198,7 +198,7 @@ def is_locked(path: Path) -> bool:
 
 
 def read_history(model_dir: Path) -> list[dict]:
-    """The epochs of history.jsonl, oldest first; [] where there is none. Raises UserError for a damaged one."""
+    """Read the epochs of history.jsonl, oldest first; [] where there is none. Raises UserError for a damaged one."""
     path = model_dir / "history.jsonl"
     refuse_irregular(path)
     try:
@@ -221,7 +221,7 @@ def is_epoch(record: Any, number: int) -> bool:
 
 
 def write_history(model_dir: Path, history: list[dict]) -> None:
-    """Write history.jsonl: one epoch a line."""
+    """Write history.jsonl, one line per epoch."""
     write_text(model_dir / "history.jsonl", "".join(json.dumps(epoch, allow_nan=False) + "\n" for epoch in history))
 
 
@@ -240,7 +240,7 @@ class _LogFile(logging.FileHandler):
 
 
 class _Terminal(logging.StreamHandler):
-    """Stdout. The run goes on where that is gone, as after `| head`: train.log has every line."""
+    """Stdout. The run continues where that is gone, as after `| head`: train.log has every line."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not isinstance(sys.exception(), OSError):
@@ -263,5 +263,5 @@ def set_logger(log_file: Path) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what an error says, cut short."""
+    """Return the first line of what an error says, cut short."""
     return str(error).strip().split("\n")[0][:160]

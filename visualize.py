@@ -25,7 +25,7 @@ Entry = tuple[tuple[int, int, int] | None, str]  # of a legend: a colour, None f
 def comparison(
     images: np.ndarray, labels: np.ndarray, predictions: np.ndarray, names: Sequence[str], *, side: int = 160
 ) -> Image.Image:
-    """One column an example with photo, truth and prediction below one another, and a legend of what is in them.
+    """Return one column per example, with photo, truth and prediction, and a legend of what is in them.
 
     Args:
         images: uint8 (N, H, W, 3).
@@ -56,7 +56,7 @@ def comparison(
 def error_picture(
     photo: Image.Image, truth: Image.Image, prediction: np.ndarray, names: Sequence[str], *, title: str, side: int = 320
 ) -> Image.Image:
-    """Photo, truth, prediction and error beside one another, and a legend of what is in them.
+    """Return photo, truth, prediction and error beside one another, and a legend of what is in them.
 
     The last one is a dark grey photo, in which wrong pixels are red and void ones have the colour they have in truth.
 
@@ -99,7 +99,7 @@ def error_picture(
 def overlay(
     photo: Image.Image, prediction: np.ndarray, names: Sequence[str], labels: Mapping[int, str], *, side: int = 1600
 ) -> Image.Image:
-    """A photo under the colours of its classes, one called background left as it is, and a legend.
+    """Return a photo under the colours of its classes, one called background left as it is, and a legend.
 
     Args:
         photo: RGB.
@@ -125,7 +125,7 @@ def overlay(
 
 
 def _present(indices: np.ndarray, names: Sequence[str]) -> list[Entry]:
-    """Entries of a legend for class indices, void among them."""
+    """Return entries of a legend for class indices, void among them."""
     colours = palette(names).tolist()
     return [(tuple(colours[index]), "void" if index == VOID else names[index]) for index in indices.tolist()]
 
@@ -180,7 +180,7 @@ def _by_epoch(axes: Axes, history: Sequence[Mapping], values: Sequence[float], *
 
 
 def confusion_figure(counts: np.ndarray, iou: Mapping[str, float | None]) -> Figure:
-    """Where the pixels of each class went, as shares of its pixels, and each class's IoU as a bar.
+    """Return where the pixels of each class went, as shares of its pixels, and each class's IoU as a bar.
 
     Args:
         counts: pixels (C, C) by label and prediction.
@@ -333,7 +333,7 @@ def _best_by_name(
 
 
 def _positions(axis: Axes, values: list) -> list[float]:
-    """Where values lie on the horizontal axis: by size, on a logarithmic scale if they span decades, else in a row."""
+    """Return where values lie on the horizontal axis: by size, on a logarithmic scale over decades, else in a row."""
     numeric = all(type(value) in (int, float) for value in values)
     different: list[Any] = sorted(set(values)) if numeric else sorted(set(map(_spelling, values)))
     if numeric and different[0] > 0 and different[-1] / different[0] >= 10:

@@ -108,7 +108,7 @@ class Sides:
 
     @property
     def epoch_sizes(self) -> list[int]:
-        """Images to train and to validate on, as far as there are so many."""
+        """Return images to train and to validate on, fewer if there are not as many."""
         return [min(count, len(self.split.ids)) for count in EPOCH[self.device.type]]
 
     def training(self) -> Training:
@@ -283,7 +283,7 @@ def ceilings(device: torch.device, precision: str) -> tuple[float, float]:
 
 
 def idle_share(step: Callable, seconds: float) -> float:
-    """The part of a step, which takes so many seconds unobserved, in which a GPU has no kernel to run."""
+    """Return the share of a step, of so many seconds, in which a GPU has no kernel to run."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         step()

@@ -40,7 +40,7 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
 
 
 def checkpoint_path(model_dir: Path, restore_file: str) -> Path:
-    """<model_dir>/<restore_file>.pth.tar. Raises UserError for anything but a plain name."""
+    """Return <model_dir>/<restore_file>.pth.tar. Raises UserError for anything but a plain name."""
     if not restore_file or Path(restore_file).name != restore_file:
         raise UserError(
             f"--restore_file {restore_file!r}: give the name of a checkpoint in {model_dir}, as best or last"
@@ -51,7 +51,7 @@ def checkpoint_path(model_dir: Path, restore_file: str) -> Path:
 def load_checkpoint(
     path: str | Path, *, otherwise: str = "use {file}, as with --restore_file {name}"
 ) -> dict[str, Any]:
-    """A checkpoint with its tensors on the CPU. Raises UserError if it is absent, damaged or more than plain data.
+    """Read a checkpoint, tensors on the CPU. Raises UserError if it is absent, damaged or more than plain data.
 
     otherwise is what to do with another checkpoint of the folder, should this one be damaged.
     """
@@ -78,7 +78,7 @@ def load_checkpoint(
 
 
 def checked(checkpoint: Any, path: Path, others: str = "") -> dict[str, Any]:
-    """A loaded checkpoint whose values can be what they say. Raises UserError, which others ends."""
+    """Return a loaded checkpoint. Raises UserError, which others ends, if it cannot be one."""
     if not isinstance(checkpoint, dict) or not _are_tensors(checkpoint.get("state_dict")):
         raise UserError(f'{path} is not a checkpoint of this network: it has no "state_dict" of tensors')
     averaged, epoch, names = (checkpoint.get(key) for key in ("ema_state_dict", "epoch", "class_names"))
@@ -150,12 +150,12 @@ def init_from(model: nn.Module, file: Path) -> str:
 
 
 def predicting_weights(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """The weights to evaluate and predict with: the averaged ones if the run kept any."""
+    """Return the weights to evaluate and predict with: the averaged ones if the run kept any."""
     return checkpoint.get("ema_state_dict") or checkpoint["state_dict"]
 
 
 def load_network(model_dir: Path, restore_file: str, device: torch.device) -> tuple[nn.Module, Params, dict[str, Any]]:
-    """The network of an experiment with the weights of a checkpoint, to predict on device; its params; the checkpoint.
+    """Return the network of an experiment with the weights of a checkpoint, on device, its params, and the checkpoint.
 
     Raises UserError for a faulty params.json, a faulty checkpoint, or two that do not belong together.
     """

@@ -110,7 +110,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def stopping_together() -> Iterator[None]:
-    """In it, of several processes none stops at a signal before all call stop_together()."""
+    """Let none of several processes stop at a signal, while the context lasts, before all call stop_together()."""
     global _deferred
     _deferred = ranks.world_size() > 1
     try:
@@ -130,7 +130,7 @@ def stop_if_asked() -> bool:
 
 
 def signal_received() -> int:
-    """The number of a signal that asked this process to stop, 0 if none has."""
+    """Return the number of a signal that asked this process to stop, 0 if none has."""
     return max(_signals, default=0)
 
 
@@ -145,7 +145,7 @@ def _raise() -> None:
 
 
 def _last_line_if_from_a_worker(error: Exception) -> str:
-    """What a loader process said, without the traceback that PyTorch wraps it in."""
+    """Return what a loader process said, without the traceback that PyTorch wraps it in."""
     text = str(error)
     if "Original Traceback" not in text:
         return text
@@ -191,7 +191,7 @@ def add_restore_file(parser: argparse.ArgumentParser) -> None:
 
 
 def add_testing_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say how a photo is looked at."""
+    """Add the flags that say at which sizes a photo is predicted."""
     parser.add_argument(
         "--scales",
         type=float,
@@ -212,7 +212,7 @@ def require(package: str, purpose: str) -> None:
 
 
 def positive(text: str) -> int:
-    """The type of a flag whose value is a whole number of at least 1."""
+    """Return the type of a flag whose value is a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
     return int(text)

@@ -19,7 +19,7 @@ def to_device(model: nn.Module, params: Params, device: torch.device) -> None:
 
 
 def resolve_precision(params: Params, device: torch.device) -> Params:
-    """params with precision "auto" replaced: bf16 where the device has matrix units for it, otherwise fp32."""
+    """Return params with precision "auto" replaced: bf16 where the device has matrix units for it, otherwise fp32."""
     if params.precision != "auto":
         return params
     on_cuda = device.type == "cuda"
@@ -28,7 +28,7 @@ def resolve_precision(params: Params, device: torch.device) -> Params:
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """The context in which a network computes in "fp32", "bf16" or "fp16"."""
+    """Return the context in which a network computes in "fp32", "bf16" or "fp16"."""
     if precision == "fp32":
         return nullcontext()
     return torch.autocast(device.type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
@@ -58,7 +58,7 @@ def loading_options(params: Params) -> LoadingOptions:
 
 
 def device_summary(device: torch.device) -> str:
-    """The device, or how many there are, for people."""
+    """Return the device, or how many there are, for people."""
     if ranks.world_size() == 1:
         return str(device)
     here = f", {ranks.local_world_size()} on each machine" if ranks.world_size() > ranks.local_world_size() else ""

@@ -27,12 +27,12 @@ _job: str | None = None
 
 
 def job() -> str | None:
-    """The name of what torchrun runs here, ID/UUID, the same through all of its restarts; None without it."""
+    """Return the name of the job that torchrun runs here, ID/UUID, the same after a restart; None without torchrun."""
     return _job
 
 
 def is_this_job(name: Any, *, by_id: bool) -> bool:
-    """Whether that is the name of what runs here; by_id: the same --rdzv_id is enough, as where torchrun is new too."""
+    """Return whether that is the name of this job; by_id: the same --rdzv_id is enough, for torchrun may be new too."""
     if _job is None or not isinstance(name, str):
         return False
     return name == _job or (by_id and _job.rpartition("/")[0] == name.rpartition("/")[0] != "none")
@@ -65,7 +65,7 @@ def processes(device: str) -> Iterator[torch.device]:
 
 @cache
 def _torchrun_store() -> dist.Store:
-    """Torchrun's store; without torchrun, one that rank 0 holds while it lives."""
+    """Return torchrun's store; without torchrun, one that rank 0 holds while it lives."""
     return next(dist.rendezvous("env://", ranks.rank(), ranks.world_size(), timeout=STEP_PATIENCE))[0]
 
 
@@ -86,7 +86,7 @@ def _connect(*, on_gpu: bool) -> None:
 
 
 def _store() -> dist.Store:
-    """Where processes leave their addresses for each other: in rank 0, whose own address torchrun's store has.
+    """Return where processes leave their addresses for each other: in rank 0, whose own address torchrun's store has.
 
     Torchrun's store itself keeps the addresses of an earlier attempt, so after a restart some would be found that
     nobody answers any more (https://github.com/pytorch/pytorch/issues/135712). Of an old address of rank 0 this is seen
@@ -128,7 +128,7 @@ def _own_device(name: str) -> torch.device:
 
 
 def pick_device(name: str) -> torch.device:
-    """torch.device of "auto", "cpu" or "cuda". Raises UserError when CUDA is asked for and absent."""
+    """Return the torch.device of "auto", "cpu" or "cuda". Raises UserError when CUDA is asked for and absent."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
@@ -137,7 +137,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def gather(value: T) -> list[T]:
-    """The values of all processes, by rank, in every process."""
+    """Return the values of all processes, by rank, in every process."""
     if ranks.world_size() == 1:
         return [value]
 
@@ -170,7 +170,7 @@ def together() -> Iterator[None]:
 
 
 def local_rank0_first(function: Callable[[], T]) -> T:
-    """function() in one process of every machine, and when that is done in the others, to find what it has made."""
+    """Call function in one process per machine, then in the others, which find what it has made. Returns its result."""
     for turn in (True, False):
         with together():
             if (ranks.local_rank() == 0) is turn:
@@ -179,7 +179,7 @@ def local_rank0_first(function: Callable[[], T]) -> T:
 
 
 def broadcast_from_main(function: Callable[[], T]) -> T:
-    """function()'s result in rank 0, for all; if it raises an error there, the others end quietly."""
+    """Call function in rank 0 and return its result in all; if it raises an error there, the others end quietly."""
     if ranks.world_size() == 1:
         return function()
 
@@ -192,7 +192,7 @@ def broadcast_from_main(function: Callable[[], T]) -> T:
 
 
 def all_reduce_max(value: int) -> int:
-    """The largest of the values of all processes."""
+    """Return the largest of the values of all processes."""
     if ranks.world_size() == 1:
         return value
 
@@ -202,7 +202,7 @@ def all_reduce_max(value: int) -> int:
 
 
 def stop_together() -> None:
-    """stop_if_asked() in all processes if a signal has come to any; all must call it equally often."""
+    """Stop all processes if a signal has come to any of them; all must call it equally often."""
     if number := all_reduce_max(cli.signal_received()):
         cli.stop_as_asked(number)
 

@@ -6,7 +6,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from model import UserError
 from params import METRICS, Params
@@ -45,7 +45,7 @@ def remove_outputs(model_dir: Path, *, keep_log: bool = False) -> None:
 
 
 def existing_outputs(model_dir: Path) -> list[Path]:
-    """What earlier runs have left in an experiment folder."""
+    """Return what earlier runs have left in an experiment folder."""
     return sorted(path for pattern in OUTPUTS for path in model_dir.glob(pattern))
 
 
@@ -61,7 +61,7 @@ def sole_run(folder: Path, script: str = "train.py") -> Iterator[None]:
 
 
 def recorded_starts(model_dir: Path) -> list[dict[str, Any]]:
-    """What run.json says of the start of a run and of every resume; [] where there is none that can be read."""
+    """Return what run.json says of the start of a run and of every resume; [] where there is none that can be read."""
     with suppress(ValueError, AttributeError, TypeError):
         first = read_json(model_dir / "run.json", if_absent="")
         return [first, *(dict(record) for record in first.get("resumed", []))]
@@ -69,13 +69,13 @@ def recorded_starts(model_dir: Path) -> list[dict[str, Any]]:
 
 
 def recorded_data_dir(model_dir: Path) -> Path | None:
-    """The data folder that a run was last trained on; None where run.json does not say."""
+    """Return the data folder that a run was last trained on; None where run.json does not say."""
     recorded = [record["data_dir"] for record in recorded_starts(model_dir) if isinstance(record.get("data_dir"), str)]
     return Path(recorded[-1]) if recorded else None
 
 
 def data_dir(args: argparse.Namespace, dataset: str) -> Path:
-    """--data_dir; else the folder that the run was trained on; "data" where run.json does not say which it was.
+    """Return --data_dir; else the folder that the run was trained on; "data" where run.json does not say which.
 
     Raises UserError if the run's folder is gone, unless it held the built-in sample, which can be drawn anew.
     """
@@ -90,7 +90,7 @@ def data_dir(args: argparse.Namespace, dataset: str) -> Path:
 
 
 def git_commit() -> str | None:
-    """The commit this code is at, with "-dirty" when tracked files differ from it; None outside a repository."""
+    """Return the commit this code is at, with "-dirty" when tracked files differ from it; None outside a repository."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
@@ -98,14 +98,22 @@ def git_commit() -> str | None:
         return None
 
 
-def why_finished(history: list[dict], params: Params) -> str:
-    """Return why a run with the epochs of history.jsonl has nothing left to train; "" if it has."""
+class Finished(NamedTuple):
+    """Why a run has nothing left to train, and the key of params.json that limits it."""
+
+    reason: str
+    limit: str
+
+
+def why_finished(history: list[dict], params: Params) -> Finished | None:
+    """Return why a run with the epochs of history.jsonl has nothing left to train, None if it has."""
     epoch, patience = len(history), params.early_stopping_patience
     if epoch >= params.num_epochs:
-        return f"trained {epoch} of {params.num_epochs} epochs"
+        return Finished(f"trained {epoch} of {params.num_epochs} epochs", "num_epochs")
     if patience is not None and history and epoch - best_epoch(history, params.best_metric)["epoch"] >= patience:
-        return f"stopped early after epoch {epoch}: no better {params.best_metric} in {patience} epochs"
-    return ""
+        reason = f"stopped early after epoch {epoch}: no better {params.best_metric} in {patience} epochs"
+        return Finished(reason, "early_stopping_patience")
+    return None
 
 
 def best_epoch(history: list[dict], metric: str) -> dict:

@@ -8,37 +8,37 @@ class LostConnection(ConnectionError):
 
 
 def rank() -> int:
-    """The number of this process, from 0."""
+    """Return the number of this process, from 0."""
     return int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
-    """How many processes there are, on all machines."""
+    """Return how many processes there are, on all machines."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def local_rank() -> int:
-    """The number of this process on its machine."""
+    """Return the number of this process on its machine."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def local_world_size() -> int:
-    """How many processes this machine has."""
+    """Return how many processes this machine has."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes and speaks: rank 0."""
+    """Return whether this is the process that writes and speaks: rank 0."""
     return rank() == 0
 
 
 def bar_disabled() -> bool | None:
-    """What tqdm calls disable: one progress bar is enough, and that only on a terminal."""
+    """Return what tqdm calls disable: one progress bar is enough, and that only on a terminal."""
     return None if is_main() else True
 
 
 def launcher() -> list[str]:
-    """The words of a command line that start a script as this one was started, but for addresses."""
+    """Return the words of a command line that start a script as this one was started, but for addresses."""
     if world_size() == 1:
         return ["python"]
     machines = world_size() // local_world_size()

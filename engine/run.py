@@ -9,7 +9,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from engine.checkpoints import Restored, check_compatible, checkpoint_path, load
 from engine.cli import Terminated, ignore_signals, stop_if_asked
 from engine.devices import device_summary
 from engine.folders import (
+    Finished,
     best_epoch,
     existing_outputs,
     git_commit,
@@ -47,7 +48,7 @@ FIRST_EPOCH_OUTPUTS = {*WHOLE_FILES, "train.log", "trial.json", "tensorboard"}
 
 
 def provenance(device: torch.device, params: Params, data_dir: Path) -> dict[str, Any]:
-    """What run.json holds: what was run, from which code, with which versions, on what."""
+    """Return what run.json holds: what was run, from which code, with which versions, on what."""
     return {
         "git_commit": git_commit(),
         "argv": sys.argv,
@@ -80,41 +81,50 @@ def write_provenance(model_dir: Path, device: torch.device, params: Params, data
     write_json(path, record)
 
 
-def check_existing_run(args: argparse.Namespace, earlier: list[Path]) -> None:
-    """Raise UserError unless the flags say what is to become of an earlier run in the folder."""
-    traces = [path.name for path in earlier if path.name != "train.log"]  # which a sweep opens before its trial starts
-    if traces and args.restore_file is None and not args.overwrite:
-        way_on = "continue it with --restore_file last, or " if "last.pth.tar" in traces else ""
-        raise UserError(f"{args.model_dir} already holds a run ({traces[0]}); {way_on}delete it with --overwrite")
-    if args.overwrite and args.init_from and os.path.realpath(args.init_from) in map(os.path.realpath, earlier):
-        raise UserError(f"--overwrite would delete {args.init_from}; move it to another folder first")
+@dataclass(frozen=True)
+class Start:
+    """How a run begins in its folder: what the flags say, or what --resume or a restart by torchrun comes to."""
+
+    restore_file: str | None
+    init_from: Path | None
+    overwrite: bool
 
 
-def take_folder(params: Params, args: argparse.Namespace, held: ExitStack) -> str:
-    """Hold model_dir for this run, and let the flags say how to begin there. Returns why all is done already, or "".
+FROM_LAST = Start("last", None, False)
 
-    Sets args.restore_file, args.init_from and args.overwrite to what --resume, or a restart by torchrun, comes to.
+
+def take_folder(params: Params, args: argparse.Namespace, held: ExitStack) -> tuple[Start, Finished | None]:
+    """Hold model_dir for this run. Returns how it begins there, and why all is done already, if it is.
+
     Raises UserError for a folder that another train.py works in, or with which the flags do not say what to do.
     """
-    going_on = args.resume or is_restart(args)
-    if not going_on:
-        check_existing_run(args, existing_outputs(args.model_dir))
+    given, resuming = Start(args.restore_file, args.init_from, args.overwrite), args.resume or is_restart(args)
+    if not resuming:
+        check_existing_run(given, args.model_dir)
     held.enter_context(sole_run(args.model_dir))
-    resuming = going_on or args.restore_file == "last"
-    if resuming and (finished := finished_without_last(params, args.model_dir)):
-        args.restore_file, args.init_from, args.overwrite = "last", None, False
-        return finished
-    if going_on:
-        resume_or_start(args)
-    check_existing_run(args, existing_outputs(args.model_dir))  # again: another run may have ended just before
-    return ""
+    if (resuming or given == FROM_LAST) and (finished := finished_without_last(params, args.model_dir)):
+        return FROM_LAST, finished
+    start = resume_or_start(given, args.model_dir) if resuming else given
+    check_existing_run(start, args.model_dir)  # again: another run may have ended just before
+    return start, None
+
+
+def check_existing_run(start: Start, model_dir: Path) -> None:
+    """Raise UserError unless the flags say what is to become of an earlier run in the folder."""
+    earlier = existing_outputs(model_dir)
+    traces = [path.name for path in earlier if path.name != "train.log"]  # which a sweep opens before its trial starts
+    if traces and start.restore_file is None and not start.overwrite:
+        way_on = "continue it with --restore_file last, or " if "last.pth.tar" in traces else ""
+        raise UserError(f"{model_dir} already holds a run ({traces[0]}); {way_on}delete it with --overwrite")
+    if start.overwrite and start.init_from and os.path.realpath(start.init_from) in map(os.path.realpath, earlier):
+        raise UserError(f"--overwrite would delete {start.init_from}; move it to another folder first")
 
 
 def is_restart(args: argparse.Namespace) -> bool:
-    """Return whether torchrun has started this very job before, and it is to go on with what that has done.
+    """Return whether torchrun has started this very job before, so that it is to be resumed.
 
-    What it has done says so itself: the name of the job is in run.json and in its checkpoints. Where no flag says
-    otherwise, the same --rdzv_id is the same job.
+    What the job has done says so itself: its name is in run.json and in its checkpoints. Where no flag says otherwise,
+    the same --rdzv_id is the same job.
     """
     by_id = not (args.restore_file or args.init_from or args.overwrite)
     if not any(distributed.is_this_job(start.get("job"), by_id=by_id) for start in recorded_starts(args.model_dir)):
@@ -125,50 +135,48 @@ def is_restart(args: argparse.Namespace) -> bool:
     return not args.restore_file
 
 
-def finished_without_last(params: Params, model_dir: Path) -> str:
-    """Return why a run that has not kept last.pth.tar has nothing left to train, or ""."""
+def finished_without_last(params: Params, model_dir: Path) -> Finished | None:
+    """Return why a run that has not kept last.pth.tar has nothing left to train, if it has nothing left."""
     best = model_dir / "best.pth.tar"
     if (model_dir / "last.pth.tar").exists() or not best.exists() or not (history := read_history(model_dir)):
-        return ""
+        return None
     number = best_epoch(history, params.best_metric)["epoch"]
-    return why_finished(history, params) if load_checkpoint(best).get("epoch") == number else ""
+    return why_finished(history, params) if load_checkpoint(best).get("epoch") == number else None
 
 
-def resume_or_start(args: argparse.Namespace) -> None:
-    """Let the flags go on from last.pth.tar, or else start over what a run killed in its first epoch has left.
+def resume_or_start(given: Start, model_dir: Path) -> Start:
+    """Resume from last.pth.tar, or else start over what a run killed in its first epoch has left.
 
     Raises UserError where a start would delete more than that.
     """
-    if (args.model_dir / "last.pth.tar").exists():
-        args.restore_file, args.init_from, args.overwrite = "last", None, False
-        return
-    left = {path.relative_to(args.model_dir).parts[0] for path in existing_outputs(args.model_dir)}
-    epochs = len(read_history(args.model_dir))
+    if (model_dir / "last.pth.tar").exists():
+        return FROM_LAST
+    left = {path.relative_to(model_dir).parts[0] for path in existing_outputs(model_dir)}
+    epochs = len(read_history(model_dir))
     if epochs > 1 or "best.pth.tar" in left:
         raise UserError(
-            f"{args.model_dir} holds {epochs} epochs and no last.pth.tar to continue from; start over with "
+            f"{model_dir} holds {epochs} epochs and no last.pth.tar to continue from; start over with "
             "--overwrite, or from the weights of its best.pth.tar with --init_from, in another --model_dir"
         )
     if left <= FIRST_EPOCH_OUTPUTS and (left <= {"train.log", "trial.json"} or "run.json" in left):
-        args.overwrite = bool(left)
+        return replace(given, overwrite=bool(left))
+    return given
 
 
-def say_finished(reason: str, args: argparse.Namespace) -> None:
+def say_finished(finished: Finished, model_dir: Path) -> None:
     """Print why there is nothing left to train."""
-    if not ranks.is_main():
-        return
-    key = "early_stopping_patience" if reason.startswith("stopped early") else "num_epochs"
-    kept = (args.model_dir / "last.pth.tar").exists()
-    advice = f"raise {key} to train on" if kept else "last.pth.tar was not kept to train on from"
-    say(f"nothing to do in {args.model_dir}: {reason}; {advice}", sys.stdout)
+    if ranks.is_main():
+        kept = (model_dir / "last.pth.tar").exists()
+        advice = f"raise {finished.limit} to train on" if kept else "last.pth.tar was not kept to train on from"
+        say(f"nothing to do in {model_dir}: {finished.reason}; {advice}", sys.stdout)
 
 
-def read_checkpoint(params: Params, args: argparse.Namespace) -> Restored | None:
+def read_checkpoint(params: Params, start: Start, model_dir: Path) -> Restored | None:
     """Return what to continue from, if anything. Raises UserError if params.json does not allow it."""
-    if args.restore_file is None:
+    if start.restore_file is None:
         return None
-    file = checkpoint_path(args.model_dir, args.restore_file)
-    if args.restore_file == "last" and not file.exists() and not params.keep_last:
+    file = checkpoint_path(model_dir, start.restore_file)
+    if start == FROM_LAST and not file.exists() and not params.keep_last:
         raise UserError(
             f'{file} was not kept ("keep_last": false); start from the weights of best.pth.tar with --init_from, '
             "in another --model_dir"
@@ -213,13 +221,13 @@ def check_same_lists(train_split: Split, val_split: Split) -> None:
 
 
 def unfinished_files(model_dir: Path) -> list[Path]:
-    """What a run that was killed had begun to write."""
+    """Return what a run that was killed had begun to write."""
     names = (*WHOLE_FILES, "last.pth.tar", "best.pth.tar")
     return [path for name in names for path in model_dir.glob(f".{name}.*.tmp")]
 
 
 @contextmanager
-def report_interruption(args: argparse.Namespace) -> Iterator[None]:
+def report_interruption(args: argparse.Namespace, start: Start) -> Iterator[None]:
     """Say how to go on when a signal, a full disk or a lost process cuts a run short; leave nothing of one that never
     fitted memory. Of several processes rank 0 does so.
     """
@@ -235,7 +243,7 @@ def report_interruption(args: argparse.Namespace) -> Iterator[None]:
         except RuntimeError as error:
             stop_if_asked()  # a loader process, or another of the run, may have felt the signal first
             distributed.raise_if_lost(error)
-            never_fitted = is_out_of_memory(error) and args.restore_file is None and version() == before
+            never_fitted = is_out_of_memory(error) and start.restore_file is None and version() == before
             if never_fitted and ranks.is_main():
                 for path in set(existing_outputs(args.model_dir)) - set(earlier):
                     path.unlink()
@@ -243,12 +251,12 @@ def report_interruption(args: argparse.Namespace) -> Iterator[None]:
     except (KeyboardInterrupt, OSError) as error:
         ignore_signals()  # torchrun sends some when a process of several has ended
         what = str(error) or ("terminated" if isinstance(error, Terminated) else "interrupted")
-        command = shlex.join(continuing_command(args, saved=version() not in (0, before)))
-        raise type(error)(f"{what}; go on with: {command}") from None
+        command = shlex.join(continuing_command(args, start, saved=version() not in (0, before)))
+        raise type(error)(f"{what}; resume with: {command}") from None
 
 
-def continuing_command(args: argparse.Namespace, *, saved: bool) -> list[str]:
-    """The command line that goes on where this run has stopped; saved says whether it has written a checkpoint."""
+def continuing_command(args: argparse.Namespace, start: Start, *, saved: bool) -> list[str]:
+    """Return the command line that resumes this run; saved says whether it has written a checkpoint."""
     folders = ["--model_dir", str(args.model_dir), "--data_dir", str(args.data_dir)]
     command = [*ranks.launcher(), "train.py", *folders]
     if args.device != "auto":
@@ -257,16 +265,17 @@ def continuing_command(args: argparse.Namespace, *, saved: bool) -> list[str]:
         command += ["--tensorboard"]
     if args.resume:
         return [*command, "--resume"]
-    if saved or args.restore_file:
-        return [*command, "--restore_file", "last" if saved else args.restore_file]
-    if args.init_from:
-        command += ["--init_from", str(args.init_from)]
-    return [*command, "--overwrite"] if args.overwrite or existing_outputs(args.model_dir) else command
+    if restore_file := "last" if saved else start.restore_file:
+        return [*command, "--restore_file", restore_file]
+    if start.init_from:
+        command += ["--init_from", str(start.init_from)]
+    return [*command, "--overwrite"] if start.overwrite or existing_outputs(args.model_dir) else command
 
 
 def open_outputs(
     training: Training,
     args: argparse.Namespace,
+    start: Start,
     *,
     sizes: str,
     fresh_layers: str,
@@ -280,7 +289,7 @@ def open_outputs(
     if not ranks.is_main():
         return outputs
     params, device = training.params, training.device
-    if args.overwrite:
+    if start.overwrite:
         remove_outputs(args.model_dir, keep_log=args.resume)  # which a sweep writes to already
     for path in unfinished_files(args.model_dir):
         path.unlink()
@@ -290,7 +299,7 @@ def open_outputs(
     if params.num_channels is not None:
         logging.info('"num_channels" is accepted for old params.json files; this network has no use for it')
     if fresh_layers:
-        logging.info(f"{args.init_from} has another number of classes; these layers start afresh: {fresh_layers}")
+        logging.info(f"{start.init_from} has another number of classes; these layers start afresh: {fresh_layers}")
     if restored:
         restore_outputs(outputs, training, restored)
     if args.tensorboard:
@@ -315,7 +324,7 @@ def mend_finished(training: Training, file: Path, model_dir: Path) -> None:
 
 
 def _holds(condition: Callable[[], bool]) -> bool:
-    """Whether a condition holds; it does not where the file that it is about is absent or damaged."""
+    """Return whether a condition holds; where its file is absent or damaged it does not."""
     try:
         return condition()
     except (UserError, KeyError):
@@ -326,7 +335,7 @@ def restore_outputs(outputs: EpochOutputs, training: Training, restored: Restore
     """Bring the other outputs to where a checkpoint is, from which a kill or a full disk may have parted them."""
     then = asdict(Params()) | restored.state["params"]  # what an older program did not know was as it is by default
     changed = [key for key, value in asdict(training.params).items() if then[key] != value]
-    if restored.state.get("images") != training.images:
+    if restored.state.get("images") != training.list_digest:
         changed.append("the list of training images")
     logging.info(f"continuing after epoch {training.epoch}; changed since: {', '.join(changed) or 'nothing'}")
     outputs.write_metrics(training)

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from engine import distributed, ranks
 from engine.checkpoints import load_weights
-from engine.folders import best_epoch, why_finished
+from engine.folders import Finished, best_epoch, why_finished
 from model import UserError
 from model.parallel import Dropout2d, copy_to_all, shard, synchronize_batch_norm
 from params import ARCHITECTURE, Params
@@ -33,7 +33,7 @@ class Training:
         model: the network, on its device.
         params: the experiment.
         steps_per_epoch: optimizer steps, that is batches divided by accumulation_steps, rounded up.
-        images: a digest of the list that is trained on.
+        list_digest: of the ids that are trained on, so that a resume can say whether they have changed.
         class_names: one for each class index.
     """
 
@@ -43,7 +43,7 @@ class Training:
         params: Params,
         steps_per_epoch: int,
         *,
-        images: str = "",
+        list_digest: str = "",
         class_names: Sequence[str] = (),
     ):
         self.params = params
@@ -66,11 +66,11 @@ class Training:
         self._set_steps(0)
         self.history: list[dict] = []  # what history.jsonl holds
         self.metrics: dict[str, dict] = {}  # of validation, at the "last" and at the "best" epoch
-        self.images, self.class_names = images, list(class_names)
+        self.list_digest, self.class_names = list_digest, list(class_names)
 
     @property
-    def finished(self) -> str:
-        """Why there is nothing left to train; "" if there is."""
+    def finished(self) -> Finished | None:
+        """Why there is nothing left to train, None if there is."""
         return why_finished(self.history, self.params)
 
     @property
@@ -197,14 +197,14 @@ class Training:
             self.metrics["best"] = self.metrics["last"]
 
     def is_finite(self) -> bool:
-        """Whether every weight, running statistic and number of the optimizer is finite."""
+        """Return whether every weight, running statistic and number of the optimizer is finite."""
         states = self.optimizer.state.values()
         tensors = [*self.model.state_dict().values(), *(value for state in states for value in state.values())]
         return all(torch.stack([tensor.isfinite().all() for tensor in tensors if tensor is not None]).tolist())
 
     def eval_state_dict(self) -> dict:
-        """What evaluation, prediction and export need of a checkpoint: the weights, averaged where there is an average,
-        and what they stand for.
+        """Return what evaluation, prediction and export need: the weights, averaged where there is an average, and what
+        they stand for.
         """
         return {
             "epoch": self.epoch,
@@ -214,8 +214,8 @@ class Training:
         }
 
     def state_dict(self) -> dict:
-        """All that a resume needs, as tensors and plain values; epoch, state_dict and optim_dict are the names that the
-        original implementation has.
+        """Return all that a resume needs, as tensors and plain values. epoch, state_dict and optim_dict are names of the
+        original implementation.
         """
         return {
             "epoch": self.epoch,
@@ -226,7 +226,7 @@ class Training:
             "scaler": self.scaler.state_dict(),
             "history": self.history,
             "metrics": self.metrics,
-            "images": self.images,
+            "images": self.list_digest,
             "class_names": self.class_names,
             "job": distributed.job(),
             "rng": torch.get_rng_state(),  # the same in every process
@@ -296,7 +296,7 @@ def scalars(metrics: dict) -> dict[str, float | None]:
 
 
 def distribute(model: nn.Module, device: torch.device) -> DistributedDataParallel:
-    """The network in a form that adds up the gradients of all processes."""
+    """Return the network in a form that adds up the gradients of all processes."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`broadcast_buffers`")  # has another name from PyTorch 2.15 on
         return DistributedDataParallel(
@@ -319,7 +319,7 @@ def compile_mode(device: torch.device, params: Params) -> str:
 
 
 def build_optimizer(model: nn.Module, params: Params) -> torch.optim.Optimizer:
-    """SGD with momentum, or AdamW, over all parameters, in PyTorch's fused form."""
+    """Return SGD with momentum, or AdamW, over all parameters, in PyTorch's fused form."""
     weights, rate, decay = model.parameters(), params.learning_rate, params.weight_decay
     if params.optimizer == "adamw":
         return torch.optim.AdamW(weights, lr=rate, weight_decay=decay, fused=True)

@@ -38,5 +38,5 @@ GCN_PADDINGS = ("swapped", "same")
 
 
 def cores() -> int:
-    """The CPU cores that this process may use."""
+    """Return the CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

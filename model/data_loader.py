@@ -44,7 +44,7 @@ class SegmentationDataset(Dataset):
         split: the photos and masks.
         class_names: one for each class index; higher indices in a mask, but for void, are an error.
         image_size: S, in pixels.
-        cache: keep the decoded split on disk, 4 S^2 bytes an image.
+        cache: keep the decoded split on disk, 4 S^2 bytes per image.
         augment: transform photo and mask together, see transforms.Augmentation.
 
     Raises:
@@ -91,7 +91,7 @@ class SegmentationDataset(Dataset):
         return len(self) * self.image_size**2 * 4
 
     def on_device(self, device: torch.device) -> Tensor:
-        """The whole decoded split as uint8 (N, S, S, 4) on a device; needs the cache."""
+        """Return the whole decoded split as uint8 (N, S, S, 4) on a device; needs the cache."""
         assert self._examples is not None
         examples = torch.empty(self._examples.shape, dtype=torch.uint8, device=device)
         for start in range(0, len(self), AT_ONCE):
@@ -100,13 +100,13 @@ class SegmentationDataset(Dataset):
         return examples
 
     def decode(self, index: int) -> np.ndarray:
-        """uint8 (S, S, 4) from the files, see read_example."""
+        """Return uint8 (S, S, 4) from the files, see read_example."""
         mask = self.split.masks[index] if self.split.masks else None
         options = {"image_size": self.image_size, "num_classes": len(self.class_names)}
         return read_example(self.split.images[index], mask, **options, label_map=self.split.label_map)
 
     def decode_all(self) -> Iterator[np.ndarray]:
-        """Every example in order, decoded on all cores. Raises UserError at the end, naming every faulty file."""
+        """Yield every example in order, decoded on all cores. Raises UserError at the end, naming every faulty file."""
         faults = []
 
         def attempt(index: int) -> np.ndarray | UserError:
@@ -130,7 +130,7 @@ class SegmentationDataset(Dataset):
 
 
 def _cached(dataset: SegmentationDataset) -> Path:
-    """The cache file of a data set, built now unless one of the same files, size and classes is there."""
+    """Return the cache file of a data set, built now unless one of the same files, size and classes is there."""
     split, size = dataset.split, dataset.image_size
     digest = hashlib.sha256(repr((CACHE_VERSION, resize_tag(size), len(dataset.class_names))).encode())
     if split.label_map is not None:
@@ -319,7 +319,7 @@ def make_loader(
     rank: int = 0,
     world_size: int = 1,
 ) -> Loader:
-    """Batches of uint8 (B, 3, S, S) and (B, S, S), the last one smaller where the data set ends.
+    """Return batches of uint8 (B, 3, S, S) and (B, S, S), the last one smaller where the data set ends.
 
     With a seed in an order of its own every epoch (call loader.batch_sampler.set_epoch), else in the order of the list.
     One of several processes gets its part of them, see DistributedBatchSampler. They lie on the device already if the
@@ -375,7 +375,7 @@ def _collate_originals(examples: list[tuple], sizes: Sequence[int]) -> tuple[lis
 
 
 def _loading(batches: DistributedBatchSampler, num_workers: int) -> dict:
-    """The keywords of every DataLoader: no more processes than cores or batches."""
+    """Return the keywords of every DataLoader: no more processes than cores or batches."""
     return {
         "batch_sampler": batches,
         "num_workers": min(num_workers, cores(), len(batches)),
@@ -384,7 +384,7 @@ def _loading(batches: DistributedBatchSampler, num_workers: int) -> dict:
 
 
 def _fits(dataset: SegmentationDataset, device: torch.device) -> bool:
-    """Whether a split needs nothing but its cache and takes no more than a sixteenth of a GPU's free memory."""
+    """Return whether a split needs nothing but its cache and takes no more than a sixteenth of a GPU's free memory."""
     if device.type != "cuda" or dataset.cache_file is None or dataset.augmentation is not None:
         return False
     return dataset.nbytes <= torch.cuda.mem_get_info(device)[0] / 16

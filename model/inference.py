@@ -25,7 +25,7 @@ class Segmenter:
         model: gives logits (B, C, S, S) of normalized images (B, 3, S, S).
         device: where the model is.
         image_size: S that it was trained at.
-        scales: multiples of S at which each photo is looked at; their probabilities are averaged.
+        scales: multiples of S at which each photo is predicted; their probabilities are averaged.
         flip: look at the mirror image too.
         autocast: makes the context that the network computes in.
         input_options: the keywords of transforms.to_input.
@@ -71,7 +71,7 @@ class Segmenter:
 
     @torch.inference_mode()
     def segment(self, photo: Image.Image, *, tile: int | None = None) -> Tensor:
-        """uint8 (H, W) on the device: the class of every pixel of an RGB photo.
+        """Return uint8 (H, W) on the device: the class of every pixel of an RGB photo.
 
         The photo is squashed to the network's input as a whole, or tile by tile of that many pixels a side.
         """
@@ -90,7 +90,7 @@ class Segmenter:
 
 
 def tiles(width: int, height: int, side: int) -> list[Box]:
-    """Squares that cover a photo, by rows, evenly spread, each overlapping the next by a quarter of its side or more.
+    """Return squares that cover a photo, by rows, evenly spread, each overlapping the next by a quarter or more.
 
     Where the photo is narrower or lower than a square, so are they.
     """
@@ -108,7 +108,7 @@ def tiles(width: int, height: int, side: int) -> list[Box]:
 
 @torch.inference_mode()
 def class_map(maps: Sequence[Tensor], *, width: int, height: int) -> Tensor:
-    """uint8 (H, W): the class with the highest mean probability at every pixel of a photo.
+    """Return uint8 (H, W): the class with the highest mean probability at every pixel of a photo.
 
     maps are logits (C, h, w) of the whole photo. They are upsampled bilinearly (align_corners=False: the photo was
     shrunk with pixels taken as areas). A single one gives the largest upsampled logit, which is the protocol of the
@@ -123,7 +123,7 @@ def class_map(maps: Sequence[Tensor], *, width: int, height: int) -> Tensor:
 
 @torch.inference_mode()
 def blended(looks: Iterable[tuple[Box, Sequence[Tensor]]], *, width: int, height: int) -> Tensor:
-    """class_map() of a photo that was looked at in tiles, each with its box, in the order of tiles().
+    """Return the class_map() of a photo that was predicted in tiles, each with its box, in the order of tiles().
 
     Where tiles overlap, each counts the less the nearer its edge. One row of tiles is held at a time: C x W times the
     side of a tile, in float32.
@@ -149,7 +149,7 @@ def blended(looks: Iterable[tuple[Box, Sequence[Tensor]]], *, width: int, height
 
 
 def _bands(height: int, values: int) -> Iterator[range]:
-    """The rows of a picture in bands, given how many values one row has."""
+    """Return the rows of a picture in bands, given how many values one row has."""
     rows = max(1, BAND_VALUES // values)
     return (range(top, min(top + rows, height)) for top in range(0, height, rows))
 
@@ -163,7 +163,7 @@ def _shares(maps: Sequence[Tensor], rows: range, width: int, height: int) -> Ten
 
 
 def _weight(positions: range, length: int) -> Tensor:
-    """Of pixels in a tile: 1, and falling linearly over the overlap to its edges."""
+    """Return the weight of pixels in a tile: 1, falling linearly over the overlap to its edges."""
     position = torch.arange(positions.start, positions.stop)
     to_edge = torch.minimum(position, length - 1 - position) + 1
     return (to_edge / max(1, OVERLAP * length)).clamp(max=1)

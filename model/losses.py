@@ -193,7 +193,7 @@ class SegmentationLoss(nn.Module):
         self.over_processes = over_processes
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The loss, a scalar. labels may have any integer dtype."""
+        """Return the loss, a scalar. labels may have any integer dtype."""
         batch = Batch(logits, labels, over_processes=self.over_processes)
         sums = {"pixels": batch.valid.sum()}
         for term in self.terms.values():

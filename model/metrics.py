@@ -39,12 +39,12 @@ class ConfusionMatrix:
         all_reduce_sum(self._counts)
 
     def compute(self) -> dict:
-        """The metrics, all in [0, 1].
+        """Return the metrics, all in [0, 1].
 
         mIoU and mean_dice are means over classes with a nonzero union, mean_accuracy over classes that occur in the
         labels; frequency_weighted_IoU weighs each IoU with the class's share of label pixels (definitions of Long et
         al., arXiv 1411.4038, section 5). IoU, accuracy (per-class recall) and frequency (share of the label pixels)
-        list one value a class. What is undefined, as the IoU of a class that occurs nowhere, is None.
+        list one value per class. What is undefined, as the IoU of a class that occurs nowhere, is None.
         """
         matrix = self.matrix.cpu().double()
         hits, labelled, predicted = matrix.diag(), matrix.sum(1), matrix.sum(0)
@@ -107,7 +107,7 @@ class BoundaryMetrics:
         all_reduce_sum(self._pixels, self._rims)
 
     def compute(self) -> dict:
-        """boundary_accuracy, interior_accuracy, boundary_mIoU, and boundary_IoU as a list; None where undefined."""
+        """Return boundary_accuracy, interior_accuracy, boundary_mIoU and, per class, boundary_IoU; None if undefined."""
         (right, pixels), (intersection, union) = self._pixels.cpu().double().T, self._rims.cpu().double()
         accuracy, iou = right / pixels, intersection / union
         return {
@@ -119,7 +119,7 @@ class BoundaryMetrics:
 
 
 def _boundary(labels: Tensor) -> Tensor:
-    """bool (H, W): of another label than one of the four neighbours."""
+    """Return bool (H, W): of another label than one of the four neighbours."""
     boundary = torch.zeros_like(labels, dtype=torch.bool)
     for dim in (0, 1):
         length = labels.shape[dim] - 1
@@ -130,7 +130,7 @@ def _boundary(labels: Tensor) -> Tensor:
 
 
 def _near(boundary: Tensor) -> Tensor:
-    """bool (H, W): at most BAND pixels from a boundary pixel."""
+    """Return bool (H, W): at most BAND pixels from a boundary pixel."""
     height, width = boundary.shape
     # Sums along the rows: each row of the disk is a difference of two, far cheaper than a convolution with it.
     sums = F.pad(boundary.int(), (BAND + 1, BAND, BAND, BAND)).cumsum(1, dtype=torch.int32)
@@ -143,7 +143,7 @@ def _near(boundary: Tensor) -> Tensor:
 
 
 def _rim(mask: Tensor, reach: int) -> Tensor:
-    """bool (H, W): the pixels of a mask with one outside of it, or of the picture, at most reach away."""
+    """Return bool (H, W): the pixels of a mask with one outside of it, or of the picture, at most reach away."""
     # A summed-area table counts the mask's pixels in every square: far cheaper than pooling with kernels this large.
     side = 2 * reach + 1
     table = F.pad(mask.int(), (reach + 1, reach) * 2)

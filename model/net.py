@@ -146,7 +146,7 @@ class FCN_GCN(nn.Module):
         self.br5, self.br6, self.br7, self.br8, self.br9 = refine(), refine(), refine(), refine(), refine()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, num_classes, H, W) of normalized images (B, 3, H, W), with H and W at least 32.
+        """Return logits (B, num_classes, H, W) of normalized images (B, 3, H, W), with H and W at least 32.
 
         The sizes beside the lines are those without stem_maxpool; with it, f1 to f4 are half as large.
         """

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def process_count() -> int:
-    """How many processes share the work."""
+    """Return how many processes share the work."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -33,7 +33,7 @@ def copy_to_all(model: nn.Module) -> None:
 
 
 def differentiable_sum(x: Tensor) -> Tensor:
-    """The sum of x over all processes, differentiable.
+    """Return the sum of x over all processes, differentiable.
 
     Going backward, the gradients of all processes are summed too. Where each computes the same loss from totals, a
     parameter's gradient in one process is then world_size times what its share of the batch contributes, and the mean
@@ -91,7 +91,7 @@ class DeviceSyncBatchNorm2d(nn.SyncBatchNorm):
 
 
 def synchronize_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
-    """The network with batch norm over the batches of all processes; names and values of its tensors stay."""
+    """Return the network with batch norm over the batches of all processes; names and values of its tensors stay."""
     on_gpu = device.type == "cuda"
     if on_gpu:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)

@@ -39,18 +39,18 @@ def read_example(
 
 
 def read_photo(path: Path) -> Image.Image:
-    """An upright RGB photo. Raises UserError naming the file and what is wrong with it."""
+    """Return an upright RGB photo. Raises UserError naming the file and what is wrong with it."""
     with _naming(path):
         image = _upright(_decode(path)[0])
         if image.mode.startswith("I;16"):  # convert() would clip
             image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
         if image.mode in ("I", "F"):
-            raise UserError(f"{path}: has 32 bits a pixel, of unknown range; convert it to 8 or 16 bits")
+            raise UserError(f"{path}: has 32 bits per pixel, of unknown range; convert it to 8 or 16 bits")
         return image.convert("RGB")
 
 
 def _decode(path: Path) -> tuple[Image.Image, object]:
-    """An image as it is stored, and how its pixels were stored, which shows only before they are decoded."""
+    """Return an image as it is stored, and how its pixels were stored, which shows only before they are decoded."""
     refuse_irregular(path)
     with Image.open(path, formats=_formats()) as image:
         stored_as = image.tile[0].args if image.tile else None
@@ -60,7 +60,7 @@ def _decode(path: Path) -> tuple[Image.Image, object]:
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """Pillow's formats without EPS, for which it starts Ghostscript: a photo must not run a program."""
+    """Return Pillow's formats without EPS, for which it starts Ghostscript: a photo must not run a program."""
     Image.preinit()  # so that the common formats come first, as Image.open has it by itself
     Image.init()
     return tuple(name for name in Image.ID if name != "EPS")

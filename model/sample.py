@@ -52,7 +52,7 @@ def draw_sample(folder: Path) -> Path:
 
 
 def draw_scene(rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
-    """One photo (RGB, about 128 x 112 pixels) of one to three objects, and its mask (palette image of indices)."""
+    """Draw a photo (RGB, about 128 x 112 pixels) of one to three objects, and its mask (palette image of indices)."""
     width, height = (int(side) for side in rng.integers((112, 96), (144, 128)))
     pixels = _background(rng, width, height)
     labels = np.zeros((height, width), dtype=np.uint8)

@@ -42,7 +42,7 @@ def squashed(photos: Sequence[Image.Image], sizes: Sequence[int]) -> list[Tensor
 def to_input(
     images: Tensor, device: torch.device | str, *, normalize: bool = True, channels_last: bool = True
 ) -> Tensor:
-    """uint8 (B, 3, H, W) -> float32 on device: values in [0, 1], with ImageNet's mean and deviation if normalize."""
+    """Turn uint8 (B, 3, H, W) into float32 on device, in [0, 1]; normalize: with ImageNet's mean and deviation."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     x = images.to(device, non_blocking=True).to(torch.float32, memory_format=layout)
     mean, std = _mean_and_deviation(x.device, normalize)
@@ -50,13 +50,13 @@ def to_input(
 
 
 def mean_and_deviation(normalize: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """What values in [0, 1] are normalized with, one number a channel; zeros and ones where they stay as they are."""
+    """Return what values in [0, 1] are normalized with, per channel; zeros and ones where they stay as they are."""
     return (IMAGENET_MEAN, IMAGENET_STD) if normalize else ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 @cache  # on a GPU: to send them anew would make the host wait at every step
 def _mean_and_deviation(device: torch.device, normalize: bool) -> tuple[Tensor, Tensor]:
-    """float32 (3, 1, 1) of values in [0, 255]."""
+    """Return float32 (3, 1, 1) of values in [0, 255]."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in mean_and_deviation(normalize))
     return (255 * mean).to(device), (255 * std).to(device)
 
@@ -81,7 +81,7 @@ class Augmentation:
         )
 
     def __call__(self, image: Tensor, mask: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """uint8 (3, S, S) and (S, S) in, the same out; equal seeds, equal results; the global RNG stays as it is."""
+        """Transform uint8 (3, S, S) and (S, S); equal seeds give equal results, and the global RNG stays as it is."""
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPU's too, for good
             image, mask = self._transform(tv_tensors.Image(image), tv_tensors.Mask(mask))

@@ -41,17 +41,17 @@ ERROR_COLOUR = (255, 40, 40)  # of wrong pixels in pictures; no class looks like
 
 
 def is_voc(names: Sequence[str]) -> bool:
-    """Whether class names are VOC's."""
+    """Return whether class names are VOC's."""
     return tuple(names) == CLASS_NAMES
 
 
 def is_background(name: str) -> bool:
-    """Whether a class is the one that pictures leave uncoloured."""
+    """Return whether a class is the one that pictures leave uncoloured."""
     return name.casefold() == "background"
 
 
 def palette(names: Sequence[str] = CLASS_NAMES) -> np.ndarray:
-    """The colours of class indices, uint8 (256, 3), the last one void's.
+    """Return the colours of class indices, uint8 (256, 3), the last one void's.
 
     VOC's for VOC's names, as its server and other programs know them. For others colours that are told apart more
     easily, black for a class called background.
@@ -66,7 +66,7 @@ def palette(names: Sequence[str] = CLASS_NAMES) -> np.ndarray:
 
 
 def voc_palette() -> np.ndarray:
-    """VOC's colours, uint8 (256, 3), as the devkit's VOClabelcolormap makes them.
+    """Return VOC's colours, uint8 (256, 3), as the devkit's VOClabelcolormap makes them.
 
     Bit i of a class index becomes bit 7 - i // 3 of channel i mod 3.
     """
@@ -81,7 +81,7 @@ def voc_palette() -> np.ndarray:
 
 @cache
 def distinct_colours() -> np.ndarray:
-    """255 colours, uint8 (255, 3), each the farthest in OKLab from those before it and from what pictures also hold.
+    """Return 255 colours, uint8 (255, 3), each the farthest in OKLab from those before it and from what else is drawn.
 
     That is black (background), white (the page), void and error. The first ones differ most. None is so dark that over
     a dark photo it would look like no colour.
@@ -100,7 +100,7 @@ def distinct_colours() -> np.ndarray:
 
 
 def oklab(colours: np.ndarray) -> np.ndarray:
-    """sRGB colours (..., 3) from 0 to 255 in OKLab, where distance is how different colours look.
+    """Turn sRGB colours (..., 3) from 0 to 255 into OKLab, where distance is how different colours look.
 
     Björn Ottosson, https://bottosson.github.io/posts/oklab, 2020.
     """
@@ -119,7 +119,7 @@ def oklab(colours: np.ndarray) -> np.ndarray:
 
 
 def colour_mask(labels: np.ndarray, names: Sequence[str] = CLASS_NAMES) -> Image.Image:
-    """uint8 (H, W) class indices -> a palette image in the colours of these classes.
+    """Turn uint8 (H, W) class indices into a palette image in the colours of these classes.
 
     Its pixels are the indices, 255 is void.
     """

@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -371,12 +372,13 @@ def test_other_scripts_refuse_torchrun():
 
 
 def flags(experiment: Path, **given) -> dict:
-    """The flags after take_folder(), or as they were where that refuses the folder."""
+    """How take_folder() lets a run begin, or the flags as they were where it refuses the folder."""
     args = argparse.Namespace(model_dir=experiment, restore_file=None, init_from=None, overwrite=False, resume=False)
     vars(args).update(given)
+    start = run.Start(args.restore_file, args.init_from, args.overwrite)
     with ExitStack() as held, suppress(UserError):
-        run.take_folder(Params(num_epochs=1), args, held)
-    return {key: value for key, value in vars(args).items() if key not in ("model_dir", "resume")}
+        start, _ = run.take_folder(Params(num_epochs=1), args, held)
+    return asdict(start)
 
 
 def test_a_job_goes_on_with_its_own_run_and_with_no_other(tmp_path, monkeypatch):
@@ -477,7 +479,7 @@ def test_a_run_ends_promptly_and_clearly_whichever_process_is_stopped(tmp_path, 
     else:
         (line,) = ours
         reason = "terminated" if number == signal.SIGTERM else "(terminated|another process of this run has ended.*)"
-        assert re.search(f"error: {reason}; go on with: torchrun --nproc_per_node 2 train.py", line)
+        assert re.search(f"error: {reason}; resume with: torchrun --nproc_per_node 2 train.py", line)
         assert line.endswith(f"train.py --model_dir {experiment} --data_dir {data} --restore_file last")
     assert not [pid for pid in ranks.values() if Path(f"/proc/{pid}").exists()]
     assert checkpoints.load_checkpoint(experiment / "last.pth.tar")["epoch"] >= 1
@@ -492,7 +494,7 @@ def test_a_signal_to_torchrun_ends_all_with_one_line(tmp_path, data, number):
     ranks = workers(process)
     process.send_signal(number)
     _, stderr = process.communicate(timeout=30)
-    assert len(re.findall("^train.py: error: .*; go on with: torchrun ", stderr, re.MULTILINE)) == 1
+    assert len(re.findall("^train.py: error: .*; resume with: torchrun ", stderr, re.MULTILINE)) == 1
     assert not [pid for pid in ranks.values() if Path(f"/proc/{pid}").exists()]
 
 
@@ -528,4 +530,4 @@ def test_a_loader_that_dies_with_one_process_leaves_the_line_that_says_how_to_go
     os.kill(int(Path(f"/proc/{worker}/task/{worker}/children").read_text().split()[0]), signal.SIGKILL)
     _, stderr = process.communicate(timeout=60)
     ours = sorted(line for line in stderr.splitlines() if line.startswith("train.py: error"))
-    assert len(ours) == 2 and "a loader process died" in ours[0] and "go on with: torchrun" in ours[1], stderr
+    assert len(ours) == 2 and "a loader process died" in ours[0] and "resume with: torchrun" in ours[1], stderr

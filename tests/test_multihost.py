@@ -125,7 +125,7 @@ def test_a_lost_machine_ends_the_run_on_the_other_which_can_go_on_alone(hosts, t
     (line,) = re.findall("^train.py: error: .*", stderr, re.MULTILINE)
     assert (
         "another process of this run has ended" in line
-        and "go on with: torchrun --nproc_per_node 1 --nnodes 2 " in line
+        and "resume with: torchrun --nproc_per_node 1 --nnodes 2 " in line
     )
     assert f"--model_dir {experiment} --data_dir {data} --restore_file last" in line
     epoch = checkpoints.load_checkpoint(experiment / "last.pth.tar")["epoch"]

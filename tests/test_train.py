@@ -588,7 +588,7 @@ def test_a_resumed_training_knows_all_that_the_interrupted_one_knew(finished):
     state = checkpoints.load_checkpoint(file)
     resumed = Training(network(), Params(**state["params"]), 2)
     resumed.load_state_dict(state, file)
-    resumed.images, resumed.class_names = state["images"], state["class_names"]  # are those of the data at hand
+    resumed.list_digest, resumed.class_names = state["images"], state["class_names"]  # are those of the data at hand
 
     def equal(first, second) -> bool:
         if isinstance(first, dict):
@@ -609,12 +609,16 @@ def test_the_metric_of_params_json_chooses_the_best_epoch():
         training = Training(nn.Conv2d(3, 21, 1), params, 1)
         for metrics in values:
             training.end_epoch({"learning_rate": 0.1}, metrics, seconds=1.0, images_per_second=1.0)
-        found[key, patience] = training.best_epoch, training.metrics["best"]["epoch"], training.finished
+        found[key, patience] = (
+            training.best_epoch,
+            training.metrics["best"]["epoch"],
+            training.finished and training.finished.reason,
+        )
         assert outputs.best_line(training) == f"best {key} {values[training.best_epoch - 1][key]:.4f} at epoch " + str(
             training.best_epoch
         )
     stopped = "stopped early after epoch 3: no better loss in 1 epochs"
-    assert found == {("mIoU", None): (1, 1, ""), ("loss", None): (2, 2, ""), ("loss", 1): (2, 2, stopped)}
+    assert found == {("mIoU", None): (1, 1, None), ("loss", None): (2, 2, None), ("loss", 1): (2, 2, stopped)}
 
 
 def test_an_undefined_metric_is_worse_than_any_value():
