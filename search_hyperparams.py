@@ -1,10 +1,7 @@
 """Run a sweep: one train.py per trial. parent_dir holds params.json, the base, and search_space.json, what varies."""
 
 import argparse
-import os
 import shlex
-import shutil
-import subprocess
 import sys
 from collections import Counter
 
@@ -12,6 +9,7 @@ from optuna.trial import TrialState
 
 from engine.cli import add_folder, positive, require, run_main
 from engine.folders import better_of, sole_run
+from engine.ranks import visible_gpus
 from model import UserError
 from params import Params
 from sweep.coordinator import Coordinator, refuse_other
@@ -28,35 +26,14 @@ def parse_args() -> argparse.Namespace:
     add_folder(parser, "--data_dir", "data", "folder of the data set")
     parser.add_argument("--sampler", choices=("grid", "random", "tpe"), default="grid", help="(default: %(default)s)")
     parser.add_argument("--n_trials", type=positive, metavar="N", help="trials in all, for random and tpe")
-    parser.add_argument(
-        "--jobs", type=positive, metavar="N", help="trials at once (default: 1; on a cluster one per GPU or machine)"
-    )
-    parser.add_argument(
-        "--prune",
-        type=positive,
-        nargs="?",
-        const=0,
-        metavar="EPOCH",
-        help="end trials below the others' median, from this epoch on (default: the first after warm-up)",
-    )
+    parser.add_argument("--jobs", type=positive, metavar="N", help="trials at once (default: 1, or all of a cluster)")
+    prune = "end trials worse than the others' median, from this epoch on (default: the first after warm-up)"
+    parser.add_argument("--prune", type=positive, nargs="?", const=0, metavar="EPOCH", help=prune)
     parser.add_argument("--cluster", metavar="ADDRESS", help="run the trials on the Ray cluster at this address")
     args = parser.parse_args()
     if (args.sampler == "grid") != (args.n_trials is None):
         parser.error("--n_trials goes with --sampler random or tpe, which need it; a grid runs every combination")
     return args
-
-
-def visible_gpus() -> list[str]:
-    """Return the values of CUDA_VISIBLE_DEVICES for one trial each, by asking the driver: importing torch is slow."""
-    if (listed := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [name for part in listed.split(",") if (name := part.strip()) not in ("", "-1")]
-    if shutil.which("nvidia-smi") is None:
-        return []
-    query = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
-    try:
-        return subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout.split()
-    except (OSError, subprocess.SubprocessError):  # a driver without a device
-        return []
 
 
 def print_summary(study: Study) -> int:

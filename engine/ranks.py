@@ -1,6 +1,11 @@
-"""Who is who among the processes that torchrun has started; without torchrun a process is alone."""
+"""Who is who among the processes that torchrun has started, and which GPUs there are, without importing torch.
+
+Without torchrun a process is alone.
+"""
 
 import os
+import shutil
+import subprocess
 
 
 class LostConnection(ConnectionError):
@@ -49,3 +54,16 @@ def launcher() -> list[str]:
         command += ["--nnodes", str(machines), "--rdzv_backend", "c10d", "--rdzv_endpoint", "HOST:PORT"]
         command += ["--rdzv_id", os.environ.get("TORCHELASTIC_RUN_ID", "ID")]
     return command
+
+
+def visible_gpus() -> list[str]:
+    """Return each GPU as CUDA_VISIBLE_DEVICES calls it, those that it lists if it is set."""
+    if (listed := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name for part in listed.split(",") if (name := part.strip()) not in ("", "-1")]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    query = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout.split()
+    except (OSError, subprocess.SubprocessError):  # a driver without a device
+        return []

@@ -214,8 +214,8 @@ class Training:
         }
 
     def state_dict(self) -> dict:
-        """Return all that a resume needs, as tensors and plain values. epoch, state_dict and optim_dict are names of the
-        original implementation.
+        """Return all that a resume needs, as tensors and plain values; epoch, state_dict and optim_dict have the names
+        that the original implementation gives them.
         """
         return {
             "epoch": self.epoch,

@@ -107,7 +107,7 @@ class BoundaryMetrics:
         all_reduce_sum(self._pixels, self._rims)
 
     def compute(self) -> dict:
-        """Return boundary_accuracy, interior_accuracy, boundary_mIoU and, per class, boundary_IoU; None if undefined."""
+        """Return boundary_accuracy, interior_accuracy, boundary_mIoU and, by class, boundary_IoU, or None."""
         (right, pixels), (intersection, union) = self._pixels.cpu().double().T, self._rims.cpu().double()
         accuracy, iou = right / pixels, intersection / union
         return {

@@ -21,7 +21,7 @@ from model import UserError, cores
 from params import Params
 from sweep.space import Values
 from sweep.study import NotRun, Study
-from utils import ROOT, Lock, RunFailed, lock, read_history, read_json, say, write_json
+from utils import ROOT, Lock, lock, read_history, read_json, say, write_json
 
 POLL = 0.2  # seconds between two looks at a trial
 GRACE = 30.0  # seconds that a trial has to end by itself
@@ -43,42 +43,34 @@ class Coordinator:
     cluster: Any  # a sweep.cluster.Cluster to run the trials on instead of this machine
     prune_from: int | None  # the first epoch after which a trial may be pruned; 0: the first after its warm-up
     signals: list[int] = field(default_factory=list)  # that asked the sweep to stop
-    error: RunFailed | None = None  # of the journal
 
     def run(self) -> None:
-        """Run until no trial is left, or until a signal; a second one kills. Raises RunFailed for a full disk."""
+        """Run until no trial is left, or until a signal; a second one kills. Raises RunFailed if the disk is full."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup asks for
                 signal.signal(number, lambda number, frame: self.signals.append(number))
         while not self.signals and (left := self.study.left()):
-            with suppress(RunFailed):  # which is self.error
-                self.study.optimize(self.objective, left, min(self.jobs, left), (UserError, OSError, NotRun))
-            if self.error:
-                raise self.error
+            self.study.optimize(self.objective, left, min(self.jobs, left), (UserError, OSError, NotRun))
 
     def objective(self, trial: Trial) -> float:
         """Run one trial and return its best score. Raises UserError, OSError, TrialPruned or NotRun."""
+        self.stop_if_asked()
+        name, values = self.study.begin(trial)
+        folder = self.study.parent_dir / name
         try:
-            self.stop_if_asked()
-            name, values = self.study.begin(trial)
-            folder = self.study.parent_dir / name
-            try:
-                return self.run_trial(trial, folder, self.study.base | values)
-            except (UserError, OSError, TrialPruned) as error:
-                state = "pruned" if isinstance(error, TrialPruned) else "failed"
-                reason = list(error.args) if isinstance(error, TrialFailed) else [str(error)]
-                say("\n    ".join([f"{name}: {state}, {reason[0]}", *reason[1:]]), sys.stdout)
-                trial.set_user_attr("reason", reason)
-                with suppress(OSError):  # the folder may be what is wrong
-                    write_json(folder / "trial.json", {"state": state, "reason": reason})
-                raise
-        except RunFailed as error:
-            self.error = error
+            return self.run_trial(trial, folder, self.study.base | values)
+        except (UserError, OSError, TrialPruned) as error:
+            state = "pruned" if isinstance(error, TrialPruned) else "failed"
+            reason = list(error.args) if isinstance(error, TrialFailed) else [str(error)]
+            say("\n    ".join([f"{name}: {state}, {reason[0]}", *reason[1:]]), sys.stdout)
+            trial.set_user_attr("reason", reason)
+            with suppress(OSError):  # the folder may be what is wrong
+                write_json(folder / "trial.json", {"state": state, "reason": reason})
             raise
 
     def stop_if_asked(self) -> None:
         """Raise NotRun after a signal, or when the journal cannot be written."""
-        if self.signals or self.error:
+        if self.signals or self.study.journal.failure:
             self.study.study.stop()
             raise NotRun
 
@@ -163,15 +155,10 @@ def wait_for_lock(paths: Iterable[Path], held: ExitStack, check: Callable[[], No
 def start_train(folder: Path, data_dir: Path, own: list[Lock], environment: dict[str, str]) -> subprocess.Popen[bytes]:
     """Start train.py in a trial's folder, where it resumes from a checkpoint if there is one."""
     command = [sys.executable, f"{ROOT}/train.py", "--resume", "--model_dir", str(folder), "--data_dir", str(data_dir)]
+    locks, null = [lock.descriptor for lock in own], subprocess.DEVNULL
     with open(folder / "train.log", "ab") as log:  # train.py itself writes there what it says on stdout
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=log,
-            env=environment,
-            pass_fds=[lock.descriptor for lock in own],
-            start_new_session=True,  # Ctrl-C is for the coordinator
+        return subprocess.Popen(  # in a session of its own: Ctrl-C is for the coordinator
+            command, stdin=null, stdout=null, stderr=log, env=environment, pass_fds=locks, start_new_session=True
         )
 
 

@@ -5,7 +5,6 @@ import itertools
 import json
 import re
 import warnings
-from collections import Counter
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import fields
@@ -123,9 +122,10 @@ def grid(spaces: list[Space], base: Values, path: Path) -> dict[str, Values]:
             if trials.setdefault(name, values) != values:
                 raise UserError(f"{path}: two trials would share the folder {name}; choose values that differ more")
             Params.parse(base | values, f"{path}, {name}")
-    same = Counter(map(canonical, trials.values()))
-    if twice := [name for name, values in trials.items() if same[canonical(values)] > 1]:
-        raise UserError(f"{path}: {' and '.join(twice[:2])} are the same trial; remove one of them")
+    names: dict[str, str] = {}
+    for name, values in trials.items():
+        if (other := names.setdefault(canonical(values), name)) != name:
+            raise UserError(f"{path}: {other} and {name} are the same trial; remove one of them")
     return trials
 
 

@@ -31,6 +31,8 @@ class NotRun(Exception):
 class Journal(JournalFileBackend):
     """A journal that first removes what a full disk or a kill has left of the last line."""
 
+    failure: RunFailed | None = None  # to append
+
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Append entries, one per line. Raises RunFailed where the file cannot be written."""
         try:
@@ -39,7 +41,8 @@ class Journal(JournalFileBackend):
                 stream.truncate(stream.read().rfind(b"\n") + 1)
             super().append_logs(logs)
         except OSError as error:
-            raise RunFailed(f"{self._file_path}: {error.strerror}; the same command resumes the sweep") from None
+            self.failure = RunFailed(f"{self._file_path}: {error.strerror}; the same command resumes the sweep")
+            raise self.failure from None
 
 
 @dataclass
@@ -62,7 +65,7 @@ class Study:
     def __post_init__(self) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.metric = self.base.get("best_metric", Params.best_metric)
-        self.study = _open(self.parent_dir / "study.journal", maximize=better_of(self.metric) is max)
+        self.study = self._open(self.parent_dir / "study.journal")
         self.names = {canonical(values): name for name, values in self.grid.items()}
         for attempt in (entry.user_attrs for entry in self._entries()):
             if "folder" in attempt:  # which a trial keeps, whatever it would be called now
@@ -72,6 +75,18 @@ class Study:
         self._check(size)
         self.study.set_user_attr("base", self.base)
         self._queue(min(self.n_trials, FIRST_DRAWS) if self.tpe else self.n_trials)
+
+    def _open(self, path: Path) -> optuna.Study:
+        lock = FileLock(f"{path}.lock")  # the operating system's: it ends with its process, Optuna's own 30 s later
+        direction: Any = "maximize" if better_of(self.metric) is max else "minimize"
+        self.journal, pruner = Journal(str(path), lock_obj=lock), optuna.pruners.MedianPruner()  # type: ignore[arg-type]
+        try:
+            storage = optuna.storages.JournalStorage(self.journal)
+            return optuna.create_study(
+                storage=storage, pruner=pruner, study_name="sweep", direction=direction, load_if_exists=True
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+            raise UserError(f"{path} is damaged ({error}); move it away: finished trials are kept") from None
 
     def _entries(self) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False)
@@ -87,11 +102,10 @@ class Study:
         space_file = self.parent_dir / "search_space.json"
         if len(self.grid) < size:
             raise UserError(f'{space_file}: a new trial has the name of one that has begun; choose another "name"')
-        for key, drawn_from in (
-            [] if self.grid else [d for entry in self._entries() for d in entry.distributions.items()]
-        ):
+        drawn_from = {} if self.grid else {k: d for entry in self._entries() for k, d in entry.distributions.items()}
+        for key in drawn_from.keys() & self.space:
             try:
-                check_distribution_compatibility(drawn_from, self.space.get(key, drawn_from))
+                check_distribution_compatibility(drawn_from[key], self.space[key])
             except ValueError:
                 raise UserError(
                     f'{space_file}: "{key}" was drawn from other choices before, and samplers can only move the ends '
@@ -117,9 +131,9 @@ class Study:
             if entry.state == TrialState.RUNNING:  # its coordinator is dead
                 self.study.tell(entry.number, state=TrialState.FAIL)
         trials = self.trials()
-        states = {name: entry.state for name, entry in trials.items()}
-        for name, values in ({name: entry.user_attrs["values"] for name, entry in trials.items()} | self.grid).items():
-            state = states.get(name, TrialState.FAIL)
+        drawn = {name: entry.user_attrs["values"] for name, entry in trials.items()}
+        for name, values in (drawn | self.grid).items():
+            state = trials[name].state if name in trials else TrialState.FAIL
             if state == TrialState.FAIL or (state != TrialState.WAITING and not (self.parent_dir / name).exists()):
                 self._enqueue(values)
         if not self.grid:
@@ -145,7 +159,10 @@ class Study:
         """Let Optuna run count trials, from another seed at every start, or TPE would repeat its draws."""
         seed = (self.base.get("seed", Params.seed) + len(self._entries())) % 2**32
         self.study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)  # running trials count as bad
-        self.study.optimize(objective, count, n_jobs=jobs, catch=catch)
+        with suppress(RunFailed):  # of the journal
+            self.study.optimize(objective, count, n_jobs=jobs, catch=catch)
+        if self.journal.failure:
+            raise self.journal.failure
 
     def begin(self, trial: Trial) -> tuple[str, Values]:
         """Return the folder and the values of a trial whose turn has come. Raises NotRun if it is not to be run."""
@@ -174,18 +191,3 @@ class Study:
             if file.exists():
                 store = FileSystemArtifactStore(artifacts)
                 upload_artifact(artifact_store=store, file_path=str(file), study_or_trial=trial)
-
-
-def _open(journal: Path, *, maximize: bool) -> optuna.Study:
-    guard = FileLock(f"{journal}.lock")  # the operating system's: it ends with its process, Optuna's own 30 s later
-    try:
-        storage = optuna.storages.JournalStorage(Journal(str(journal), lock_obj=guard))  # type: ignore[arg-type]
-        return optuna.create_study(
-            storage=storage,
-            study_name="sweep",
-            direction="maximize" if maximize else "minimize",
-            load_if_exists=True,
-            pruner=optuna.pruners.MedianPruner(),
-        )
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        raise UserError(f"{journal} is damaged ({error}); move it away: finished trials are kept") from None
