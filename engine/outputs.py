@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from engine import ranks
 from engine.checkpoints import save_checkpoint
 from engine.devices import autocast
-from engine.training import Training
+from engine.training import Training, scalars
 from model.data_loader import SegmentationDataset
 from model.transforms import to_input
 from params import Params
@@ -110,7 +111,9 @@ class EpochOutputs:
         save_checkpoint(training.eval_state_dict(), self.model_dir / "best.pth.tar")
 
     def close(self, training: Training) -> None:
-        """Delete last.pth.tar of a finished run where params.json asks for that."""
+        """End the events, and delete last.pth.tar of a finished run where params.json asks for that."""
+        if self.tracker:
+            self.tracker.close(training.params, training.metrics["best"])
         if not training.params.keep_last:
             (self.model_dir / "last.pth.tar").unlink()
 
@@ -137,6 +140,16 @@ class TensorBoard:
                     self.writer.add_scalar(name, value, epoch)
             self.writer.add_image("samples", np.array(picture), epoch, dataformats="HWC")
             self.writer.flush()
+
+    def close(self, params: Params, best: dict) -> None:
+        """Write the hyperparameters beside the metrics of the best epoch, for TensorBoard's HPARAMS page."""
+        values = {
+            key: value if isinstance(value, int | float | str) else str(value) for key, value in asdict(params).items()
+        }
+        found = {f"best/{key}": value for key, value in scalars(best).items() if value is not None}
+        with self._naming_the_folder():
+            self.writer.add_hparams(values, found, run_name=".")  # in this folder, not in one below it
+            self.writer.close()
 
     @contextmanager
     def _naming_the_folder(self) -> Iterator[None]:

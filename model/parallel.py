@@ -69,8 +69,9 @@ class HostSyncBatchNorm2d(nn.BatchNorm2d):
         centred = full - mean.to(full.dtype).view(1, -1, 1, 1)
         variance = differentiable_sum(centred.square().sum((0, 2, 3), dtype=torch.float64)) / count
         self._update_statistics(mean.detach(), variance.detach() * count / (count - 1))  # unbiased
-        scale = self.weight * (variance + self.eps).rsqrt().to(full.dtype)
-        return (centred * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)).to(x.dtype)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        offset = self.bias - mean * scale
+        return (full * scale.to(full.dtype).view(1, -1, 1, 1) + offset.to(full.dtype).view(1, -1, 1, 1)).to(x.dtype)
 
     @torch.no_grad()
     def _update_statistics(self, mean: Tensor, variance: Tensor) -> None:

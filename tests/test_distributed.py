@@ -256,7 +256,7 @@ def test_a_run_is_written_once_and_another_number_of_processes_goes_on_with_it(t
     run_script("train.py", "--model_dir", halves, "--data_dir", data, "--restore_file", "last")
 
     # Rounding grows with every step, so only the beginning is compared closely; see the test in float64 too.
-    for ours, theirs, tolerance in zip(*map(utils.read_history, (halves, straight)), (1e-4, 2e-2), strict=True):
+    for ours, theirs, tolerance in zip(*map(utils.read_history, (halves, straight)), (5e-4, 2e-2), strict=True):
         assert ours["train"]["loss"] == pytest.approx(theirs["train"]["loss"], rel=tolerance)
         assert ours["val"]["loss"] == pytest.approx(theirs["val"]["loss"], rel=tolerance * 10)
     first, second = (checkpoints.load_checkpoint(folder / "last.pth.tar") for folder in (halves, straight))

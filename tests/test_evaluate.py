@@ -202,3 +202,14 @@ def test_tensorboard_gets_every_epoch(trained):
             for (_, value), record in zip(logged, history, strict=True):
                 assert math.isclose(value, record[part][metric], rel_tol=1e-5)
     assert [event.step for event in events.Images("samples")] == [1, 2]
+
+
+def test_tensorboard_has_the_hyperparameters_beside_the_best_metrics(trained):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    experiment, _ = trained
+    events = accumulator.EventAccumulator(str(experiment / "tensorboard"))
+    events.Reload()
+    assert "_hparams_/session_start_info" in events.PluginTagToContent("hparams")
+    best = json.loads((experiment / "metrics_val_best_weights.json").read_text())
+    assert events.Scalars("best/mIoU")[0].value == pytest.approx(best["mIoU"])
+    assert {path.parent for path in (experiment / "tensorboard").rglob("events*")} == {experiment / "tensorboard"}

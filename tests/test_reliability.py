@@ -80,7 +80,9 @@ def wait_for(process: subprocess.Popen, condition) -> bool:
 
 def logged(experiment: Path, words: str) -> int:
     log = experiment / "train.log"
-    return log.read_text().count(words) if log.exists() else 0
+    with suppress(FileNotFoundError):  # a run that starts over deletes it
+        return log.read_text().count(words)
+    return 0
 
 
 def kill_at(experiment: Path, data: Path, moment: str | float) -> int:

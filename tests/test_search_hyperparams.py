@@ -198,7 +198,7 @@ def test_prune_ends_a_trial_below_the_median_but_not_before_its_first_epoch(tmp_
     score_elsewhere(sweep, data_dir, [*range(1, 6)], epochs=30, mIoU=0.9)
     result = search(sweep, data_dir, *prune)
     hopeless = sweep / "learning_rate_1e-09"
-    words = "pruned, mIoU below the median of the other trials after epoch"
+    words = "pruned, mIoU worse than the median of the other trials after epoch"
     epoch = int(re.search(f"{hopeless.name}: {words} (.*)\n", result.stdout)[1])
     assert first <= epoch <= len(read_history(hopeless)) < 30
     assert "6 trials: 5 finished, 1 pruned; best mIoU 0.9000" in result.stdout
