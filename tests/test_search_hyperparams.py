@@ -2,11 +2,13 @@
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -250,6 +252,26 @@ def test_the_gpu_of_a_trial_that_outlives_its_coordinator_is_not_used_by_another
     assert "2 trials: 2 finished" in again.communicate()[0]
     for trial in (first, second):
         assert [epoch["epoch"] for epoch in read_history(trial)] == list(range(1, 9))
+
+
+@pytest.mark.slow
+def test_a_sweep_killed_at_twenty_random_moments_runs_every_trial_once(tmp_path, data_dir):
+    """Half of the kills are of the coordinator alone, the others of its trials too."""
+    sweep = make_sweep(tmp_path / "sweep", {"seed": [1, 2, 3, 4, 5, 6]}, num_epochs=6)
+    for kill in range(20):
+        process = start(sweep, data_dir, "--jobs", 2)
+        time.sleep(random.uniform(0, 8))
+        process.kill()
+        process.communicate()
+        if kill % 2:
+            for path in train_processes(sweep):
+                with suppress(ProcessLookupError):
+                    os.kill(int(path.name), signal.SIGKILL)
+    result = search(sweep, data_dir, "--jobs", 2)
+    assert "6 trials: 6 finished" in result.stdout and not train_processes(sweep)
+    for trial in sweep.glob("seed_*"):
+        assert [epoch["epoch"] for epoch in read_history(trial)] == [1, 2, 3, 4, 5, 6]
+        assert logged(trial, "trained 6 of 6 epochs; best") <= 1, "none was trained again"
 
 
 # ---------------------------------------------------------------------------------------- mistakes, before any trial
