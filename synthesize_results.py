@@ -115,7 +115,7 @@ class Result:
 
 
 def read_published(path: Path) -> Published:
-    """Published figures, each with the hyperparameters that say which experiments it belongs to.
+    """Read published figures, each with the hyperparameters that say which experiments it belongs to.
 
     {"source": "where from", "results": [{"params": {"kernel_size": 7}, "mIoU": 0.728}]}. Raises UserError naming every
     fault, also two results that an experiment could both match.

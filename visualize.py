@@ -70,16 +70,11 @@ def error_picture(
     """
     font = ImageFont.load_default(size=14)
     labels = np.array(truth)
-    darkest, brightest = SHADES
-    grey = photo.convert("L").point(lambda value: darkest + value * (brightest - darkest) // 255)
-    error = np.array(grey.convert("RGB"))
-    error[(prediction != labels) & (labels != VOID)] = ERROR_COLOUR
-    error[labels == VOID] = VOID_COLOUR
     tiles = {
         "photo": photo,
         "truth": colour_mask(labels, names).convert("RGB"),
         "prediction": colour_mask(prediction, names).convert("RGB"),
-        "error": Image.fromarray(error),
+        "error": _errors(photo, labels, prediction),
     }
     width, height = (max(1, round(length * side / max(photo.size))) for length in photo.size)
     entries = [*_present(np.union1d(labels, prediction), names), (ERROR_COLOUR, "error")]
@@ -94,6 +89,16 @@ def error_picture(
         canvas.paste(tile.resize((width, height), resampling), (left, 2 * TEXT))
     canvas.paste(legend, (0, canvas.height - legend.height))
     return canvas
+
+
+def _errors(photo: Image.Image, labels: np.ndarray, prediction: np.ndarray) -> Image.Image:
+    """Return a dark grey photo with its wrong and void pixels in colour."""
+    darkest, brightest = SHADES
+    grey = photo.convert("L").point(lambda value: darkest + value * (brightest - darkest) // 255)
+    error = np.array(grey.convert("RGB"))
+    error[(prediction != labels) & (labels != VOID)] = ERROR_COLOUR
+    error[labels == VOID] = VOID_COLOUR
+    return Image.fromarray(error)
 
 
 def overlay(
@@ -131,7 +136,7 @@ def _present(indices: np.ndarray, names: Sequence[str]) -> list[Entry]:
 
 
 def _legend(entries: Sequence[Entry], width: int, font: Font) -> Image.Image:
-    """Colour swatches with their labels, in as many lines as they need."""
+    """Draw colour swatches with their labels, in as many lines as they need."""
     places, x, y = [], MARGIN, 0
     for colour, full in entries:
         label = full

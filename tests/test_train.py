@@ -629,7 +629,7 @@ def test_an_undefined_metric_is_worse_than_any_value():
 
 def test_every_metric_of_validation_can_choose_the_best_epoch(finished):
     experiment, _, _ = finished
-    assert {*history(experiment)[0]["val"]} == {*METRICS}
+    assert {*history(experiment)[0]["val"]} >= {*METRICS}
 
 
 def test_a_checkpoint_that_knows_of_no_best_metric_was_chosen_by_mIoU(finished, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from conftest import ROOT
 from PIL import Image
 
 from model.voc import CLASS_NAMES, ERROR_COLOUR, VOID, VOID_COLOUR, colour_mask, oklab, palette, voc_palette
-from visualize import MARGIN, TEXT, comparison, error_picture, overlay
+from visualize import MARGIN, TEXT, comparison, error_picture, overlay, training_curves
 
 STREETS = ("road", "sky", "car")
 
@@ -140,3 +140,24 @@ def test_an_overlay_colours_every_class_but_one_called_background():
     assert [row == grey for row in rows(*STREETS)] == [False, False, False]
     assert [row == grey for row in rows("background", "sky", "car")] == [True, False, False]
     assert [row == grey for row in rows("road", "sky", "BACKGROUND")] == [False, False, True]
+
+
+@pytest.mark.parametrize("metrics", [["loss"], ["loss", "mIoU", "mean_dice"], ["loss", "mIoU", *"abcdef"]])
+def test_the_curves_of_a_run_have_a_panel_for_every_metric_and_one_for_the_learning_rate(metrics):
+    def epoch(number: int) -> dict:
+        values = {metric: number + place / 10 for place, metric in enumerate(metrics)}
+        val = {metric: value + 1 for metric, value in values.items() if number > 1 or metric == "loss"}
+        return {"epoch": number, "train": values, "val": val, "learning_rate": 0.1 / number}
+
+    history = [epoch(1), epoch(2), epoch(3)]
+    history[1]["val"]["loss"] = None
+    axes = training_curves(history).axes
+    *panels, rate = axes
+    assert [panel.get_title() for panel in panels] == [metric.replace("_", " ") for metric in metrics]
+    for place, panel in enumerate(panels):
+        train, val = (line.get_ydata() for line in panel.lines)
+        assert [text.get_text() for text in panel.get_legend().get_texts()] == ["train", "val"]
+        assert train.tolist() == [number + place / 10 for number in (1, 2, 3)]
+        assert np.isnan(val).tolist() == ([False, True, False] if place == 0 else [True, False, False])
+        assert val[2] == pytest.approx(4 + place / 10)
+    assert rate.lines[0].get_ydata().tolist() == [0.1, 0.05, 0.1 / 3]
