@@ -27,6 +27,7 @@ from engine.cli import (
 )
 from engine.devices import autocast, loading_options
 from engine.folders import data_dir
+from model import UserError
 from model.data_loader import (
     Loader,
     OriginalDataset,
@@ -266,15 +267,25 @@ def score(device: torch.device, args: argparse.Namespace) -> None:
         loader = make_loader(dataset, batch_size=params.scoring_batch_size, device=device, **loading_options(params))
         matrix = ConfusionMatrix(params.num_classes, device)
         metrics = evaluate(model, loader, params, device, matrix=matrix)
+    if matrix and metrics["mIoU"] is None:  # as for Cityscapes' test, whose labels are withheld
+        if not only_predicted(args):
+            with distributed.together():
+                where = f"{args.split} of {data_dir(args, params.dataset)}"
+                raise UserError(f"split {where} has masks of nothing but void: it can be predicted, not scored")
+        matrix = None
     if ranks.is_main():
         write_report(record | metrics, matrix, split, name, params, args, names)
 
 
+def only_predicted(args: argparse.Namespace) -> bool:
+    """Return whether the flags ask for nothing that needs masks."""
+    return bool(args.save_predictions and not args.save_overlays)
+
+
 def find_data(params: Params, checkpoint: dict, args: argparse.Namespace) -> tuple[Split, list[str]]:
     """Find what is to be scored or predicted, and the names of the classes."""
-    only_predicted = args.save_predictions and not args.save_overlays
     folder = data_dir(args, params.dataset)
-    split = find_split(params.dataset, folder, args.split, masks_required=not only_predicted)
+    split = find_split(params.dataset, folder, args.split, masks_required=not only_predicted(args))
     file = checkpoint_path(args.model_dir, args.restore_file)
     return split, agreed_class_names(checkpoint, file, split, params.num_classes)
 
@@ -301,7 +312,8 @@ def write_report(
         size = "their own size" if args.original_size else f"{params.image_size}x{params.image_size}"
         print(f"\n{count} images of {of} at {size}, epoch {metrics['epoch']} -> {output} and .png")
     else:
-        print(f"{of} has no masks and is not scored")
+        reason = "no masks" if split.masks is None else "masks of nothing but void"
+        print(f"{of} has {reason} and is not scored")
     if args.save_overlays:
         print(f"the worst of them -> {args.model_dir / f'overlays_{name}'}")
     if args.save_predictions:

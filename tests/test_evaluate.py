@@ -162,6 +162,22 @@ def test_a_split_without_masks_is_predicted_and_not_scored(experiment, trained, 
     assert "has no masks: it can be predicted, not scored" in stderr
 
 
+def test_a_split_whose_masks_are_all_void_is_predicted_and_not_scored(experiment, trained, tmp_path):
+    """As Cityscapes' test, whose labels are withheld."""
+    target = shutil.copytree(trained[1], tmp_path / "data")
+    for id_, mask in masks_of(target, "val").items():
+        Image.fromarray(np.full_like(mask, 255)).save(target / "SegmentationClass" / f"{id_}.png")
+    before = set(experiment.iterdir())
+    save = ("--save_predictions", tmp_path / "out")
+    for flags in ((), ("--original_size",), (*save, "--save_overlays", 1)):
+        stderr = run_evaluate(experiment, target, *flags, check=2).stderr
+        assert f"split val of {target} has masks of nothing but void: it can be predicted, not scored" in stderr
+    stdout = run_evaluate(experiment, target, *save).stdout
+    assert f"val of {target} has masks of nothing but void and is not scored" in stdout
+    assert len([*(tmp_path / "out").rglob("*.png")]) == 3
+    assert {path.name for path in set(experiment.iterdir()) - before} <= {"overlays_val_best_original_size"}
+
+
 def test_predictions_of_other_classes_than_vocs_go_to_a_plain_folder_in_colours_of_their_own(
     experiment, trained, tmp_path
 ):
