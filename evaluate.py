@@ -132,7 +132,7 @@ def make_segmenter(model: nn.Module, params: Params, device: torch.device, args:
 
 
 def predictions(segmenter: Segmenter, loader: OriginalLoader) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-    """Index, class map and mask of every photo at its own size: uint8 (H, W) on the device."""
+    """Yield index, class map and mask of every photo at its own size: uint8 (H, W) on the device."""
     with progress(loader, "predicting") as bar:
         for indices, sizes, inputs, masks in loader:
             for index, (width, height), maps, mask in zip(indices, sizes, segmenter.logits(inputs), masks, strict=True):
@@ -243,13 +243,14 @@ def table(metrics: dict) -> str:
 
 def main(args: argparse.Namespace) -> None:
     with distributed.processes(args.device) as device:
-        score(device, args)
+        score_checkpoint(device, args)
 
 
-def score(device: torch.device, args: argparse.Namespace) -> None:
+def score_checkpoint(device: torch.device, args: argparse.Namespace) -> None:
     """Score a checkpoint, and write and print the metrics."""
     model, params, checkpoint = load_network(args.model_dir, args.restore_file, device)
-    split, names = distributed.local_rank0_first(lambda: find_data(params, checkpoint, args))
+    folder, split, names = distributed.local_rank0_first(lambda: find_data(params, checkpoint, args))
+    where = f"{args.split} of {folder}"
     name = f"{args.split}_{args.restore_file}"
     record: dict[str, Any] = {"epoch": checkpoint.get("epoch")}
     if args.original_size:
@@ -270,11 +271,10 @@ def score(device: torch.device, args: argparse.Namespace) -> None:
     if matrix and metrics["mIoU"] is None:  # as for Cityscapes' test, whose labels are withheld
         if not only_predicted(args):
             with distributed.together():
-                where = f"{args.split} of {data_dir(args, params.dataset)}"
                 raise UserError(f"split {where} has masks of nothing but void: it can be predicted, not scored")
         matrix = None
     if ranks.is_main():
-        write_report(record | metrics, matrix, split, name, params, args, names)
+        write_report(record | metrics, matrix, split, where, name, params, args, names)
 
 
 def only_predicted(args: argparse.Namespace) -> bool:
@@ -282,18 +282,19 @@ def only_predicted(args: argparse.Namespace) -> bool:
     return bool(args.save_predictions and not args.save_overlays)
 
 
-def find_data(params: Params, checkpoint: dict, args: argparse.Namespace) -> tuple[Split, list[str]]:
-    """Find what is to be scored or predicted, and the names of the classes."""
+def find_data(params: Params, checkpoint: dict, args: argparse.Namespace) -> tuple[Path, Split, list[str]]:
+    """Find the data folder, the split that is to be scored or predicted, and the names of the classes."""
     folder = data_dir(args, params.dataset)
     split = find_split(params.dataset, folder, args.split, masks_required=not only_predicted(args))
     file = checkpoint_path(args.model_dir, args.restore_file)
-    return split, agreed_class_names(checkpoint, file, split, params.num_classes)
+    return folder, split, agreed_class_names(checkpoint, file, split, params.num_classes)
 
 
 def write_report(
     metrics: dict,
     matrix: ConfusionMatrix | None,
     split: Split,
+    where: str,
     name: str,
     params: Params,
     args: argparse.Namespace,
@@ -301,19 +302,19 @@ def write_report(
 ) -> None:
     """Write the metrics as JSON and PNG, if there are any, and say what has been written where.
 
-    name is that of the files, without the word for what they hold.
+    where names the split for people; name is that of the files, without the word for what they hold.
     """
-    count, of = len(split.ids), f"{args.split} of {data_dir(args, params.dataset)}"
+    count = len(split.ids)
     if matrix:
         output = args.model_dir / f"metrics_{name}.json"
         write_json(output, metrics)
         save_figure(confusion_figure(matrix.matrix.cpu().numpy(), metrics["IoU"]), output.with_suffix(".png"))
         print(table(metrics))
         size = "their own size" if args.original_size else f"{params.image_size}x{params.image_size}"
-        print(f"\n{count} images of {of} at {size}, epoch {metrics['epoch']} -> {output} and .png")
+        print(f"\n{count} images of {where} at {size}, epoch {metrics['epoch']} -> {output} and .png")
     else:
         reason = "no masks" if split.masks is None else "masks of nothing but void"
-        print(f"{of} has {reason} and is not scored")
+        print(f"{where} has {reason} and is not scored")
     if args.save_overlays:
         print(f"the worst of them -> {args.model_dir / f'overlays_{name}'}")
     if args.save_predictions:

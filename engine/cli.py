@@ -212,7 +212,7 @@ def require(package: str, purpose: str) -> None:
 
 
 def positive(text: str) -> int:
-    """Return the type of a flag whose value is a whole number of at least 1."""
+    """Parse the value of a flag that is a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
     return int(text)

@@ -80,7 +80,8 @@ def _connect(*, on_gpu: bool) -> None:
     own, of = ranks.rank(), ranks.world_size()
     dist.init_process_group(backend, store=_store(), timeout=STEP_PATIENCE, rank=own, world_size=of)
     group = dist.new_group(backend="gloo", timeout=SETUP_PATIENCE)
-    _setup_group = group if isinstance(group, dist.ProcessGroup) else None
+    assert isinstance(group, dist.ProcessGroup)  # and no number, which a process outside of the group would get
+    _setup_group = group
     for number, handler in handlers.items():
         signal.signal(number, handler)
 

@@ -132,10 +132,10 @@ class TensorBoard:
     def log(self, record: dict, picture: Image.Image) -> None:
         """Write an epoch of history.jsonl and samples.png."""
         epoch = record["epoch"]
-        scalars = {f"{metric}/{part}": value for part in ("train", "val") for metric, value in record[part].items()}
-        scalars |= {key: record[key] for key in ("learning_rate", "images_per_second")}
+        values = {f"{metric}/{part}": value for part in ("train", "val") for metric, value in record[part].items()}
+        values |= {key: record[key] for key in ("learning_rate", "images_per_second")}
         with self._naming_the_folder():
-            for name, value in scalars.items():
+            for name, value in values.items():
                 if value is not None:
                     self.writer.add_scalar(name, value, epoch)
             self.writer.add_image("samples", np.array(picture), epoch, dataformats="HWC")
@@ -169,7 +169,7 @@ def _leave_disk_errors_to_the_main_thread(args: threading.ExceptHookArgs) -> Non
 
 @torch.inference_mode()
 def sample_predictions(training: Training, dataset: SegmentationDataset, count: int = 6) -> Image.Image:
-    """Validation photos spread evenly over the list, the same ones every time, with truth and prediction."""
+    """Draw validation photos spread evenly over the list, always the same ones, with truth and prediction."""
     params = training.params
     shown = min(count, len(dataset))
     examples = [dataset[place * len(dataset) // shown] for place in range(shown)]  # neighbours may be frames of a video

@@ -102,8 +102,13 @@ class SegmentationDataset(Dataset):
     def decode(self, index: int) -> np.ndarray:
         """Return uint8 (S, S, 4) from the files, see read_example."""
         mask = self.split.masks[index] if self.split.masks else None
-        options = {"image_size": self.image_size, "num_classes": len(self.class_names)}
-        return read_example(self.split.images[index], mask, **options, label_map=self.split.label_map)
+        return read_example(
+            self.split.images[index],
+            mask,
+            image_size=self.image_size,
+            num_classes=len(self.class_names),
+            label_map=self.split.label_map,
+        )
 
     def decode_all(self) -> Iterator[np.ndarray]:
         """Yield every example in order, decoded on all cores. Raises UserError at the end, naming every faulty file."""

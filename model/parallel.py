@@ -63,9 +63,10 @@ class HostSyncBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         full = x.to(torch.promote_types(x.dtype, torch.float32))
-        count = full.new_tensor(full[:, 0].numel(), dtype=torch.float64)
-        all_reduce_sum(count)
-        mean = differentiable_sum(full.sum((0, 2, 3), dtype=torch.float64)) / count
+        own = full.new_tensor([full[:, 0].numel()], dtype=torch.float64)
+        sums = differentiable_sum(torch.cat([full.sum((0, 2, 3), dtype=torch.float64), own]))
+        count = sums[-1].detach()
+        mean = sums[:-1] / count
         centred = full - mean.to(full.dtype).view(1, -1, 1, 1)
         variance = differentiable_sum(centred.square().sum((0, 2, 3), dtype=torch.float64)) / count
         self._update_statistics(mean.detach(), variance.detach() * count / (count - 1))  # unbiased

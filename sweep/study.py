@@ -1,6 +1,7 @@
 """The trials of a sweep: which there are, which are still to run, and the Optuna study that remembers them."""
 
 import json
+import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -36,9 +37,12 @@ class Journal(JournalFileBackend):
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Append entries, one per line. Raises RunFailed where the file cannot be written."""
         try:
-            with open(self._file_path, "ab+") as stream:
-                stream.seek(0)
-                stream.truncate(stream.read().rfind(b"\n") + 1)
+            with open(self._file_path, "rb+") as stream:
+                if stream.seek(0, os.SEEK_END):
+                    stream.seek(-1, os.SEEK_END)
+                    if stream.read() != b"\n":
+                        stream.seek(0)
+                        stream.truncate(stream.read().rfind(b"\n") + 1)
             super().append_logs(logs)
         except OSError as error:
             self.failure = RunFailed(f"{self._file_path}: {error.strerror}; the same command resumes the sweep")
