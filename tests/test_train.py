@@ -627,7 +627,7 @@ def test_an_undefined_metric_is_worse_than_any_value():
         assert folders.best_epoch(history, metric)["epoch"] == 2
 
 
-def test_every_metric_of_validation_can_choose_the_best_epoch(finished):
+def test_every_metric_that_can_choose_the_best_epoch_is_in_the_history(finished):
     experiment, _, _ = finished
     assert {*history(experiment)[0]["val"]} >= {*METRICS}
 
