@@ -151,7 +151,7 @@ def test_dropout_exists_only_above_zero_and_only_in_training():
 
 
 @pytest.mark.parametrize(
-    "options", [{"kernel_size": 4}, {"kernel_size": 1}, {"head": "gnc"}, {"gcn_padding": "valid"}], ids=str
+    "options", [{"kernel_size": 4}, {"kernel_size": 1}, {"head": "nonesuch"}, {"gcn_padding": "nonesuch"}], ids=str
 )
 def test_options_out_of_range_are_named_with_what_is_allowed(options):
     ((key, value),) = options.items()

@@ -36,7 +36,7 @@ def space_file(folder: Path, content) -> Path:
         ({"learning_rate": []}, "allowed: a list of values, or a range"),
         ({"learning_rate": [0.1, 0.2, -1]}, '"learning_rate" is -1; allowed: a number above 0'),
         ({"learning_rate": [0.1, 1e-1]}, "lists 0.1 twice"),
-        ({"optimizer": ["sgd", "adam"]}, '"optimizer" is "adam"'),
+        ({"optimizer": ["sgd", "nonesuch"]}, '"optimizer" is "nonesuch"'),
         ({"optimizer": {"low": 1, "high": 2}}, '"optimizer" is 1'),
         ({"augment": {"low": False, "high": True}}, RANGE),
         ({"learning_rate": {"low": 0.1}}, RANGE),
