@@ -124,6 +124,7 @@ def make_segmenter(model: nn.Module, params: Params, device: torch.device, args:
         model,
         device,
         image_size=params.image_size,
+        resize=params.resize,
         scales=args.scales or (1.0,),
         flip=args.flip,
         autocast=partial(autocast, device, params.precision),
@@ -135,7 +136,8 @@ def predictions(segmenter: Segmenter, loader: OriginalLoader) -> Iterator[tuple[
     """Yield index, class map and mask of every photo at its own size: uint8 (H, W) on the device."""
     with progress(loader, "predicting") as bar:
         for indices, sizes, inputs, masks in loader:
-            for index, (width, height), maps, mask in zip(indices, sizes, segmenter.logits(inputs), masks, strict=True):
+            looks = segmenter.logits(inputs, sizes)
+            for index, (width, height), maps, mask in zip(indices, sizes, looks, masks, strict=True):
                 stop_if_asked()
                 prediction = class_map(maps, width=width, height=height)
                 yield index, prediction, mask if mask is None else mask.to(segmenter.device)
@@ -189,7 +191,11 @@ def score_originals(
     """
     split, names = dataset.split, dataset.class_names
     loader = make_original_loader(
-        dataset, segmenter.sizes, batch_size=params.scoring_batch_size, **loading_options(params)
+        dataset,
+        segmenter.sizes,
+        resize=params.resize,
+        batch_size=params.scoring_batch_size,
+        **loading_options(params),
     )
     matrix = ConfusionMatrix(params.num_classes, segmenter.device)
     boundary = BoundaryMetrics(params.num_classes, segmenter.device)
@@ -264,7 +270,7 @@ def score_checkpoint(device: torch.device, args: argparse.Namespace) -> None:
         metrics, matrix = score_originals(segmenter, originals, params, args, overlays=overlays)
     else:
         make_dataset = partial(SegmentationDataset, split, class_names=names, image_size=params.image_size)
-        dataset = distributed.local_rank0_first(lambda: make_dataset(cache=params.cache))
+        dataset = distributed.local_rank0_first(lambda: make_dataset(resize=params.resize, cache=params.cache))
         loader = make_loader(dataset, batch_size=params.scoring_batch_size, device=device, **loading_options(params))
         matrix = ConfusionMatrix(params.num_classes, device)
         metrics = evaluate(model, loader, params, device, matrix=matrix)

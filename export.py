@@ -77,6 +77,7 @@ def onnx_metadata(params: Params, names: list[str], epoch: int | None) -> dict[s
         "mean": mean,
         "std": deviation,
         "image_size": params.image_size,
+        "resize": params.resize,
         "epoch": epoch,
         "git_commit": git_commit(),
     }
@@ -138,7 +139,9 @@ def photo_batches(path: Path, params: Params) -> list[Tensor]:
     size = params.image_size
     batches = []
     for height, width in ((size, size), (int(1.25 * size) | 1, max(int(0.75 * size), 32) | 1)):
-        pixels = read_example(path, None, image_size=max(height, width), num_classes=params.num_classes)
+        pixels = read_example(
+            path, None, image_size=max(height, width), num_classes=params.num_classes, resize=params.resize
+        )
         image = torch.from_numpy(pixels[:height, :width, :3]).permute(2, 0, 1)
         batches.append(torch.stack([image, image.flip(-1)]))
     return batches

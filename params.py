@@ -96,14 +96,19 @@ class Params:
         "cityscapes",
         meaning="layout of `--data_dir`: VOC's, Cityscapes'; `sample`: the built-in scenes, drawn there on first use",
     )
-    image_size: int = _integer(224, 32, 16384, meaning="pixels; images are squashed to a square of that side")
+    image_size: int = _integer(224, 32, 16384, meaning="side of the square that the network reads, in pixels")
+    resize: str = _one_of(
+        "squash",
+        "letterbox",
+        meaning="how a photo gets into it: `squash` changes its aspect ratio; `letterbox` pads it with the mean colour",
+    )
     num_classes: int = _integer(21, 2, 255, meaning="background included")
-    augment: bool = _flag(False, "random resized crop of 0.5-2x, flip, colour jitter")
+    augment: bool = _flag(False, "random scale of 0.5-2x and crop, flip, colour jitter")
     normalize: bool = _flag(True, "with ImageNet's mean and standard deviation; false: values in [0, 1]")
     cache: bool = _flag(
         True,
         "decode each split once, into `<data>/.cache` or, for read-only data, the user's cache folder; false: at every "
-        "access. On a GPU a split that is not augmented and needs at most a sixteenth of the free memory lies there",
+        "access. On a GPU a split that needs at most a sixteenth of the free memory lies there",
     )
     train_split: str = _key(
         "train",
@@ -221,6 +226,7 @@ class Params:
 
 
 SCORED_AT_ONCE = 32 * 224**2  # pixels
+INPUT = ("normalize", "resize")  # without which weights mean something else
 ARCHITECTURE = ("num_classes", "kernel_size", "head", "boundary_refinement", "stem_maxpool", "gcn_padding")
 
 

@@ -35,7 +35,12 @@ from visualize import learning_curves
 
 ORIGINAL_SIZE = "metrics_", "_best_original_size.json"  # evaluate.py's files, the name of a split between the two
 BY_REGION = ("boundary_accuracy", "interior_accuracy")  # in that of val
-TASK = ("dataset", "num_classes", "image_size")  # experiments that differ in one are scored on different pixels
+TASK = (
+    "dataset",
+    "num_classes",
+    "image_size",
+    "resize",
+)  # experiments that differ in one are scored on different pixels
 KEYS = {key.name for key in fields(Params)}
 PUBLISHABLE = ("mIoU", "pixel_accuracy", *BY_REGION)  # all of them from 0 to 1, higher is better
 
@@ -90,7 +95,9 @@ class Result:
 
     def task(self, metric: str) -> str:
         """Return what is the same for experiments that a metric can rank among each other."""
-        keys = [key for key in TASK if not (key == "image_size" and metric.endswith(original_size_mIoU("")))]
+        keys = [
+            key for key in TASK if not (key in ("image_size", "resize") and metric.endswith(original_size_mIoU("")))
+        ]
         return json.dumps([self.data_dir, *(self.params.get(key) for key in keys)])
 
     def row(self, varying: list[str], metrics: list[str], published: Published) -> dict[str, Any]:

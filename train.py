@@ -34,7 +34,7 @@ from model.layouts import Split, class_names, find_split
 from model.losses import SegmentationLoss
 from model.metrics import ConfusionMatrix
 from model.net import FCN_GCN
-from model.transforms import to_input
+from model.transforms import augment, to_input
 from params import Params
 
 
@@ -91,9 +91,11 @@ def train_epoch(training: Training, loader: Loader) -> dict:
     losses = torch.zeros(len(loader), device=device)  # stays on the device: reading it at every step would wait for it
     rates = []
     with EpochProgress(training, sizes) as progress:
-        for step, (images, labels) in enumerate(loader):
+        for step, (images, labels, seeds) in enumerate(loader):
             distributed.stop_together()
-            labels = labels.to(device, non_blocking=True)
+            images, labels = (part.to(device, non_blocking=True) for part in (images, labels))
+            if params.augment:
+                images, labels = augment(images, labels, seeds)
             group, ends_group = training.accumulation(step, len(loader))
             with training.sharded(sizes[step], ends_group=ends_group), autocast(device, params.precision):
                 logits = training.forward(to_input(images, device, **params.input_options()))
@@ -139,11 +141,16 @@ def make_loaders(
     train_split: Split, val_split: Split, names: list[str], params: Params, device: torch.device
 ) -> tuple[Loader, Loader]:
     """Decode both splits, or find them decoded, and load them in batches. Raises UserError naming every faulty file."""
-    make_dataset = partial(SegmentationDataset, class_names=names, image_size=params.image_size, cache=params.cache)
-    train_set = make_dataset(train_split, augment=params.augment)
+    make_dataset = partial(
+        SegmentationDataset,
+        class_names=names,
+        image_size=params.image_size,
+        resize=params.resize,
+        cache=params.cache,
+    )
     own = loading_options(params)
     return (
-        make_loader(train_set, batch_size=params.batch_size, seed=params.seed, device=device, **own),
+        make_loader(make_dataset(train_split), batch_size=params.batch_size, seed=params.seed, device=device, **own),
         make_loader(make_dataset(val_split), batch_size=params.scoring_batch_size, device=device, **own),
     )
 

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from model.voc import ERROR_COLOUR, VOID, VOID_COLOUR, colour_mask, is_background, palette
 
@@ -22,17 +22,15 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 Entry = tuple[tuple[int, int, int] | None, str]  # of a legend: a colour, None for what is not coloured, and its label
 
 
-def comparison(
-    images: np.ndarray, labels: np.ndarray, predictions: np.ndarray, names: Sequence[str], *, side: int = 160
-) -> Image.Image:
+def comparison(examples: Sequence[Sequence[np.ndarray]], names: Sequence[str], *, side: int = 160) -> Image.Image:
     """Return one column per example, with photo, truth and prediction, and a legend of what is in them.
 
     Args:
-        images: uint8 (N, H, W, 3).
-        labels, predictions: uint8 (N, H, W).
+        examples: photo (H, W, 3), truth and prediction (H, W), all uint8; each example has a size of its own.
         names: a name for every class index.
-        side: pixels of a tile.
+        side: pixels of the longer side of a tile.
     """
+    images, labels, predictions = zip(*examples, strict=True)
     font = ImageFont.load_default(size=14)
     rows = (
         ("photo", [Image.fromarray(image) for image in images], Image.Resampling.BICUBIC),
@@ -41,14 +39,16 @@ def comparison(
     )
     left = 90
     width = max(left + len(images) * (side + MARGIN), left + side * 3)
-    legend = _legend(_present(np.union1d(labels, predictions), names), width, font)
+    present = np.unique(np.concatenate([part.ravel() for part in (*labels, *predictions)]))
+    legend = _legend(_present(present, names), width, font)
     canvas = Image.new("RGB", (width, 3 * (side + MARGIN) + MARGIN + legend.height), "white")
     draw = ImageDraw.Draw(canvas)
     for row, (title, tiles, resampling) in enumerate(rows):
         top = MARGIN + row * (side + MARGIN)
         draw.text((MARGIN, top + side // 2), title, fill="black", font=font, anchor="lm")
         for column, tile in enumerate(tiles):
-            canvas.paste(tile.resize((side, side), resampling), (left + column * (side + MARGIN), top))
+            tile = ImageOps.pad(tile, (side, side), resampling, "white")
+            canvas.paste(tile, (left + column * (side + MARGIN), top))
     canvas.paste(legend, (0, canvas.height - legend.height))
     return canvas
 

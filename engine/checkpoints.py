@@ -16,7 +16,7 @@ from engine.devices import resolve_precision, to_device
 from model import UserError, refuse_irregular
 from model.layouts import Split, class_names, default_class_names
 from model.net import FCN_GCN, class_count, is_of_score_layer, without_unused
-from params import ARCHITECTURE, Params
+from params import ARCHITECTURE, INPUT, Params
 from utils import first_line, is_out_of_memory, replacing
 
 
@@ -164,7 +164,7 @@ def load_network(model_dir: Path, restore_file: str, device: torch.device) -> tu
         params = resolve_precision(Params.load(model_dir / "params.json"), device)
         file = checkpoint_path(model_dir, restore_file)
         checkpoint = load_checkpoint(file)
-        check_compatible((*ARCHITECTURE, "normalize"), checkpoint, params, file)
+        check_compatible((*ARCHITECTURE, *INPUT), checkpoint, params, file)
         return params, file, checkpoint
 
     params, file, checkpoint = distributed.broadcast_from_main(read)

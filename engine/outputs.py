@@ -19,7 +19,7 @@ from engine.checkpoints import save_checkpoint
 from engine.devices import autocast
 from engine.training import Training, scalars
 from model.data_loader import SegmentationDataset
-from model.transforms import to_input
+from model.transforms import photo_edges, to_input
 from params import Params
 from utils import save_figure, save_picture, write_history, write_json
 from visualize import comparison, training_curves
@@ -171,13 +171,19 @@ def _leave_disk_errors_to_the_main_thread(args: threading.ExceptHookArgs) -> Non
 def sample_predictions(training: Training, dataset: SegmentationDataset, count: int = 6) -> Image.Image:
     """Draw validation photos spread evenly over the list, always the same ones, with truth and prediction."""
     params = training.params
-    shown = min(count, len(dataset))
-    examples = [dataset[place * len(dataset) // shown] for place in range(shown)]  # neighbours may be frames of a video
+    number = min(count, len(dataset))
+    examples = [
+        dataset[place * len(dataset) // number] for place in range(number)
+    ]  # neighbours may be frames of a video
     images, labels = (torch.stack(part) for part in zip(*examples, strict=True))
     with autocast(training.device, params.precision):
         logits = training.eval_model.eval()(to_input(images, training.device, **params.input_options()))
-    photos, predictions = images.permute(0, 2, 3, 1).numpy(), logits.argmax(1).cpu().numpy()
-    return comparison(photos, labels.numpy(), predictions, dataset.class_names)
+    parts = zip(images.permute(0, 2, 3, 1), labels, logits.argmax(1).cpu(), strict=True)
+    photos = zip(parts, photo_edges(images, labels).tolist(), strict=True)
+    shown = [
+        [part[top:bottom, left:right].numpy() for part in example] for example, (left, top, right, bottom) in photos
+    ]
+    return comparison(shown, dataset.class_names)
 
 
 def epoch_line(record: dict, params: Params, *, is_best: bool) -> str:

@@ -337,6 +337,8 @@ def restore_outputs(outputs: EpochOutputs, training: Training, restored: Restore
     changed = [key for key, value in asdict(training.params).items() if then[key] != value]
     if restored.state.get("images") != training.list_digest:
         changed.append("the list of training images")
+    if training.params.augment and "resize" not in restored.state["params"]:
+        changed.append("augmentation, which has another form in this version")
     logging.info(f"continuing after epoch {training.epoch}; changed since: {', '.join(changed) or 'nothing'}")
     outputs.write_metrics(training)
     outputs.draw_curves(training)

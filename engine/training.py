@@ -17,10 +17,10 @@ from engine.checkpoints import load_weights
 from engine.folders import Finished, best_epoch, why_finished
 from model import UserError
 from model.parallel import Dropout2d, copy_to_all, shard, synchronize_batch_norm
-from params import ARCHITECTURE, Params
+from params import ARCHITECTURE, INPUT, Params
 from utils import RunFailed, is_epoch, is_out_of_memory
 
-RESUME_NEEDS = (*ARCHITECTURE, "normalize", "optimizer", "dataset", "best_metric")  # as they were
+RESUME_NEEDS = (*ARCHITECTURE, *INPUT, "optimizer", "dataset", "best_metric")  # as they were
 
 
 class Training:

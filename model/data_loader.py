@@ -3,7 +3,6 @@
 import glob
 import hashlib
 import io
-import math
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,7 @@ from functools import partial
 from itertools import islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,38 +26,38 @@ from model import UserError, cores
 from model.layouts import Split, list_faults
 from model.parallel import shard
 from model.photos import read_example, read_mask, read_photo
-from model.transforms import Augmentation, resize_tag, squashed
+from model.transforms import resize_tag, squares
 
 AT_ONCE = 256  # examples in the host's memory while a split is decoded or sent to a GPU
 CACHE_VERSION = 1  # part of every cache's name: raise it when files are decoded otherwise; resizing has its own tag
 
 
 class SegmentationDataset(Dataset):
-    """One split as (photo, mask) pairs, squashed to image_size.
+    """One split as squares of image_size: photo and mask, and the seed of the example where an order comes with seeds.
 
-    dataset[index] or dataset[index, seed] is uint8 (3, S, S) and uint8 (S, S); the seed drives the augmentation, so an
-    example depends on nothing but its index and its seed, whichever worker fetches it. All files are decoded and
-    checked when the data set is made: into a memory-mapped file under <data>/.cache (the user's cache folder when the
-    data are read-only) that every process shares, or, with cache False, to be decoded again at each access.
+    dataset[index] is uint8 (3, S, S) and uint8 (S, S), dataset[index, seed] the same and the seed, for
+    transforms.augment. All files are decoded and checked when the data set is made: into a memory-mapped file under
+    <data>/.cache (the user's cache folder when the data are read-only) that every process shares, or, with cache False,
+    to be decoded again at each access.
 
     Args:
         split: the photos and masks.
         class_names: one for each class index; higher indices in a mask, but for void, are an error.
         image_size: S, in pixels.
+        resize: one of transforms.RESIZES.
         cache: keep the decoded split on disk, 4 S^2 bytes per image.
-        augment: transform photo and mask together, see transforms.Augmentation.
 
     Raises:
         UserError: lists every faulty file of the split.
     """
 
     def __init__(
-        self, split: Split, *, class_names: Sequence[str], image_size: int, cache: bool = True, augment: bool = False
+        self, split: Split, *, class_names: Sequence[str], image_size: int, resize: str = "squash", cache: bool = True
     ):
         self.split = split
         self.class_names = class_names
         self.image_size = image_size
-        self.augmentation = Augmentation(image_size) if augment else None
+        self.resize = resize
         self.cache_file = _cached(self) if cache else None
         self._examples = self._map()
         if not cache:
@@ -70,13 +70,10 @@ class SegmentationDataset(Dataset):
     def __len__(self) -> int:
         return len(self.split.ids)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, Tensor]:
-        index, seed = key if isinstance(key, tuple) else (key, 0)
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Any, ...]:
+        index, *seed = key if isinstance(key, tuple) else (key,)
         example = torch.from_numpy(self.decode(index) if self._examples is None else np.array(self._examples[index]))
-        image, mask = example[..., :3].permute(2, 0, 1), example[..., 3]
-        if self.augmentation is not None:
-            return self.augmentation(image, mask, seed)
-        return image, mask
+        return example[..., :3].permute(2, 0, 1), example[..., 3], *seed
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_examples": None}  # a worker that is sent the data set maps the file itself
@@ -107,6 +104,7 @@ class SegmentationDataset(Dataset):
             mask,
             image_size=self.image_size,
             num_classes=len(self.class_names),
+            resize=self.resize,
             label_map=self.split.label_map,
         )
 
@@ -136,8 +134,8 @@ class SegmentationDataset(Dataset):
 
 def _cached(dataset: SegmentationDataset) -> Path:
     """Return the cache file of a data set, built now unless one of the same files, size and classes is there."""
-    split, size = dataset.split, dataset.image_size
-    digest = hashlib.sha256(repr((CACHE_VERSION, resize_tag(size), len(dataset.class_names))).encode())
+    split, size, resize = dataset.split, dataset.image_size, dataset.resize
+    digest = hashlib.sha256(repr((CACHE_VERSION, resize_tag(size, resize), len(dataset.class_names))).encode())
     if split.label_map is not None:
         digest.update(repr(sorted(split.label_map.items())).encode())
     for path in [*split.images, *(split.masks or [])]:
@@ -145,13 +143,15 @@ def _cached(dataset: SegmentationDataset) -> Path:
             status = path.stat()
             digest.update(repr((path.name, status.st_size, status.st_mtime_ns)).encode())
     folder = _cache_folder(split.root or split.images[0].parent.parent)
-    prefix = f"{split.name}-{size}px-{len(dataset.class_names)}classes"
+    shape = f"{size}px" if resize == "squash" else f"{size}px-{resize}"
+    prefix = f"{split.name}-{shape}-{len(dataset.class_names)}classes"
     file = folder / f"{prefix}-{digest.hexdigest()[:16]}.npy"
     header = io.BytesIO()
-    shape = (len(dataset), size, size, 4)
-    np.lib.format.write_array_header_2_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    np.lib.format.write_array_header_2_0(
+        header, {"descr": "|u1", "fortran_order": False, "shape": (len(dataset), size, size, 4)}
+    )
     with FileLock(folder / f"{prefix}.lock"):  # one process builds, the others wait
-        if not file.exists() or file.stat().st_size != header.tell() + math.prod(shape):  # as after half a copy
+        if not file.exists() or file.stat().st_size != header.tell() + dataset.nbytes:  # as after half a copy
             temporary = file.with_suffix(".tmp")
             try:
                 with open(temporary, "wb") as stream:  # not a writable map: a full disk would end that with SIGBUS
@@ -288,13 +288,15 @@ class DeviceLoader:
     def __len__(self) -> int:
         return len(self.batch_sampler)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         batches = list(self.batch_sampler)
-        indices = [key[0] if isinstance(key, tuple) else key for batch in batches for key in batch]
-        order = torch.tensor(indices, dtype=torch.int64).to(self._examples.device)
-        for batch in order.split([len(batch) for batch in batches]):
+        keys = [key if isinstance(key, tuple) else (key,) for batch in batches for key in batch]
+        order, *seeds = (torch.tensor(numbers) for numbers in zip(*keys, strict=True))
+        sizes = [len(batch) for batch in batches]
+        parts = [part.split(sizes) for part in (order.to(self._examples.device), *seeds)]
+        for batch, *seed in zip(*parts, strict=True):
             examples = self._examples[batch]
-            yield examples[..., :3].permute(0, 3, 1, 2), examples[..., 3]
+            yield examples[..., :3].permute(0, 3, 1, 2), examples[..., 3], *seed
 
 
 class HostLoader(DataLoader):
@@ -326,7 +328,8 @@ def make_loader(
 ) -> Loader:
     """Return batches of uint8 (B, 3, S, S) and (B, S, S), the last one smaller where the data set ends.
 
-    With a seed in an order of its own every epoch (call loader.batch_sampler.set_epoch), else in the order of the list.
+    With a seed in an order of its own every epoch (call loader.batch_sampler.set_epoch), and with int64 (B), a seed for
+    each example, besides; else in the order of the list.
     One of several processes gets its part of them, see DistributedBatchSampler. They lie on the device already if the
     whole split fits there, otherwise in memory that it can copy from by itself.
     """
@@ -346,22 +349,25 @@ def make_loader(
     )
 
 
-def _collate(examples: list[tuple[Tensor, Tensor]], image_size: int) -> Sequence[Tensor]:
+def _collate(examples: list[tuple], image_size: int) -> Sequence[Tensor]:
     if examples:
         return default_collate(examples)
-    return [torch.empty(0, *shape, image_size, image_size, dtype=torch.uint8) for shape in ((3,), ())]
+    square = (image_size, image_size)  # of a share of nothing
+    images, masks = (torch.empty(0, *shape, dtype=torch.uint8) for shape in ((3, *square), square))
+    return images, masks, torch.empty(0, dtype=torch.int64)
 
 
 def make_original_loader(
     dataset: OriginalDataset,
     sizes: Sequence[int],
     *,
+    resize: str,
     batch_size: int,
     num_workers: int,
     rank: int = 0,
     world_size: int = 1,
 ) -> OriginalLoader:
-    """Return batches in the order of the list: indices, (width, height) of the photos, squashed(photos, sizes), masks.
+    """Return batches in the order of the list: indices, (width, height) of the photos, the photos as squares(), masks.
 
     Masks are uint8 (H, W) or None. One of n processes gets every n-th batch.
     """
@@ -369,14 +375,16 @@ def make_original_loader(
         SequentialSampler(dataset), batch_size, split=False, rank=rank, world_size=world_size
     )
     return OriginalLoader(
-        dataset, **_loading(batches, num_workers), collate_fn=partial(_collate_originals, sizes=sizes)
+        dataset, **_loading(batches, num_workers), collate_fn=partial(_collate_originals, sizes=sizes, resize=resize)
     )
 
 
-def _collate_originals(examples: list[tuple], sizes: Sequence[int]) -> tuple[list, list, list[Tensor], list]:
+def _collate_originals(
+    examples: list[tuple], sizes: Sequence[int], resize: str
+) -> tuple[list, list, list[Tensor], list]:
     indices, photos, masks = map(list, zip(*examples, strict=True))
     masks = [mask and pil_to_tensor(mask)[0] for mask in masks]
-    return indices, [photo.size for photo in photos], squashed(photos, sizes), masks
+    return indices, [photo.size for photo in photos], squares(photos, sizes, resize), masks
 
 
 def _loading(batches: DistributedBatchSampler, num_workers: int) -> dict:
@@ -389,8 +397,8 @@ def _loading(batches: DistributedBatchSampler, num_workers: int) -> dict:
 
 
 def _fits(dataset: SegmentationDataset, device: torch.device) -> bool:
-    """Return whether a split needs nothing but its cache and takes no more than a sixteenth of a GPU's free memory."""
-    if device.type != "cuda" or dataset.cache_file is None or dataset.augmentation is not None:
+    """Return whether a split is cached and takes no more than a sixteenth of a GPU's free memory."""
+    if device.type != "cuda" or dataset.cache_file is None:
         return False
     return dataset.nbytes <= torch.cuda.mem_get_info(device)[0] / 16
 

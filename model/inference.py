@@ -9,9 +9,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from model import UserError
-from model.transforms import squashed, to_input
-
-Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, as Pillow has it
+from model.transforms import RESIZES, Box, squares, to_input
 
 OVERLAP = 0.25  # of a tile, at least, with its neighbour
 PIXELS_AT_ONCE = 8 * 224**2  # that the network reads from tiles
@@ -25,6 +23,7 @@ class Segmenter:
         model: gives logits (B, C, S, S) of normalized images (B, 3, S, S).
         device: where the model is.
         image_size: S that it was trained at.
+        resize: one of transforms.RESIZES, as it was trained with.
         scales: multiples of S at which each photo is predicted; their probabilities are averaged.
         flip: look at the mirror image too.
         autocast: makes the context that the network computes in.
@@ -40,13 +39,14 @@ class Segmenter:
         device: torch.device,
         *,
         image_size: int,
+        resize: str = "squash",
         scales: Sequence[float] = (1.0,),
         flip: bool = False,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
         **input_options: bool,
     ):
         self.model, self.device = model.eval(), device
-        self.flip = flip
+        self.resize, self.flip = resize, flip
         self.autocast = autocast
         self.input_options = input_options
         if not scales or not all(32 <= scale * image_size <= 16384 for scale in scales):
@@ -58,8 +58,11 @@ class Segmenter:
         self.sizes = [image_size if scale == 1 else 2 * round(scale * image_size / 2) for scale in scales]
 
     @torch.inference_mode()
-    def logits(self, inputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-        """For each photo its maps, float32 (C, S, S); inputs are those of squashed(photos, sizes)."""
+    def logits(self, inputs: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> Iterator[list[Tensor]]:
+        """For each photo its maps, float32 (C, h, w), without what was padded.
+
+        inputs are those of squares(photos, self.sizes, self.resize), sizes the (width, height) of the photos.
+        """
         maps = []
         with self.autocast():
             for images in inputs:
@@ -67,16 +70,21 @@ class Segmenter:
                 maps.append(self.model(x).float())
                 if self.flip:
                     maps.append(self.model(x.flip(-1)).flip(-1).float())
-        return map(list, zip(*maps, strict=True))
+        for size, photo in zip(sizes, zip(*maps, strict=True), strict=True):
+            boxes = (RESIZES[self.resize](*size, logits.shape[-1]) for logits in photo)
+            yield [
+                logits[:, top:bottom, left:right]
+                for logits, (left, top, right, bottom) in zip(photo, boxes, strict=True)
+            ]
 
     @torch.inference_mode()
     def segment(self, photo: Image.Image, *, tile: int | None = None) -> Tensor:
         """Return uint8 (H, W) on the device: the class of every pixel of an RGB photo.
 
-        The photo is squashed to the network's input as a whole, or tile by tile of that many pixels a side.
+        The photo is resized to the network's input as a whole, or tile by tile of that many pixels a side.
         """
         if tile is None or tile >= max(photo.size):
-            (maps,) = self.logits(squashed([photo], self.sizes))
+            (maps,) = self._look([photo])
             return class_map(maps, width=photo.width, height=photo.height)
         boxes = tiles(photo.width, photo.height, tile)
         count = max(1, PIXELS_AT_ONCE // max(self.sizes) ** 2)
@@ -84,9 +92,12 @@ class Segmenter:
         def looks() -> Iterator[tuple[Box, list[Tensor]]]:
             for start in range(0, len(boxes), count):
                 part = boxes[start : start + count]
-                yield from zip(part, self.logits(squashed([photo.crop(box) for box in part], self.sizes)), strict=True)
+                yield from zip(part, self._look([photo.crop(box) for box in part]), strict=True)
 
         return blended(looks(), width=photo.width, height=photo.height)
+
+    def _look(self, photos: Sequence[Image.Image]) -> Iterator[list[Tensor]]:
+        return self.logits(squares(photos, self.sizes, self.resize), [photo.size for photo in photos])
 
 
 def tiles(width: int, height: int, side: int) -> list[Box]:

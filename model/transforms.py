@@ -1,52 +1,85 @@
-"""From a decoded photo to what the network reads, and the joint augmentation of photo and mask."""
+"""The way of a photo into the network, where to find it again in what comes out, and the augmentation of a batch."""
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torchvision import tv_tensors
-from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_to_tensor
 
 from model.voc import VOID
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+PADDING = tuple(round(255 * value) for value in IMAGENET_MEAN)  # the colour beside a photo; of its mask: void
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, as Pillow has it
 
 
-def squash(image: Image.Image, mask: Image.Image | None, image_size: int) -> tuple[Image.Image, Image.Image | None]:
-    """Resize to a square, aspect ratio given up: the photo bilinear (area-averaged when shrunk), the mask NEAREST."""
-    size = (image_size, image_size)
-    image = image.resize(size, Image.Resampling.BILINEAR)
-    return image, None if mask is None else mask.resize(size, Image.Resampling.NEAREST)
+def squash(width: int, height: int, side: int) -> Box:
+    """Fill the square; the aspect ratio is given up."""
+    return 0, 0, side, side
+
+
+def letterbox(width: int, height: int, side: int) -> Box:
+    """Keep the aspect ratio: the longer side fills the square, the photo lies in its middle."""
+    across, down = (max(1, round(side * length / max(width, height))) for length in (width, height))
+    left, top = (side - across) // 2, (side - down) // 2
+    return left, top, left + across, top + down
+
+
+# Where a photo of a width and height goes in a square of a side; what it leaves of the square is padded.
+RESIZES: dict[str, Callable[[int, int, int], Box]] = {"squash": squash, "letterbox": letterbox}
+
+
+def to_square(
+    photo: Image.Image, mask: Image.Image | None, side: int, resize: str
+) -> tuple[Image.Image, Image.Image | None]:
+    """Resize to a square: the photo bilinear (area-averaged when shrunk), the mask NEAREST; pad with PADDING and void.
+
+    resize is one of RESIZES. What the network makes of the square is cut to the same box on the way back.
+    """
+    left, top, right, bottom = RESIZES[resize](*photo.size, side)
+    photo = photo.resize((right - left, bottom - top), Image.Resampling.BILINEAR)
+    mask = None if mask is None else mask.resize(photo.size, Image.Resampling.NEAREST)
+    if photo.size != (side, side):
+        square = Image.new("RGB", (side, side), PADDING)
+        square.paste(photo, (left, top))
+        photo = square
+        if mask is not None:
+            square = Image.new("L", (side, side), VOID)
+            square.paste(Image.fromarray(np.array(mask)), (left, top))  # the indices of a palette, not its colours
+            mask = square
+    return photo, mask
 
 
 @cache
-def resize_tag(image_size: int) -> str:
-    """Return a digest of what squash() makes of noise, so that a cache of photos resized in another way has another."""
+def resize_tag(side: int, resize: str) -> str:
+    """Return a digest of what to_square() makes of noise, so that photos resized in another way get another cache."""
     rng = np.random.default_rng(0)
     photo, mask = (Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)) for shape in ((37, 53, 3), (37, 53)))
-    parts = [np.array(part).tobytes() for part in squash(photo, mask, image_size)]
+    parts = [np.array(part).tobytes() for part in to_square(photo, mask, side, resize)]
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
-def squashed(photos: Sequence[Image.Image], sizes: Sequence[int]) -> list[Tensor]:
-    """For every size S the photos as one uint8 (B, 3, S, S)."""
-    return [torch.stack([pil_to_tensor(squash(photo, None, size)[0]) for photo in photos]) for size in sizes]
+def squares(photos: Sequence[Image.Image], sides: Sequence[int], resize: str) -> list[Tensor]:
+    """For every side S the photos as one uint8 (B, 3, S, S)."""
+    return [torch.stack([pil_to_tensor(to_square(photo, None, side, resize)[0]) for photo in photos]) for side in sides]
 
 
 def to_input(
     images: Tensor, device: torch.device | str, *, normalize: bool = True, channels_last: bool = True
 ) -> Tensor:
-    """Turn uint8 (B, 3, H, W) into float32 on device, in [0, 1]; normalize: with ImageNet's mean and deviation."""
+    """Turn (B, 3, H, W) of 0-255 into float32 on device, in [0, 1]; normalize: with ImageNet's mean and deviation."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     x = images.to(device, non_blocking=True).to(torch.float32, memory_format=layout)
     mean, std = _mean_and_deviation(x.device, normalize)
-    return x.sub_(mean).div_(std)
+    return x.sub(mean).div_(std)
 
 
 def mean_and_deviation(normalize: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -61,28 +94,98 @@ def _mean_and_deviation(device: torch.device, normalize: bool) -> tuple[Tensor, 
     return (255 * mean).to(device), (255 * std).to(device)
 
 
-class Augmentation:
-    """Random resized crop of 0.5-2x, flip and colour jitter, the same for photo and mask.
+@cache
+def _padding(device: torch.device) -> Tensor:
+    return torch.tensor(PADDING, dtype=torch.uint8).view(3, 1, 1).to(device)
 
-    The photo is scaled, then a window of the original size is cut out of it; where it has become smaller than the
-    window it is padded with the mean colour, and the mask with void. Masks are resampled NEAREST.
+
+def photo_edges(images: Tensor, labels: Tensor) -> Tensor:
+    """Return int64 (B, 4), left, top, right and bottom of the photo in each square: what is no padding.
+
+    Padding are rows and columns at an edge that are void and of the padding's colour as a whole.
     """
+    inside = (labels != VOID) | (images != _padding(images.device)).any(1)
+    lines = [inside.any(1).int(), inside.any(2).int()]  # columns, rows
+    first = [line.argmax(1) for line in lines]
+    last = [line.shape[1] - line.flip(1).argmax(1) for line in lines]
+    return torch.stack([*first, *last], 1)
 
-    def __init__(self, image_size: int):
-        mean_colour = [round(255 * value) for value in IMAGENET_MEAN]
-        fill = {tv_tensors.Image: mean_colour, tv_tensors.Mask: VOID}
-        self._transform = v2.Compose(
-            [
-                v2.ScaleJitter((image_size, image_size), scale_range=(0.5, 2.0)),
-                v2.RandomCrop((image_size, image_size), pad_if_needed=True, fill=fill),
-                v2.RandomHorizontalFlip(),
-                v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.05),
-            ]
-        )
 
-    def __call__(self, image: Tensor, mask: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Transform uint8 (3, S, S) and (S, S); equal seeds give equal results, and the global RNG stays as it is."""
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPU's too, for good
-            image, mask = self._transform(tv_tensors.Image(image), tv_tensors.Mask(mask))
-        return image.as_subclass(Tensor), mask.as_subclass(Tensor)
+SCALES = 0.5, 2.0
+BRIGHTNESS = CONTRAST = SATURATION = 0.3  # at most that much more or less
+HUE = 0.05  # of a turn at most
+LUMA = (0.299, 0.587, 0.114)
+
+
+@torch.no_grad()
+def augment(images: Tensor, labels: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale each photo by 0.5-2, cut a window of the square's size out of it, flip it, and change its colours.
+
+    The window lies at random in a photo that has become larger, and a smaller photo lies at random in the window,
+    beside it PADDING and void. Photos are sampled bilinearly, without averaging where they shrink, masks NEAREST. What
+    becomes of an example depends on its seed alone: equal seeds give equal results in any batch.
+
+    Args:
+        images: uint8 (B, 3, S, S), padded or not.
+        labels: uint8 (B, S, S), on the same device.
+        seeds: int64 (B) on the CPU.
+
+    Returns:
+        float32 (B, 3, S, S) from 0 to 255, and uint8 (B, S, S).
+    """
+    if not len(images):
+        return images.float(), labels
+    side, device = images.shape[-1], images.device
+    drawn = torch.stack([torch.rand(8, generator=torch.Generator().manual_seed(seed)) for seed in seeds.tolist()])
+    numbers = torch.cat([drawn[:, :4], _colour_change(drawn[:, 4:].double())], 1).float().to(device, non_blocking=True)
+    scale = SCALES[0] + (SCALES[1] - SCALES[0]) * numbers[:, 0]
+    edges = photo_edges(images, labels).float()
+    centres = torch.arange(side, device=device) + 0.5
+    x = _positions(centres, scale, numbers[:, 1], edges[:, 0], edges[:, 2])
+    y = _positions(centres, scale, numbers[:, 2], edges[:, 1], edges[:, 3])
+    x = torch.where(numbers[:, 3:4] < 0.5, x, x.flip(1))
+    inside = _between(x, edges[:, 0], edges[:, 2])[:, None, :] & _between(y, edges[:, 1], edges[:, 3])[:, :, None]
+
+    columns, rows = (positions.long().clamp(0, side - 1) for positions in (x, y))
+    labels = labels.gather(1, rows[:, :, None].expand_as(labels)).gather(2, columns[:, None, :].expand_as(labels))
+
+    # No sample reaches beyond the photo's outermost pixels.
+    x = x.clamp(edges[:, 0, None] + 0.5, edges[:, 2, None] - 0.5) * (2 / side) - 1
+    y = y.clamp(edges[:, 1, None] + 0.5, edges[:, 3, None] - 0.5) * (2 / side) - 1
+    grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), -1)
+    sampled = F.grid_sample(images.float(), grid, align_corners=False)
+    matrix, shift = numbers[:, 4:13].view(-1, 3, 3, 1, 1), numbers[:, 13:].view(-1, 3, 1, 1)
+    result = matrix[:, :, 0] * sampled[:, :1]  # not a matrix product, whose last bits may depend on the batch
+    result.addcmul_(matrix[:, :, 1], sampled[:, 1:2]).addcmul_(matrix[:, :, 2], sampled[:, 2:]).add_(shift)
+    return result.clamp_(0, 255).where(inside[:, None], _padding(device).float()), labels.where(inside, VOID)
+
+
+def _positions(centres: Tensor, scale: Tensor, place: Tensor, first: Tensor, last: Tensor) -> Tensor:
+    """Return (B, S): where in the square the pixels of a window are taken from, along one axis.
+
+    The photo lies between first and last, and place, from 0 to 1, says where the window lies in the scaled photo.
+    """
+    start = place * ((last - first) * scale - len(centres))
+    return first[:, None] + (centres + start[:, None]) / scale[:, None]
+
+
+def _between(positions: Tensor, first: Tensor, last: Tensor) -> Tensor:
+    return (positions > first[:, None]) & (positions < last[:, None])
+
+
+def _colour_change(drawn: Tensor) -> Tensor:
+    """Return (B, 12): the matrix by which colours are multiplied, row by row, and what is then added to each channel.
+
+    drawn has four numbers from 0 to 1 for each example. The hue turns about the axis of greys, the saturation moves
+    colours from or to their grey, the contrast from or to the mean colour, and the brightness multiplies them.
+    """
+    strengths = torch.tensor((BRIGHTNESS, CONTRAST, SATURATION))
+    brightness, contrast, saturation = (1 + (2 * drawn[:, :3] - 1) * strengths).T.unsqueeze(-1)
+    angle = (2 * math.pi * HUE * (2 * drawn[:, 3] - 1)).view(-1, 1, 1)
+    grey = torch.ones(3, 3) / 3
+    across = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)
+    hue = angle.cos() * (torch.eye(3) - grey) + grey + angle.sin() * across  # Rodrigues' formula
+    to_grey = torch.tensor(LUMA).expand(3, 3)
+    saturated = saturation.unsqueeze(-1) * (torch.eye(3) - to_grey) + to_grey
+    matrix = (brightness * contrast).unsqueeze(-1) * (saturated @ hue)
+    return torch.cat([matrix.flatten(1), brightness * (1 - contrast) * torch.tensor(PADDING)], 1)
