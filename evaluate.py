@@ -88,7 +88,7 @@ def evaluate(
     matrix = matrix or ConfusionMatrix(params.num_classes, device)
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     with progress(loader, "evaluating") as bar:
-        for images, labels in loader:
+        for images, labels, *_ in loader:
             if stop_if_asked():
                 break  # to where all processes stop together
             labels = labels.to(device, non_blocking=True)

@@ -20,7 +20,7 @@ from engine.folders import data_dir, git_commit
 from model import UserError, cores
 from model.layouts import find_split
 from model.photos import read_example
-from model.transforms import mean_and_deviation, to_input
+from model.transforms import PADDING, mean_and_deviation, to_input
 from params import Params
 from utils import RunFailed, replacing
 
@@ -78,6 +78,7 @@ def onnx_metadata(params: Params, names: list[str], epoch: int | None) -> dict[s
         "std": deviation,
         "image_size": params.image_size,
         "resize": params.resize,
+        "padding": PADDING,
         "epoch": epoch,
         "git_commit": git_commit(),
     }

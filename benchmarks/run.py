@@ -96,7 +96,7 @@ class Sides:
         training = self.training()
         criterion = SegmentationLoss(**self.params.loss_options())
         loader = cached(self.split, BATCH, self.device)
-        images, labels = next(iter(loader))
+        images, labels, _ = next(iter(loader))
 
         def step() -> None:
             training.model.train()

@@ -29,7 +29,7 @@ def squash(width: int, height: int, side: int) -> Box:
 def letterbox(width: int, height: int, side: int) -> Box:
     """Keep the aspect ratio: the longer side fills the square, the photo lies in its middle."""
     across, down = (max(1, round(side * length / max(width, height))) for length in (width, height))
-    left, top = (side - across) // 2, (side - down) // 2
+    left, top = round((side - across) / 2), round((side - down) / 2)
     return left, top, left + across, top + down
 
 

@@ -644,15 +644,15 @@ def test_cache_follows_the_image_size(data):
 @pytest.mark.parametrize("part", [0, 1], ids=["photo", "mask"])
 def test_cache_follows_a_change_of_resizing_by_itself(data, monkeypatch, part):
     """Whoever changes how photos or masks are resized need not think of the cache."""
-    before, squash = arrays(load(data)), transforms.squash
+    before, to_square = arrays(load(data)), transforms.to_square
 
-    def changed(image, mask, size):
-        result = list(squash(image, mask, size))
+    def changed(image, mask, side, resize):
+        result = list(to_square(image, mask, side, resize))
         result[part] = result[part] and result[part].transpose(Image.Transpose.FLIP_TOP_BOTTOM)
         return tuple(result)
 
     for module in (transforms, photos):
-        monkeypatch.setattr(module, "squash", changed)
+        monkeypatch.setattr(module, "to_square", changed)
     transforms.resize_tag.cache_clear()
     after = arrays(load(data))
     transforms.resize_tag.cache_clear()
@@ -791,31 +791,39 @@ def test_loader_without_seed_keeps_the_order_of_the_list(data):
     assert equal([tuple(map(torch.cat, zip(*loaded, strict=True)))], [arrays(dataset)])
 
 
-@pytest.mark.parametrize("augment", [False, True])
 @pytest.mark.parametrize("cache", [False, True])
-def test_workers_change_no_batch(data, augment, cache):
-    dataset = load(data, augment=augment, cache=cache)
+def test_workers_change_no_batch(data, cache):
+    dataset = load(data, cache=cache)
     assert equal(batches(dataset, seed=1, num_workers=2), batches(dataset, seed=1, num_workers=0))
 
 
 def test_workers_that_stay_see_the_new_epoch(data):
-    dataset = load(data, augment=True)
+    dataset = load(data)
     loader = make_loader(dataset, batch_size=2, seed=1, num_workers=2)
     for epoch in range(2):
         loader.batch_sampler.set_epoch(epoch)
         assert equal([tuple(batch) for batch in loader], batches(dataset, seed=1, epoch=epoch))
 
 
-def test_augmented_examples_differ_from_epoch_to_epoch(data):
-    (data / "train.txt").write_text("train0\n")
-    dataset = load(data, augment=True)
-    epochs = [batches(dataset, seed=1, epoch=epoch)[0][0].numpy().tobytes() for epoch in range(5)]
-    assert len(set(epochs)) == 5 and epochs[3] == batches(dataset, seed=1, epoch=3)[0][0].numpy().tobytes()
+def test_seeds_of_examples_differ_from_epoch_to_epoch_and_from_one_another(data):
+    dataset = load(data)
+    epochs = [torch.cat([seeds for *_, seeds in batches(dataset, seed=1, epoch=epoch)]).tolist() for epoch in range(5)]
+    assert len({seed for epoch in epochs for seed in epoch}) == 5 * len(dataset)
+    assert epochs[3] == torch.cat([seeds for *_, seeds in batches(dataset, seed=1, epoch=3)]).tolist()
+
+
+def test_photos_of_both_ways_of_resizing_keep_their_caches(data):
+    """Experiments that compare them read the same photos in turn."""
+    files = [load(data, resize=resize).cache_file for resize in transforms.RESIZES]
+    times = [file.stat().st_mtime_ns for file in files]
+    assert [load(data, resize=resize).cache_file for resize in transforms.RESIZES] == files
+    assert [file.stat().st_mtime_ns for file in files] == times
+    assert files[0].name.startswith("train-32px-21classes-")  # the name that squashed photos have always had
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_loading_leaves_the_global_generator_alone(data, num_workers):
-    dataset = load(data, augment=True)
+    dataset = load(data)
     before = torch.get_rng_state()
     batches(dataset, seed=1, num_workers=num_workers)
     batches(dataset, num_workers=num_workers)
@@ -900,7 +908,7 @@ def test_a_split_on_the_device_gives_the_batches_of_the_files(data, seed, monkey
             plain.batch_sampler.set_epoch(epoch)
         for ours, theirs in zip(on_device, plain, strict=True):
             for part, expected in zip(ours, theirs, strict=True):
-                assert part.dtype == torch.uint8
+                assert part.dtype == expected.dtype
                 assert torch.equal(part, expected)
 
 
@@ -910,7 +918,6 @@ def test_a_split_on_the_device_gives_the_batches_of_the_files(data, seed, monkey
         (16 * 55_296, {}, True),  # 6 images of 48 x 48 x 4 bytes
         (16 * 55_295, {}, False),
         (16 * 55_296, {"cache": False}, False),
-        (16 * 55_296, {"augment": True}, False),
     ],
     ids=str,
 )
@@ -923,13 +930,13 @@ def test_a_split_goes_to_the_device_as_a_whole_if_it_fits(data, monkeypatch, fre
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize(("augment", "workers"), [(False, 0), (True, 2)])
-def test_batches_for_a_gpu_are_there_or_on_their_way(data, augment, workers):
-    dataset = load(data, image_size=48, augment=augment)
+@pytest.mark.parametrize(("cache", "workers"), [(True, 0), (False, 2)])
+def test_batches_for_a_gpu_are_there_or_on_their_way(data, cache, workers):
+    dataset = load(data, image_size=48, cache=cache)
     plain = make_loader(dataset, batch_size=4, seed=3)
     loader = make_loader(dataset, batch_size=4, seed=3, num_workers=workers, device="cuda")
-    assert isinstance(loader, DeviceLoader) is not augment
+    assert isinstance(loader, DeviceLoader) is cache
     for ours, theirs in zip(loader, plain, strict=True):
         for part, expected in zip(ours, theirs, strict=True):
-            assert part.is_cuda or part.is_pinned()
+            assert part.is_cuda or part.is_pinned() or part.dtype == torch.int64  # the seeds, which the host reads
             assert torch.equal(part.cpu(), expected)

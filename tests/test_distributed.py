@@ -205,7 +205,7 @@ def train_in_float64(data: Path, options: dict) -> dict:
     params = Params(**TINY | options)
     names = class_names(find_split("voc", data, "train"), params.num_classes)
     split = find_split("voc", data, "train")
-    dataset = SegmentationDataset(split, class_names=names, image_size=params.image_size, augment=params.augment)
+    dataset = SegmentationDataset(split, class_names=names, image_size=params.image_size)
     loader = make_loader(dataset, batch_size=params.batch_size, seed=1, **loading_options(params))
     torch.manual_seed(ranks.rank())  # others begin with other weights
     training = Training(FCN_GCN(**params.network_options(), pretrained=False).double(), params, len(loader))

@@ -15,7 +15,7 @@ import utils
 from engine import checkpoints, folders
 from evaluate import WorstPredictions, table
 from model.photos import read_photo
-from model.transforms import squashed, to_input
+from model.transforms import squares, to_input
 from model.voc import palette
 
 SERVER_FOLDER = "results/VOC2012/Segmentation/comp5_{}_cls"
@@ -34,7 +34,7 @@ def expected_prediction(experiment, photo, *, sizes=(32,), flip: bool = False) -
     """By plain PyTorch, one photo at a time."""
     model, _, _ = checkpoints.load_network(experiment, "best", torch.device("cpu"))
     total = 0
-    for images in squashed([photo], sizes):
+    for images in squares([photo], sizes, "squash"):
         x = to_input(images, "cpu")
         with torch.no_grad():
             maps = [model.eval()(x)] + ([model(x.flip(-1)).flip(-1)] if flip else [])

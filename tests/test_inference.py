@@ -14,7 +14,7 @@ from torch import nn
 from model import UserError, inference
 from model.inference import Segmenter, blended, class_map, tiles
 from model.sample import draw_scene
-from model.transforms import squashed, to_input
+from model.transforms import RESIZES, squares, to_input
 
 CPU = torch.device("cpu")
 
@@ -51,7 +51,7 @@ def photo(width: int, height: int) -> Image.Image:
 
 def logits(network: nn.Module, picture: Image.Image, size: int, *, flip: bool = False) -> torch.Tensor:
     """By plain PyTorch, at the size of the picture."""
-    (images,) = squashed([picture], [size])
+    (images,) = squares([picture], [size], "squash")
     x = to_input(images, "cpu")
     with torch.no_grad():
         maps = network(x.flip(-1)).flip(-1) if flip else network(x)
@@ -84,6 +84,34 @@ def test_with_flip_a_mirrored_photo_gives_the_mirrored_map():
     picture = photo(90, 70)
     mirrored = segmenter.segment(picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)).flip(1)
     assert (segmenter.segment(picture) == mirrored).float().mean() > 0.99  # but for rounding when it is squashed
+
+
+class ColourNetwork(nn.Module):
+    """Returns the colours that it sees, as logits of red, green and blue."""
+
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.parametrize("resize", RESIZES)
+@pytest.mark.parametrize("tile", [None, 50])
+@pytest.mark.parametrize("options", [{}, {"scales": (0.5, 1.25), "flip": True}], ids=str)
+@pytest.mark.parametrize("size", [(96, 96), (300, 90), (61, 199), (700, 9), (5, 3), (2, 40), (2100, 1500)], ids=str)
+def test_a_network_that_returns_colours_gives_back_the_photo(size, resize, tile, options):
+    """A photo of three colours with two edges, each of them found to within half a pixel of what the network reads."""
+    width, height = size
+    across, down = max(1, round(0.37 * width)), max(1, round(0.58 * height))
+    truth = np.zeros((height, width), np.uint8)
+    truth[:, across:], truth[down:, :across] = 1, 2
+    picture = Image.fromarray((np.eye(3, dtype=np.uint8) * 255)[truth])
+    segmenter = Segmenter(ColourNetwork(), CPU, image_size=64, resize=resize, normalize=False, **options)
+    found = segmenter.segment(picture, tile=tile).numpy()
+    box = [min(length, tile or length) for length in size]
+    left, top, right, bottom = RESIZES[resize](*box, min(segmenter.sizes))
+    x, y = np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5)
+    near = abs(x - across) <= max(0.5, 0.5 * box[0] / (right - left))
+    near |= abs(y - down) <= max(0.5, 0.5 * box[1] / (bottom - top))
+    assert (near | (found == truth)).all()
 
 
 @settings(deadline=None)

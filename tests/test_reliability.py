@@ -31,7 +31,7 @@ from model.layouts import find_split
 from model.net import FCN_GCN
 from model.photos import read_example, read_mask, read_photo
 from model.sample import draw_scene
-from model.transforms import squash
+from model.transforms import to_square
 from model.voc import CLASS_NAMES, colour_mask
 from params import Params
 from train import train_epoch
@@ -603,7 +603,10 @@ def test_any_image_of_any_format(tmp_path, monkeypatch, kind):
     stored = _stored()
     assert len({name.split()[0] for name in stored}) >= 20
     sound, path = colour_mask(np.zeros((16, 24), np.uint8)), tmp_path / f"a.{'jpg' if kind == 'photo' else 'png'}"
-    ways = {"photo": lambda: squash(read_photo(path), sound, 32), "mask": lambda: read_mask(path, (24, 16), 255)}
+    ways = {
+        "photo": lambda: to_square(read_photo(path), sound, 32, "squash"),
+        "mask": lambda: read_mask(path, (24, 16), 255),
+    }
 
     @settings(deadline=None)
     @given(st.sampled_from(sorted(stored)), edits)

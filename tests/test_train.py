@@ -403,7 +403,7 @@ def network(num_classes: int = 21) -> nn.Module:
 def loader_of(data, **params):
     params = Params(**TINY | params)
     split = find_split("voc", data, "train")
-    dataset = SegmentationDataset(split, class_names=class_names(split, 21), image_size=32, augment=params.augment)
+    dataset = SegmentationDataset(split, class_names=class_names(split, 21), image_size=32)
     return make_loader(dataset, batch_size=params.batch_size, seed=params.seed)
 
 
@@ -472,7 +472,7 @@ def test_a_group_of_batches_steps_on_the_mean_of_their_losses(data):
     options = {"batch_size": 2, "accumulation_steps": 4, "learning_rate": 0.1, "momentum": 0.0, "weight_decay": 0.0}
     model = network()
     criterion, loader = train.SegmentationLoss(Params().loss_weights), loader_of(data, batch_size=2)
-    for images, labels in loader:
+    for images, labels, _ in loader:
         (criterion(model(train.to_input(images, "cpu")), labels) / len(loader)).backward()
     expected = model.gcn2.conv_l1.weight - 0.1 * model.gcn2.conv_l1.weight.grad
     torch.testing.assert_close(train_tiny(data, **options).model.gcn2.conv_l1.weight, expected)
@@ -532,7 +532,7 @@ def test_normalize_and_loss_weights_reach_the_training(data):
 
 def test_metrics_of_training_count_every_batch(data):
     loader = loader_of(data, batch_size=2)
-    labels = torch.cat([batch.flatten() for _, batch in loader]).long()
+    labels = torch.cat([batch.flatten() for _, batch, _ in loader]).long()
     expected = labels[labels != 255].bincount(minlength=21).double()
     training = Training(network(), Params(**TINY | {"batch_size": 2}), 3)
     frequency = torch.tensor(train_epoch(training, loader)["frequency"], dtype=torch.float64)
@@ -815,7 +815,7 @@ def test_steps_on_a_gpu_wait_for_nothing(tmp_path, options):
     for count in (4, 10):
         data = make_data(tmp_path / str(count), train=count)
         split = find_split("voc", data, "train")
-        dataset = SegmentationDataset(split, class_names=class_names(split, 21), image_size=32, augment=params.augment)
+        dataset = SegmentationDataset(split, class_names=class_names(split, 21), image_size=32)
         loader = make_loader(dataset, batch_size=2, seed=1, device="cuda")
         training = Training(network().cuda(), params, 10)
         train_epoch(training, loader)  # sends constants, which stay there

@@ -7,11 +7,12 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import interpolate, max_pool2d, pad
+from torch.nn.functional import max_pool2d, pad
 from torchvision.transforms.v2.functional import normalize as torchvision_normalize
 
-from model.transforms import IMAGENET_MEAN, IMAGENET_STD, Augmentation, squash, to_input
+from model.transforms import IMAGENET_MEAN, IMAGENET_STD, PADDING, RESIZES, augment, photo_edges, to_input, to_square
 from model.voc import VOID
+from params import Params
 
 SIZE = 64
 SEEDS = range(80)
@@ -38,13 +39,23 @@ def inside_rectangle(known: Tensor) -> tuple[slice, slice]:
     return box
 
 
-@pytest.fixture(scope="module")
-def augmentation() -> Augmentation:
-    return Augmentation(SIZE)
+def letterboxed(photo: Tensor, mask: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """The uppermost rows of an example, in the middle of a padded square of its size."""
+    padded, void = torch.tensor(PADDING, dtype=torch.uint8).view(3, 1, 1).expand(3, SIZE, SIZE).clone(), mask.clone()
+    top = (SIZE - rows) // 2
+    padded[:, top : top + rows], void[:] = photo[:, :rows], VOID
+    void[top : top + rows] = mask[:rows]
+    return padded, void
+
+
+def augmentation(photo: Tensor, mask: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """One example by itself."""
+    images, labels = augment(photo[None], mask[None], torch.tensor([seed]))
+    return images[0], labels[0]
 
 
 @pytest.fixture(scope="module")
-def augmented_blocks(augmentation) -> list[tuple[Tensor, Tensor]]:
+def augmented_blocks() -> list[tuple[Tensor, Tensor]]:
     return [augmentation(*blocks(), seed) for seed in SEEDS]
 
 
@@ -62,37 +73,70 @@ def test_photo_and_mask_move_together(augmented_blocks):
     assert compared > len(SEEDS) * SIZE**2 / 5
 
 
-def test_void_padding_surrounds_the_whole_shrunk_picture(augmented_blocks):
-    _, original = blocks()
+@pytest.mark.parametrize("rows", [SIZE, 24, 8])
+def test_a_window_shows_as_much_of_the_photo_as_fits_and_void_beside_it(rows):
+    """Whatever shape the photo has in its square; how much it was scaled shows in the steps from column to column."""
     shrunk = 0
-    for seed, (_, mask) in enumerate(augmented_blocks):
-        box = inside_rectangle(mask != VOID)
-        side = mask[box].shape[0]
-        assert mask[box].shape == (side, side) and side >= SIZE // 2
-        if side < SIZE:
-            shrunk += 1
-            whole = interpolate(original[None, None].float(), size=(side, side), mode="nearest")[0, 0]
-            assert any(torch.equal(mask[box].float(), candidate) for candidate in (whole, whole.flip(1))), seed
+    for seed in SEEDS:
+        photo, mask = augmentation(*letterboxed(*columns(), rows), seed)
+        height, width = mask[box := inside_rectangle(mask != VOID)].shape
+        assert (photo[:, mask == VOID] == torch.tensor(PADDING)[:, None]).all()
+        values = mask[box][0].int()
+        scale = width / (1 + abs(int(values[-1] - values[0])))
+        assert width == SIZE or {int(values[0]), int(values[-1])} <= {0, 1, SIZE - 2, SIZE - 1}
+        assert abs(width - min(SIZE, SIZE * scale)) <= 2 and abs(height - min(SIZE, rows * scale)) <= 2
+        shrunk += width < SIZE
     assert shrunk > 10
 
 
-def test_padding_of_the_photo_is_the_mean_colour(augmented_blocks):
-    """Black would be an edge that no photo has; the jitter changes the colour, all of it alike."""
-    for photo, mask in augmented_blocks:
-        padding = photo[:, mask == VOID]
-        assert (padding == padding[:, :1]).all()
-        if padding.numel():
-            assert padding.min() > 60 and padding.max() < 190
+@pytest.mark.parametrize("rows", [SIZE, 24])
+def test_photo_and_mask_agree_to_within_half_a_pixel(rows):
+    """Grey by column number: contrast and brightness leave that a straight line, hue and saturation leave it grey."""
+    for seed in SEEDS:
+        photo, mask = columns()
+        photo, mask = augmentation(*letterboxed(photo + 90, mask, rows), seed)
+        inner = (mask != VOID) & (mask > 0) & (mask < SIZE - 1)
+        grey, column = photo[:, inner].double(), mask[inner].double()
+        slope, _ = np.polyfit(column, grey[0], 1)
+        assert (grey - grey[:1]).std(1).max() < 1e-3 and abs(slope) > 0.4
+        within = grey[0] / slope - column  # where in the pixel of the mask the photo was sampled
+        assert within.max() - within.min() <= 1.15, seed  # the fitted slope is a little off, too
 
 
-def test_void_of_the_mask_itself_stays_void(augmentation):
+def test_edges_are_those_of_the_photo():
+    examples = [blocks(), letterboxed(*blocks(), 24), letterboxed(*blocks(), 1)]
+    images, labels = (torch.stack(part) for part in zip(*examples, strict=True))
+    assert photo_edges(images, labels).tolist() == [[0, 0, 64, 64], [0, 20, 64, 44], [0, 31, 64, 32]]
+    assert photo_edges(images.mT, labels.mT).tolist() == [[0, 0, 64, 64], [20, 0, 44, 64], [31, 0, 32, 64]]
+
+
+def test_a_square_of_nothing_but_padding_stays_as_it_is():
+    photo, mask = letterboxed(*blocks(), 0)
+    for seed in range(5):
+        augmented, labels = augmentation(photo, mask, seed)
+        assert augmented.isfinite().all() and (labels == VOID).all()
+
+
+def test_an_example_is_the_same_in_any_batch_and_memory_format():
+    """To the last bit: a run on several processes, each with its part of a batch, sees what one process sees."""
+    examples = [letterboxed(*blocks(), rows) for rows in (64, 48, 24, 40, 64, 11, 30)]
+    images, labels = (torch.stack(part) for part in zip(*examples, strict=True))
+    seeds = torch.arange(7) * 2**59
+    whole = augment(images, labels, seeds)
+    parts = [augment(images[i:j], labels[i:j], seeds[i:j]) for i, j in ((0, 1), (1, 4), (4, 4), (4, 7))]
+    other = augment(images.to(memory_format=torch.channels_last), labels, seeds)
+    for again in (tuple(map(torch.cat, zip(*parts, strict=True))), other):
+        assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
+
+
+def test_void_of_the_mask_itself_stays_void():
     photo, mask = blocks()
     for seed in range(10):
         _, augmented = augmentation(photo, torch.full_like(mask, VOID), seed)
         assert (augmented == VOID).all()
 
 
-def test_flips_and_scales_cover_their_range(augmentation):
+def test_flips_and_scales_cover_their_range():
     flips, magnifications = set(), []
     for seed in SEEDS:
         _, mask = augmentation(*columns(), seed)
@@ -107,7 +151,7 @@ def test_flips_and_scales_cover_their_range(augmentation):
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_enlarged_pictures_are_cut_and_shrunk_ones_placed_anywhere(augmentation, axis):
+def test_enlarged_pictures_are_cut_and_shrunk_ones_placed_anywhere(axis):
     """Where the window lies in the picture, or the picture in the window: 0 is at the left or top, 1 at the other."""
     cut, placed = [], []
     photo, mask = columns()
@@ -123,7 +167,7 @@ def test_enlarged_pictures_are_cut_and_shrunk_ones_placed_anywhere(augmentation,
     assert min(cut) < 0.2 < 0.8 < max(cut) and min(placed) < 0.2 < 0.8 < max(placed)
 
 
-def test_colours_vary_where_labels_do_not(augmentation):
+def test_colours_vary_where_labels_do_not():
     photo = torch.tensor([200, 120, 60], dtype=torch.uint8).view(3, 1, 1).expand(3, SIZE, SIZE).contiguous()
     mask = torch.ones(SIZE, SIZE, dtype=torch.uint8)
     colours = set()
@@ -134,7 +178,7 @@ def test_colours_vary_where_labels_do_not(augmentation):
     assert len(colours) > 15
 
 
-def test_masks_get_no_value_they_had_not(augmentation):
+def test_masks_get_no_value_they_had_not():
     """Interpolated class indices would be other classes."""
     values = torch.tensor([0, 7, 20, 200], dtype=torch.uint8)
     mask = values[torch.randint(4, (SIZE, SIZE), generator=torch.Generator().manual_seed(0))]
@@ -144,26 +188,18 @@ def test_masks_get_no_value_they_had_not(augmentation):
 
 
 @pytest.mark.parametrize("size", [32, 33, 64])
-def test_sizes_and_types_stay(size):
-    photo, mask = torch.zeros(3, size, size, dtype=torch.uint8), torch.zeros(size, size, dtype=torch.uint8)
-    for seed in range(10):
-        for before, after in zip((photo, mask), Augmentation(size)(photo, mask, seed), strict=True):
-            assert type(after) is Tensor and after.dtype == torch.uint8 and after.shape == before.shape
+def test_sizes_stay_and_colours_are_in_range(size):
+    images, labels = torch.full((10, 3, size, size), 255, dtype=torch.uint8), torch.zeros(10, size, size).byte()
+    images, augmented = augment(images, labels, torch.arange(10))
+    assert (images.dtype, images.shape, augmented.dtype) == (torch.float32, (10, 3, size, size), torch.uint8)
+    assert augmented.shape == labels.shape and images.min() >= 0 and images.max() == 255
 
 
-def test_equal_seeds_give_equal_results_whatever_came_before(augmentation):
-    once = [augmentation(*blocks(), seed) for seed in range(5)]
-    torch.manual_seed(99)
-    again = [Augmentation(SIZE)(*blocks(), seed) for seed in reversed(range(5))][::-1]
-    for (photo, mask), (other_photo, other_mask) in zip(once, again, strict=True):
-        assert torch.equal(photo, other_photo) and torch.equal(mask, other_mask)
-
-
-def test_different_seeds_give_different_results(augmentation):
+def test_different_seeds_give_different_results():
     assert len({augmentation(*blocks(), seed)[0].numpy().tobytes() for seed in range(30)}) == 30
 
 
-def test_augmentation_leaves_every_global_generator_alone(augmentation):
+def test_augmentation_leaves_every_global_generator_alone():
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
     augmentation(*blocks(), 1)
     assert torch.equal(torch.get_rng_state(), before[0])
@@ -171,7 +207,7 @@ def test_augmentation_leaves_every_global_generator_alone(augmentation):
 
 
 @pytest.mark.gpu
-def test_augmentation_leaves_the_generator_of_the_gpu_alone(augmentation):
+def test_augmentation_leaves_the_generator_of_the_gpu_alone():
     """Dropout on the GPU must not depend on which example was fetched last."""
     torch.cuda.manual_seed(5)
     before = torch.cuda.get_rng_state()
@@ -179,7 +215,7 @@ def test_augmentation_leaves_the_generator_of_the_gpu_alone(augmentation):
     assert torch.equal(torch.cuda.get_rng_state(), before)
 
 
-def test_augmentation_does_not_write_into_its_input(augmentation):
+def test_augmentation_does_not_write_into_its_input():
     photo, mask = blocks()
     for seed in range(10):
         augmentation(photo, mask, seed)
@@ -189,34 +225,55 @@ def test_augmentation_does_not_write_into_its_input(augmentation):
 # ---------------------------------------------------------------------------------------------------- resizing
 
 
-def test_squash_gives_a_square_of_photo_and_mask():
-    photo, mask = squash(Image.new("RGB", (50, 30)), Image.new("P", (50, 30)), 32)
-    assert (photo.size, photo.mode, mask.size, mask.mode) == ((32, 32), "RGB", (32, 32), "P")
+def test_params_allow_every_way_of_resizing():
+    assert all(Params.fault("resize", name) is None for name in RESIZES) and Params().resize == "squash"
+    assert all(f'"{name}"' in Params.fault("resize", "nonesuch") for name in RESIZES)
 
 
-def test_squash_works_without_a_mask():
-    assert squash(Image.new("RGB", (50, 30)), None, 32)[1] is None
+@pytest.mark.parametrize("resize", RESIZES)
+@pytest.mark.parametrize("size", [(50, 30), (3, 700), (1, 1)], ids=str)
+def test_photo_and_mask_become_squares(resize, size):
+    photo, mask = to_square(Image.new("RGB", size), Image.new("P", size), 32, resize)
+    assert (photo.size, photo.mode, mask.size) == ((32, 32), "RGB", (32, 32))
+    assert to_square(Image.new("RGB", size), None, 32, resize)[1] is None
 
 
-def test_squash_averages_the_photo_when_it_shrinks():
+@pytest.mark.parametrize(
+    ("size", "box"),
+    [((50, 30), (0, 6, 32, 25)), ((30, 50), (6, 0, 25, 32)), ((9, 9), (0, 0, 32, 32)), ((4000, 1), (0, 16, 32, 17))],
+    ids=str,
+)
+def test_a_letterbox_keeps_the_shape_and_pads_both_sides_alike(size, box):
+    photo, mask = to_square(Image.new("RGB", size, "white"), Image.new("P", size, 7), 32, "letterbox")
+    assert photo.getbbox() == (0, 0, 32, 32)
+    inside = np.zeros((32, 32), bool)
+    inside[box[1] : box[3], box[0] : box[2]] = True
+    assert (np.array(photo) == np.where(inside[..., None], 255, PADDING)).all()
+    assert (np.array(mask) == np.where(inside, 7, VOID)).all()
+
+
+def test_resizing_averages_the_photo_when_it_shrinks():
     """Picking single pixels of a fine chequerboard would give black and white."""
     board = (np.indices((128, 96)).sum(0) % 2 * 255).astype(np.uint8)
-    photo, _ = squash(Image.fromarray(board).convert("RGB"), None, 32)
+    photo, _ = to_square(Image.fromarray(board).convert("RGB"), None, 32, "squash")
     inner = np.asarray(photo, dtype=int)[2:-2, 2:-2]
     assert abs(inner - 127.5).max() < 12
 
 
-def test_squash_picks_labels_and_never_blends_them():
+@pytest.mark.parametrize("resize", RESIZES)
+def test_resizing_picks_labels_and_never_blends_them(resize):
     labels = np.random.default_rng(0).choice(np.array([0, 7, 20, 255], dtype=np.uint8), (77, 51))
-    _, mask = squash(Image.new("RGB", (51, 77)), Image.fromarray(labels), 32)
+    _, mask = to_square(Image.new("RGB", (51, 77)), Image.fromarray(labels), 32, resize)
     assert set(np.unique(mask)) <= {0, 7, 20, 255}
 
 
-def test_squash_keeps_photo_and_mask_aligned():
+@pytest.mark.parametrize("resize", RESIZES)
+def test_resizing_keeps_photo_and_mask_aligned(resize):
     side = np.zeros((90, 130), dtype=np.uint8)
     side[40:, 70:] = 255
-    photo, mask = squash(Image.fromarray(side).convert("RGB"), Image.fromarray(side), 32)
-    disagree = (np.asarray(photo)[..., 0] > 127) != (np.asarray(mask) > 127)
+    photo, mask = to_square(Image.fromarray(side).convert("RGB"), Image.fromarray(side), 32, resize)
+    inside = np.asarray(photo)[..., 1] != PADDING[1]
+    disagree = inside & ((np.asarray(photo)[..., 0] > 127) != (np.asarray(mask) > 127))
     assert disagree.sum() <= 32  # less than a pixel along the outline
 
 

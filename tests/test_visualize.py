@@ -87,7 +87,7 @@ def test_a_comparison_shows_photo_truth_and_prediction_of_each_example_in_its_pl
     images = np.stack([np.full((8, 8, 3), grey, dtype=np.uint8) for grey in (50, 200)])
     labels = np.stack([np.full((8, 8), 3), np.full((8, 8), VOID)]).astype(np.uint8)
     predictions = np.stack([np.full((8, 8), 5), np.full((8, 8), 0)]).astype(np.uint8)
-    picture = comparison(images, labels, predictions, names, side=40)
+    picture = comparison(list(zip(images, labels, predictions, strict=True)), names, side=40)
     for column, (photo, truth, prediction) in enumerate([(50, 3, 5), (200, VOID, 0)]):
         x = 90 + column * (40 + MARGIN) + 20
         centres = [picture.getpixel((x, MARGIN + row * (40 + MARGIN) + 20)) for row in range(3)]
@@ -98,8 +98,8 @@ def test_a_comparison_shows_photo_truth_and_prediction_of_each_example_in_its_pl
 
 def test_the_legend_shows_what_is_in_the_picture_and_grows_with_it():
     def picture(*classes: int) -> Image.Image:
-        labels = np.array(classes, dtype=np.uint8).reshape(1, 1, -1)
-        return comparison(np.zeros((1, 1, len(classes), 3), np.uint8), labels, labels, CLASS_NAMES, side=40)
+        labels = np.array(classes, dtype=np.uint8).reshape(1, -1)
+        return comparison([(np.zeros((1, len(classes), 3), np.uint8), labels, labels)], CLASS_NAMES, side=40)
 
     below = 3 * (40 + MARGIN) + MARGIN
     assert swatches(picture(2, 3), below=below) == {colour(2), colour(3)}

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from engine.training import Training
 from evaluate import evaluate
 from model.net import FCN_GCN
-from model.transforms import _mean_and_deviation
+from model.transforms import _mean_and_deviation, _padding
 from model.voc import CLASS_NAMES
 from params import Params
 from train import train_epoch
@@ -45,12 +45,13 @@ class Waits(TorchDispatchMode):
 
 
 class Batches(list):
-    """Images and labels, such as a loader gives."""
+    """Images, labels and seeds, such as a loader gives."""
 
     class_names = CLASS_NAMES
 
     def __init__(self, count: int):
-        batch = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2, 32, 32, dtype=torch.uint8)
+        images, labels = (torch.zeros(2, *shape, 32, 32, dtype=torch.uint8) for shape in ((3,), ()))
+        batch = images, labels, torch.arange(2)
         super().__init__([batch] * count)
 
     @property
@@ -63,14 +64,14 @@ class Batches(list):
 
     @property
     def sizes(self):
-        return [len(images) for images, _ in self]
+        return [len(images) for images, *_ in self]
 
 
 @pytest.mark.parametrize(
     "options",
     [
         {"clip_grad_norm": 1.0, "ema_decay": 0.9, "dropout_rate": 0.1, "loss_weights": {"balanced_cross_entropy": 1.0}},
-        {"accumulation_steps": 2, "schedule": "poly", "optimizer": "adamw"},
+        {"accumulation_steps": 2, "schedule": "poly", "optimizer": "adamw", "augment": True},
     ],
     ids=str,
 )
@@ -81,7 +82,7 @@ def test_waits_do_not_grow_with_the_number_of_batches(options):
     training.eval_model.to(META)
     for group in training.optimizer.param_groups:  # the fused kernel is unknown to this device
         group |= {"params": list(training.model.parameters()), "fused": False, "foreach": True}
-    _mean_and_deviation(META, True)  # stays there
+    _mean_and_deviation(META, True), _padding(META)  # which stay there
     seen = {}
     for count in (1, 3):
         with Waits() as waits:
