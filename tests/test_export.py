@@ -1,9 +1,10 @@
 import argparse
+import itertools
 import json
 import math
 import os
+import random
 import re
-import shutil
 import sys
 from pathlib import Path
 
@@ -12,14 +13,16 @@ import onnx
 import pytest
 import torch
 from conftest import ROOT, make_data, make_experiment, run_script
+from PIL import Image
 from torch import nn
 
 import export
 from engine import checkpoints, folders
-from model import UserError
+from model import HEADS, UserError
+from model.inference import Segmenter
 from model.net import FCN_GCN
-from model.photos import read_example
-from model.transforms import IMAGENET_MEAN, IMAGENET_STD, to_input
+from model.photos import read_photo
+from model.transforms import IMAGENET_MEAN, IMAGENET_STD, PADDING, RESIZES, squares
 from params import Params
 from utils import RunFailed
 
@@ -52,7 +55,8 @@ def exported(tmp_path_factory):
     """A run with averaged weights and what export.py makes of it: (experiment, data, its output)."""
     folder = tmp_path_factory.mktemp("exported")
     data = make_data(folder / "data", train=4, val=2)
-    experiment = make_experiment(folder / "run", num_epochs=1, batch_size=2, ema_decay=0.5, learning_rate=0.01)
+    options = {"num_epochs": 1, "batch_size": 2, "ema_decay": 0.5, "learning_rate": 0.01, "resize": "letterbox"}
+    experiment = make_experiment(folder / "run", **options)
     run_script("train.py", "--model_dir", experiment, "--data_dir", data)
     return experiment, data, run_export(experiment, data)
 
@@ -107,6 +111,8 @@ def test_the_file_says_what_it_is_and_nothing_of_the_machine(exported):
         "mean": list(IMAGENET_MEAN),
         "std": list(IMAGENET_STD),
         "image_size": 32,
+        "resize": "letterbox",
+        "padding": list(PADDING),
         "epoch": 1,
         "git_commit": folders.git_commit(),
     }
@@ -123,21 +129,26 @@ def test_without_normalization_the_file_says_zeros_and_ones():
     assert (about["mean"], about["std"], about["epoch"]) == ("[0.0, 0.0, 0.0]", "[1.0, 1.0, 1.0]", "null")
 
 
+@pytest.mark.parametrize("resize", RESIZES)
 def test_the_example_of_the_page_finds_the_classes_that_evaluate_scores(
-    exported, networks, tmp_path, monkeypatch, capsys
+    exported, networks, tmp_path, monkeypatch, capsys, resize
 ):
     experiment, data, _ = exported
-    (tmp_path / "experiments").mkdir()
-    (tmp_path / "experiments" / "quickstart").symlink_to(experiment)
-    shutil.copy(data / "JPEGImages" / "val1.jpg", tmp_path / "photo.jpg")
+    (tmp_path / "experiments" / "quickstart").mkdir(parents=True)
+    model = onnx.load(experiment / "best.onnx")
+    next(entry for entry in model.metadata_props if entry.key == "resize").value = json.dumps(resize)
+    onnx.save(model, tmp_path / "experiments" / "quickstart" / "best.onnx")
+    Image.open(data / "JPEGImages" / "val1.jpg").resize((90, 53)).save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
     section = (ROOT / "docs" / "EXPORT.md").read_text()
     names = {}
     exec(re.search(r"```python\n(.*?)```", section, flags=re.DOTALL)[1], names)
 
-    pixels = read_example(tmp_path / "photo.jpg", None, image_size=32, num_classes=21)[None, ..., :3]
-    images = to_input(torch.from_numpy(pixels).permute(0, 3, 1, 2), "cpu", channels_last=False)
-    expected = networks[1](images).argmax(1)[0].numpy()
+    photo = read_photo(tmp_path / "photo.jpg")
+    segmenter = Segmenter(networks[1], torch.device("cpu"), image_size=32, resize=resize, channels_last=False)
+    ((logits,),) = segmenter.logits(squares([photo], [32], resize), [photo.size])
+    expected = logits.argmax(0).numpy()
+    assert names["classes"].shape == expected.shape == ((32, 32) if resize == "squash" else (19, 32))
     assert (names["classes"] == expected).mean() > 0.999
     assert "background" in capsys.readouterr().out or 0 not in expected
 
@@ -303,3 +314,44 @@ def test_every_architecture_is_exported(tmp_path, options):
     session = export.open_onnx(tmp_path / "x.onnx")
     for size in (*SIZES, (1, 224, 224), (1, 57, 331)):
         assert difference(session, model, size) < 1e-4, size
+
+
+# ---------------------------------------------------------------------------------------- any experiment
+
+
+CHOICES = {
+    "resize": tuple(RESIZES),
+    "augment": (False, True),
+    "head": HEADS,
+    "boundary_refinement": (False, True),
+    "stem_maxpool": (False, True),
+}
+COMBINATIONS = [dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*CHOICES.values())]
+
+
+def goes_through(folder: Path, options: dict) -> None:
+    """Train a step, evaluate at the photos' own size, export and predict, as a user would."""
+    data, experiment = make_data(folder / "data", train=2, val=2), make_experiment(folder / "run", **options)
+    for id_ in ("val0", "val1"):  # a wide one and a tall one
+        for file in (data / "JPEGImages" / f"{id_}.jpg", data / "SegmentationClass" / f"{id_}.png"):
+            with Image.open(file) as picture:
+                picture.resize((90, 40) if id_ == "val0" else (33, 70), Image.Resampling.NEAREST).save(file)
+    flags = "--model_dir", experiment, "--data_dir", data
+    run_script("train.py", *flags)
+    run_script("evaluate.py", *flags, "--original_size", "--save_overlays", 1)
+    run_script("export.py", *flags)
+    run_script("predict.py", data / "JPEGImages", "--model_dir", experiment, "--output_dir", folder / "out")
+    with Image.open(folder / "out" / "val1.png") as prediction:
+        assert prediction.size == (33, 70)
+
+
+@pytest.mark.parametrize("number", range(2))
+def test_any_combination_of_resizing_augmentation_and_head_goes_through(tmp_path, number):
+    print(drawn := random.SystemRandom().choice(COMBINATIONS))  # pytest shows it where this fails
+    goes_through(tmp_path, drawn | {"num_epochs": 1, "batch_size": 2})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", COMBINATIONS, ids=str)
+def test_every_combination_goes_through(tmp_path, options):
+    goes_through(tmp_path, options | {"num_epochs": 1, "batch_size": 2})
