@@ -76,19 +76,22 @@ class Coordinator:
 
     def run_trial(self, trial: Trial, folder: Path, params: Values) -> float:
         """Train, resume, or count what is finished already."""
+        log = folder / "train.log"
+        earlier = log.stat().st_size if log.exists() else 0
         with ExitStack() as held:
             process = self.start(folder, params, held)
             held.callback(self.end, process)
             code = self.follow(trial, process, folder, Params.parse(params, folder))
         history = read_history(folder)
         if code or not history:
-            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-            log = (folder / "train.log").read_text(errors="replace").splitlines()
-            raise TrialFailed(how, *[line for line in log if line.strip()][-LOG_LINES:])
+            how = f"killed by signal {-code}, {signal.strsignal(-code)}" if code < 0 else f"exit status {code}"
+            lines = log.read_bytes()[earlier:].decode(errors="replace").splitlines()
+            raise TrialFailed(how, *[line for line in lines if line.strip()][-LOG_LINES:])
         best = best_epoch(history, self.study.metric)
         value = score(best, self.study.metric)
         say(f"{folder.name}: finished, best {self.study.metric} {value:.4f} at epoch {best['epoch']}", sys.stdout)
-        self.study.keep_pictures(trial, folder)
+        with suppress(OSError):  # the trial is finished without them
+            self.study.keep_pictures(trial, folder)
         return value
 
     def start(self, folder: Path, params: Values, held: ExitStack) -> Any:
@@ -118,7 +121,7 @@ class Coordinator:
             for epoch in epochs:
                 trial.report(value := score(epoch, metric), reported := epoch["epoch"])
                 say(f"{folder.name}: epoch {reported}/{params.num_epochs}, {metric} {value:.4f}", sys.stdout)
-            if code is not None:
+            if code is not None and not (code and self.signals):  # which may have ended it too
                 return code
             self.stop_if_asked()
             may_prune = self.prune_from is not None and epochs and first <= reported < params.num_epochs

@@ -111,6 +111,7 @@ def _spelling(value: Any) -> str:
 def grid(spaces: list[Space], base: Values, path: Path) -> dict[str, Values]:
     """Return every combination, by the name of its folder. Raises UserError for one that Params refuses."""
     trials: dict[str, Values] = {}
+    names: dict[str, str] = {}
     for space in spaces:
         title, lists = space.get("name"), {key: options for key, options in space.items() if key != "name"}
         if ranges := [key for key, options in lists.items() if isinstance(options, BaseDistribution)]:
@@ -121,11 +122,9 @@ def grid(spaces: list[Space], base: Values, path: Path) -> dict[str, Values]:
             name = trial_name(shown, title)
             if trials.setdefault(name, values) != values:
                 raise UserError(f"{path}: two trials would share the folder {name}; choose values that differ more")
+            if (other := names.setdefault(canonical(values), name)) != name:
+                raise UserError(f"{path}: {other} and {name} are the same trial; remove one of them")
             Params.parse(base | values, f"{path}, {name}")
-    names: dict[str, str] = {}
-    for name, values in trials.items():
-        if (other := names.setdefault(canonical(values), name)) != name:
-            raise UserError(f"{path}: {other} and {name} are the same trial; remove one of them")
     return trials
 
 
@@ -138,14 +137,13 @@ def distributions(spaces: list[Space], base: Values, path: Path) -> dict[str, Ba
     """Return the space that a sampler draws from. Raises UserError if Params refuses some combination."""
     if len(spaces) > 1 or "name" in spaces[0]:
         raise UserError(f'{path}: a list of objects and "name" are for grids; --sampler random and tpe take one object')
-    worst, result = dict(base), {}
-    for key, options in spaces[0].items():
-        result[key] = CategoricalDistribution(list(map(choice, options))) if isinstance(options, list) else options
-        if key in ("warmup_epochs", "num_epochs"):  # the two keys with a rule between them
-            ends = options if isinstance(options, list) else [options.low, options.high]
-            worst[key] = max(ends) if key == "warmup_epochs" else min(ends)
+    space, worst = spaces[0], dict(base)
+    for key, end in {"warmup_epochs": max, "num_epochs": min}.items():  # the two keys with a rule between them
+        if options := space.get(key):
+            worst[key] = end(options if isinstance(options, list) else (options.low, options.high))
     Params.parse(worst, path)
-    return result
+    lists = {key: options for key, options in space.items() if isinstance(options, list)}
+    return space | {key: CategoricalDistribution(list(map(choice, options))) for key, options in lists.items()}
 
 
 def grid_distributions(trials: Iterable[Values]) -> dict[str, BaseDistribution]:

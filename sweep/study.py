@@ -1,7 +1,6 @@
 """The trials of a sweep: which there are, which are still to run, and the Optuna study that remembers them."""
 
 import json
-import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from filelock import FileLock
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from optuna.distributions import BaseDistribution, check_distribution_compatibility
 from optuna.storages.journal import JournalFileBackend
@@ -30,23 +28,18 @@ class NotRun(Exception):
 
 
 class Journal(JournalFileBackend):
-    """A journal that first removes what a full disk or a kill has left of the last line."""
+    """A journal that writes nothing after a line that a full disk has cut short."""
 
     failure: RunFailed | None = None  # to append
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Append entries, one per line. Raises RunFailed where the file cannot be written."""
+        """Append entries, one per line. Raises RunFailed where the file cannot be written, from then on."""
         try:
-            with open(self._file_path, "rb+") as stream:
-                if stream.seek(0, os.SEEK_END):
-                    stream.seek(-1, os.SEEK_END)
-                    if stream.read() != b"\n":
-                        stream.seek(0)
-                        stream.truncate(stream.read().rfind(b"\n") + 1)
-            super().append_logs(logs)
+            if self.failure is None:
+                return super().append_logs(logs)
         except OSError as error:
             self.failure = RunFailed(f"{self._file_path}: {error.strerror}; the same command resumes the sweep")
-            raise self.failure from None
+        raise self.failure
 
 
 @dataclass
@@ -70,32 +63,38 @@ class Study:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.metric = self.base.get("best_metric", Params.best_metric)
         self.study = self._open(self.parent_dir / "study.journal")
+        begun = [entry.user_attrs for entry in self._entries() if entry.user_attrs.keys() >= {"values", "folder"}]
         self.names = {canonical(values): name for name, values in self.grid.items()}
-        for attempt in (entry.user_attrs for entry in self._entries()):
-            if "folder" in attempt:  # which a trial keeps, whatever it would be called now
-                self.names[canonical(attempt["values"])] = attempt["folder"]
-        size, self.grid = len(self.grid), {self.name(values): values for values in self.grid.values()}
-        self._drawing = threading.Lock()
-        self._check(size)
+        self.names |= {canonical(attempt["values"]): attempt["folder"] for attempt in begun}  # which a trial keeps
+        grid = {self.name(values): values for values in self.grid.values()}
+        if len(grid) < len(self.grid):
+            space_file = self.parent_dir / "search_space.json"
+            raise UserError(f'{space_file}: a new trial has the name of one that has begun; choose another "name"')
+        self.grid, self._drawing = grid, threading.Lock()
+        self._check()
         self.study.set_user_attr("base", self.base)
         self._queue(min(self.n_trials, FIRST_DRAWS) if self.tpe else self.n_trials)
 
     def _open(self, path: Path) -> optuna.Study:
-        lock = FileLock(f"{path}.lock")  # the operating system's: it ends with its process, Optuna's own 30 s later
         direction: Any = "maximize" if better_of(self.metric) is max else "minimize"
-        self.journal, pruner = Journal(str(path), lock_obj=lock), optuna.pruners.MedianPruner()  # type: ignore[arg-type]
+        lock: Any = threading.Lock()  # one process writes; Optuna's own would outlive a kill by 30 s
+        self.journal, pruner = Journal(str(path), lock_obj=lock), optuna.pruners.MedianPruner()
+        with open(path, "rb+") as stream:  # a kill may have left a part of the last line
+            stream.truncate(stream.read().rfind(b"\n") + 1)
         try:
             storage = optuna.storages.JournalStorage(self.journal)
             return optuna.create_study(
                 storage=storage, pruner=pruner, study_name="sweep", direction=direction, load_if_exists=True
             )
         except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-            raise UserError(f"{path} is damaged ({error}); move it away: finished trials are kept") from None
+            raise UserError(
+                f"{path} is damaged ({error}); move it away: a grid finds its finished trials again"
+            ) from None
 
     def _entries(self) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False)
 
-    def _check(self, size: int) -> None:
+    def _check(self) -> None:
         before = self.study.user_attrs.get("base", self.base)
         if changed := [key for key in {**before, **self.base} if before.get(key) != self.base.get(key)]:
             changes = [f"{key} {json.dumps(before.get(key))} -> {json.dumps(self.base.get(key))}" for key in changed]
@@ -103,17 +102,14 @@ class Study:
                 f"{self.parent_dir / 'params.json'} has changed since this sweep began ({', '.join(changes)}): "
                 "set it back, or start a sweep in another folder"
             )
-        space_file = self.parent_dir / "search_space.json"
-        if len(self.grid) < size:
-            raise UserError(f'{space_file}: a new trial has the name of one that has begun; choose another "name"')
         drawn_from = {} if self.grid else {k: d for entry in self._entries() for k, d in entry.distributions.items()}
         for key in drawn_from.keys() & self.space:
             try:
                 check_distribution_compatibility(drawn_from[key], self.space[key])
             except ValueError:
                 raise UserError(
-                    f'{space_file}: "{key}" was drawn from other choices before, and samplers can only move the ends '
-                    "of a range; set it back, or start a sweep in another folder"
+                    f'{self.parent_dir / "search_space.json"}: "{key}" was drawn from other choices before, and '
+                    "samplers can only move the ends of a range; set it back, or start a sweep in another folder"
                 ) from None
 
     def name(self, values: Values) -> str:
@@ -122,12 +118,10 @@ class Study:
 
     def trials(self) -> dict[str, FrozenTrial]:
         """Return the attempt that counts of every trial that is in the grid, or has been drawn, by name."""
-        result = {}
-        for entry in self._entries():
-            never_begun = entry.state == TrialState.FAIL and "folder" not in entry.user_attrs
-            if "values" in entry.user_attrs and not never_begun:
-                result[self.name(entry.user_attrs["values"])] = entry
-        return {name: entry for name, entry in result.items() if not self.grid or name in self.grid}
+        needed = {TrialState.FAIL: {"values", "folder"}}  # without a folder it has never begun
+        counted = [entry for entry in self._entries() if entry.user_attrs.keys() >= needed.get(entry.state, {"values"})]
+        named = {self.name(entry.user_attrs["values"]): entry for entry in counted}
+        return {name: entry for name, entry in named.items() if not self.grid or name in self.grid}
 
     def _queue(self, draws: int) -> None:
         """Queue what is new, has failed or was cut short, and what was finished in a folder that is gone."""
@@ -163,10 +157,11 @@ class Study:
         """Let Optuna run count trials, from another seed at every start, or TPE would repeat its draws."""
         seed = (self.base.get("seed", Params.seed) + len(self._entries())) % 2**32
         self.study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)  # running trials count as bad
-        with suppress(RunFailed):  # of the journal
+        try:
             self.study.optimize(objective, count, n_jobs=jobs, catch=catch)
-        if self.journal.failure:
-            raise self.journal.failure
+        finally:
+            if self.journal.failure:  # of which Optuna may have made an AssertionError
+                raise self.journal.failure
 
     def begin(self, trial: Trial) -> tuple[str, Values]:
         """Return the folder and the values of a trial whose turn has come. Raises NotRun if it is not to be run."""
@@ -191,7 +186,6 @@ class Study:
     def keep_pictures(self, trial: Trial, folder: Path) -> None:
         """Copy a trial's pictures to where optuna-dashboard finds them."""
         (artifacts := self.parent_dir / ".artifacts").mkdir(exist_ok=True)
-        for file in (folder / "samples.png", folder / "curves.png"):
-            if file.exists():
-                store = FileSystemArtifactStore(artifacts)
-                upload_artifact(artifact_store=store, file_path=str(file), study_or_trial=trial)
+        store = FileSystemArtifactStore(artifacts)
+        for file in filter(Path.exists, (folder / "samples.png", folder / "curves.png")):
+            upload_artifact(artifact_store=store, file_path=str(file), study_or_trial=trial)

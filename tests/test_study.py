@@ -1,5 +1,6 @@
 """Which trials a sweep runs: each once, whatever happened before. No train.py here; see test_search_hyperparams.py."""
 
+import errno
 import json
 import threading
 from collections.abc import Callable
@@ -7,11 +8,13 @@ from pathlib import Path
 
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from model import UserError
 from sweep.space import Values, grid_distributions, trial_name
 from sweep.study import Study
+from utils import RunFailed
 
 RATES = [{"learning_rate": rate} for rate in (0.1, 0.01, 0.001)]
 NAMES = [trial_name(values) for values in RATES]
@@ -228,11 +231,28 @@ def test_what_a_kill_left_of_a_line_is_removed_and_nothing_else_is_lost(tmp_path
     assert run(start(tmp_path, RATES)) == NAMES[2:], "it had not finished after all"
 
 
-def test_a_line_that_a_full_disk_cut_short_is_mended_before_the_next(tmp_path):
-    study = start(tmp_path, RATES)
-    with open(tmp_path / "study.journal", "ab") as stream:
-        stream.write(b'{"op_code":')
-    assert run(study) == NAMES
+@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("appends", [1, 4, 6, 9])
+def test_a_line_that_a_full_disk_cut_short_is_mended_at_the_next_start(tmp_path, monkeypatch, appends, jobs):
+    """Whatever Optuna was about to write, its own errors about that included; and nothing comes after half a line."""
+    written = []
+
+    def until_full(journal, logs):
+        written.append(logs)
+        if len(written) < appends:
+            return append(journal, logs)
+        with open(tmp_path / "study.journal", "ab") as stream:
+            stream.write(json.dumps(logs[0]).encode()[:9])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    study, append = start(tmp_path, RATES), JournalFileBackend.append_logs
+    with monkeypatch.context() as patch:
+        patch.setattr(JournalFileBackend, "append_logs", until_full)
+        with pytest.raises(RunFailed, match="No space left on device; the same command resumes the sweep"):
+            run(study, jobs=jobs)
+    assert len(written) == appends
+    finished = {name for name, state in states(start(tmp_path, RATES)).items() if state == "COMPLETE"}
+    assert set(run(start(tmp_path, RATES))) == {*NAMES} - finished
     assert all(json.loads(line) for line in (tmp_path / "study.journal").read_text().splitlines())
     assert states(start(tmp_path, RATES)) == dict.fromkeys(NAMES, "COMPLETE")
 
