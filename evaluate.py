@@ -27,6 +27,7 @@ from engine.cli import (
 )
 from engine.devices import autocast, loading_options
 from engine.folders import data_dir
+from engine.training import scalars
 from model import UserError
 from model.data_loader import (
     Loader,
@@ -240,7 +241,7 @@ def table(metrics: dict) -> str:
     }
     columns = {title: metrics[key] for title, key in columns.items() if key in metrics}
     rows = [(table_text(name), *(column[name] for column in columns.values())) for name in metrics["IoU"]]
-    overall = [(key, value) for key, value in metrics.items() if isinstance(value, float)]
+    overall = [(key, value) for key, value in scalars(metrics).items() if value is not None]
     options: dict[str, Any] = {"tablefmt": "pipe", "floatfmt": ".4f", "missingval": "-"}
     options["disable_numparse"] = [0]  # names stay, also those that look like numbers
     classes = tabulate(rows, headers=("class", *columns), **options)
@@ -270,6 +271,7 @@ def score_checkpoint(device: torch.device, args: argparse.Namespace) -> None:
         metrics, matrix = score_originals(segmenter, originals, params, args, overlays=overlays)
     else:
         make_dataset = partial(SegmentationDataset, split, class_names=names, image_size=params.image_size)
+        record |= {"image_size": params.image_size, "resize": params.resize}
         dataset = distributed.local_rank0_first(lambda: make_dataset(resize=params.resize, cache=params.cache))
         loader = make_loader(dataset, batch_size=params.scoring_batch_size, device=device, **loading_options(params))
         matrix = ConfusionMatrix(params.num_classes, device)

@@ -209,7 +209,7 @@ class Params:
 
     def network_options(self) -> dict[str, Any]:
         """Return the keywords of model.net.FCN_GCN but for pretrained."""
-        return {key: getattr(self, key) for key in (*ARCHITECTURE, "dropout_rate", "zero_init_residual")}
+        return {key: getattr(self, key) for key in (*ARCHITECTURE, *TRAINING_OPTIONS)}
 
     def loss_options(self) -> dict[str, Any]:
         """Return the keywords of model.losses.SegmentationLoss but for over_processes."""
@@ -226,6 +226,7 @@ class Params:
 
 
 SCORED_AT_ONCE = 32 * 224**2  # pixels
+TRAINING_OPTIONS = ("dropout_rate", "zero_init_residual")  # of the network, on which its weights do not depend
 INPUT = ("normalize", "resize")  # without which weights mean something else
 ARCHITECTURE = ("num_classes", "kernel_size", "head", "boundary_refinement", "stem_maxpool", "gcn_padding")
 

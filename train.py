@@ -12,7 +12,7 @@ from torch import nn
 
 from engine import distributed, ranks
 from engine.checkpoints import Restored, agreed_class_names, init_from
-from engine.cli import experiment_parser, require, run_main, stopping_together
+from engine.cli import checkpoint_name, defer_signals, experiment_parser, require, run_main
 from engine.devices import autocast, loading_options, resolve_precision, seed_everything, to_device
 from engine.outputs import EpochOutputs, EpochProgress, best_line
 from engine.run import (
@@ -44,7 +44,9 @@ def parse_args() -> argparse.Namespace:
     start.add_argument(
         "--resume", action="store_true", help="continue from last.pth.tar if model_dir has one, else start: for queues"
     )
-    start.add_argument("--restore_file", help="continue the run in model_dir from this checkpoint, as last")
+    start.add_argument(
+        "--restore_file", type=checkpoint_name, help="continue the run in model_dir from this checkpoint, as last"
+    )
     start.add_argument(
         "--init_from", type=Path, metavar="FILE", help="start a new run from the weights of this checkpoint"
     )
@@ -69,7 +71,7 @@ def train(training: Training, train_loader: Loader, val_loader: Loader, outputs:
         training.check_epoch(train_metrics, val_metrics)
         training.end_epoch(train_metrics, val_metrics, seconds=time.perf_counter() - start, images_per_second=speed)
         if ranks.is_main():
-            outputs.write(training, val_loader.dataset)
+            outputs.write_epoch(training, val_loader.dataset)
         distributed.stop_together()
     logging.info(f"{training.finished.reason}; {best_line(training)}, in {outputs.model_dir}")
     if ranks.is_main():
@@ -97,7 +99,7 @@ def train_epoch(training: Training, loader: Loader) -> dict:
             if params.augment:
                 images, labels = augment(images, labels, seeds)
             group, ends_group = training.accumulation(step, len(loader))
-            with training.sharded(sizes[step], ends_group=ends_group), autocast(device, params.precision):
+            with training.synchronized(sizes[step], ends_group=ends_group), autocast(device, params.precision):
                 logits = training.forward(to_input(images, device, **params.input_options()))
             loss = criterion(logits, labels)
             losses[step] = loss.detach()
@@ -134,7 +136,7 @@ def build_model(params: Params, weights: Path | None, *, resumed: bool) -> tuple
     """
     pretrained = params.pretrained and not resumed and weights is None and ranks.is_main()
     model = FCN_GCN(**params.network_options(), pretrained=pretrained)
-    return model, init_from(model, weights) if weights and ranks.is_main() else ""
+    return model, init_from(model, weights, params) if weights and ranks.is_main() else ""
 
 
 def make_loaders(
@@ -158,15 +160,16 @@ def make_loaders(
 def build_and_train(params: Params, device: torch.device, args: argparse.Namespace, start: Start) -> None:
     """Build data, network and training state, as a checkpoint left them if the run resumes, and train."""
     restored = distributed.broadcast_from_main(lambda: read_checkpoint(params, start, args.model_dir))
-    data = distributed.local_rank0_first(lambda: find_data(params, args.data_dir, restored))
-    train_split, val_split, names = data
+    train_split, val_split, names = distributed.local_rank0_first(lambda: find_data(params, args.data_dir, restored))
     check_same_lists(train_split, val_split)
 
     seed_everything(params.seed, deterministic=params.deterministic)
     with distributed.together():
         model, fresh_layers = build_model(params, start.init_from, resumed=restored is not None)
     to_device(model, params, device)
-    train_loader, val_loader = distributed.local_rank0_first(lambda: make_loaders(*data, params, device))
+    train_loader, val_loader = distributed.local_rank0_first(
+        lambda: make_loaders(train_split, val_split, names, params, device)
+    )
     training = Training(
         model,
         params,
@@ -184,7 +187,7 @@ def build_and_train(params: Params, device: torch.device, args: argparse.Namespa
         return
     sizes = f"{len(train_split.ids)} images of {params.train_split}, {len(val_split.ids)} of val"
     outputs = open_outputs(training, args, start, sizes=sizes, fresh_layers=fresh_layers, restored=restored)
-    with stopping_together():
+    with defer_signals():
         train(training, train_loader, val_loader, outputs)
 
 

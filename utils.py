@@ -80,7 +80,9 @@ def read_json(path: str | Path, *, if_absent: str) -> Any:
     path = Path(path)
     refuse_irregular(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+        return json.loads(
+            path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique_keys, parse_constant=_no_constant
+        )
     except FileNotFoundError:
         raise UserError(f"no {path}; {if_absent}") from None
     except OSError as error:
@@ -260,6 +262,14 @@ def set_logger(log_file: Path) -> None:
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(to_file)
     logger.addHandler(_Terminal(sys.stdout))
+
+
+def log_to_file(message: str) -> None:
+    """Write an error to the log file only, for whom the terminal is gone; a full disk has been told already."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, _LogFile):
+            with suppress(OSError):
+                handler.handle(logging.makeLogRecord({"levelname": "ERROR", "msg": message}))
 
 
 def first_line(error: Exception) -> str:

@@ -69,7 +69,7 @@ def make_step(training: Training, batch_size: int) -> Callable:
 
     def step(*, ends_group: bool = True) -> float:
         start = time.perf_counter()
-        with training.sharded(batch_size, ends_group=ends_group), autocast(device, params.precision):
+        with training.synchronized(batch_size, ends_group=ends_group), autocast(device, params.precision):
             logits = training.forward(to_input(images, device, **params.input_options()))
         training.step(criterion(logits, labels), ends_group=ends_group)
         if device.type == "cuda":

@@ -109,7 +109,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 @contextmanager
-def stopping_together() -> Iterator[None]:
+def defer_signals() -> Iterator[None]:
     """Let none of several processes stop at a signal, while the context lasts, before all call stop_together()."""
     global _deferred
     _deferred = ranks.world_size() > 1
@@ -120,7 +120,7 @@ def stopping_together() -> Iterator[None]:
 
 
 def stop_if_asked() -> bool:
-    """Raise KeyboardInterrupt or Terminated if a signal has come; in stopping_together() only say whether one has.
+    """Raise KeyboardInterrupt or Terminated if a signal has come; in defer_signals() only say whether one has.
 
     The handler raises it at once; loops call this too, because Python drops what is raised in a destructor or a fork.
     """
@@ -186,7 +186,10 @@ def experiment_parser(
 def add_restore_file(parser: argparse.ArgumentParser) -> None:
     """Add the flag that names the checkpoint to predict with."""
     parser.add_argument(
-        "--restore_file", default="best", help="which checkpoint of model_dir: best, last (default: %(default)s)"
+        "--restore_file",
+        type=checkpoint_name,
+        default="best",
+        help="which checkpoint of model_dir: best, last (default: %(default)s)",
     )
 
 
@@ -200,6 +203,11 @@ def add_testing_flags(parser: argparse.ArgumentParser) -> None:
         help="average over these multiples of image_size, as 0.75 1 1.25",
     )
     parser.add_argument("--flip", action="store_true", help="average with the mirror image")
+
+
+def checkpoint_name(text: str) -> str:
+    """Parse the value of --restore_file, with or without the ending of the file."""
+    return text.removesuffix(".pth.tar")
 
 
 def require(package: str, purpose: str) -> None:

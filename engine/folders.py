@@ -12,21 +12,16 @@ from model import UserError
 from params import METRICS, Params
 from utils import ROOT, lock, read_json
 
+WHOLE_FILES = (  # what train.py writes whole or not at all, beside the checkpoints
+    *("run.json", "history.jsonl", "samples.png", "curves.png"),
+    *("metrics_val_last_weights.json", "metrics_val_best_weights.json"),
+)
+FIRST_OUTPUTS = (*WHOLE_FILES, "train.log", "trial.json", "tensorboard/events.*")  # before there is a checkpoint
 OUTPUTS = (
-    "train.log",
-    "history.jsonl",
-    "last.pth.tar",
-    "best.pth.tar",
-    "last.onnx",  # of the checkpoints of these names; an export under a name of the user's is the user's
-    "best.onnx",
-    "run.json",
-    "samples.png",
-    "curves.png",
-    "metrics_*.json",
-    "metrics_*.png",
-    "overlays_*/*.png",
-    "tensorboard/events.*",
-    "trial.json",
+    *FIRST_OUTPUTS,
+    *("last.pth.tar", "best.pth.tar"),
+    *("last.onnx", "best.onnx"),  # of these checkpoints; an export under a name of the user's is the user's
+    *("metrics_*.json", "metrics_*.png", "overlays_*/*.png"),
 )
 RUN_LOCK = ".lock"  # held while train.py works in a folder
 TRIAL_LOCKS = ".locks"  # in the folder of a sweep; one for every trial that is started or at work
@@ -46,7 +41,7 @@ def remove_outputs(model_dir: Path, *, keep_log: bool = False) -> None:
 
 def existing_outputs(model_dir: Path) -> list[Path]:
     """Return what earlier runs have left in an experiment folder."""
-    return sorted(path for pattern in OUTPUTS for path in model_dir.glob(pattern))
+    return sorted({path for pattern in OUTPUTS for path in model_dir.glob(pattern)})
 
 
 @contextmanager
@@ -81,7 +76,9 @@ def data_dir(args: argparse.Namespace, dataset: str) -> Path:
     """
     if args.data_dir is not None:
         return args.data_dir
-    recorded = recorded_data_dir(args.model_dir)
+    recorded, file = recorded_data_dir(args.model_dir), args.model_dir / "run.json"
+    if file.exists() and not recorded_starts(args.model_dir):
+        raise UserError(f"{file} is damaged and does not say what the run was trained on; give --data_dir")
     if recorded is None or (dataset == "sample" and not recorded.is_dir()):
         return Path("data")
     if not recorded.is_dir():
@@ -108,7 +105,9 @@ class Finished(NamedTuple):
 def why_finished(history: list[dict], params: Params) -> Finished | None:
     """Return why a run with the epochs of history.jsonl has nothing left to train, None if it has."""
     epoch, patience = len(history), params.early_stopping_patience
-    if epoch >= params.num_epochs:
+    if epoch > params.num_epochs:
+        return Finished(f"trained {epoch} epochs, more than the {params.num_epochs} of num_epochs", "num_epochs")
+    if epoch == params.num_epochs:
         return Finished(f"trained {epoch} of {params.num_epochs} epochs", "num_epochs")
     if patience is not None and history and epoch - best_epoch(history, params.best_metric)["epoch"] >= patience:
         reason = f"stopped early after epoch {epoch}: no better {params.best_metric} in {patience} epochs"

@@ -69,14 +69,14 @@ class EpochOutputs:
 
     Args:
         model_dir: the folder.
-        tracker: takes scalars and pictures too, if given.
     """
 
-    def __init__(self, model_dir: Path, tracker: "TensorBoard | None" = None):
-        self.model_dir, self.tracker = model_dir, tracker
+    def __init__(self, model_dir: Path):
+        self.model_dir = model_dir
+        self.trackers: list[TensorBoard] = []
         self.drawn = -math.inf
 
-    def write(self, training: Training, val_set: SegmentationDataset) -> None:
+    def write_epoch(self, training: Training, val_set: SegmentationDataset) -> None:
         """Write metrics, pictures and events of the last epoch, then the checkpoints.
 
         The checkpoints come last, so that a resume repeats whatever was cut short; best.pth.tar after last.pth.tar,
@@ -88,8 +88,8 @@ class EpochOutputs:
         save_picture(picture, self.model_dir / "samples.png")
         if training.finished or time.monotonic() - self.drawn > DRAWING_INTERVAL:
             self.draw_curves(training)
-        if self.tracker:
-            self.tracker.log(record, picture)
+        for tracker in self.trackers:
+            tracker.log(record, picture)
         save_checkpoint(training.state_dict(), self.model_dir / "last.pth.tar")
         logging.info(epoch_line(record, training.params, is_best=training.is_best))
         if training.is_best:
@@ -112,8 +112,8 @@ class EpochOutputs:
 
     def close(self, training: Training) -> None:
         """End the events, and delete last.pth.tar of a finished run where params.json asks for that."""
-        if self.tracker:
-            self.tracker.close(training.params, training.metrics["best"])
+        for tracker in self.trackers:
+            tracker.close(training.params, training.metrics["best"])
         if not training.params.keep_last:
             (self.model_dir / "last.pth.tar").unlink()
 

@@ -23,6 +23,8 @@ from engine.checkpoints import Restored, check_compatible, checkpoint_path, load
 from engine.cli import Terminated, ignore_signals, stop_if_asked
 from engine.devices import device_summary
 from engine.folders import (
+    FIRST_OUTPUTS,
+    WHOLE_FILES,
     Finished,
     best_epoch,
     existing_outputs,
@@ -37,14 +39,7 @@ from engine.training import RESUME_NEEDS, Training
 from model import UserError
 from model.data_loader import Split
 from params import Params
-from utils import is_out_of_memory, read_history, read_json, say, set_logger, write_json
-
-# What train.py writes whole or not at all, beside the checkpoints; and all that is there before the first of those.
-WHOLE_FILES = (
-    *("run.json", "history.jsonl", "samples.png", "curves.png"),
-    *("metrics_val_last_weights.json", "metrics_val_best_weights.json"),
-)
-FIRST_EPOCH_OUTPUTS = {*WHOLE_FILES, "train.log", "trial.json", "tensorboard"}
+from utils import RunFailed, is_out_of_memory, log_to_file, read_history, read_json, say, set_logger, write_json
 
 
 def provenance(device: torch.device, params: Params, data_dir: Path) -> dict[str, Any]:
@@ -158,7 +153,8 @@ def resume_or_start(given: Start, model_dir: Path) -> Start:
             f"{model_dir} holds {epochs} epochs and no last.pth.tar to continue from; start over with "
             "--overwrite, or from the weights of its best.pth.tar with --init_from, in another --model_dir"
         )
-    if left <= FIRST_EPOCH_OUTPUTS and (left <= {"train.log", "trial.json"} or "run.json" in left):
+    no_checkpoint_yet = left <= {Path(output).parts[0] for output in FIRST_OUTPUTS}
+    if no_checkpoint_yet and (left <= {"train.log", "trial.json"} or "run.json" in left):
         return replace(given, overwrite=bool(left))
     return given
 
@@ -248,11 +244,16 @@ def report_interruption(args: argparse.Namespace, start: Start) -> Iterator[None
                 for path in set(existing_outputs(args.model_dir)) - set(earlier):
                     path.unlink()
             raise
+    except RunFailed as error:
+        log_to_file(str(error))
+        raise
     except (KeyboardInterrupt, OSError) as error:
         ignore_signals()  # torchrun sends some when a process of several has ended
         what = str(error) or ("terminated" if isinstance(error, Terminated) else "interrupted")
-        command = shlex.join(continuing_command(args, start, saved=version() not in (0, before)))
-        raise type(error)(f"{what}; resume with: {command}") from None
+        command = continuing_command(args, start, saved=version() not in (0, before))
+        again = "resume" if {"--resume", "--restore_file"} & {*command} else "start again"
+        log_to_file(message := f"{what}; {again} with: {shlex.join(command)}")
+        raise type(error)(message) from None
 
 
 def continuing_command(args: argparse.Namespace, start: Start, *, saved: bool) -> list[str]:
@@ -303,7 +304,7 @@ def open_outputs(
     if restored:
         restore_outputs(outputs, training, restored)
     if args.tensorboard:
-        outputs.tracker = TensorBoard(args.model_dir, epoch=training.epoch)
+        outputs.trackers.append(TensorBoard(args.model_dir, epoch=training.epoch))
     return outputs
 
 
@@ -319,7 +320,14 @@ def mend_finished(training: Training, file: Path, model_dir: Path) -> None:
     outputs = EpochOutputs(model_dir)
     if not _holds(lambda: read_history(model_dir) == training.history):
         outputs.write_metrics(training)
-    if training.is_best and not _holds(lambda: load_checkpoint(model_dir / "best.pth.tar")["epoch"] == training.epoch):
+    mend_best(outputs, training)
+    outputs.close(training)
+
+
+def mend_best(outputs: EpochOutputs, training: Training) -> None:
+    """Write best.pth.tar if the last epoch is the best one and a kill has come between that and the file."""
+    best = outputs.model_dir / "best.pth.tar"
+    if training.is_best and not _holds(lambda: load_checkpoint(best)["epoch"] == training.epoch):
         outputs.save_best(training)
 
 
@@ -332,7 +340,10 @@ def _holds(condition: Callable[[], bool]) -> bool:
 
 
 def restore_outputs(outputs: EpochOutputs, training: Training, restored: Restored) -> None:
-    """Bring the other outputs to where a checkpoint is, from which a kill or a full disk may have parted them."""
+    """Bring the other outputs to where a checkpoint is, from which a kill or a full disk may have parted them.
+
+    After another checkpoint than last.pth.tar, best.pth.tar stays only where it is known to be of the same epochs.
+    """
     then = asdict(Params()) | restored.state["params"]  # what an older program did not know was as it is by default
     changed = [key for key, value in asdict(training.params).items() if then[key] != value]
     if restored.state.get("images") != training.list_digest:
@@ -340,7 +351,14 @@ def restore_outputs(outputs: EpochOutputs, training: Training, restored: Restore
     if training.params.augment and "resize" not in restored.state["params"]:
         changed.append("augmentation, which has another form in this version")
     logging.info(f"continuing after epoch {training.epoch}; changed since: {', '.join(changed) or 'nothing'}")
+    number, best = training.best_epoch, outputs.model_dir / "best.pth.tar"
+    same = _holds(lambda: read_history(outputs.model_dir)[:number] == training.history[:number])
     outputs.write_metrics(training)
     outputs.draw_curves(training)
-    if restored.file.name == "last.pth.tar" and training.is_best:
+    if restored.file.name == "last.pth.tar":
+        mend_best(outputs, training)
+    elif training.is_best:
         outputs.save_best(training)
+    elif best.exists() and not (same and _holds(lambda: load_checkpoint(best)["epoch"] == number)):
+        best.unlink()
+        logging.info(f"{best} was of epochs that this run does not have, and is deleted")

@@ -102,8 +102,8 @@ class Training:
         group = min(self.params.accumulation_steps, steps - step + position)
         return group, position + 1 == group
 
-    def sharded(self, batch_size: int, *, ends_group: bool) -> AbstractContextManager:
-        """Give forward() this process's shard of a batch of batch_size images, while the context lasts.
+    def synchronized(self, batch_size: int, *, ends_group: bool) -> AbstractContextManager:
+        """Let dropout and gradients be those of the batch_size images of all processes, while the context lasts.
 
         Gradients are summed over the processes after the last batch of a group only.
         """
@@ -246,8 +246,8 @@ class Training:
                 "--init_from, in another --model_dir"
             )
         load_weights(self.model, state["state_dict"], source)
-        if self.ema is not None and state.get("ema_state_dict") is not None:
-            load_weights(self.ema, state["ema_state_dict"], source)
+        if self.ema is not None:  # begins with the weights themselves where there was no average before
+            load_weights(self.ema, state.get("ema_state_dict") or state["state_dict"], source)
         try:
             self._load_rest(state)
         except UserError as error:
@@ -288,10 +288,11 @@ class Training:
 
 def scalars(metrics: dict) -> dict[str, float | None]:
     """Return the metrics that are one number for all classes, which history.jsonl and TensorBoard show."""
+    others = ("epoch", "images", "learning_rate", "image_size")
     return {
         key: value
         for key, value in metrics.items()
-        if key != "learning_rate" and (value is None or isinstance(value, float))
+        if key not in others and (value is None or (isinstance(value, int | float) and not isinstance(value, bool)))
     }
 
 

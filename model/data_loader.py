@@ -135,14 +135,16 @@ class SegmentationDataset(Dataset):
 def _cached(dataset: SegmentationDataset) -> Path:
     """Return the cache file of a data set, built now unless one of the same files, size and classes is there."""
     split, size, resize = dataset.split, dataset.image_size, dataset.resize
+    root = split.root or split.images[0].parent.parent
     digest = hashlib.sha256(repr((CACHE_VERSION, resize_tag(size, resize), len(dataset.class_names))).encode())
     if split.label_map is not None:
         digest.update(repr(sorted(split.label_map.items())).encode())
     for path in [*split.images, *(split.masks or [])]:
         with suppress(OSError):  # a link to nowhere, which decoding will name
             status = path.stat()
-            digest.update(repr((path.name, status.st_size, status.st_mtime_ns)).encode())
-    folder = _cache_folder(split.root or split.images[0].parent.parent)
+            name = os.path.relpath(path, root)
+            digest.update(repr((name, status.st_size, status.st_mtime_ns)).encode(errors="surrogateescape"))
+    folder = _cache_folder(root)
     shape = f"{size}px" if resize == "squash" else f"{size}px-{resize}"
     prefix = f"{split.name}-{shape}-{len(dataset.class_names)}classes"
     file = folder / f"{prefix}-{digest.hexdigest()[:16]}.npy"

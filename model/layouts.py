@@ -35,6 +35,11 @@ def find_split(dataset: str, data_dir: str | Path, name: str, *, masks_required:
     if Path(name).name != name:
         raise UserError(f"split {name!r}: give the name of a list without folder and suffix, as val")
     split = LAYOUTS[dataset](Path(data_dir), name)
+    if bad := next((id_ for id_, count in Counter(split.ids).items() if count > 1 or Path(id_).name != id_), None):
+        raise UserError(f"split {name} of {data_dir}: ids name files, so they are unique and without /; {bad!r} is not")
+    for value, index in (split.label_map or {}).items():
+        if not (0 <= value <= 255 and 0 <= index <= 255):
+            raise UserError(f"the label_map of {dataset} has {value}: {index}; both are from 0 to 255, void is {VOID}")
     if masks_required and split.masks is None:
         raise UserError(f"split {name} of {data_dir} has no masks: it can be predicted, not scored or trained on")
     return split

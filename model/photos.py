@@ -134,7 +134,9 @@ def read_mask(
 
 def _mapped(mask: Image.Image, label_map: Mapping[int, int], path: Path) -> Image.Image:
     if unknown := [value for value, count in enumerate(mask.histogram()) if count and value not in label_map]:
-        raise UserError(f"{path}: {unknown[0]} is no label of this data set; correct the mask")
+        raise UserError(
+            f"{path}: {unknown[0]} is not in the data set's label_map (model/layouts.py); correct one of them"
+        )
     table = np.full(256, VOID, dtype=np.uint8)
     table[list(label_map)] = list(label_map.values())
     return Image.fromarray(table[np.array(mask)])

@@ -61,10 +61,14 @@ def to_square(
 @cache
 def resize_tag(side: int, resize: str) -> str:
     """Return a digest of what to_square() makes of noise, so that photos resized in another way get another cache."""
-    rng = np.random.default_rng(0)
-    photo, mask = (Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)) for shape in ((37, 53, 3), (37, 53)))
-    parts = [np.array(part).tobytes() for part in to_square(photo, mask, side, resize)]
-    return hashlib.sha256(b"".join(parts)).hexdigest()
+    rng, digest = np.random.default_rng(0), hashlib.sha256()
+    length = min(side, 512)
+    for width, height in ((53, 37), (2, 3), (4 * length, 2 * length), (length, 3 * length)):  # of all shapes
+        shapes = (height, width, 3), (height, width)
+        photo, mask = (Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)) for shape in shapes)
+        for part in to_square(photo, mask, side, resize):
+            digest.update(np.array(part).tobytes())
+    return digest.hexdigest()
 
 
 def squares(photos: Sequence[Image.Image], sides: Sequence[int], resize: str) -> list[Tensor]:

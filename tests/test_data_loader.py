@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, make_data
-from PIL import EpsImagePlugin, Image
+from PIL import EpsImagePlugin, Image, ImageOps
 from torch import Tensor
 
 from model import UserError, data_loader, photos, refuse_irregular, transforms
 from model.data_loader import DeviceLoader, EpochSampler, SegmentationDataset, make_loader
-from model.layouts import VOCFolders, class_names, find_split
+from model.layouts import Split, VOCFolders, class_names, find_split
 from model.photos import read_example
 from model.voc import CLASS_NAMES, VOID, indices_from_colours, palette
 from visualize import colour_mask
@@ -659,6 +659,39 @@ def test_cache_follows_a_change_of_resizing_by_itself(data, monkeypatch, part):
     assert torch.equal(after[part], before[part].flip(-2)) and torch.equal(after[1 - part], before[1 - part])
 
 
+@pytest.mark.parametrize("resize", transforms.RESIZES)
+@pytest.mark.parametrize("side", [32, 64, 224])
+@pytest.mark.parametrize(
+    "concerned",
+    [
+        lambda width, height, side: height > width,
+        lambda width, height, side: width > 2.5 * height or height > 2.5 * width,
+        lambda width, height, side: max(width, height) > side,
+        lambda width, height, side: max(width, height) < side,
+    ],
+    ids=["tall", "long", "larger", "smaller"],
+)
+def test_the_tag_shows_a_change_that_concerns_some_photos_only(monkeypatch, resize, side, concerned):
+    before, to_square = transforms.resize_tag(side, resize), transforms.to_square
+
+    def changed(image, mask, side, resize):
+        square, mask = to_square(image, mask, side, resize)
+        return ImageOps.mirror(square) if concerned(*image.size, side) else square, mask
+
+    monkeypatch.setattr(transforms, "to_square", changed)
+    assert transforms.resize_tag.__wrapped__(side, resize) != before
+
+
+def test_files_of_one_name_in_two_folders_are_two_to_the_cache(tmp_path):
+    """Of equal size and time as well, as from an archive."""
+    for grey, side in enumerate(("left", "right")):
+        (tmp_path / side).mkdir()
+        Image.new("RGB", (8, 8), (grey,) * 3).save(tmp_path / side / "photo.bmp")
+        os.utime(tmp_path / side / "photo.bmp", (1, 1))
+        split = Split("train", ["a"], [tmp_path / side / "photo.bmp"], None, root=tmp_path)
+        assert SegmentationDataset(split, class_names=["x", "y"], image_size=SIZE)[0][0].unique().tolist() == [grey]
+
+
 def test_cache_does_not_hide_labels_above_fewer_classes(data):
     load(data)
     with pytest.raises(UserError, match="num_classes = 2"):
@@ -768,14 +801,14 @@ def test_writing_into_an_example_leaves_the_data_set_as_it_is(data):
 # ---------------------------------------------------------------------------------------------------- loaders
 
 
-def batches(dataset: SegmentationDataset, *, epoch: int = 0, **options) -> list[tuple[Tensor, Tensor]]:
+def batches(dataset: SegmentationDataset, *, epoch: int = 0, **options) -> list[tuple[Tensor, ...]]:
     loader = make_loader(dataset, batch_size=2, **options)
     if "seed" in options:
         loader.batch_sampler.set_epoch(epoch)
-    return [(images, labels) for images, labels in loader]
+    return [tuple(batch) for batch in loader]
 
 
-def equal(first: list[tuple[Tensor, Tensor]], second: list[tuple[Tensor, Tensor]]) -> bool:
+def equal(first: list[tuple[Tensor, ...]], second: list[tuple[Tensor, ...]]) -> bool:
     return all(
         torch.equal(one, other)
         for pair, other_pair in zip(first, second, strict=True)

@@ -1,6 +1,7 @@
 """A data set of another layout than VOC's: Cityscapes', in small files made here."""
 
 import json
+import re
 import shutil
 from dataclasses import fields
 from pathlib import Path
@@ -83,7 +84,7 @@ def test_the_cache_follows_a_change_of_the_label_map(streets, monkeypatch):
 def test_a_mistake_in_the_data_is_one_line(streets):
     mask = find_split("cityscapes", streets, "train").masks[0]
     Image.fromarray(np.full((32, 64), 34, np.uint8)).save(mask)
-    with pytest.raises(UserError, match=f"{mask}: 34 is no label of this data set; correct the mask"):
+    with pytest.raises(UserError, match=f"{mask}: 34 is not in the data set's label_map"):
         load(streets)
     mask.unlink()
     with pytest.raises(UserError, match=f"no mask {mask}"):
@@ -106,6 +107,23 @@ def test_train_evaluate_and_predict(streets, tmp_path):
     photo = find_split("cityscapes", streets, "test").images[0]
     run_script("predict.py", photo, "--model_dir", experiment, "--output_dir", tmp_path / "predicted")
     assert sorted(path.suffix for path in (tmp_path / "predicted").iterdir()) == [".json", ".png", ".png"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"ids": ["a/b", "c"]}, "ids name files, so they are unique and without /; 'a/b' is not"),
+        ({"ids": ["a", "a"]}, "'a' is not"),
+        ({"label_map": {7: -1}}, "the label_map of new has 7: -1; both are from 0 to 255"),
+        ({"label_map": {300: 0}}, "300: 0"),
+    ],
+    ids=str,
+)
+def test_a_mistake_in_a_new_layout_is_one_line(monkeypatch, changed, said):
+    options = {"ids": ["a", "b"], "images": [], "masks": None} | changed
+    monkeypatch.setitem(layouts.LAYOUTS, "new", lambda data_dir, name: layouts.Split(name, **options))
+    with pytest.raises(UserError, match=re.escape(said)):
+        find_split("new", "data", "val")
 
 
 def test_another_number_of_classes_is_refused_by_name(streets, tmp_path):

@@ -179,6 +179,7 @@ def test_a_signal_ends_the_run_and_names_the_command_that_continues_it(straight,
     command = f"python train.py --model_dir '{cut}' --data_dir {data} --restore_file last"
     assert process.returncode == status
     assert stderr == f"train.py: error: {word}; resume with: {command}\n"
+    assert (cut / "train.log").read_text().endswith(f" ERROR {word}; resume with: {command}\n")
     assert not list(cut.glob(".*"))
     if number == signal.SIGTERM:
         finish(cut, data)
@@ -202,7 +203,7 @@ def test_a_second_run_is_refused_and_a_signal_before_the_first_checkpoint_says_h
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 143
     command = f"python train.py --model_dir {cut} --data_dir {many} --device cpu --init_from {straight[0]}/best.pth.tar"
-    assert stderr == f"train.py: error: terminated; resume with: {command} --overwrite\n"
+    assert stderr == f"train.py: error: terminated; start again with: {command} --overwrite\n"
 
 
 def test_a_signal_whose_exception_was_dropped_ends_the_next_batch(data, monkeypatch):

@@ -86,7 +86,7 @@ def test_every_default_is_allowed_and_every_key_refuses_nonsense(key):
         ('{"warmup_epochs": 35}', ['"warmup_epochs" is 35', 'fewer than "num_epochs", 35']),
         ('{"seed": 1, "seed": 2}', ["seed given twice"]),
         ('{"batch_size": 0, "cache": 1}', ['"batch_size" is 0', '"cache" is 1']),
-        ("[]", ["must hold one JSON object"]),
+        ("\ufeff[]", ["must hold one JSON object"]),
         ("", ["not valid JSON"]),
         ("{", ["not valid JSON"]),
         ("[" * 100_000, ["not valid JSON"]),
@@ -400,9 +400,14 @@ def test_the_sample_is_drawn_anew_where_the_folder_of_the_run_is_gone(tmp_path):
 
 
 def test_the_data_of_an_older_run_are_in_data(tmp_path):
-    for run in ({}, {"data_dir": None}, {"resumed": 3}, [], {"resumed": [{"argv": []}]}):
+    args = argparse.Namespace(model_dir=tmp_path, data_dir=None)
+    for run in ({}, {"data_dir": None}, {"resumed": [{"argv": []}]}):
         utils.write_json(tmp_path / "run.json", run)
-        assert folders.data_dir(argparse.Namespace(model_dir=tmp_path, data_dir=None), "voc") == Path("data")
+        assert folders.data_dir(args, "voc") == Path("data")
+    for run in ([], {"resumed": 3}):  # other data would be scored without a word
+        utils.write_json(tmp_path / "run.json", run)
+        with pytest.raises(UserError, match=r"run\.json is damaged .*; give --data_dir"):
+            folders.data_dir(args, "voc")
 
 
 def test_a_walk_comes_to_each_real_folder_once_and_by_its_own_name(tmp_path):
