@@ -78,9 +78,9 @@ def _are_loss_weights(value: Any) -> bool:
 class Params:
     """The hyperparameters of one experiment: every key that params.json may hold, its default and what is allowed."""
 
-    learning_rate: float = _number(0.001, "above 0", lambda v: v > 0, "of a step, where schedule and warm-up leave it")
+    learning_rate: float = _number(0.001, "above 0", lambda v: v > 0, "before schedule and warm-up")
     batch_size: int = _integer(5, 1, meaning="images per step, over all processes")
-    num_epochs: int = _integer(35, 1, meaning="how often every image is trained on")
+    num_epochs: int = _integer(35, 1, meaning="passes over the training images")
     dropout_rate: float = _number(
         0.0, "from 0 to below 1", lambda v: 0 <= v < 1, "Dropout2d on the encoder features that enter each head"
     )
@@ -108,7 +108,7 @@ class Params:
     cache: bool = _flag(
         True,
         "decode each split once, into `<data>/.cache` or, for read-only data, the user's cache folder; false: at every "
-        "access. On a GPU a split that needs at most a sixteenth of the free memory lies there",
+        "access. On a GPU a split that needs at most a sixteenth of the free memory is kept in its memory",
     )
     train_split: str = _key(
         "train",
@@ -125,7 +125,7 @@ class Params:
         "pixels in the batch weighs 1/√n",
     )
     focal_gamma: float = _number(
-        2.0, "from 0 to 100", lambda v: 0 <= v <= 100, "how little well-classified pixels count"
+        2.0, "from 0 to 100", lambda v: 0 <= v <= 100, "the larger, the less well-classified pixels count"
     )
     optimizer: str = _one_of("sgd", "adamw", meaning="SGD with momentum, or AdamW")
     momentum: float = _number(0.99, "from 0 to below 1", lambda v: 0 <= v < 1, "SGD's")
