@@ -10,7 +10,7 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from model import GCN_PADDINGS, HEADS, UserError
+from model import ENCODERS, GCN_PADDINGS, HEADS, UserError
 from utils import is_number, read_json
 
 LOSS_TERMS = ("bce", "dice", "inverse_dice", "cross_entropy", "balanced_cross_entropy", "focal", "lovasz")
@@ -129,7 +129,11 @@ class Params:
     )
     optimizer: str = _one_of("sgd", "adamw", meaning="SGD with momentum, or AdamW")
     momentum: float = _number(0.99, "from 0 to below 1", lambda v: 0 <= v < 1, "SGD's")
-    weight_decay: float = _number(0.0005, "of at least 0", lambda v: v >= 0, "of all weights")
+    weight_decay: float = _number(0.0005, "of at least 0", lambda v: v >= 0, "of the weights")
+    decay_norms_and_biases: bool = _flag(True, "false: no `weight_decay` for batch norm and biases")
+    encoder_learning_rate_factor: float = _number(
+        1.0, "of at least 0", lambda v: v >= 0, "what the learning rate is multiplied by for the encoder"
+    )
     schedule: str = _one_of(
         "constant", "poly", "cosine", meaning="`poly` (power 0.9) and `cosine` fall towards 0 with every step"
     )
@@ -161,6 +165,7 @@ class Params:
         False, "only algorithms that give the same result every time: two runs on one machine agree bit for bit"
     )
 
+    encoder: str = _one_of(*ENCODERS, meaning="a ResNet of torchvision; the paper's tables are from `resnet152`")
     kernel_size: int = _integer(
         7, 3, 255, also=" that is odd", check=lambda v: v % 2 == 1, meaning="k of the heads, in cells of their maps"
     )
@@ -174,6 +179,12 @@ class Params:
         False, "every residual block begins as its shortcut: those of an encoder without `pretrained`, and BR"
     )
     pretrained: bool = _flag(True, "ImageNet weights for the encoder")
+    freeze_encoder_statistics: bool = _flag(
+        False, "batch norm of the encoder uses its running statistics in training too, and leaves them as they are"
+    )
+    activation_checkpointing: bool = _flag(
+        False, "less memory for more time: what the encoder's stages have computed is computed again for the gradient"
+    )
 
     @classmethod
     def load(cls, path: str | Path) -> "Params":
@@ -226,9 +237,14 @@ class Params:
 
 
 SCORED_AT_ONCE = 32 * 224**2  # pixels
-TRAINING_OPTIONS = ("dropout_rate", "zero_init_residual")  # of the network, on which its weights do not depend
+TRAINING_OPTIONS = (
+    "dropout_rate",
+    "zero_init_residual",
+    "freeze_encoder_statistics",
+    "activation_checkpointing",
+)  # of the network, on which its weights do not depend
 INPUT = ("normalize", "resize")  # without which weights mean something else
-ARCHITECTURE = ("num_classes", "kernel_size", "head", "boundary_refinement", "stem_maxpool", "gcn_padding")
+ARCHITECTURE = ("num_classes", "encoder", "kernel_size", "head", "boundary_refinement", "stem_maxpool", "gcn_padding")
 
 
 def table() -> str:

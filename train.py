@@ -71,7 +71,7 @@ def train(training: Training, train_loader: Loader, val_loader: Loader, outputs:
         training.check_epoch(train_metrics, val_metrics)
         training.end_epoch(train_metrics, val_metrics, seconds=time.perf_counter() - start, images_per_second=speed)
         if ranks.is_main():
-            outputs.write_epoch(training, val_loader.dataset)
+            outputs.write_epoch(training, val_loader.dataset)  # checkpoints last
         distributed.stop_together()
     logging.info(f"{training.finished.reason}; {best_line(training)}, in {outputs.model_dir}")
     if ranks.is_main():
@@ -199,7 +199,7 @@ def main(args: argparse.Namespace) -> None:
             lambda: resolve_precision(Params.load(args.model_dir / "params.json"), device)
         )
         start, finished = distributed.broadcast_from_main(lambda: take_folder(params, args, held))
-        if finished:
+        if finished:  # and known to be without a checkpoint to load
             say_finished(finished, args.model_dir)
             return
         with report_interruption(args, start):

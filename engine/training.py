@@ -16,6 +16,7 @@ from engine import distributed, ranks
 from engine.checkpoints import load_weights
 from engine.folders import Finished, best_epoch, why_finished
 from model import UserError
+from model.net import is_of_encoder
 from model.parallel import Dropout2d, copy_to_all, shard, synchronize_batch_norm
 from params import ARCHITECTURE, INPUT, Params
 from utils import RunFailed, is_epoch, is_out_of_memory
@@ -86,7 +87,7 @@ class Training:
     @property
     def learning_rate(self) -> float:
         """The learning rate of the next step."""
-        return self.optimizer.param_groups[0]["lr"]
+        return learning_rate_at(self.steps, self.params, self.steps_per_epoch)
 
     @property
     def eval_model(self) -> nn.Module:
@@ -133,7 +134,7 @@ class Training:
         """Note how many optimizer steps are done, from which the learning rate of the next one follows."""
         self.steps = steps
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate_at(steps, self.params, self.steps_per_epoch)
+            group["lr"] = self.learning_rate * group["factor"]
 
     @torch.no_grad()
     def _update_average(self, ema: nn.Module, decay: float) -> None:
@@ -220,7 +221,7 @@ class Training:
         return {
             "epoch": self.epoch,
             "state_dict": self.model.state_dict(),
-            "optim_dict": self.optimizer.state_dict(),
+            "optim_dict": self.optimizer.state_dict() | {"state": self._optimizer_state()},
             "ema_state_dict": None if self.ema is None else self.ema.state_dict(),
             "ema_updates": self.ema_updates,
             "scaler": self.scaler.state_dict(),
@@ -233,6 +234,16 @@ class Training:
             "rng_cuda": [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else [],
             "params": asdict(self.params),
         }
+
+    def _parameter_numbers(self) -> list[int]:
+        """Return, for each parameter in the optimizer's order, its place among those of the network."""
+        numbers = {parameter: number for number, parameter in enumerate(self.model.parameters())}
+        return [numbers[parameter] for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def _optimizer_state(self) -> dict[int, dict]:
+        """Return the optimizer's state in the network's order, which its groups do not change."""
+        numbers, state = self._parameter_numbers(), self.optimizer.state_dict()["state"]
+        return {numbers[place]: buffers for place, buffers in state.items()}
 
     def load_state_dict(self, state: dict, source: Path) -> None:
         """Continue from a checkpoint. Options of the optimizer and the schedule are those of params.json as it is now.
@@ -265,7 +276,9 @@ class Training:
             raise ValueError("history")
         if len(self.history) != self.epoch or set(self.metrics) != {"last", "best"}:
             raise ValueError(f"epoch {self.epoch}")
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["optim_dict"]["state"]})
+        saved = state["optim_dict"]["state"]
+        own = {place: saved[number] for place, number in enumerate(self._parameter_numbers()) if number in saved}
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": own})
         for weight, buffers in self.optimizer.state.items():
             for name, buffer in buffers.items():
                 # A number, one per weight, or, as Adafactor has it, one per row or column.
@@ -321,15 +334,28 @@ def compile_mode(device: torch.device, params: Params) -> str:
 
 def build_optimizer(model: nn.Module, params: Params) -> torch.optim.Optimizer:
     """Return SGD with momentum, or AdamW, over all parameters, in PyTorch's fused form."""
-    weights, rate, decay = model.parameters(), params.learning_rate, params.weight_decay
+    groups = parameter_groups(model, params)
     if params.optimizer == "adamw":
-        return torch.optim.AdamW(weights, lr=rate, weight_decay=decay, fused=True)
-    optimizer = torch.optim.SGD(weights, lr=rate, momentum=params.momentum, weight_decay=decay, fused=True)
+        return torch.optim.AdamW(groups, fused=True)
+    optimizer = torch.optim.SGD(groups, momentum=params.momentum, fused=True)
     if params.momentum and params.precision == "fp16":
         # PyTorch makes the buffers in the first step and fills them there, unless the scaler skips that step.
         for weight in model.parameters():
             optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
     return optimizer
+
+
+def parameter_groups(model: nn.Module, params: Params) -> list[dict]:
+    """Return the parameters by what their learning rate is multiplied by and by their weight decay."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        factor = params.encoder_learning_rate_factor if is_of_encoder(name) else 1.0
+        decays = params.decay_norms_and_biases or parameter.ndim > 1
+        groups.setdefault((factor, params.weight_decay if decays else 0.0), []).append(parameter)
+    return [
+        {"params": parameters, "factor": factor, "lr": factor * params.learning_rate, "weight_decay": decay}
+        for (factor, decay), parameters in groups.items()
+    ]
 
 
 SCHEDULES = {  # what the learning rate is multiplied by, of the share of the steps after the warm-up that is done

@@ -33,6 +33,10 @@ def refuse_irregular(path: str | Path) -> None:
 
 
 # The choices that params.json offers, here because reading it must not wait for torch.
+ENCODERS = (  # of torchvision's ResNet family
+    *("resnet50", "resnet18", "resnet34", "resnet101", "resnet152"),
+    *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2"),
+)
 HEADS = ("gcn", "conv1x1", "conv", "stack")
 GCN_PADDINGS = ("swapped", "same")
 

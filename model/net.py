@@ -1,17 +1,21 @@
-"""The Global Convolutional Network of Peng et al., "Large Kernel Matters" (arXiv 1703.02719), on a ResNet-50.
+"""The Global Convolutional Network of Peng et al., "Large Kernel Matters" (arXiv 1703.02719), on a ResNet.
 
-`python -m model.net` prints its layer table.
+`python -m model.net --encoder resnet50` prints its layer table.
 """
 
+import argparse
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from itertools import pairwise
 
 import torch.nn.functional as F
-from torch import Tensor, compiler, hub, nn, sym_max
-from torchvision.models import ResNet, ResNet50_Weights, resnet50
+from torch import Tensor, compiler, hub, is_grad_enabled, nn, sym_max
+from torch.utils.checkpoint import checkpoint
+from torchvision.models import ResNet, get_model, get_model_weights
 
-from model import GCN_PADDINGS, HEADS, UserError
+from model import ENCODERS, GCN_PADDINGS, HEADS, UserError
 from model.parallel import Dropout2d
 
 
@@ -91,6 +95,7 @@ class FCN_GCN(nn.Module):
 
     Args:
         num_classes: channels of the logits, background included.
+        encoder: a torchvision model of the ResNet family, one of ENCODERS; the paper's tables stand on "resnet152".
         kernel_size: k of the heads, odd and at least 3 (paper, table 1).
         head: "gcn"; or, as the paper's comparisons, "conv1x1" (table 1), "conv", a plain k x k (table 2), or
             "stack", (k - 1) / 2 layers of 3 x 3 without nonlinearity that keep the width to the last one (table 3).
@@ -99,7 +104,11 @@ class FCN_GCN(nn.Module):
         gcn_padding: "swapped" or "same", see GCN; the other heads have no use for it.
         dropout_rate: probability of dropping a channel of the encoder features that enter a head.
         zero_init_residual: let every residual block begin as its shortcut: 0 for BR's second convolution and, unless
-            pretrained, for the weight of each bottleneck's last batch norm (Goyal et al., arXiv 1706.02677, 5.1).
+            pretrained, for the weight of each encoder block's last batch norm (Goyal et al., arXiv 1706.02677, 5.1).
+        freeze_encoder_statistics: normalize in the encoder with its running statistics, which stay as they are, in
+            training too.
+        activation_checkpointing: keep no activations inside of the encoder's four stages, compute them once more in the
+            backward pass. Gradients and running statistics are the same.
         pretrained: start the encoder from torchvision's ImageNet weights (IMAGENET1K_V1), downloaded once.
 
     Raises:
@@ -110,6 +119,7 @@ class FCN_GCN(nn.Module):
         self,
         num_classes: int = 21,
         *,
+        encoder: str = "resnet50",
         kernel_size: int = 7,
         head: str = "gcn",
         boundary_refinement: bool = True,
@@ -117,11 +127,15 @@ class FCN_GCN(nn.Module):
         gcn_padding: str = "swapped",
         dropout_rate: float = 0.0,
         zero_init_residual: bool = False,
+        freeze_encoder_statistics: bool = False,
+        activation_checkpointing: bool = False,
         pretrained: bool = True,
     ):
         super().__init__()
         if kernel_size < 3 or kernel_size % 2 == 0:
             raise UserError(f"kernel_size is {kernel_size}; allowed: an odd number of at least 3")
+        if encoder not in ENCODERS:
+            raise UserError(f"encoder is {encoder!r}; allowed: {', '.join(ENCODERS)}")
         if gcn_padding not in GCN_PADDINGS:
             raise UserError(f"gcn_padding is {gcn_padding!r}; allowed: {', '.join(GCN_PADDINGS)}")
 
@@ -133,15 +147,20 @@ class FCN_GCN(nn.Module):
                 return nn.Sequential()  # the identity
             return BR(num_classes, zero_init=zero_init_residual)
 
-        encoder = _encoder(pretrained, zero_init_residual)
-        self.conv1 = encoder.conv1
-        self.bn0 = encoder.bn1
-        self.relu = encoder.relu
-        self.maxpool = encoder.maxpool if stem_maxpool else nn.Sequential()
-        self.layer1, self.layer2 = encoder.layer1, encoder.layer2
-        self.layer3, self.layer4 = encoder.layer3, encoder.layer4
+        resnet = _resnet(encoder, pretrained, zero_init_residual)
+        self.conv1 = resnet.conv1
+        self.bn0 = resnet.bn1
+        self.relu = resnet.relu
+        self.maxpool = resnet.maxpool if stem_maxpool else nn.Sequential()
+        self.layer1, self.layer2 = resnet.layer1, resnet.layer2
+        self.layer3, self.layer4 = resnet.layer3, resnet.layer4
+        self.freeze_encoder_statistics, self.activation_checkpointing = (
+            freeze_encoder_statistics,
+            activation_checkpointing,
+        )
+        width = resnet.fc.in_features  # of the last stage, each as wide as two of the one before; below for a ResNet-50
         self.dropout = Dropout2d(dropout_rate) if dropout_rate > 0 else nn.Sequential()
-        self.gcn1, self.gcn2, self.gcn3, self.gcn4 = score(256), score(512), score(1024), score(2048)
+        self.gcn1, self.gcn2, self.gcn3, self.gcn4 = (score(width // share) for share in (8, 4, 2, 1))
         self.br1, self.br2, self.br3, self.br4 = refine(), refine(), refine(), refine()
         self.br5, self.br6, self.br7, self.br8, self.br9 = refine(), refine(), refine(), refine(), refine()
 
@@ -151,10 +170,10 @@ class FCN_GCN(nn.Module):
         The sizes beside the lines are those without stem_maxpool; with it, f1 to f4 are half as large.
         """
         stem = self.relu(self.bn0(self.conv1(x)))  # (B, 64, H/2, W/2)
-        f1 = self.layer1(self.maxpool(stem))  # (B, 256, H/2, W/2)
-        f2 = self.layer2(f1)  # (B, 512, H/4, W/4)
-        f3 = self.layer3(f2)  # (B, 1024, H/8, W/8)
-        f4 = self.layer4(f3)  # (B, 2048, H/16, W/16)
+        f1 = self._stage(self.layer1, self.maxpool(stem))  # (B, 256, H/2, W/2)
+        f2 = self._stage(self.layer2, f1)  # (B, 512, H/4, W/4)
+        f3 = self._stage(self.layer3, f2)  # (B, 1024, H/8, W/8)
+        f4 = self._stage(self.layer4, f3)  # (B, 2048, H/16, W/16)
 
         s1 = self.br1(self.gcn1(self.dropout(f1)))  # (B, num_classes, H/2, W/2)
         s2 = self.br2(self.gcn2(self.dropout(f2)))  # (B, num_classes, H/4, W/4)
@@ -169,6 +188,41 @@ class FCN_GCN(nn.Module):
         y = self.br9(_upsample(y, size=(2 * height, 2 * width)))  # (B, num_classes, H, W), but for odd sides H+1, W+1
         # An exported network is for any size: it must not go the way that fits the one that it is exported with.
         return _upsample(y, size=x.shape[-2:], always=compiler.is_exporting())  # (B, num_classes, H, W)
+
+    def _stage(self, layer: nn.Module, x: Tensor) -> Tensor:
+        if not (self.activation_checkpointing and self.training and is_grad_enabled()):
+            return layer(x)
+        contexts = partial(_once_each, layer)
+        return checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+    def train(self, mode: bool = True) -> "FCN_GCN":
+        """Set training mode, in which the encoder's batch norm may stay in that of evaluation."""
+        super().train(mode)
+        if self.freeze_encoder_statistics:
+            for name, module in self.named_modules():
+                if is_of_encoder(name) and isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
+
+
+def _once_each(layer: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Return contexts of the forward pass and of its repetition, in which running statistics stay as they are."""
+
+    @contextmanager
+    def repetition() -> Iterator[None]:
+        norms = [module for module in layer.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.momentum = 0.0
+            if norm.training and norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.sub_(1)
+        try:
+            yield
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+
+    return nullcontext(), repetition()
 
 
 def _upsample(x: Tensor, *, size: Sequence[int], always: bool = False) -> Tensor:
@@ -190,12 +244,12 @@ def _head(name: str, in_channels: int, num_classes: int, kernel_size: int, gcn_p
     raise UserError(f"head is {name!r}; allowed: {', '.join(HEADS)}")
 
 
-def _encoder(pretrained: bool, zero_init_residual: bool) -> ResNet:
+def _resnet(name: str, pretrained: bool, zero_init_residual: bool) -> ResNet:
     if not pretrained:
-        return resnet50(weights=None, zero_init_residual=zero_init_residual)
-    weights = ResNet50_Weights.IMAGENET1K_V1
+        return get_model(name, weights=None, zero_init_residual=zero_init_residual)
+    weights = get_model_weights(name).IMAGENET1K_V1
     try:
-        return resnet50(weights=weights)
+        return get_model(name, weights=weights)
     except (OSError, RuntimeError) as error:  # no network, a damaged download, a full disk
         file = f"{hub.get_dir()}/checkpoints/{weights.url.rsplit('/', 1)[-1]}"
         reason = " ".join(str(error).split())[:120]
@@ -215,6 +269,11 @@ def is_of_score_layer(name: str) -> bool:
     return name.startswith(("gcn", "br"))
 
 
+def is_of_encoder(name: str) -> bool:
+    """Return whether a layer, or a tensor, of this name belongs to the encoder."""
+    return name.startswith(("conv1", "bn0", "layer"))
+
+
 def class_count(state_dict: Mapping[str, Tensor]) -> int | None:
     """Return the number of classes that weights are for; None where they have no head."""
     biases = [tensor for name, tensor in state_dict.items() if re.fullmatch(r"gcn1\.(.+\.)?bias", name)]
@@ -224,4 +283,6 @@ def class_count(state_dict: Mapping[str, Tensor]) -> int | None:
 if __name__ == "__main__":
     from torchsummary import summary
 
-    summary(FCN_GCN(pretrained=False), (3, 224, 224), device="cpu")
+    parser = argparse.ArgumentParser(description="Print the layers of the network.")
+    parser.add_argument("--encoder", choices=ENCODERS, default=ENCODERS[0], help="(default: %(default)s)")
+    summary(FCN_GCN(encoder=parser.parse_args().encoder, pretrained=False), (3, 224, 224), device="cpu")
