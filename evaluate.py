@@ -41,7 +41,7 @@ from model.inference import Segmenter, class_map
 from model.layouts import Split, find_split
 from model.losses import SegmentationLoss
 from model.metrics import BoundaryMetrics, ConfusionMatrix
-from model.parallel import all_reduce_sum
+from model.parallel import all_reduce_sum, exact_dtype
 from model.photos import read_photo
 from model.transforms import to_input
 from model.voc import colour_mask, is_voc
@@ -87,7 +87,7 @@ def evaluate(
     model.eval()
     criterion = SegmentationLoss(**params.loss_options())
     matrix = matrix or ConfusionMatrix(params.num_classes, device)
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    loss_sum = torch.zeros((), dtype=exact_dtype(device), device=device)
     with progress(loader, "evaluating") as bar:
         for images, labels, *_ in loader:
             if stop_if_asked():

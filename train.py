@@ -111,7 +111,7 @@ def train_epoch(training: Training, loader: Loader) -> dict:
             progress.update(sizes[step], losses[: step + 1])
     training.check_losses(losses, rates)
     matrix.reduce()
-    mean = (losses.double().cpu() @ torch.tensor(sizes, dtype=torch.float64)).item() / sum(sizes)
+    mean = (losses.cpu().double() @ torch.tensor(sizes, dtype=torch.float64)).item() / sum(sizes)
     return {"loss": mean, "learning_rate": rates[-1], **matrix.compute()}
 
 

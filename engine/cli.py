@@ -166,6 +166,9 @@ class _Parser(argparse.ArgumentParser):
             super()._print_message(message, file)
 
 
+DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
+
+
 def experiment_parser(
     description: str, *, trained: bool = False, data: str = "folder of the data set"
 ) -> argparse.ArgumentParser:
@@ -179,7 +182,7 @@ def experiment_parser(
         parser.add_argument("--data_dir", type=Path, help=f"{data} (default: the one that the run was trained on)")
     else:
         add_folder(parser, "--data_dir", "data", data)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="(default: %(default)s)")
     return parser
 
 

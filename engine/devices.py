@@ -18,6 +18,21 @@ def to_device(model: nn.Module, params: Params, device: torch.device) -> None:
     model.to(device).to(memory_format=torch.channels_last if params.channels_last else torch.contiguous_format)
 
 
+def rng_states(device: torch.device) -> list[torch.Tensor]:
+    """Return the state of an accelerator's random numbers; [] for the CPU, whose own is PyTorch's default one."""
+    if device.type == "cpu":
+        return []
+    module = torch.get_device_module(device)
+    return [module.get_rng_state() if device.type == "mps" else module.get_rng_state(device)]
+
+
+def set_rng_states(states: list[torch.Tensor], device: torch.device) -> None:
+    """Set what rng_states() has returned, on the same kind of device or another, where it means nothing."""
+    for state in states if device.type != "cpu" else []:
+        module = torch.get_device_module(device)
+        module.set_rng_state(state) if device.type == "mps" else module.set_rng_state(state, device)
+
+
 def resolve_precision(params: Params, device: torch.device) -> Params:
     """Return params with precision "auto" replaced: bf16 where the device has matrix units for it, otherwise fp32."""
     if params.precision != "auto":
@@ -55,6 +70,13 @@ def loading_options(params: Params) -> LoadingOptions:
     """Return the keywords of the loaders of this process."""
     workers = min(params.num_workers, max(1, cores() // ranks.local_world_size()))
     return LoadingOptions(num_workers=workers, rank=ranks.rank(), world_size=ranks.world_size())
+
+
+def device_name(device: torch.device) -> str:
+    """Return the model of a CUDA device, of others what kind of device it is."""
+    if device.type == "cpu":
+        return f"cpu, {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def device_summary(device: torch.device) -> str:

@@ -42,8 +42,8 @@ def is_this_job(name: Any, *, by_id: bool) -> bool:
 def processes(device: str) -> Iterator[torch.device]:
     """Connect the processes while the block runs; gives this one's torch.device.
 
-    device is "auto", "cpu" or "cuda"; of several GPUs a process takes that of its local rank. Raises UserError if the
-    device is absent, if there are too few of them, or if machines differ in kind.
+    device is "auto" or a kind of device; of several GPUs a process takes that of its local rank. Raises UserError if
+    the device is absent, if there are too few of them, or if machines differ in kind.
     """
     global _job
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -122,6 +122,8 @@ def _own_device(name: str) -> torch.device:
                 )
             device = torch.device("cuda", ranks.local_rank())
             torch.cuda.set_device(device)
+        elif device.type != "cpu":
+            raise UserError(f"several processes run on CUDA devices or CPUs, not on {device.type}; give --device cpu")
     if len(kinds := set(gather(device.type))) > 1:
         with together():
             raise UserError(f"some processes are on {' and others on '.join(sorted(kinds))}; give --device for all")
@@ -129,12 +131,14 @@ def _own_device(name: str) -> torch.device:
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the torch.device of "auto", "cpu" or "cuda". Raises UserError when CUDA is asked for and absent."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no CUDA device here; use --device cpu or auto")
-    return torch.device(name)
+    """Return the torch.device of that kind, or for "auto" of the accelerator that PyTorch finds, else the CPU.
+
+    Raises UserError for one that is not here.
+    """
+    here = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if name not in ("auto", "cpu", here.type):
+        raise UserError(f"--device {name}: PyTorch sees no {name.upper()} device here; use --device cpu or auto")
+    return torch.device(here.type if name == "auto" else name)
 
 
 def gather(value: T) -> list[T]:

@@ -21,7 +21,7 @@ import torchvision
 from engine import distributed, ranks
 from engine.checkpoints import Restored, check_compatible, checkpoint_path, load_checkpoint
 from engine.cli import Terminated, ignore_signals, stop_if_asked
-from engine.devices import device_summary
+from engine.devices import device_name, device_summary
 from engine.folders import (
     FIRST_OUTPUTS,
     WHOLE_FILES,
@@ -55,9 +55,7 @@ def provenance(device: torch.device, params: Params, data_dir: Path) -> dict[str
             "numpy": numpy.__version__,
             "pillow": PIL.__version__,
         },
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"cpu, {torch.get_num_threads()} threads",
+        "device": device_name(device),
         "platform": platform.platform(),
         "processes": ranks.world_size(),
         "job": distributed.job(),
@@ -296,7 +294,9 @@ def open_outputs(
         path.unlink()
     set_logger(args.model_dir / "train.log")
     write_provenance(args.model_dir, device, params, args.data_dir, resumed=restored is not None)
-    logging.info(f"{args.model_dir}: {sizes}, on {device_summary(device)} in {params.precision}")
+    count = sum(parameter.numel() for parameter in training.model.parameters()) / 1e6
+    where = f"{params.encoder}, {count:.1f} million parameters, on {device_summary(device)} in {params.precision}"
+    logging.info(f"{args.model_dir}: {sizes}; {where}")
     if params.num_channels is not None:
         logging.info('"num_channels" is accepted for old params.json files; this network has no use for it')
     if fresh_layers:

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from engine import distributed, ranks
 from engine.checkpoints import load_weights
+from engine.devices import rng_states, set_rng_states
 from engine.folders import Finished, best_epoch, why_finished
 from model import UserError
 from model.net import is_of_encoder
@@ -134,7 +135,7 @@ class Training:
         """Note how many optimizer steps are done, from which the learning rate of the next one follows."""
         self.steps = steps
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * group["factor"]
+            group["lr"] = self.learning_rate * group.get("factor", 1.0)
 
     @torch.no_grad()
     def _update_average(self, ema: nn.Module, decay: float) -> None:
@@ -231,7 +232,7 @@ class Training:
             "class_names": self.class_names,
             "job": distributed.job(),
             "rng": torch.get_rng_state(),  # the same in every process
-            "rng_cuda": [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else [],
+            "rng_cuda": rng_states(self.device),  # of any accelerator; the name is that of the first
             "params": asdict(self.params),
         }
 
@@ -295,8 +296,7 @@ class Training:
             self.scaler.load_state_dict(state["scaler"])
         self._set_steps(self.epoch * self.steps_per_epoch)
         torch.set_rng_state(state["rng"])
-        if self.device.type == "cuda" and state["rng_cuda"]:
-            torch.cuda.set_rng_state(state["rng_cuda"][0], self.device)
+        set_rng_states(state["rng_cuda"], self.device)
 
 
 def scalars(metrics: dict) -> dict[str, float | None]:

@@ -183,10 +183,11 @@ def _weight(positions: range, length: int) -> Tensor:
 def _upsampled(logits: Tensor, rows: range, width: int, height: int) -> Tensor:
     """Some rows of F.interpolate(logits, (height, width), mode="bilinear"): (C, h, w) -> (C, rows, width)."""
     last = logits.shape[1] - 1
-    y = torch.arange(rows.start, rows.stop, device=logits.device, dtype=torch.float64)
+    y = torch.arange(rows.start, rows.stop, dtype=torch.float64)  # on the CPU: not every device has float64
     y = ((y + 0.5) * ((last + 1) / height) - 0.5).clamp(0, last)
     above = y.long()
-    share = (y - above).to(logits.dtype).view(1, -1, 1)
+    share = (y - above).to(logits.dtype).view(1, -1, 1).to(logits.device, non_blocking=True)
+    above = above.to(logits.device, non_blocking=True)
     below = (above + 1).clamp(max=last)
     lines = torch.lerp(logits.index_select(1, above), logits.index_select(1, below), share)
     return F.interpolate(lines.flatten(0, 1).unsqueeze(0), size=width, mode="linear").view(-1, len(rows), width)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import UserError
-from model.parallel import all_reduce_sum, differentiable_sum
+from model.parallel import all_reduce_sum, differentiable_sum, exact_dtype
 from model.voc import VOID
 
 SMOOTH = 1.0
@@ -102,7 +102,7 @@ class BalancedCrossEntropy:
         counts.scatter_add_(0, bins, torch.ones_like(bins))
         if batch.over_processes:
             all_reduce_sum(counts)
-        balance = counts.double().rsqrt()  # infinite where there is no pixel to weigh
+        balance = counts.to(exact_dtype(counts.device)).rsqrt()  # infinite where there is no pixel to weigh
         balance[batch.num_classes] = 0
         balance = balance[bins].view(batch.labels.shape).to(batch.logits.dtype)
         return {"balance": balance.sum(), "balanced": batch.sum(batch.cross_entropy * balance)}
@@ -168,8 +168,8 @@ class SegmentationLoss(nn.Module):
 
     Terms are functions of sums over all pixels of the batch that are not void, with t the one-hot labels, p =
     sigmoid(x). t is never built: sum(x t) and sum(p t) are the values at the labels, sum t is the number of pixels. The
-    sums are combined in float64. An all void batch gives 0 with zero gradients. The batch is that of the call, also
-    where several are accumulated for a step.
+    sums are combined in float64, where the device has it. An all void batch gives 0 with zero gradients. The batch is
+    that of the call, also where several are accumulated for a step.
 
     Args:
         weights: term -> weight; terms that are left out or have weight 0 are not computed.
@@ -198,7 +198,7 @@ class SegmentationLoss(nn.Module):
         sums = {"pixels": batch.valid.sum()}
         for term in self.terms.values():
             sums |= term.sums(batch)
-        values = torch.stack([value.double() for value in sums.values()])
+        values = torch.stack([value.to(exact_dtype(value.device)) for value in sums.values()])
         sums = dict(zip(sums, differentiable_sum(values) if self.over_processes else values, strict=True))
         terms = [self.weights[name] * term.value(sums, batch.num_classes) for name, term in self.terms.items()]
         loss = sum(terms, start=values.new_zeros(()))
@@ -214,11 +214,12 @@ def _dice(intersection: Tensor, total: Tensor) -> Tensor:
 
 
 def _jaccard_steps(true: Tensor) -> Tensor:
-    """By how much 1 - IoU grows when one more pixel is wrong, float64 (pixels); true says which are of the class, the
-    most wrong pixel first (algorithm 1 of the paper).
+    """By how much 1 - IoU grows when one more pixel is wrong: (pixels), float64 where the device has it.
+
+    true says which pixels are of the class, the most wrong one first (algorithm 1 of the paper).
     """
     count = true.sum()
     hits = count - true.cumsum(0)  # in integers, for which CUDA has a deterministic sum
     union = count + (~true).cumsum(0)
-    jaccard = 1 - hits.double() / union
+    jaccard = 1 - hits.to(exact_dtype(hits.device)) / union
     return jaccard.diff(prepend=jaccard.new_zeros(1))

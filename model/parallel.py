@@ -56,6 +56,16 @@ class _Total(torch.autograd.Function):
         return result
 
 
+WITHOUT_FLOAT64 = {"mps"}  # kinds of devices; of xpu some
+
+
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """Return what long sums are taken in: float64, or float32 on a device that has no float64."""
+    if device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64:
+        return torch.float32
+    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
+
+
 class HostSyncBatchNorm2d(nn.BatchNorm2d):
     """nn.SyncBatchNorm for the CPU, which that refuses: statistics of the whole batch, whatever part of it is here."""
 

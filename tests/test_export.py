@@ -18,7 +18,7 @@ from torch import nn
 
 import export
 from engine import checkpoints, folders
-from model import HEADS, UserError
+from model import ENCODERS, HEADS, UserError
 from model.inference import Segmenter
 from model.net import FCN_GCN
 from model.photos import read_photo
@@ -325,6 +325,9 @@ CHOICES = {
     "head": HEADS,
     "boundary_refinement": (False, True),
     "stem_maxpool": (False, True),
+    "encoder": ENCODERS[:4],
+    "freeze_encoder_statistics": (False, True),
+    "activation_checkpointing": (False, True),
 }
 COMBINATIONS = [dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*CHOICES.values())]
 
@@ -346,12 +349,14 @@ def goes_through(folder: Path, options: dict) -> None:
 
 
 @pytest.mark.parametrize("number", range(2))
-def test_any_combination_of_resizing_augmentation_and_head_goes_through(tmp_path, number):
+def test_any_combination_of_options_goes_through(tmp_path, number):
     print(drawn := random.SystemRandom().choice(COMBINATIONS))  # pytest shows it where this fails
     goes_through(tmp_path, drawn | {"num_epochs": 1, "batch_size": 2})
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", COMBINATIONS, ids=str)
-def test_every_combination_goes_through(tmp_path, options):
-    goes_through(tmp_path, options | {"num_epochs": 1, "batch_size": 2})
+@pytest.mark.parametrize("number", range(20))
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_every_encoder_goes_through_in_any_combination(tmp_path, encoder, number):
+    print(drawn := random.SystemRandom().choice(COMBINATIONS) | {"encoder": encoder})
+    goes_through(tmp_path, drawn | {"num_epochs": 1, "batch_size": 2})

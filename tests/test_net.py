@@ -9,7 +9,7 @@ from torch import nn
 from torchvision.models.resnet import Bottleneck
 
 from engine.checkpoints import load_weights
-from model import UserError
+from model import ENCODERS, UserError
 from model.net import BR, FCN_GCN, GCN, _upsample
 
 
@@ -20,6 +20,53 @@ def network(**options) -> FCN_GCN:
 def test_layer_table_is_the_published_one_row_for_row():
     printed = subprocess.run([sys.executable, "-m", "model.net"], capture_output=True, text=True, cwd=ROOT, check=True)
     assert printed.stdout.splitlines() == (ROOT / "tests" / "architecture.txt").read_text().splitlines()
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_every_encoder_has_heads_of_its_width(encoder):
+    with torch.device("meta"):
+        model = network(encoder=encoder)
+        assert model(torch.empty(2, 3, 50, 70)).shape == (2, 4, 50, 70)
+    ends = [list(layer[-1].modules()) for layer in (model.layer1, model.layer2, model.layer3, model.layer4)]
+    widths = [[m.num_features for m in end if isinstance(m, nn.BatchNorm2d)][-1] for end in ends]
+    assert [head.conv_l1.in_channels for head in (model.gcn1, model.gcn2, model.gcn3, model.gcn4)] == widths
+
+
+def test_the_table_of_another_encoder_can_be_printed():
+    command = [sys.executable, "-m", "model.net", "--encoder", "resnet18"]
+    printed = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    assert "BasicBlock" in printed and "Bottleneck" not in printed and "Total params: 11,555,604" in printed
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("encoder", ["resnet18", "resnet50"])
+def test_activation_checkpointing_changes_neither_gradients_nor_statistics(encoder, frozen):
+    options = {"encoder": encoder, "freeze_encoder_statistics": frozen, "zero_init_residual": True}
+    plain, images = network(**options).train(), torch.randn(2, 3, 48, 64)
+    saving = network(**options, activation_checkpointing=True).train()
+    saving.load_state_dict(plain.state_dict())
+    kept = []
+    for model in (plain, saving):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept[-1].append(x.numel()) or x, lambda x: x):
+            kept.append([])
+            loss = model(images).square().mean()
+        loss.backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(plain.parameters(), saving.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(plain.buffers(), saving.buffers(), strict=True))
+    assert {norm.momentum for norm in saving.modules() if isinstance(norm, nn.BatchNorm2d)} == {0.1}
+    assert sum(kept[1]) < 0.7 * sum(kept[0])
+
+
+def test_frozen_statistics_are_those_of_the_encoder_in_training_too():
+    model = network(encoder="resnet18", freeze_encoder_statistics=True).train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    trained, scored = (
+        model.train(mode)(torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)))
+        for mode in (True, False)
+    )
+    assert torch.equal(trained, scored) and model.training is False
+    assert all(torch.equal(before[name], buffer) for name, buffer in model.named_buffers())
+    assert model.train().training and not model.layer1[0].bn1.training and not model.bn0.training
 
 
 @pytest.mark.parametrize("size", [(32, 32), (33, 47), (70, 35), (128, 97)])
@@ -151,7 +198,15 @@ def test_dropout_exists_only_above_zero_and_only_in_training():
 
 
 @pytest.mark.parametrize(
-    "options", [{"kernel_size": 4}, {"kernel_size": 1}, {"head": "nonesuch"}, {"gcn_padding": "nonesuch"}], ids=str
+    "options",
+    [
+        {"kernel_size": 4},
+        {"kernel_size": 1},
+        {"head": "nonesuch"},
+        {"encoder": "nonesuch"},
+        {"gcn_padding": "nonesuch"},
+    ],
+    ids=str,
 )
 def test_options_out_of_range_are_named_with_what_is_allowed(options):
     ((key, value),) = options.items()

@@ -529,7 +529,7 @@ PAPER = sorted((ROOT / "experiments").glob("paper_*"))
 
 
 def test_the_tables_of_the_paper_are_there():
-    assert [sweep.name for sweep in PAPER] == [f"paper_table{number}" for number in (1, 2, 3, 5)]
+    assert [sweep.name for sweep in PAPER] == [f"paper_table{number}" for number in (1, 2, 3, 5, 6)]
 
 
 @pytest.mark.parametrize("sweep", PAPER, ids=lambda sweep: sweep.name)
@@ -541,7 +541,9 @@ def test_every_trial_of_the_paper_can_be_built_and_every_figure_has_one(sweep):
     base = json.loads((sweep / "params.json").read_text())
     trials = grid(read_spaces(sweep / "search_space.json"), base, sweep)
     params = [Params.parse(base | values, sweep) for values in trials.values()]
-    assert all(each.stem_maxpool and each.gcn_padding == "same" for each in params)
+    assert all(each.stem_maxpool and each.gcn_padding == "same" and each.pretrained for each in params)
+    assert all((each.resize, each.image_size, each.train_split) == ("letterbox", 512, "trainaug") for each in params)
+    assert {each.encoder for each in params} == {"resnet50" if sweep.name == "paper_table6" else "resnet152"}
     published = read_published(sweep / "published.json")
     assert "1703.02719" in published.source
     found = [published.of(vars(each)) for each in params]
@@ -550,6 +552,24 @@ def test_every_trial_of_the_paper_can_be_built_and_every_figure_has_one(sweep):
         with torch.device("meta"):  # shapes alone, as some have 200 million parameters
             network = FCN_GCN(**each.network_options(), pretrained=False)
         assert network.gcn4 is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sweep", PAPER, ids=lambda sweep: sweep.name)
+def test_every_trial_of_the_paper_trains_a_step(sweep):
+    import torch
+
+    from engine.training import Training
+    from model.losses import SegmentationLoss
+    from model.net import FCN_GCN
+
+    base = json.loads((sweep / "params.json").read_text())
+    for values in grid(read_spaces(sweep / "search_space.json"), base, sweep).values():
+        params = Params.parse(base | values | {"pretrained": False, "precision": "fp32"}, sweep)
+        training = Training(FCN_GCN(**params.network_options(), pretrained=False), params, 1)
+        logits, labels = training.forward(torch.randn(2, 3, 64, 64)), torch.randint(21, (2, 64, 64))
+        training.step(SegmentationLoss(**params.loss_options())(logits, labels), ends_group=True)
+        assert training.is_finite()
 
 
 def test_neither_table_nor_sweep_imports_torch():

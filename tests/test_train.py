@@ -18,7 +18,7 @@ from torch import nn
 import train
 import utils
 from engine import checkpoints, folders, outputs, run, training
-from engine.training import Training, build_optimizer, learning_rate_at
+from engine.training import Training, build_optimizer, learning_rate_at, parameter_groups
 from evaluate import evaluate
 from model import UserError
 from model.data_loader import SegmentationDataset, make_loader
@@ -350,10 +350,11 @@ def test_a_mistake_ends_with_status_2(data, tmp_path):
     assert "give one of them" in run_train(experiment, data, "--restore_file", "last", "--overwrite", check=2).stderr
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_cuda_asked_for_and_absent_is_one_line(data, tmp_path):
-    result = run_train(make_experiment(tmp_path / "run"), data, "--device", "cuda", check=2)
-    assert "no CUDA device" in result.stderr
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
+@pytest.mark.parametrize("device", ["cuda", "mps", "xpu"])
+def test_a_device_asked_for_and_absent_is_one_line(data, tmp_path, monkeypatch, device):
+    said = mistake(monkeypatch, make_experiment(tmp_path / "run"), data, "--device", device)
+    assert said == f"--device {device}: PyTorch sees no {device.upper()} device here; use --device cpu or auto"
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(data, tmp_path):
@@ -441,10 +442,49 @@ def test_the_schedule_follows_its_formula(schedule, warmup):
 def test_sgd_and_adamw_take_their_options_from_params():
     sgd = build_optimizer(nn.Linear(1, 1), Params(learning_rate=0.3, momentum=0.7, weight_decay=0.1))
     assert isinstance(sgd, torch.optim.SGD)
-    assert [sgd.defaults[key] for key in ("lr", "momentum", "weight_decay")] == [0.3, 0.7, 0.1]
+    assert [sgd.param_groups[0][key] for key in ("lr", "momentum", "weight_decay")] == [0.3, 0.7, 0.1]
     adamw = build_optimizer(nn.Linear(1, 1), Params(optimizer="adamw", learning_rate=0.3, weight_decay=0.1))
     assert isinstance(adamw, torch.optim.AdamW)
-    assert [adamw.defaults[key] for key in ("lr", "weight_decay")] == [0.3, 0.1]
+    assert [adamw.param_groups[0][key] for key in ("lr", "weight_decay")] == [0.3, 0.1]
+
+
+def test_the_encoder_can_learn_more_slowly_and_norms_and_biases_decay_less():
+    model = train.FCN_GCN(encoder="resnet18", pretrained=False)
+    assert len(parameter_groups(model, Params())) == 1  # in the order of the network, as old checkpoints have it
+    options = {"encoder_learning_rate_factor": 0.1, "decay_norms_and_biases": False}
+    optimizer = build_optimizer(model, Params(learning_rate=0.5, weight_decay=0.25, **options))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found = {names[p]: (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    assert found.keys() == {*names.values()}
+    assert found["layer1.0.conv1.weight"] == (0.05, 0.25) and found["bn0.weight"] == found["layer4.1.bn2.bias"] == (
+        0.05,
+        0,
+    )
+    assert found["gcn1.conv_l1.weight"] == (0.5, 0.25) and found["br9.conv2.bias"] == (0.5, 0)
+    training = Training(model, Params(schedule="cosine", num_epochs=1, **options), 4)
+    training.step(sum(parameter.sum() for parameter in model.parameters()), ends_group=True)
+    rates = {names[p]: g["lr"] for g in training.optimizer.param_groups for p in g["params"]}
+    assert rates["conv1.weight"] == pytest.approx(0.1 * rates["gcn1.conv_l1.weight"])
+    assert rates["gcn1.conv_l1.weight"] == training.learning_rate < 0.001
+
+
+def test_momentum_finds_its_weights_again_where_the_groups_have_changed(tmp_path):
+    def training(**options) -> Training:
+        torch.manual_seed(0)
+        return Training(train.FCN_GCN(encoder="resnet18", pretrained=False), Params(momentum=0.9, **options), 2)
+
+    first = training()
+    first.step(sum((parameter**3).sum() for parameter in first.model.parameters()), ends_group=True)
+    for options in ({"encoder_learning_rate_factor": 0.5}, {"decay_norms_and_biases": False}, {}):
+        state = scored(first.state_dict() | {"history": [{}]}, 0.1) | {"metrics": {"last": {}, "best": {}}}
+        first = training(**options)
+        first.load_state_dict(copy.deepcopy(state), tmp_path / "last.pth.tar")
+        torch.manual_seed(0)
+        expected = [3 * w**2 for w in train.FCN_GCN(encoder="resnet18", pretrained=False).parameters()]
+        for weight, momentum in zip(first.model.parameters(), expected, strict=True):
+            torch.testing.assert_close(
+                first.optimizer.state[weight]["momentum_buffer"], momentum + 0.0005 * 0, atol=1e-3, rtol=1e-3
+            )
 
 
 def linear_training(**params) -> Training:
@@ -733,7 +773,9 @@ def test_an_optimizer_whose_state_has_other_shapes_than_its_weights_resumes(tmp_
     [
         ("optimizer", "adamw"),
         ("stem_maxpool", True),
+        ("encoder", "resnet18"),
         ("normalize", False),
+        ("resize", "letterbox"),
         ("dataset", "sample"),
         ("best_metric", "loss"),
     ],

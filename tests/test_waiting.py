@@ -7,14 +7,17 @@ tests marked gpu ask CUDA itself.
 import pytest
 import torch
 from conftest import TINY
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.training import Training
 from evaluate import evaluate
+from model import parallel
+from model.inference import Segmenter
 from model.net import FCN_GCN
 from model.transforms import _mean_and_deviation, _padding
 from model.voc import CLASS_NAMES
-from params import Params
+from params import LOSS_TERMS, Params
 from train import train_epoch
 
 META = torch.device("meta")
@@ -67,6 +70,16 @@ class Batches(list):
         return [len(images) for images, *_ in self]
 
 
+def on_device(training: Training) -> None:
+    """Let a training be on the device, without a number."""
+    training.device = META
+    training.model.to(META)
+    training.eval_model.to(META)
+    for group in training.optimizer.param_groups:  # the fused kernel is unknown to this device
+        group |= {"params": list(training.model.parameters()), "fused": False, "foreach": True}
+    _mean_and_deviation(META, True), _padding(META)  # which stay there
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -77,12 +90,7 @@ class Batches(list):
 )
 def test_waits_do_not_grow_with_the_number_of_batches(options):
     training = Training(FCN_GCN(pretrained=False), Params(**TINY | options), 10)
-    training.device = META
-    training.model.to(META)
-    training.eval_model.to(META)
-    for group in training.optimizer.param_groups:  # the fused kernel is unknown to this device
-        group |= {"params": list(training.model.parameters()), "fused": False, "foreach": True}
-    _mean_and_deviation(META, True), _padding(META)  # which stay there
+    on_device(training)
     seen = {}
     for count in (1, 3):
         with Waits() as waits:
@@ -92,3 +100,28 @@ def test_waits_do_not_grow_with_the_number_of_batches(options):
     assert training.optimizer.state
     assert seen[3] == seen[1]
     assert 0 < len(seen[1]) <= 8  # losses and metrics are read at the end
+
+
+class WithoutFloat64(TorchDispatchMode):
+    """Fails on any float64 on the device, as devices do that have none."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in (result, *args):
+            assert not (isinstance(tensor, torch.Tensor) and tensor.is_meta and tensor.dtype == torch.float64), function
+        return result
+
+
+def test_no_float64_comes_to_a_device_that_has_none(monkeypatch):
+    monkeypatch.setattr(parallel, "WITHOUT_FLOAT64", {"meta"})
+    terms = dict.fromkeys(LOSS_TERMS, 1.0)
+    training = Training(FCN_GCN(pretrained=False), Params(**TINY, augment=True, ema_decay=0.9, loss_weights=terms), 10)
+    on_device(training)
+    with WithoutFloat64(), Waits():
+        train_epoch(training, Batches(1))
+        evaluate(training.eval_model, Batches(1), training.params, META)
+        segmenter = Segmenter(
+            training.eval_model, META, image_size=32, resize="letterbox", scales=(1.0, 1.5), flip=True
+        )
+        for tile in (None, 32):
+            assert segmenter.segment(Image.new("RGB", (50, 40)), tile=tile).shape == (40, 50)
