@@ -2,6 +2,7 @@
 
 import json
 import threading
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -63,6 +64,8 @@ class Study:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.metric = self.base.get("best_metric", Params.best_metric)
         self.study = self._open(self.parent_dir / "study.journal")
+        with warnings.catch_warnings(action="ignore"):  # that this is experimental
+            self.study.set_metric_names([self.metric])  # for optuna-dashboard
         begun = [entry.user_attrs for entry in self._entries() if entry.user_attrs.keys() >= {"values", "folder"}]
         self.names = {canonical(values): name for name, values in self.grid.items()}
         self.names |= {canonical(attempt["values"]): attempt["folder"] for attempt in begun}  # which a trial keeps
