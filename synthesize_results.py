@@ -35,12 +35,7 @@ from visualize import learning_curves
 
 ORIGINAL_SIZE = "metrics_", "_best_original_size.json"  # evaluate.py's files, the name of a split between the two
 BY_REGION = ("boundary_accuracy", "interior_accuracy")  # in that of val
-TASK = (
-    "dataset",
-    "num_classes",
-    "image_size",
-    "resize",
-)  # experiments that differ in one are scored on different pixels
+TASK = ("dataset", "num_classes", "image_size", "resize")  # what differs in one is scored on different pixels
 KEYS = {key.name for key in fields(Params)}
 PUBLISHABLE = ("mIoU", "pixel_accuracy", *BY_REGION)  # all of them from 0 to 1, higher is better
 
@@ -95,9 +90,7 @@ class Result:
 
     def task(self, metric: str) -> str:
         """Return what is the same for experiments that a metric can rank among each other."""
-        keys = [
-            key for key in TASK if not (key in ("image_size", "resize") and metric.endswith(original_size_mIoU("")))
-        ]
+        keys = TASK[:2] if metric.endswith(original_size_mIoU("")) else TASK
         return json.dumps([self.data_dir, *(self.params.get(key) for key in keys)])
 
     def row(self, varying: list[str], metrics: list[str], published: Published) -> dict[str, Any]:
@@ -408,7 +401,7 @@ def main(args: argparse.Namespace) -> None:
     table = markdown(rows)
     scored = {tasks[row["name"]] for row in rows if row[column] is not None}
     if column in metrics and len(scored) > 1:
-        table += "\n\nRows of another data_dir, num_classes or image_size are not ranked among each other."
+        table += "\n\nRows of another data_dir, num_classes, image_size or resize are not ranked among each other."
     if published.results:
         table += f"\n\nPublished: {published.source}"
     write_text(args.parent_dir / "results.md", table + "\n")

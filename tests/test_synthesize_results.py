@@ -153,7 +153,7 @@ def test_experiments_on_other_data_or_of_another_size_are_not_ranked_among_each_
     rows = table(result.stdout)
     assert [row["name"] for row in rows] == ["d", "c", "a", "b"]
     assert [row["data_dir"] for row in rows] == ["/x", "/x", "/x", "/y"]
-    words = "Rows of another data_dir, num_classes or image_size are not ranked among each other."
+    words = "Rows of another data_dir, num_classes, image_size or resize are not ranked among each other."
     assert words in result.stdout and words in (tmp_path / "results.md").read_text()
     by_original = table(synthesize(tmp_path, "--sort", "val_original_size_mIoU").stdout)
     assert [row["name"] for row in by_original] == ["d", "c", "a", "b"], "at their own size all of x can be ranked"
