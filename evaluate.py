@@ -1,15 +1,15 @@
 """Score a checkpoint on a split: a table per class on the terminal, metrics_<split>_<restore_file>.json and .png."""
 
 import argparse
-import heapq
 import math
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from engine.devices import autocast, loading_options
 from engine.folders import data_dir
 from engine.training import scalars
 from model import UserError
+from model.comparison import Counts, check_same_photos, photo_mIoU, read_counts, write_counts
 from model.data_loader import (
     Loader,
     OriginalDataset,
@@ -40,13 +41,12 @@ from model.data_loader import (
 from model.inference import Segmenter, class_map
 from model.layouts import Split, find_split
 from model.losses import SegmentationLoss
-from model.metrics import BoundaryMetrics, ConfusionMatrix
+from model.metrics import BoundaryMetrics, ConfusionMatrix, PhotoCounts
 from model.parallel import all_reduce_sum, exact_dtype
-from model.photos import read_photo
 from model.transforms import to_input
 from model.voc import colour_mask, is_voc
 from params import Params
-from utils import make_folder, save_figure, save_picture, table_text, write_json
+from utils import make_folder, replacing, save_figure, save_picture, table_text, write_json
 from visualize import confusion_figure, error_picture
 
 
@@ -69,34 +69,50 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--save_overlays", type=positive, metavar="N", help="draw the N photos with the lowest mIoU, in model_dir"
     )
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="OTHER_MODEL_DIR",
+        help="of --save_overlays: draw the N photos on which this experiment and the other differ most, and both",
+    )
     args = parser.parse_args()
+    if args.against and not args.save_overlays:
+        parser.error("--against goes with --save_overlays N")
     args.original_size |= args.flip or bool(args.scales or args.save_predictions or args.save_overlays)
     return args
 
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, loader: Loader, params: Params, device: torch.device, *, matrix: ConfusionMatrix | None = None
+    model: nn.Module,
+    loader: Loader,
+    params: Params,
+    device: torch.device,
+    *,
+    matrix: ConfusionMatrix | None = None,
+    counts: PhotoCounts | None = None,
 ) -> dict:
     """Score a network on every image of a loader, at the loader's image size; each process on its part of them.
 
     Returns in all processes a dict for JSON: the mean loss over images and ConfusionMatrix.compute()'s metrics over all
-    pixels, those that go by class as {name: value}. The counts are added to matrix if one is given. Leaves the network
-    in evaluation mode.
+    pixels, those that go by class as {name: value}. What is counted is added to matrix and, photo by photo and in each
+    process its own, to counts, if they are given. Leaves the network in evaluation mode.
     """
     model.eval()
     criterion = SegmentationLoss(**params.loss_options())
     matrix = matrix or ConfusionMatrix(params.num_classes, device)
     loss_sum = torch.zeros((), dtype=exact_dtype(device), device=device)
     with progress(loader, "evaluating") as bar:
-        for images, labels, *_ in loader:
+        for indices, (images, labels, *_) in zip(loader.batch_sampler, loader, strict=True):
             if stop_if_asked():
                 break  # to where all processes stop together
             labels = labels.to(device, non_blocking=True)
             with autocast(device, params.precision):
                 logits = model(to_input(images, device, **params.input_options()))
             loss_sum += criterion(logits, labels) * len(images)
-            matrix.update(logits.argmax(1), labels)
+            matrix.update(predictions := logits.argmax(1), labels)
+            if counts is not None:
+                counts.update(indices, predictions, labels)
             bar.update(len(images))
     all_reduce_sum(loss_sum)
     matrix.reduce()
@@ -145,50 +161,27 @@ def predictions(segmenter: Segmenter, loader: OriginalLoader) -> Iterator[tuple[
                 bar.update()
 
 
-class WorstPredictions:
-    """The predictions with the lowest mIoU of those it was shown, at most count of them."""
+@dataclass(frozen=True)
+class Scores:
+    """What was counted over a split: its metrics for JSON, the confusion matrix, and the counts of every photo."""
 
-    def __init__(self, count: int, num_classes: int):
-        self.count, self.num_classes = count, num_classes
-        self._kept: list[tuple] = []
+    metrics: dict[str, Any]
+    matrix: ConfusionMatrix
+    cells: list[np.ndarray]
 
-    def add(self, index: int, prediction: Tensor, mask: Tensor) -> None:
-        matrix = ConfusionMatrix(self.num_classes, prediction.device)
-        matrix.update(prediction, mask)
-        mIoU = matrix.compute()["mIoU"]
-        if mIoU is not None:  # else the photo is all void
-            entry = (-mIoU, -index, prediction.cpu().numpy())
-            (heapq.heappush if len(self._kept) < self.count else heapq.heappushpop)(self._kept, entry)
 
-    def reduce(self) -> None:
-        """Keep the lowest of all processes, in each of them."""
-        self._kept = heapq.nlargest(self.count, chain.from_iterable(distributed.gather(self._kept)))
-
-    def draw(self, dataset: OriginalDataset, folder: Path) -> None:
-        """Draw a PNG for each, the worst first by name, in place of those of an earlier evaluation."""
-        earlier = set(folder.glob("*.png"))
-        names = dataset.class_names
-        for rank, (mIoU, index, prediction) in enumerate(sorted(self._kept, reverse=True), start=1):
-            photo = read_photo(dataset.split.images[-index])
-            mask = dataset.mask(-index, photo.size)
-            assert mask is not None  # it was scored
-            name = dataset.split.ids[-index]
-            picture = error_picture(photo, mask, prediction, names, title=f"{name}, mIoU {-mIoU:.3f}")
-            number = f"{rank:0{len(str(len(self._kept)))}d}_"
-            kept = os.fsdecode(os.fsencode(name)[: 255 - len(f"{number}.png")])  # a file name has 255 bytes at most
-            file = folder / f"{number}{kept}.png"
-            save_picture(picture, file)
-            earlier.discard(file)
-        for outdated in earlier:
-            outdated.unlink()
+def all_counts(counts: PhotoCounts, dataset: SegmentationDataset | OriginalDataset) -> list[np.ndarray]:
+    """Return the counts of all processes, photo by photo in the order of the list."""
+    cells = {index: part for own in distributed.gather(counts.cells) for index, part in own.items()}
+    return [cells[index] for index in range(len(dataset))]
 
 
 def score_originals(
-    segmenter: Segmenter, dataset: OriginalDataset, params: Params, args: argparse.Namespace, *, overlays: Path
-) -> tuple[dict, ConfusionMatrix | None]:
-    """Predict every photo at its own size and write what the flags ask for; each process does its part of the photos.
+    segmenter: Segmenter, dataset: OriginalDataset, params: Params, args: argparse.Namespace
+) -> Scores | None:
+    """Predict every photo at its own size and write what --save_predictions asks for; each process does its part.
 
-    overlays is the folder of --save_overlays. Returns the metrics of all; without masks they are {}.
+    Returns what was counted over all; None without masks.
     """
     split, names = dataset.split, dataset.class_names
     loader = make_original_loader(
@@ -198,32 +191,75 @@ def score_originals(
         batch_size=params.scoring_batch_size,
         **loading_options(params),
     )
-    matrix = ConfusionMatrix(params.num_classes, segmenter.device)
+    matrix, counts = ConfusionMatrix(params.num_classes, segmenter.device), PhotoCounts(params.num_classes)
     boundary = BoundaryMetrics(params.num_classes, segmenter.device)
-    worst = WorstPredictions(args.save_overlays or 0, params.num_classes)
     folder = args.save_predictions and predictions_folder(args.save_predictions, split.name, names)
-    with distributed.together():
-        if folder:
+    if folder:
+        with distributed.together():
             make_folder(folder, "--save_predictions")
-        if args.save_overlays and ranks.is_main():
-            make_folder(overlays, "--save_overlays")
     for index, prediction, mask in predictions(segmenter, loader):
         if folder:
             save_picture(colour_mask(prediction.cpu().numpy(), names), folder / f"{split.ids[index]}.png")
         if mask is not None:
             matrix.update(prediction, mask)
+            counts.update([index], prediction[None], mask[None])
             boundary.update(prediction, mask)
-            if args.save_overlays:
-                worst.add(index, prediction, mask)
-    worst.reduce()  # first, as it has the patience for processes that are far behind
+    if split.masks is None:
+        distributed.gather(None)  # which has the patience for processes that are far behind
+        return None
+    cells = all_counts(counts, dataset)  # first, as it has the patience for processes that are far behind
     matrix.reduce()
     boundary.reduce()
-    if split.masks is None:
-        return {}, None
-    if args.save_overlays and ranks.is_main():
-        worst.draw(dataset, overlays)
     metrics = {"images": len(dataset), **matrix.compute(), **boundary.compute()}
-    return by_name(metrics, names), matrix
+    return Scores(by_name(metrics, names), matrix, cells)
+
+
+def draw_overlays(
+    segmenter: Segmenter,
+    dataset: OriginalDataset,
+    counts: Counts,
+    other: tuple[Counts, Segmenter] | None,
+    folder: Path,
+    args: argparse.Namespace,
+) -> None:
+    """Draw the photos with the lowest mIoU, or with --against those whose mIoU differs most, the first by name first.
+
+    They take the place of those of an earlier evaluation.
+    """
+    score, names = photo_mIoU(counts), dataset.class_names
+    theirs, rank = None, score
+    if other:
+        check_same_photos(counts, other[0], (str(args.model_dir), str(args.against)))
+        theirs = photo_mIoU(other[0])
+        rank = -abs(score - theirs)
+    order = [index for index in np.argsort(rank, kind="stable") if np.isfinite(rank[index])][: args.save_overlays]
+    earlier = set(folder.glob("*.png"))
+    for place, index in enumerate(order, 1):
+        stop_if_asked()
+        _, photo, mask = dataset[index]
+        assert mask is not None  # it was scored
+        prediction = segmenter.segment(photo).cpu().numpy()
+        title = f"{dataset.split.ids[index]}, mIoU {score[index]:.3f}"
+        second = None
+        if other and theirs is not None:
+            second = other[1].segment(photo).cpu().numpy()
+            title += f"; the other, {args.against.name}, {theirs[index]:.3f}"
+        picture = error_picture(photo, mask, prediction, names, title=title, other=second)
+        number = f"{place:0{len(str(len(order)))}d}_"
+        kept = os.fsdecode(os.fsencode(dataset.split.ids[index])[: 255 - len(f"{number}.png")])  # a file name's limit
+        save_picture(picture, folder / f"{number}{kept}.png")
+        earlier.discard(folder / f"{number}{kept}.png")
+    for outdated in earlier:
+        outdated.unlink()
+
+
+def find_other(name: str, device: torch.device, args: argparse.Namespace) -> tuple[Counts, Segmenter] | None:
+    """Return the counts of the experiment of --against, and what it segments photos with; in every process."""
+    if not args.against:
+        return None
+    counts = distributed.broadcast_from_main(lambda: read_counts(args.against / f"counts_{name}.npz"))
+    model, params, _ = load_network(args.against, args.restore_file, device)
+    return counts, make_segmenter(model, params, device, args)
 
 
 def predictions_folder(folder: Path, split: str, names: Sequence[str]) -> Path:
@@ -254,35 +290,69 @@ def main(args: argparse.Namespace) -> None:
 
 
 def score_checkpoint(device: torch.device, args: argparse.Namespace) -> None:
-    """Score a checkpoint, and write and print the metrics."""
+    """Score a checkpoint, and write and print what was found."""
     model, params, checkpoint = load_network(args.model_dir, args.restore_file, device)
     folder, split, names = distributed.local_rank0_first(lambda: find_data(params, checkpoint, args))
-    where = f"{args.split} of {folder}"
-    name = f"{args.split}_{args.restore_file}"
+    where, name = f"{args.split} of {folder}", f"{args.split}_{args.restore_file}"
     record: dict[str, Any] = {"epoch": checkpoint.get("epoch")}
     if args.original_size:
         scales = args.scales or [1.0]
         name += "_original_size" if scales == [1.0] and not args.flip else "_multi_scale"
         record |= {"scales": scales, "flip": args.flip}
+        overlays = args.model_dir / f"overlays_{name}"
         with distributed.together():
             segmenter = make_segmenter(model, params, device, args)
-        overlays = args.model_dir / f"overlays_{name}"
+            if args.save_overlays and ranks.is_main():
+                make_folder(overlays, "--save_overlays")
+        other = find_other(name, device, args)
         originals = OriginalDataset(split, class_names=names)
-        metrics, matrix = score_originals(segmenter, originals, params, args, overlays=overlays)
+        scores = score_originals(segmenter, originals, params, args)
     else:
-        make_dataset = partial(SegmentationDataset, split, class_names=names, image_size=params.image_size)
         record |= {"image_size": params.image_size, "resize": params.resize}
-        dataset = distributed.local_rank0_first(lambda: make_dataset(resize=params.resize, cache=params.cache))
-        loader = make_loader(dataset, batch_size=params.scoring_batch_size, device=device, **loading_options(params))
-        matrix = ConfusionMatrix(params.num_classes, device)
-        metrics = evaluate(model, loader, params, device, matrix=matrix)
-    if matrix and metrics["mIoU"] is None:  # as for Cityscapes' test, whose labels are withheld
-        if not only_predicted(args):
-            with distributed.together():
-                raise UserError(f"split {where} has masks of nothing but void: it can be predicted, not scored")
-        matrix = None
-    if ranks.is_main():
-        write_report(record | metrics, matrix, split, where, name, params, args, names)
+        scores = score_squares(model, split, names, params, device)
+    scored = scores is not None and scores.metrics["mIoU"] is not None  # not so for Cityscapes' test, all of it void
+    if scores and not scored and not only_predicted(args):
+        with distributed.together():
+            raise UserError(f"split {where} has masks of nothing but void: it can be predicted, not scored")
+    if not ranks.is_main():
+        return
+    if scores and scored:
+        counts = write_scores(scores, record, name, split, names, args)
+        size = "their own size" if args.original_size else f"{params.image_size}x{params.image_size}"
+        output = args.model_dir / f"metrics_{name}.json"
+        print(f"\n{len(split.ids)} images of {where} at {size}, epoch {record['epoch']} -> {output} and .png")
+        if args.save_overlays:
+            draw_overlays(segmenter, originals, counts, other, overlays, args)
+            print(f"{'those that differ most' if args.against else 'the worst of them'} -> {overlays}")
+    else:
+        print(f"{where} has {'masks of nothing but void' if scores else 'no masks'} and is not scored")
+    if args.save_predictions:
+        print(f"{len(split.ids)} predictions -> {predictions_folder(args.save_predictions, args.split, names)}")
+
+
+def score_squares(model: nn.Module, split: Split, names: Sequence[str], params: Params, device: torch.device) -> Scores:
+    """Score a network at the size that it reads."""
+    make_dataset = partial(SegmentationDataset, split, class_names=names, image_size=params.image_size)
+    dataset = distributed.local_rank0_first(lambda: make_dataset(resize=params.resize, cache=params.cache))
+    loader = make_loader(dataset, batch_size=params.scoring_batch_size, device=device, **loading_options(params))
+    matrix, counts = ConfusionMatrix(params.num_classes, device), PhotoCounts(params.num_classes)
+    metrics = evaluate(model, loader, params, device, matrix=matrix, counts=counts)
+    return Scores(metrics, matrix, all_counts(counts, dataset))
+
+
+def write_scores(
+    scores: Scores, record: dict, name: str, split: Split, names: Sequence[str], args: argparse.Namespace
+) -> Counts:
+    """Write metrics, confusion and the counts of every photo, print the metrics, and return the counts."""
+    metrics, file = record | scores.metrics, args.model_dir / f"metrics_{name}.json"
+    write_json(file, metrics)
+    matrix = scores.matrix.matrix.cpu().numpy()
+    save_figure(confusion_figure(matrix, metrics["IoU"]), file.with_suffix(".png"))
+    with replacing(args.model_dir / f"counts_{name}.npz") as temporary:
+        write_counts(temporary, split.ids, names, scores.cells)
+        counts = read_counts(temporary)
+    print(table(metrics))
+    return counts
 
 
 def only_predicted(args: argparse.Namespace) -> bool:
@@ -296,38 +366,6 @@ def find_data(params: Params, checkpoint: dict, args: argparse.Namespace) -> tup
     split = find_split(params.dataset, folder, args.split, masks_required=not only_predicted(args))
     file = checkpoint_path(args.model_dir, args.restore_file)
     return folder, split, agreed_class_names(checkpoint, file, split, params.num_classes)
-
-
-def write_report(
-    metrics: dict,
-    matrix: ConfusionMatrix | None,
-    split: Split,
-    where: str,
-    name: str,
-    params: Params,
-    args: argparse.Namespace,
-    class_names: Sequence[str],
-) -> None:
-    """Write the metrics as JSON and PNG, if there are any, and say what has been written where.
-
-    where names the split for people; name is that of the files, without the word for what they hold.
-    """
-    count = len(split.ids)
-    if matrix:
-        output = args.model_dir / f"metrics_{name}.json"
-        write_json(output, metrics)
-        save_figure(confusion_figure(matrix.matrix.cpu().numpy(), metrics["IoU"]), output.with_suffix(".png"))
-        print(table(metrics))
-        size = "their own size" if args.original_size else f"{params.image_size}x{params.image_size}"
-        print(f"\n{count} images of {where} at {size}, epoch {metrics['epoch']} -> {output} and .png")
-    else:
-        reason = "no masks" if split.masks is None else "masks of nothing but void"
-        print(f"{where} has {reason} and is not scored")
-    if args.save_overlays:
-        print(f"the worst of them -> {args.model_dir / f'overlays_{name}'}")
-    if args.save_predictions:
-        folder = predictions_folder(args.save_predictions, args.split, class_names)
-        print(f"{count} predictions -> {folder}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import combinations
 from pathlib import Path
@@ -18,6 +19,7 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from engine.cli import add_folder, run_main
+from engine.comparisons import Comparison, compare_all, explain
 from engine.folders import (
     RUN_LOCK,
     TRIAL_LOCKS,
@@ -47,7 +49,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--over_seeds", action="store_true", help="one row for runs that differ in their seed only: mean and deviation"
     )
-    return parser.parse_args()
+    parser.add_argument(
+        "--baseline",
+        metavar="NAME",
+        help="of a row: how every other row differs from it in mIoU at the photos' own size, and how sure that is",
+    )
+    parser.add_argument("--by_class", action="store_true", help="of --baseline: the same for the IoU of each class")
+    args = parser.parse_args()
+    if args.by_class and not args.baseline:
+        parser.error("--by_class goes with --baseline NAME")
+    return args
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,7 @@ class Result:
     history: list[dict] = field(default_factory=list)
     data_dir: str | None = None  # of the last start
     original_size: dict[str, float | None] = field(default_factory=dict)  # metrics at the photos' own size
+    counts: dict[str, Path] = field(default_factory=dict)  # of the same evaluations, by split
     state: str = "unreadable"
     problem: str = ""
 
@@ -179,7 +191,7 @@ def read(folder: Path, parent_dir: Path) -> Result:
         check(history, folder)
         result.history = history
         result.data_dir = str(found) if (found := recorded_data_dir(folder)) else None
-        result.original_size = read_original_size(folder, result.best)
+        result.original_size, result.counts = read_original_size(folder, result.best)
         result.state, result.problem = state(folder, params, history)
     except (UserError, OSError) as error:
         result.problem = str(error)
@@ -193,9 +205,13 @@ def check(history: list[dict[str, Any]], folder: Path) -> None:
             raise UserError(f"{folder / 'history.jsonl'} is damaged in line {line}; mend or remove the line")
 
 
-def read_original_size(folder: Path, best: dict[str, Any] | None) -> dict[str, float | None]:
-    """Return what evaluate.py found for the best epoch at the photos' own size: mIoU by split, accuracies by region."""
+def read_original_size(folder: Path, best: dict[str, Any] | None) -> tuple[dict[str, float | None], dict[str, Path]]:
+    """Return what evaluate.py found for the best epoch at the photos' own size: mIoU by split, accuracies by region.
+
+    And where it has written the counts of every photo, by split.
+    """
     found: dict[str, float | None] = {}
+    counts: dict[str, Path] = {}
     for path in sorted(folder.glob("*".join(ORIGINAL_SIZE))):
         metrics = read_json(path, if_absent="")
         split = path.name.removeprefix(ORIGINAL_SIZE[0]).removesuffix(ORIGINAL_SIZE[1])
@@ -205,7 +221,9 @@ def read_original_size(folder: Path, best: dict[str, Any] | None) -> dict[str, f
             raise UserError(f"{path} is damaged; write it anew with evaluate.py, or remove it")
         if best and metrics.get("epoch") == best["epoch"]:
             found |= dict(zip(names.values(), numbers, strict=True))
-    return found
+            file = path.with_name(path.name.replace("metrics_", "counts_", 1)).with_suffix(".npz")
+            counts |= {split: file} if file.exists() else {}
+    return found, counts
 
 
 def original_size_mIoU(split: str) -> str:
@@ -357,6 +375,7 @@ def draw(
     published: Published,
     *,
     by_name: bool,
+    comparisons: Sequence[Comparison] = (),
 ) -> Figure | None:
     """Return the curves of a metric and its best values, names in their order; None where no run has any."""
     begun = {name: [run for run in groups[name] if any(has(epoch, metric) for epoch in run.history)] for name in names}
@@ -372,6 +391,12 @@ def draw(
         {name: mIoU for name, mIoU in compared.items() if mIoU is not None},
         metric=metric,
         better=better_of(metric),
+        differences={
+            f"mIoU on {each.split} less the baseline's": {
+                name: (d.value, d.low, d.high) for name, d in each.whole.items()
+            }
+            for each in comparisons
+        },
     )
 
 
@@ -385,7 +410,7 @@ def main(args: argparse.Namespace) -> None:
     results = [read(folder, args.parent_dir) for folder in folders]
     varying, metrics = varying_keys(results), metric_columns(results, published)
     chosen_by = {result.params["best_metric"] for result in results if result.history}
-    column = args.sort or (chosen_by.pop() if len(chosen_by) == 1 else "mIoU")
+    column = args.sort or (min(chosen_by) if len(chosen_by) == 1 else "mIoU")
     if args.over_seeds:
         varying = [key for key in varying if key != "seed"]
         groups = by_seed(results, args.parent_dir)
@@ -396,19 +421,30 @@ def main(args: argparse.Namespace) -> None:
     else:
         groups = {result.name: [result] for result in results}
         rows = [result.row(varying, metrics, published) for result in results]
+    counts = {
+        name: [(run.name, run.counts) for run in group if run.state == "finished"] for name, group in groups.items()
+    }
+    comparisons = compare_all(counts, args.baseline) if args.baseline else []
+    for row in rows:
+        for comparison in comparisons:
+            row |= comparison.columns(row["name"])
     tasks = {name: group[0].task(column) for name, group in groups.items()}
     rows = sort(rows, column, tasks, metrics)
     table = markdown(rows)
     scored = {tasks[row["name"]] for row in rows if row[column] is not None}
     if column in metrics and len(scored) > 1:
         table += "\n\nRows of another data_dir, num_classes, image_size or resize are not ranked among each other."
+    if comparisons:
+        table += f"\n\n{explain(comparisons, chosen_by)}"
+    if args.by_class:
+        table += "".join(f"\n\n{comparison.table()}" for comparison in comparisons)
     if published.results:
         table += f"\n\nPublished: {published.source}"
     write_text(args.parent_dir / "results.md", table + "\n")
     write_text(args.parent_dir / "results.csv", comma_separated(rows))
     by_epoch = column if any(has(epoch, column) for result in results for epoch in result.history) else "mIoU"
     names = [row["name"] for row in rows]
-    if figure := draw(names, groups, varying, by_epoch, published, by_name=args.over_seeds):
+    if figure := draw(names, groups, varying, by_epoch, published, by_name=args.over_seeds, comparisons=comparisons):
         save_figure(figure, args.parent_dir / "results.png", dpi=120)
     print(table)
     for result in results:

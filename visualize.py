@@ -54,7 +54,14 @@ def comparison(examples: Sequence[Sequence[np.ndarray]], names: Sequence[str], *
 
 
 def error_picture(
-    photo: Image.Image, truth: Image.Image, prediction: np.ndarray, names: Sequence[str], *, title: str, side: int = 320
+    photo: Image.Image,
+    truth: Image.Image,
+    prediction: np.ndarray,
+    names: Sequence[str],
+    *,
+    title: str,
+    other: np.ndarray | None = None,
+    side: int = 320,
 ) -> Image.Image:
     """Return photo, truth, prediction and error beside one another, and a legend of what is in them.
 
@@ -66,6 +73,7 @@ def error_picture(
         prediction: uint8 (H, W), of the photo's size.
         names: a name for every class index.
         title: written above.
+        other: another prediction, uint8 (H, W), to show in place of the error.
         side: pixels of the longer side of a tile.
     """
     font = ImageFont.load_default(size=14)
@@ -76,8 +84,14 @@ def error_picture(
         "prediction": colour_mask(prediction, names).convert("RGB"),
         "error": _errors(photo, labels, prediction),
     }
+    shown = [labels, prediction]
+    if other is not None:
+        del tiles["error"]
+        tiles["the other"] = colour_mask(other, names).convert("RGB")
+        shown.append(other)
     width, height = (max(1, round(length * side / max(photo.size))) for length in photo.size)
-    entries = [*_present(np.union1d(labels, prediction), names), (ERROR_COLOUR, "error")]
+    present = np.unique(np.concatenate([part.ravel() for part in shown]))
+    entries = [*_present(present, names), *([(ERROR_COLOUR, "error")] if other is None else [])]
     legend = _legend(entries, 4 * (width + MARGIN) + MARGIN, font)
     canvas = Image.new("RGB", (legend.width, 2 * TEXT + height + MARGIN + legend.height), "white")
     draw = ImageDraw.Draw(canvas)
@@ -224,6 +238,7 @@ def learning_curves(
     *,
     metric: str = "mIoU",
     better: Callable = max,
+    differences: Mapping[str, Mapping[str, tuple[float, float, float]]] | None = None,
 ) -> Figure:
     """Return a validation metric by epoch, and its best value against every hyperparameter, or by name.
 
@@ -235,16 +250,20 @@ def learning_curves(
         published: the values to compare the best one with, where there are some; a ring in the colour of its name.
         metric: what it is called.
         better: max or min, which chooses the better of two values.
+        differences: by title, for each name a difference and the ends of its interval; a plot for each title.
     """
+    differences = {title: found for title, found in (differences or {}).items() if found}
     colours = {name: COLOURS[rank] if rank < len(COLOURS) else "lightgrey" for rank, name in enumerate(curves)}
     best = {name: [better(run) for run in runs] for name, runs in curves.items()}
     means = {name: float(np.mean(values)) for name, values in best.items()}
     by_name = hyperparameters is None
     shown = _widest(hyperparameters or {}, means)
-    plots = 2 if by_name else 1 + len(shown)
+    plots = (2 if by_name else 1 + len(shown)) + len(differences)
     columns = min(3, plots)
     rows = -(-plots // columns)
-    room_for_names = 0.2 * max(len(curves) - 12, 0) if by_name else 0.25 * min(len(curves), len(COLOURS) + 1)
+    room_for_names = (
+        0.2 * max(len(curves) - 12, 0) if by_name or differences else 0.25 * min(len(curves), len(COLOURS) + 1)
+    )
     figure = Figure(figsize=(5 * columns, 3.6 * rows + room_for_names), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flat
     _curves(axes[0], curves, colours)
@@ -256,6 +275,9 @@ def learning_curves(
     if by_name:
         _best_by_name(axes[1], best, colours, published or {})
         axes[1].set(xlabel=f"best validation {metric}")
+    for axis, (title, found) in zip(axes[plots - len(differences) :], differences.items(), strict=False):
+        _intervals(axis, {name: found[name] for name in curves if name in found}, colours)
+        axis.set(xlabel=title)
     for axis in axes[plots:]:
         axis.remove()
     return figure
@@ -334,6 +356,16 @@ def _best_by_name(
         if name in published:
             axis.plot(published[name], position, "o", color=colours[name], markerfacecolor="none")
     axis.set_yticks(range(len(best)), [_spelling(name) for name in best], fontsize="small")
+    axis.invert_yaxis()
+
+
+def _intervals(axis: Axes, differences: Mapping[str, tuple[float, float, float]], colours: Mapping[str, str]) -> None:
+    """Plot a difference and its interval for every name, the first on top, beside a line at 0."""
+    axis.axvline(0, color="grey", linewidth=0.8)
+    for position, (name, (value, low, high)) in enumerate(differences.items()):
+        axis.plot([low, high], [position] * 2, color=colours[name])
+        axis.plot(value, position, "o", color=colours[name])
+    axis.set_yticks(range(len(differences)), [_spelling(name) for name in differences], fontsize="small")
     axis.invert_yaxis()
 
 

@@ -21,7 +21,7 @@ OUTPUTS = (
     *FIRST_OUTPUTS,
     *("last.pth.tar", "best.pth.tar"),
     *("last.onnx", "best.onnx"),  # of these checkpoints; an export under a name of the user's is the user's
-    *("metrics_*.json", "metrics_*.png", "overlays_*/*.png"),
+    *("metrics_*.json", "metrics_*.png", "counts_*.npz", "overlays_*/*.png"),
 )
 RUN_LOCK = ".lock"  # held while train.py works in a folder
 TRIAL_LOCKS = ".locks"  # in the folder of a sweep; one for every trial that is started or at work

@@ -1,7 +1,9 @@
 """Segmentation metrics from one confusion matrix per data set."""
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -61,6 +63,28 @@ class ConfusionMatrix:
             "accuracy": [_or_none(value) for value in recall],
             "frequency": [_or_none(value) for value in labelled / total],
         }
+
+
+class PhotoCounts:
+    """Counts pixels by label and prediction for each photo by itself, on the host: those cells that are not 0.
+
+    cells has, by the photo's index, int64 (K, 2): label * C + prediction and its pixels, the cells rising.
+    """
+
+    def __init__(self, num_classes: int):
+        self.num_classes = num_classes
+        self.cells: dict[int, np.ndarray] = {}
+
+    @torch.no_grad()
+    def update(self, indices: Sequence[int], predictions: Tensor, labels: Tensor) -> None:
+        """Add photos: class indices (B, H, W), of any integer dtype; labels of 255 are skipped."""
+        labels, bins = labels.long(), self.num_classes**2 + 1
+        cells = (labels * self.num_classes + predictions).where(labels != VOID, bins - 1).flatten(1)
+        counts = torch.zeros(len(cells), bins, dtype=torch.int64, device=cells.device)
+        counts.scatter_add_(1, cells, torch.ones_like(cells))
+        for index, row in zip(indices, counts[:, :-1].cpu(), strict=True):
+            found = row.nonzero()[:, 0]
+            self.cells[index] = torch.stack([found, row[found]], 1).numpy()
 
 
 BAND = 7  # pixels

@@ -13,7 +13,8 @@ from torchvision.io import ImageReadMode, decode_image
 
 import utils
 from engine import checkpoints, folders
-from evaluate import WorstPredictions, table
+from evaluate import table
+from model.comparison import photo_mIoU, read_counts
 from model.photos import read_photo
 from model.transforms import squares, to_input
 from model.voc import palette
@@ -133,17 +134,44 @@ def mean_iou(prediction: np.ndarray, mask: np.ndarray) -> float:
     return np.mean([(a & b).sum() / (a | b).sum() for a, b in pairs if (a | b).any()])
 
 
-def test_the_worst_are_kept_whatever_the_order():
-    rng = np.random.default_rng(0)
-    mask = torch.from_numpy(rng.integers(0, 3, (20, 20)))
-    shares = rng.permutation(np.linspace(0, 0.9, 10))
-    worst = WorstPredictions(4, 3)
-    for index, share in enumerate(shares):
-        prediction = torch.where(torch.from_numpy(rng.random((20, 20)) < share), (mask + 1) % 3, mask)
-        worst.add(index, prediction, mask)
-    worst.add(99, mask, torch.full_like(mask, 255))  # nothing to score
-    kept = [-index for _, index, _ in sorted(worst._kept, reverse=True, key=lambda entry: entry[:2])]
-    assert kept == np.argsort(-shares)[:4].tolist()
+def test_photos_on_which_two_experiments_differ_most_are_drawn_with_both(experiment, trained, tmp_path):
+    _, data = trained
+    other = shutil.copytree(experiment, tmp_path / "other")
+    state = torch.load(other / "best.pth.tar", weights_only=True)
+    state["state_dict"]["br9.conv2.bias"][3] += 1e4  # sees birds everywhere
+    (other / "best.pth.tar").unlink()
+    torch.save(state, other / "best.pth.tar")
+    flags = "--save_overlays", 2, "--against", other
+    absent = other / "counts_val_best_original_size.npz"
+    assert f"no {absent}; evaluate.py writes it" in run_evaluate(experiment, data, *flags, check=2).stderr
+    run_evaluate(other, data, "--original_size")
+    stdout = run_evaluate(experiment, data, *flags).stdout
+    folder = experiment / "overlays_val_best_original_size"
+    assert f"those that differ most -> {folder}" in stdout
+    ours, theirs = (read_counts(run / absent.name) for run in (experiment, other))
+    order = np.argsort(-abs(photo_mIoU(ours) - photo_mIoU(theirs)), kind="stable")[:2]
+    assert [path.stem.split("_", 1)[1] for path in sorted(folder.iterdir())] == [ours.ids[index] for index in order]
+    (data_of := tmp_path / "data").mkdir()
+    for path in data.iterdir():
+        (data_of / path.name).symlink_to(path)
+    (data_of / "val.txt").unlink()
+    (data_of / "val.txt").write_text("val0\nval1\n")
+    assert "were scored on different photos" in run_evaluate(experiment, data_of, *flags, check=2).stderr
+    assert "goes with --save_overlays" in run_evaluate(experiment, data, "--against", other, check=2).stderr
+
+
+@pytest.mark.parametrize("flags", [[], ["--original_size"]], ids=str)
+def test_the_counts_of_the_photos_add_up_to_the_metrics(experiment, trained, flags):
+    _, data = trained
+    run_evaluate(experiment, data, *flags)
+    name = "val_best" + "_original_size" * len(flags)
+    counts = read_counts(experiment / f"counts_{name}.npz")
+    metrics = json.loads((experiment / f"metrics_{name}.json").read_text())
+    hits, union = counts.hits.sum(0), (counts.labelled + counts.predicted - counts.hits).sum(0)
+    expected = [hit / total if total else None for hit, total in zip(hits, union, strict=True)]
+    assert list(metrics["IoU"].values()) == pytest.approx(expected)
+    assert counts.ids == (data / "val.txt").read_text().split() and counts.class_names == list(metrics["IoU"])
+    assert experiment / f"counts_{name}.npz" in folders.existing_outputs(experiment)
 
 
 def test_a_split_without_masks_is_predicted_and_not_scored(experiment, trained, tmp_path):
