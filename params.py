@@ -243,7 +243,7 @@ TRAINING_OPTIONS = (
     "freeze_encoder_statistics",
     "activation_checkpointing",
 )  # of the network, on which its weights do not depend
-INPUT = ("normalize", "resize")  # without which weights mean something else
+INPUT = ("normalize", "resize")  # what the weights were trained to read
 ARCHITECTURE = ("num_classes", "encoder", "kernel_size", "head", "boundary_refinement", "stem_maxpool", "gcn_padding")
 
 

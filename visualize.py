@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
 from model.voc import ERROR_COLOUR, VOID, VOID_COLOUR, colour_mask, is_background, palette
 
@@ -47,8 +47,9 @@ def comparison(examples: Sequence[Sequence[np.ndarray]], names: Sequence[str], *
         top = MARGIN + row * (side + MARGIN)
         draw.text((MARGIN, top + side // 2), title, fill="black", font=font, anchor="lm")
         for column, tile in enumerate(tiles):
-            tile = ImageOps.pad(tile, (side, side), resampling, "white")
-            canvas.paste(tile, (left + column * (side + MARGIN), top))
+            width, height = (max(1, round(side * length / max(tile.size))) for length in tile.size)
+            place = left + column * (side + MARGIN) + (side - width) // 2, top + (side - height) // 2
+            canvas.paste(tile.resize((width, height), resampling), place)
     canvas.paste(legend, (0, canvas.height - legend.height))
     return canvas
 

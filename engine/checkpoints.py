@@ -139,7 +139,7 @@ def load_weights(model: nn.Module, state_dict: dict[str, Any], source: str | Pat
 def init_from(model: nn.Module, file: Path, params: Params) -> str:
     """Load weights only. Score layers stay as initialised if their class count differs; returns which those are."""
     checkpoint = load_checkpoint(file, otherwise="use --init_from {file}")
-    check_compatible([key for key in ARCHITECTURE if key != "num_classes"], checkpoint, params, file)
+    check_compatible(("encoder", "head", "kernel_size", "boundary_refinement"), checkpoint, params, file)
     given, fresh = predicting_weights(checkpoint), model.state_dict()
     layers = ""
     if class_count(given) != class_count(fresh):

@@ -27,18 +27,19 @@ def rng_states(device: torch.device) -> list[torch.Tensor]:
 
 
 def set_rng_states(states: list[torch.Tensor], device: torch.device) -> None:
-    """Set what rng_states() has returned, on the same kind of device or another, where it means nothing."""
-    for state in states if device.type != "cpu" else []:
-        module = torch.get_device_module(device)
-        module.set_rng_state(state) if device.type == "mps" else module.set_rng_state(state, device)
+    """Set what rng_states() has returned; that of another kind of device, which has another size, is passed over."""
+    for state, own in zip(states, rng_states(device), strict=False):
+        if state.shape == own.shape:
+            module = torch.get_device_module(device)
+            module.set_rng_state(state) if device.type == "mps" else module.set_rng_state(state, device)
 
 
 def resolve_precision(params: Params, device: torch.device) -> Params:
     """Return params with precision "auto" replaced: bf16 where the device has matrix units for it, otherwise fp32."""
     if params.precision != "auto":
         return params
-    on_cuda = device.type == "cuda"
-    fast = torch.cuda.get_device_capability(device) >= (8, 0) if on_cuda else torch.cpu._is_amx_tile_supported()
+    fast = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    fast |= device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     return replace(params, precision="bf16" if fast else "fp32")
 
 

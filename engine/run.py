@@ -194,7 +194,12 @@ def check_batch_size(params: Params, count: int) -> None:
         )
     if params.batch_size > count:
         raise UserError(f'"batch_size" is {params.batch_size}, but {params.train_split} has {count} images; lower it')
-    if (count % params.batch_size or params.batch_size) == 1 and params.stem_maxpool and params.image_size <= 32:
+    if params.compile and params.activation_checkpointing and processes > 1:
+        raise UserError(
+            '"compile" and "activation_checkpointing" together are for one process; set one of them to false'
+        )
+    single = (count % params.batch_size or params.batch_size) == 1 and not params.freeze_encoder_statistics
+    if single and params.stem_maxpool and params.image_size <= 32:
         raise UserError(
             f'"batch_size" {params.batch_size} leaves a batch of one among {count} images, and at "image_size" '
             f"{params.image_size} it gives batch norm a single value a channel; change one of the two"
@@ -299,6 +304,8 @@ def open_outputs(
     logging.info(f"{args.model_dir}: {sizes}; {where}")
     if params.num_channels is not None:
         logging.info('"num_channels" is accepted for old params.json files; this network has no use for it')
+    if params.freeze_encoder_statistics and not params.pretrained and not (start.init_from or restored):
+        logging.info('"freeze_encoder_statistics" without weights to start from: the encoder is not normalized at all')
     if fresh_layers:
         logging.info(f"{start.init_from} has another number of classes; these layers start afresh: {fresh_layers}")
     if restored:

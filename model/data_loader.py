@@ -291,7 +291,8 @@ class DeviceLoader:
         return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        batches = list(self.batch_sampler)
+        if not (batches := list(self.batch_sampler)):  # of a split to score with fewer batches than processes
+            return
         keys = [key if isinstance(key, tuple) else (key,) for batch in batches for key in batch]
         order, *seeds = (torch.tensor(numbers) for numbers in zip(*keys, strict=True))
         sizes = [len(batch) for batch in batches]

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, compiler, hub, is_grad_enabled, nn, sym_max
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 from torchvision.models import ResNet, get_model, get_model_weights
 
 from model import ENCODERS, GCN_PADDINGS, HEADS, UserError
@@ -192,7 +192,8 @@ class FCN_GCN(nn.Module):
     def _stage(self, layer: nn.Module, x: Tensor) -> Tensor:
         if not (self.activation_checkpointing and self.training and is_grad_enabled()):
             return layer(x)
-        contexts = partial(_once_each, layer)
+        # Compiled, the repetition writes no statistics, and the compiler takes no such contexts.
+        contexts = noop_context_fn if compiler.is_compiling() else partial(_statistics_once, layer)
         return checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
     def train(self, mode: bool = True) -> "FCN_GCN":
@@ -205,8 +206,11 @@ class FCN_GCN(nn.Module):
         return self
 
 
-def _once_each(layer: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
-    """Return contexts of the forward pass and of its repetition, in which running statistics stay as they are."""
+def _statistics_once(layer: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Return contexts of the forward pass and of its repetition, in which running statistics stay as they are.
+
+    Not by track_running_stats, without which batch norm saves other tensors than in the forward pass.
+    """
 
     @contextmanager
     def repetition() -> Iterator[None]:

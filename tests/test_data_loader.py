@@ -22,7 +22,7 @@ from PIL import EpsImagePlugin, Image, ImageOps
 from torch import Tensor
 
 from model import UserError, data_loader, photos, refuse_irregular, transforms
-from model.data_loader import DeviceLoader, EpochSampler, SegmentationDataset, make_loader
+from model.data_loader import DeviceLoader, DistributedBatchSampler, EpochSampler, SegmentationDataset, make_loader
 from model.layouts import Split, VOCFolders, class_names, find_split
 from model.photos import read_example
 from model.voc import CLASS_NAMES, VOID, indices_from_colours, palette
@@ -943,6 +943,11 @@ def test_a_split_on_the_device_gives_the_batches_of_the_files(data, seed, monkey
             for part, expected in zip(ours, theirs, strict=True):
                 assert part.dtype == expected.dtype
                 assert torch.equal(part, expected)
+
+
+def test_a_process_without_a_batch_to_score_gets_none_from_the_device(data):
+    batches = DistributedBatchSampler(range(3), 2, split=False, rank=2, world_size=4)
+    assert list(DeviceLoader(load(data), batch_sampler=batches, device=torch.device("cpu"))) == []
 
 
 @pytest.mark.parametrize(

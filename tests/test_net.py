@@ -57,6 +57,18 @@ def test_activation_checkpointing_changes_neither_gradients_nor_statistics(encod
     assert sum(kept[1]) < 0.7 * sum(kept[0])
 
 
+def test_activation_checkpointing_compiles_to_the_same_gradients_and_statistics():
+    plain, images = network(encoder="resnet18").train(), torch.randn(2, 3, 48, 64)
+    saving = network(encoder="resnet18", activation_checkpointing=True).train()
+    saving.load_state_dict(plain.state_dict())
+    plain(images).square().mean().backward()
+    torch.compile(saving, backend="aot_eager")(images).square().mean().backward()
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(saving.get_parameter(name).grad, parameter.grad, rtol=1e-3, atol=1e-6)
+    for name, buffer in plain.named_buffers():
+        torch.testing.assert_close(saving.get_buffer(name), buffer)
+
+
 def test_frozen_statistics_are_those_of_the_encoder_in_training_too():
     model = network(encoder="resnet18", freeze_encoder_statistics=True).train()
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
