@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, compiler, hub, is_grad_enabled, nn, sym_max
-from torch.utils.checkpoint import checkpoint, noop_context_fn
+from torch.utils.checkpoint import checkpoint
 from torchvision.models import ResNet, get_model, get_model_weights
 
 from model import ENCODERS, GCN_PADDINGS, HEADS, UserError
@@ -192,8 +192,9 @@ class FCN_GCN(nn.Module):
     def _stage(self, layer: nn.Module, x: Tensor) -> Tensor:
         if not (self.activation_checkpointing and self.training and is_grad_enabled()):
             return layer(x)
-        # Compiled, the repetition writes no statistics, and the compiler takes no such contexts.
-        contexts = noop_context_fn if compiler.is_compiling() else partial(_statistics_once, layer)
+        if compiler.is_compiling():  # where the repetition writes no statistics
+            return checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False)
+        contexts = partial(_statistics_once, layer)
         return checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
     def train(self, mode: bool = True) -> "FCN_GCN":

@@ -15,7 +15,6 @@ from engine.training import Training
 from evaluate import evaluate
 from model import parallel
 from model.inference import Segmenter
-from model.metrics import BoundaryMetrics
 from model.net import FCN_GCN
 from model.transforms import _mean_and_deviation, _padding
 from model.voc import CLASS_NAMES
@@ -125,7 +124,5 @@ def test_no_float64_comes_to_a_device_that_has_none(monkeypatch):
         segmenter = Segmenter(
             training.eval_model, META, image_size=32, resize="letterbox", scales=(1.0, 1.5), flip=True
         )
-        boundary = BoundaryMetrics(21, META)
-        boundary.update(*torch.zeros(2, 50, 40, dtype=torch.uint8, device=META))
         for tile in (None, 32):
             assert segmenter.segment(Image.new("RGB", (50, 40)), tile=tile).shape == (40, 50)
