@@ -7,7 +7,7 @@ from typing import Any
 from tabulate import tabulate
 
 from model import UserError
-from model.comparison import Difference, check_same_photos, compare, read_counts, verdicts
+from model.comparison import Difference, check_same_photos, compare, read_counts, resample, verdicts
 from utils import table_text
 
 Runs = list[tuple[str, dict[str, Path]]]  # the runs of a row: a name, and the counts of its photos by split
@@ -85,7 +85,9 @@ def _compare_on(split: str, groups: dict[str, Runs], baseline: str) -> Compariso
     for name, each in counts.items():
         for (run, _), own in zip(scored[name], each, strict=True):
             check_same_photos(first, own, (scored[baseline][0][0], run))
-    found = {name: compare(each, counts[baseline]) for name, each in counts.items() if name != baseline}
+    drawn = iter(resample([own for each in counts.values() for own in each]))
+    resampled = {name: [next(drawn) for _ in each] for name, each in counts.items()}
+    found = {name: compare(runs, resampled[baseline]) for name, runs in resampled.items() if name != baseline}
     whole = {name: difference for name, (difference, _) in found.items()}
     return Comparison(
         split, baseline, first.class_names, whole, {name: classes for name, (_, classes) in found.items()}

@@ -129,26 +129,41 @@ def check_same_photos(first: Counts, other: Counts, names: tuple[str, str]) -> N
         )
 
 
-def compare(
-    ours: Sequence[Counts], baseline: Sequence[Counts], *, resamples: int = RESAMPLES, seed: int = 0
-) -> tuple[Difference, list[Difference | None]]:
-    """Return the difference in mIoU of the means over the runs of two experiments, and that in the IoU of each class.
+@dataclass(frozen=True)
+class Resampled:
+    """What a run reaches: float64, mIoU first and then the IoU of each class.
 
-    None stands for a class that is in no label. All counts are of the same photos, see check_same_photos().
+    observed (1 + C) on the photos as they are, drawn (R, 1 + C) on resamples of them, the same for all runs.
     """
-    rng = np.random.default_rng(seed)
-    photos = len(ours[0].ids)
-    everything = np.ones((1, photos))
-    sides = [np.stack([class_IoU(run, everything)[0] for run in runs]) for runs in (ours, baseline)]  # (runs, C)
-    observed = [_with_mean(side) for side in sides]  # (runs, 1 + C)
-    value = observed[0].mean(0) - observed[1].mean(0)
-    drawn = np.empty((resamples, value.size))
+
+    observed: np.ndarray
+    drawn: np.ndarray
+
+
+def resample(runs: Sequence[Counts], *, resamples: int = RESAMPLES, seed: int = 0) -> list[Resampled]:
+    """Draw photos again, with replacement, the same for all runs, which are of the same photos."""
+    rng, photos = np.random.default_rng(seed), len(runs[0].ids)
+    observed = [_with_mean(class_IoU(run, np.ones((1, photos))))[0] for run in runs]
+    drawn = [np.empty((resamples, 1 + len(run.class_names))) for run in runs]
     for start in range(0, resamples, AT_ONCE):
         count = min(AT_ONCE, resamples - start)
         weights = rng.multinomial(photos, np.full(photos, 1 / photos), size=count).astype(np.float64)
-        means = [np.mean([_with_mean(class_IoU(run, weights)) for run in runs], 0) for runs in (ours, baseline)]
-        drawn[start : start + count] = means[0] - means[1]
-    drawn += _between_seeds(observed, resamples, rng)
+        for run, of_run in zip(runs, drawn, strict=True):
+            of_run[start : start + count] = _with_mean(class_IoU(run, weights))
+    return [Resampled(*parts) for parts in zip(observed, drawn, strict=True)]
+
+
+def compare(
+    ours: Sequence[Resampled], baseline: Sequence[Resampled], *, seed: int = 0
+) -> tuple[Difference, list[Difference | None]]:
+    """Return the difference in mIoU of the means over the runs of two experiments, and that in the IoU of each class.
+
+    None stands for a class that is in no label. All runs are from one call of resample().
+    """
+    observed = [np.stack([run.observed for run in runs]) for runs in (ours, baseline)]  # (runs, 1 + C)
+    drawn = np.mean([run.drawn for run in ours], 0) - np.mean([run.drawn for run in baseline], 0)
+    drawn += _between_seeds(observed, len(drawn), np.random.default_rng(seed))
+    value = observed[0].mean(0) - observed[1].mean(0)
     differences = [_difference(value[place], drawn[:, place]) for place in range(value.size)]
     assert differences[0] is not None
     return differences[0], differences[1:]

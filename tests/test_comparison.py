@@ -14,6 +14,7 @@ from model.comparison import (
     mIoU,
     photo_mIoU,
     read_counts,
+    resample,
     verdicts,
     write_counts,
 )
@@ -126,9 +127,14 @@ def test_the_classes_that_count_are_those_in_the_labels(tmp_path):
 # ---------------------------------------------------------------------------------------- differences
 
 
+def compared(ours: list[Counts], baseline: list[Counts], **options) -> tuple[Difference, list[Difference | None]]:
+    drawn = resample([*ours, *baseline], **options)
+    return compare(drawn[: len(ours)], drawn[len(ours) :])
+
+
 def test_the_same_run_does_not_differ_from_itself():
     run = simulated(np.random.default_rng(0), 40, quality=0.5)
-    whole, by_class = compare([run], [run], resamples=200)
+    whole, by_class = compared([run], [run], resamples=200)
     assert (whole.value, whole.low, whole.high, whole.p) == (0, 0, 0, 1)
     assert verdicts([whole]) == ["open"] and all(each.value == 0 for each in by_class)
 
@@ -137,13 +143,13 @@ def test_a_better_run_is_better_and_the_other_way_round_worse():
     rng = np.random.default_rng(1)
     good = simulated(rng, 80, quality=0.7)
     poor = simulated(rng, 80, quality=0.4, shared=good.labelled)
-    up, classes = compare([good], [poor], resamples=500)
-    down, _ = compare([poor], [good], resamples=500)
+    up, classes = compared([good], [poor], resamples=500)
+    down, _ = compared([poor], [good], resamples=500)
     assert up.value == pytest.approx(mIoU(good) - mIoU(poor)) and up.value == -down.value
     assert 0 < up.low < up.value < up.high and (up.low, up.high) == pytest.approx((-down.high, -down.low), abs=0.02)
     assert verdicts([up]) == ["better"] and verdicts([down]) == ["worse"]
     assert [each is not None and each.value > 0 for each in classes] == [True] * 4
-    assert compare([good], [poor], resamples=500)[0] == up, "the same seed, the same interval"
+    assert compared([good], [poor], resamples=500)[0] == up, "the same seed, the same interval"
 
 
 def test_a_class_that_is_nowhere_has_no_difference():
@@ -152,15 +158,15 @@ def test_a_class_that_is_nowhere_has_no_difference():
     for part in without:
         part[:, 2] = 0
     run = Counts(run.ids, NAMES, *without)
-    assert [each is None for each in compare([run], [run], resamples=50)[1]] == [False, False, True, False]
+    assert [each is None for each in compared([run], [run], resamples=50)[1]] == [False, False, True, False]
 
 
 def test_seeds_that_differ_widen_the_interval():
     rng = np.random.default_rng(3)
     first = simulated(rng, 300, quality=0.5)
     runs = [simulated(rng, 300, quality=q, shared=first.labelled) for q in (0.4, 0.5, 0.6, 0.45, 0.5, 0.55)]
-    alone, _ = compare(runs[4:5], runs[1:2], resamples=500)
-    together, _ = compare(runs[3:], runs[:3], resamples=500)
+    alone, _ = compared(runs[4:5], runs[1:2], resamples=500)
+    together, _ = compared(runs[3:], runs[:3], resamples=500)
     assert together.high - together.low > 2 * (alone.high - alone.low)
 
 
@@ -173,7 +179,7 @@ def test_how_often_an_interval_misses_0_is_what_it_says(seeds, difference, least
         shared = simulated(rng, 60, quality=0.5).labelled
         of_runs = rng.normal([[difference], [0]], 0.02 if seeds > 1 else 0, (2, seeds))
         sides = [[simulated(rng, 60, quality=0.5 + off, shared=shared) for off in side] for side in of_runs]
-        found, _ = compare(*sides, resamples=300)
+        found, _ = compared(*sides, resamples=300)
         missed += not found.low <= 0 <= found.high
     assert least <= missed / 150 <= most
 

@@ -282,10 +282,10 @@ def test_evaluation_by_several_processes_gives_the_same_files(trained, tmp_path)
             assert [status for status, _, _ in answers] == [0] * processes
             assert "3 images of val" in answers[0][1]
             assert all(said == ["", ""] for _, *said in answers[1:])
-            files = [*folder.glob("metrics_val_best*"), *folder.glob("overlays*/*")]
+            files = [*folder.glob("metrics_val_best*"), *folder.glob("counts*"), *folder.glob("overlays*/*")]
             if flags:
                 files += sorted((tmp_path / "predictions").rglob("*.png"))
-            assert len(files) == (9 if flags else 3)
+            assert len(files) == (10 if flags else 4)
             seen.append({file.name: file.read_bytes() for file in files})
             shutil.rmtree(folder)
         assert seen[0] == seen[1]
