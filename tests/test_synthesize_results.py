@@ -5,12 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT, run_script
 from PIL import Image
+from test_comparison import NAMES, simulated
 
 from engine.folders import RUN_LOCK, TRIAL_LOCKS
-from model import UserError
+from model import UserError, comparison
+from model.comparison import Counts, write_counts
 from params import Params
 from sweep.space import grid, read_spaces
 from synthesize_results import BY_REGION, Result, by_seed, read_published, without_seed
@@ -646,3 +649,85 @@ def test_the_plots_ring_what_is_published_in_the_colour_of_its_run():
     assert rings == [(9, 0.7, "C0", "none"), (5, 0.6, "C2", "none")]
     assert [tuple(line.get_xydata()[0]) for line in head.lines] == [(0, 0.7), (1, 0.6)]
     assert [text.get_text() for text in figure.legends[0].texts] == ["nine", "seven", "five", "published"]
+
+
+# ---------------------------------------------------------------------------------------- comparisons
+
+
+def scored(folder: Path, run: Counts, *splits: str, **params) -> Path:
+    """A finished experiment whose best epoch evaluate.py has scored at the photos' own size."""
+    experiment(folder, [0.5], **params)
+    cells = []
+    for labelled, predicted, hits in zip(run.labelled, run.predicted, run.hits, strict=True):
+        missed, wrong = labelled - hits, predicted - hits
+        cells.append([[5 * c, hits[c]] for c in range(4) if hits[c]])
+        for c in range(4):  # what simulated() has missed of a class, the next one has too much of
+            assert missed[c] == wrong[(c + 1) % 4]
+            cells[-1] += [[4 * c + (c + 1) % 4, missed[c]]] if missed[c] else []
+    for split in splits:
+        name = f"{split}_best_original_size"
+        (folder / f"metrics_{name}.json").write_text(json.dumps({"epoch": 1, "mIoU": comparison.mIoU(run)}))
+        parts = [np.array(sorted(cell), dtype=np.int64).reshape(-1, 2) for cell in cells]
+        write_counts(folder / f"counts_{name}.npz", run.ids, run.class_names, parts)
+    return folder
+
+
+def test_every_row_is_compared_with_the_baseline_on_every_split(tmp_path):
+    rng = np.random.default_rng(0)
+    first = simulated(rng, 60, quality=0.4)
+    scored(tmp_path / "a" / "old", first, "val", "test")
+    scored(tmp_path / "a" / "good", better := simulated(rng, 60, quality=0.8, shared=first.labelled), "val", "test")
+    scored(tmp_path / "a" / "alike", simulated(rng, 60, quality=0.41, shared=first.labelled), "val")
+    scored(tmp_path / "a" / "unscored", first)
+    result = synthesize(tmp_path / "a", "--baseline", "old", "--by_class")
+    rows = {row["name"]: row for row in table(result.stdout.split("\n\n")[0])}
+    verdicts = {name: (row["val_verdict"], row["test_verdict"]) for name, row in rows.items()}
+    assert verdicts == {
+        "old": ("baseline", "baseline"),
+        "good": ("better (optimistic)", "better"),
+        "alike": ("open (optimistic)", "-"),
+        "unscored": ("-", "-"),
+    }
+    good = rows["good"]
+    assert float(good["test_difference"]) == pytest.approx(comparison.mIoU(better) - comparison.mIoU(first), abs=1e-4)
+    assert 0 < float(good["test_low"]) < float(good["test_difference"]) < float(good["test_high"])
+    assert "2 comparisons at once" in result.stdout and "chosen on val, by mIoU" in result.stdout
+    classes = table(result.stdout.split("\n\n")[-1])
+    assert [row["IoU on val"] for row in classes] == NAMES and all(row["good"].endswith("better") for row in classes)
+    with open(tmp_path / "a" / "results.csv") as stream:
+        assert float(next(row for row in csv.DictReader(stream) if row["name"] == "good")["test_low"]) > 0
+    assert Image.open(tmp_path / "a" / "results.png").width > 1000  # curves, and a plot of intervals for each split
+
+
+def test_seeds_are_compared_as_one(tmp_path):
+    rng = np.random.default_rng(1)
+    shared = simulated(rng, 60, quality=0.4).labelled
+    for name, quality in (("old", 0.4), ("new", 0.7)):
+        for seed in (1, 2, 3):
+            run = simulated(rng, 60, quality=quality + seed / 100, shared=shared)
+            scored(tmp_path / "a" / f"{name}__seed_{seed}", run, "test", seed=seed, batch_size=1 + (name == "old"))
+    rows = table(synthesize(tmp_path / "a", "--over_seeds", "--baseline", "old").stdout.split("\n\n")[0])
+    assert [(row["name"], row["seeds"], row["test_verdict"]) for row in rows] == [
+        ("new", "1 2 3", "better"),
+        ("old", "1 2 3", "baseline"),
+    ]
+
+
+def test_what_cannot_be_compared_is_one_line(tmp_path):
+    rng = np.random.default_rng(2)
+    scored(tmp_path / "a" / "old", simulated(rng, 9, quality=0.5), "val")
+    scored(tmp_path / "a" / "other", simulated(rng, 8, quality=0.5), "val")
+    experiment(tmp_path / "a" / "bare", [0.5])
+    for flags, said in (
+        (["--baseline", "older"], "--baseline older: no such row; there are bare, old, other"),
+        (["--baseline", "bare"], "--baseline bare: its photos are not counted one by one"),
+        (["--baseline", "old"], "old and other were scored on different photos (8)"),
+        (["--by_class"], "--by_class goes with --baseline NAME"),
+    ):
+        result = synthesize(tmp_path / "a", *flags, check=2)
+        assert said in result.stderr and not list((tmp_path / "a").glob("results.*")), flags
+    (tmp_path / "a" / "old" / "counts_val_best_original_size.npz").write_bytes(b"junk")
+    assert (
+        "counts_val_best_original_size.npz is damaged"
+        in synthesize(tmp_path / "a", "--baseline", "old", check=2).stderr
+    )
