@@ -317,11 +317,12 @@ def score_checkpoint(device: torch.device, args: argparse.Namespace) -> None:
     if not ranks.is_main():
         return
     if scores and scored:
-        counts = write_scores(scores, record, name, split, names, args)
+        write_scores(scores, record, name, split, names, args)
         size = "their own size" if args.original_size else f"{params.image_size}x{params.image_size}"
         output = args.model_dir / f"metrics_{name}.json"
         print(f"\n{len(split.ids)} images of {where} at {size}, epoch {record['epoch']} -> {output} and .png")
         if args.save_overlays:
+            counts = read_counts(args.model_dir / f"counts_{name}.npz")
             draw_overlays(segmenter, originals, counts, other, overlays, args)
             print(f"{'those that differ most' if args.against else 'the worst of them'} -> {overlays}")
     else:
@@ -342,17 +343,15 @@ def score_squares(model: nn.Module, split: Split, names: Sequence[str], params: 
 
 def write_scores(
     scores: Scores, record: dict, name: str, split: Split, names: Sequence[str], args: argparse.Namespace
-) -> Counts:
-    """Write metrics, confusion and the counts of every photo, print the metrics, and return the counts."""
+) -> None:
+    """Write metrics, confusion and the counts of every photo, and print the metrics."""
     metrics, file = record | scores.metrics, args.model_dir / f"metrics_{name}.json"
     write_json(file, metrics)
     matrix = scores.matrix.matrix.cpu().numpy()
     save_figure(confusion_figure(matrix, metrics["IoU"]), file.with_suffix(".png"))
     with replacing(args.model_dir / f"counts_{name}.npz") as temporary:
         write_counts(temporary, split.ids, names, scores.cells)
-        counts = read_counts(temporary)
     print(table(metrics))
-    return counts
 
 
 def only_predicted(args: argparse.Namespace) -> bool:

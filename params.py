@@ -237,12 +237,8 @@ class Params:
 
 
 SCORED_AT_ONCE = 32 * 224**2  # pixels
-TRAINING_OPTIONS = (
-    "dropout_rate",
-    "zero_init_residual",
-    "freeze_encoder_statistics",
-    "activation_checkpointing",
-)  # of the network, on which its weights do not depend
+# Options of the network on which its weights do not depend.
+TRAINING_OPTIONS = ("dropout_rate", "zero_init_residual", "freeze_encoder_statistics", "activation_checkpointing")
 INPUT = ("normalize", "resize")  # what the weights were trained to read
 ARCHITECTURE = ("num_classes", "encoder", "kernel_size", "head", "boundary_refinement", "stem_maxpool", "gcn_padding")
 

@@ -391,12 +391,7 @@ def draw(
         {name: mIoU for name, mIoU in compared.items() if mIoU is not None},
         metric=metric,
         better=better_of(metric),
-        differences={
-            f"mIoU on {each.split} less the baseline's": {
-                name: (d.value, d.low, d.high) for name, d in each.whole.items()
-            }
-            for each in comparisons
-        },
+        differences={f"mIoU on {each.split} less the baseline's": each.intervals() for each in comparisons},
     )
 
 

@@ -39,8 +39,7 @@ def comparison(examples: Sequence[Sequence[np.ndarray]], names: Sequence[str], *
     )
     left = 90
     width = max(left + len(images) * (side + MARGIN), left + side * 3)
-    present = np.unique(np.concatenate([part.ravel() for part in (*labels, *predictions)]))
-    legend = _legend(_present(present, names), width, font)
+    legend = _legend(_present([*labels, *predictions], names), width, font)
     canvas = Image.new("RGB", (width, 3 * (side + MARGIN) + MARGIN + legend.height), "white")
     draw = ImageDraw.Draw(canvas)
     for row, (title, tiles, resampling) in enumerate(rows):
@@ -91,8 +90,7 @@ def error_picture(
         tiles["the other"] = colour_mask(other, names).convert("RGB")
         shown.append(other)
     width, height = (max(1, round(length * side / max(photo.size))) for length in photo.size)
-    present = np.unique(np.concatenate([part.ravel() for part in shown]))
-    entries = [*_present(present, names), *([(ERROR_COLOUR, "error")] if other is None else [])]
+    entries = [*_present(shown, names), *([(ERROR_COLOUR, "error")] if other is None else [])]
     legend = _legend(entries, 4 * (width + MARGIN) + MARGIN, font)
     canvas = Image.new("RGB", (legend.width, 2 * TEXT + height + MARGIN + legend.height), "white")
     draw = ImageDraw.Draw(canvas)
@@ -144,9 +142,9 @@ def overlay(
     return canvas
 
 
-def _present(indices: np.ndarray, names: Sequence[str]) -> list[Entry]:
-    """Return entries of a legend for class indices, void among them."""
-    colours = palette(names).tolist()
+def _present(maps: Sequence[np.ndarray], names: Sequence[str]) -> list[Entry]:
+    """Return entries of a legend for the class indices that occur in some maps, void among them."""
+    colours, indices = palette(names).tolist(), np.unique(np.concatenate([part.ravel() for part in maps]))
     return [(tuple(colours[index]), "void" if index == VOID else names[index]) for index in indices.tolist()]
 
 

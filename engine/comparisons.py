@@ -1,6 +1,7 @@
 """Comparisons of experiments with a baseline, for a table: differences of mIoU, their intervals, and words for them."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,15 @@ class Comparison:
         """Whether the epochs were chosen on this split."""
         return self.split == "val"
 
+    @cached_property
+    def verdicts(self) -> dict[str, str]:
+        """What is to be said of each row but the baseline, for all of them at once."""
+        return dict(zip(self.whole, verdicts(list(self.whole.values())), strict=True))
+
     def columns(self, name: str) -> dict[str, Any]:
-        """Return the columns of a row of the table; the verdict is for all rows at once."""
+        """Return the columns of a row of the table."""
         found = self.whole.get(name)
-        words = dict(zip(self.whole, verdicts(list(self.whole.values())), strict=True))
-        verdict = "baseline" if name == self.baseline else words.get(name)
+        verdict = "baseline" if name == self.baseline else self.verdicts.get(name)
         return {
             f"{self.split}_difference": found and found.value,
             f"{self.split}_low": found and found.low,
@@ -89,9 +94,8 @@ def _compare_on(split: str, groups: dict[str, Runs], baseline: str) -> Compariso
     resampled = {name: [next(drawn) for _ in each] for name, each in counts.items()}
     found = {name: compare(runs, resampled[baseline]) for name, runs in resampled.items() if name != baseline}
     whole = {name: difference for name, (difference, _) in found.items()}
-    return Comparison(
-        split, baseline, first.class_names, whole, {name: classes for name, (_, classes) in found.items()}
-    )
+    by_class = {name: classes for name, (_, classes) in found.items()}
+    return Comparison(split, baseline, first.class_names, whole, by_class)
 
 
 def explain(comparisons: list[Comparison], chosen_by: set[str]) -> str:

@@ -172,9 +172,8 @@ def sample_predictions(training: Training, dataset: SegmentationDataset, count: 
     """Draw validation photos spread evenly over the list, always the same ones, with truth and prediction."""
     params = training.params
     number = min(count, len(dataset))
-    examples = [
-        dataset[place * len(dataset) // number] for place in range(number)
-    ]  # neighbours may be frames of a video
+    # Not neighbours, which may be frames of a video.
+    examples = [dataset[place * len(dataset) // number] for place in range(number)]
     images, labels = (torch.stack(part) for part in zip(*examples, strict=True))
     with autocast(training.device, params.precision):
         logits = training.eval_model.eval()(to_input(images, training.device, **params.input_options()))

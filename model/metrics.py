@@ -32,8 +32,7 @@ class ConfusionMatrix:
     @torch.no_grad()
     def update(self, predictions: Tensor, labels: Tensor) -> None:
         """Add a batch of class indices, both (B, H, W) and of any integer dtype; labels of 255 are skipped."""
-        labels = labels.long()
-        cells = (labels * self.num_classes + predictions).where(labels != VOID, self.num_classes**2).flatten()
+        cells = _cells(predictions, labels, self.num_classes).flatten()
         self._counts.scatter_add_(0, cells, torch.ones_like(cells))
 
     def reduce(self) -> None:
@@ -78,13 +77,18 @@ class PhotoCounts:
     @torch.no_grad()
     def update(self, indices: Sequence[int], predictions: Tensor, labels: Tensor) -> None:
         """Add photos: class indices (B, H, W), of any integer dtype; labels of 255 are skipped."""
-        labels, bins = labels.long(), self.num_classes**2 + 1
-        cells = (labels * self.num_classes + predictions).where(labels != VOID, bins - 1).flatten(1)
-        counts = torch.zeros(len(cells), bins, dtype=torch.int64, device=cells.device)
+        cells = _cells(predictions, labels, self.num_classes).flatten(1)
+        counts = torch.zeros(len(cells), self.num_classes**2 + 1, dtype=torch.int64, device=cells.device)
         counts.scatter_add_(1, cells, torch.ones_like(cells))
         for index, row in zip(indices, counts[:, :-1].cpu(), strict=True):
             found = row.nonzero()[:, 0]
             self.cells[index] = torch.stack([found, row[found]], 1).numpy()
+
+
+def _cells(predictions: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Return int64 (B, H, W): label * C + prediction, and C * C where the label is void."""
+    labels = labels.long()
+    return (labels * num_classes + predictions).where(labels != VOID, num_classes**2)
 
 
 BAND = 7  # pixels

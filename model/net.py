@@ -154,10 +154,8 @@ class FCN_GCN(nn.Module):
         self.maxpool = resnet.maxpool if stem_maxpool else nn.Sequential()
         self.layer1, self.layer2 = resnet.layer1, resnet.layer2
         self.layer3, self.layer4 = resnet.layer3, resnet.layer4
-        self.freeze_encoder_statistics, self.activation_checkpointing = (
-            freeze_encoder_statistics,
-            activation_checkpointing,
-        )
+        self.freeze_encoder_statistics = freeze_encoder_statistics
+        self.activation_checkpointing = activation_checkpointing
         width = resnet.fc.in_features  # of the last stage, each as wide as two of the one before; below for a ResNet-50
         self.dropout = Dropout2d(dropout_rate) if dropout_rate > 0 else nn.Sequential()
         self.gcn1, self.gcn2, self.gcn3, self.gcn4 = (score(width // share) for share in (8, 4, 2, 1))
