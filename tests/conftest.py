@@ -1,5 +1,6 @@
 """Data sets, photos and subprocesses that several test files need."""
 
+import importlib
 import json
 import os
 import runpy
@@ -8,9 +9,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
+import urllib.request
 import warnings
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -28,54 +32,107 @@ settings.register_profile("thorough", max_examples=5000)  # pytest --hypothesis-
 
 ROOT = Path(__file__).resolve().parent.parent
 VOC2012 = ROOT.parent / "shared" / "voc2012"
+SCRIPTS = ("train", "evaluate", "predict", "export", "build_dataset", "search_hyperparams", "synthesize_results")
 
 # The smallest experiment that goes through every part: 6 images, 2 steps an epoch.
-TINY = {"pretrained": False, "image_size": 32, "batch_size": 3, "num_epochs": 2, "num_workers": 0, "precision": "fp32"}
+TINY = {
+    "pretrained": False,
+    "encoder": "resnet18",
+    "image_size": 32,
+    "batch_size": 3,
+    "num_epochs": 2,
+    "num_workers": 0,
+    "precision": "fp32",
+}
+
+
+class Script:
+    """A script of the project in a process of its own, with the methods of subprocess.Popen.
+
+    The process is forked from this one and has its modules: to import torch anew takes seconds.
+    """
+
+    def __init__(
+        self,
+        script: str | Path,
+        *args,
+        stdout: str | None = None,  # a file to write to instead of what communicate() returns
+        stderr: str | None = None,
+        new_session: bool = False,
+        **environment: str,
+    ):
+        for module in SCRIPTS:
+            importlib.import_module(module)
+        self.args, self.returncode = [str(ROOT / script), *map(str, args)], None
+        self.files = [tempfile.mkstemp()[1] if file is None else file for file in (stdout, stderr)]
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._run(new_session, environment)
+
+    def _run(self, new_session: bool, environment: dict[str, str]) -> NoReturn:
+        status = 1
+        try:
+            if new_session:
+                os.setsid()
+            for descriptor, file in enumerate(self.files, 1):
+                os.dup2(os.open(file, os.O_WRONLY), descriptor)
+            sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", closefd=False) for descriptor in (1, 2))
+            sys.argv = self.args
+            os.environ |= environment
+            urllib.request.install_opener(None)  # which knows the proxies of the old environment
+            os.chdir(ROOT)
+            warnings.resetwarnings()
+            warnings.filterwarnings("ignore", category=DeprecationWarning)
+            warnings.filterwarnings("error", category=UserWarning)
+            runpy.run_path(self.args[0], run_name="__main__")
+            status = 0
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else bool(end.code)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            for stream in (sys.stdout, sys.stderr):
+                try:
+                    stream.flush()
+                except OSError:
+                    status = 120  # as Python itself does
+            os._exit(status)
+
+    def poll(self) -> int | None:
+        if self.returncode is None and (ended := os.waitpid(self.pid, os.WNOHANG))[0]:
+            self.returncode = os.waitstatus_to_exitcode(ended[1])
+        return self.returncode
+
+    def communicate(self, timeout: float = 600) -> tuple[str, str]:
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                os.kill(self.pid, signal.SIGKILL)
+                raise TimeoutError(f"{self.args} still runs after {timeout} s")
+            time.sleep(0.005)
+        said = ["", ""]
+        for place, file in enumerate(map(Path, self.files)):
+            if file.parent != Path("/dev"):
+                said[place] = file.read_text()
+                file.unlink()
+        return said[0], said[1]
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
 
 
 def run_script(script: str, *args, check: int | None = 0, **environment: str) -> subprocess.CompletedProcess:
     """Run a script of the project as a user would; its exit status must be check unless that is None."""
-    command = [str(ROOT / script), *map(str, args)]
-    if "torch" in sys.modules and not environment:
-        result = run_in_fork(command)
-    else:
+    if "PYTHONPATH" in environment:  # which is for modules that are imported anew
         environment = os.environ | {"PYTHONWARNINGS": "error::UserWarning"} | environment
-        command = [sys.executable, *command]
+        command = [sys.executable, ROOT / script, *map(str, args)]
         result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=600)
+    else:
+        process = Script(script, *args, **environment)
+        said = process.communicate()
+        result = subprocess.CompletedProcess(process.args, process.returncode, *said)
     assert check is None or result.returncode == check, f"{result.returncode}\n{result.stdout}\n{result.stderr}"
     return result
-
-
-def run_in_fork(command: list[str]) -> subprocess.CompletedProcess:
-    """A script in a process of its own that has the modules of this one: importing torch anew takes seconds."""
-    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
-        if not (child := os.fork()):
-            status = 1
-            try:
-                os.dup2(stdout.fileno(), 1)
-                os.dup2(stderr.fileno(), 2)
-                sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", closefd=False) for descriptor in (1, 2))
-                sys.argv = command
-                os.chdir(ROOT)
-                warnings.resetwarnings()
-                warnings.filterwarnings("ignore", category=DeprecationWarning)
-                warnings.filterwarnings("error", category=UserWarning)
-                runpy.run_path(command[0], run_name="__main__")
-                status = 0
-            except SystemExit as end:
-                status = end.code if isinstance(end.code, int) else bool(end.code)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(status)
-        _, status = os.waitpid(child, 0)
-        said = []
-        for stream in (stdout, stderr):
-            stream.seek(0)
-            said.append(stream.read())
-        return subprocess.CompletedProcess(command, os.waitstatus_to_exitcode(status), *said)
 
 
 def make_experiment(folder: Path, **params) -> Path:

@@ -224,8 +224,8 @@ def train_in_float64(data: Path, options: dict) -> dict:
 @pytest.mark.parametrize(
     ("processes", "images", "options"),
     [
-        (2, 5, {"batch_size": 2, "accumulation_steps": 2}),
-        (2, 3, {"batch_size": 2, "encoder": "resnet18", "activation_checkpointing": True, "resize": "letterbox"}),
+        (2, 5, {"batch_size": 2, "accumulation_steps": 2, "encoder": "resnet50"}),
+        (2, 3, {"batch_size": 2, "activation_checkpointing": True, "resize": "letterbox"}),
         pytest.param(4, 6, {"batch_size": 4}, marks=pytest.mark.slow),  # in the last batch two have nothing
     ],
 )

@@ -1,10 +1,8 @@
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_script
 from torch import nn
 from torchvision.models.resnet import Bottleneck
 
@@ -18,7 +16,7 @@ def network(**options) -> FCN_GCN:
 
 
 def test_layer_table_is_the_published_one_row_for_row():
-    printed = subprocess.run([sys.executable, "-m", "model.net"], capture_output=True, text=True, cwd=ROOT, check=True)
+    printed = run_script("model/net.py")
     assert printed.stdout.splitlines() == (ROOT / "tests" / "architecture.txt").read_text().splitlines()
 
 
@@ -33,8 +31,7 @@ def test_every_encoder_has_heads_of_its_width(encoder):
 
 
 def test_the_table_of_another_encoder_can_be_printed():
-    command = [sys.executable, "-m", "model.net", "--encoder", "resnet18"]
-    printed = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    printed = run_script("model/net.py", "--encoder", "resnet18").stdout
     assert "BasicBlock" in printed and "Bottleneck" not in printed and "Total params: 11,555,604" in printed
 
 

@@ -399,7 +399,7 @@ def test_evaluate_refuses_a_changed_architecture_by_name(finished, tmp_path):
 
 def network(num_classes: int = 21) -> nn.Module:
     torch.manual_seed(0)
-    return train.FCN_GCN(num_classes, pretrained=False)
+    return train.FCN_GCN(num_classes, encoder=TINY["encoder"], pretrained=False)
 
 
 def loader_of(data, **params):
@@ -773,7 +773,7 @@ def test_an_optimizer_whose_state_has_other_shapes_than_its_weights_resumes(tmp_
     [
         ("optimizer", "adamw"),
         ("stem_maxpool", True),
-        ("encoder", "resnet18"),
+        ("encoder", "resnet50"),
         ("normalize", False),
         ("resize", "letterbox"),
         ("dataset", "sample"),
@@ -815,7 +815,7 @@ def test_weights_alone_can_start_a_run_but_not_continue_one(finished, tmp_path):
 @pytest.mark.parametrize("head", ["gcn", "conv1x1", "stack"])
 def test_init_from_starts_score_layers_of_another_class_count_afresh_and_only_those(tmp_path, head):
     def build(num_classes: int) -> nn.Module:
-        return train.FCN_GCN(num_classes, head=head, kernel_size=5, pretrained=False)
+        return train.FCN_GCN(num_classes, encoder="resnet18", head=head, kernel_size=5, pretrained=False)
 
     source = build(21).state_dict()
     file = tmp_path / "x.pth.tar"
@@ -833,8 +833,10 @@ def test_init_from_starts_score_layers_of_another_class_count_afresh_and_only_th
 
 def test_init_from_refuses_any_other_misfit_by_name(tmp_path):
     file = tmp_path / "x.pth.tar"
-    torch.save({"state_dict": train.FCN_GCN(kernel_size=9, pretrained=False).state_dict()}, file)
-    with pytest.raises(UserError, match=r"gcn1\.conv_l1\.weight is \(21, 256, 9, 1\) instead of \(21, 256, 7, 1\)"):
+    torch.save(
+        {"state_dict": train.FCN_GCN(encoder=TINY["encoder"], kernel_size=9, pretrained=False).state_dict()}, file
+    )
+    with pytest.raises(UserError, match=r"gcn1\.conv_l1\.weight is \(21, 64, 9, 1\) instead of \(21, 64, 7, 1\)"):
         checkpoints.init_from(network(), file, Params())
     torch.save({"state_dict": network().state_dict(), "params": {"kernel_size": 9}}, file)
     with pytest.raises(UserError, match=r'was trained with "kernel_size": 9, params\.json says 7; set it back'):

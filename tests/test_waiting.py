@@ -90,7 +90,7 @@ def on_device(training: Training) -> None:
     ids=str,
 )
 def test_waits_do_not_grow_with_the_number_of_batches(options):
-    training = Training(FCN_GCN(pretrained=False), Params(**TINY | options), 10)
+    training = Training(FCN_GCN(encoder="resnet18", pretrained=False), Params(**TINY | options), 10)
     on_device(training)
     seen = {}
     for count in (1, 3):
@@ -116,7 +116,11 @@ class WithoutFloat64(TorchDispatchMode):
 def test_no_float64_comes_to_a_device_that_has_none(monkeypatch):
     monkeypatch.setattr(parallel, "WITHOUT_FLOAT64", {"meta"})
     terms = dict.fromkeys(LOSS_TERMS, 1.0)
-    training = Training(FCN_GCN(pretrained=False), Params(**TINY, augment=True, ema_decay=0.9, loss_weights=terms), 10)
+    training = Training(
+        FCN_GCN(encoder="resnet18", pretrained=False),
+        Params(**TINY, augment=True, ema_decay=0.9, loss_weights=terms),
+        10,
+    )
     on_device(training)
     with WithoutFloat64(), Waits():
         train_epoch(training, Batches(1))

@@ -1,0 +1,123 @@
+"""How often a comparison errs, in experiments that are put together from real ones. docs/COMPARING.md has the table.
+
+A run of a recipe has for each class the pixels of one of the recipe's real runs, drawn by lot, on photos that are drawn
+from the real ones. So it is known what the recipe reaches over all seeds and photos: the mean of the real runs.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tabulate import tabulate
+from tqdm import tqdm
+
+from engine.cli import run_main
+from model import UserError
+from model.comparison import Counts, check_same_photos, compare, mIoU, read_counts, resample
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ours", nargs="+", type=Path, required=True, help="counts_*.npz of a recipe's runs")
+    parser.add_argument(
+        "--baseline", nargs="+", type=Path, required=True, help="those of another's, on the same photos"
+    )
+    parser.add_argument("--photos", nargs="+", type=int, default=[20, 60, 157, 500], help="(default: %(default)s)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 5], help="(default: %(default)s)")
+    parser.add_argument("--experiments", type=int, default=400, help="for each cell (default: %(default)s)")
+    parser.add_argument("--resamples", type=int, default=1000, help="(default: %(default)s)")
+    return parser.parse_args()
+
+
+def draw_run(rng: np.random.Generator, recipe: Sequence[Counts]) -> Counts:
+    """Take each class from one of a recipe's runs."""
+    first, classes = recipe[0], np.arange(len(recipe[0].class_names))
+    taken = rng.integers(len(recipe), size=len(classes))
+    predicted, hits = (
+        np.stack([getattr(run, part) for run in recipe])[taken, :, classes].T for part in ("predicted", "hits")
+    )
+    return Counts(first.ids, first.class_names, first.labelled, predicted, hits)
+
+
+def on_photos(run: Counts, places: np.ndarray) -> Counts:
+    return Counts(
+        [run.ids[place] for place in places],
+        run.class_names,
+        run.labelled[places],
+        run.predicted[places],
+        run.hits[places],
+    )
+
+
+def exchanged(rng: np.random.Generator, first: Counts, other: Counts) -> list[Counts]:
+    """Let chance decide, photo by photo, which of two runs is which: then neither is better."""
+    swap = rng.random((len(first.ids), 1)) < 0.5
+    parts = [(getattr(first, part), getattr(other, part)) for part in ("predicted", "hits")]
+    return [
+        Counts(first.ids, first.class_names, first.labelled, *(np.where(mask, b, a) for a, b in parts))
+        for mask in (swap, ~swap)
+    ]
+
+
+def simulate(
+    rng: np.random.Generator, ours: Sequence[Counts], baseline: Sequence[Counts], photos: int, seeds: int, args
+) -> tuple[float, float, float]:
+    """Return how often 0 lies outside of the interval, how often the truth does, and the mean width."""
+    truth = np.mean([mIoU(run) for run in ours]) - np.mean([mIoU(run) for run in baseline])
+    without_0 = without_truth = width = 0.0
+    for _ in range(args.experiments):
+        places = rng.integers(len(ours[0].ids), size=photos)
+        drawn = [on_photos(draw_run(rng, recipe), places) for recipe in (ours, baseline) for _ in range(seeds)]
+        resampled = resample(drawn, resamples=args.resamples, seed=int(rng.integers(2**32)))
+        found, _ = compare(resampled[:seeds], resampled[seeds:], seed=int(rng.integers(2**32)))
+        without_0 += not found.low <= 0 <= found.high
+        without_truth += not found.low <= truth <= found.high
+        width += found.high - found.low
+    return without_0 / args.experiments, without_truth / args.experiments, width / args.experiments
+
+
+def simulate_photos(rng: np.random.Generator, runs: Sequence[Counts], photos: int, args) -> float:
+    """Return how often 0 lies outside of the interval for two runs that differ by chance only, photo by photo."""
+    missed = 0
+    for _ in range(args.experiments):
+        places = rng.integers(len(runs[0].ids), size=photos)
+        pair = exchanged(rng, *(on_photos(draw_run(rng, runs), places) for _ in range(2)))
+        resampled = resample(pair, resamples=args.resamples, seed=int(rng.integers(2**32)))
+        found, _ = compare(resampled[:1], resampled[1:])
+        missed += not found.low <= 0 <= found.high
+    return missed / args.experiments
+
+
+def main() -> int:
+    args, rng = parse_args(), np.random.default_rng(0)
+    ours, baseline = ([read_counts(path) for path in paths] for paths in (args.ours, args.baseline))
+    if len(ours) < 2 or len(baseline) < 2:
+        raise UserError("a recipe needs two runs at least, for what a seed changes")
+    for path, run in zip([*args.ours, *args.baseline], [*ours, *baseline], strict=True):
+        check_same_photos(ours[0], run, (str(args.ours[0]), str(path)))
+    levels = [[mIoU(run) for run in recipe] for recipe in (ours, baseline)]
+    for name, level in zip(("ours", "baseline"), levels, strict=True):
+        print(f"{name}: mIoU {np.mean(level):.4f} ± {np.std(level, ddof=1):.4f}, {len(level)} runs")
+    rows = []
+    cells = [(photos, seeds) for seeds in args.seeds for photos in args.photos]
+    for photos, seeds in tqdm(cells, disable=None):
+        by_photo = simulate_photos(rng, ours, photos, args) if seeds == 1 else None
+        same, _, _ = simulate(rng, ours, ours, photos, seeds, args)
+        found, off, width = simulate(rng, ours, baseline, photos, seeds, args)
+        rows.append([seeds, photos, by_photo, same, off, found, width])
+    headers = ["seeds a side", "photos", "no difference, photo by photo", "no difference between recipes"]
+    headers += ["truth outside", "difference found", "mean width"]
+    print(
+        tabulate(rows, headers, tablefmt="pipe", floatfmt=("d", "d", ".3f", ".3f", ".3f", ".3f", ".3f"), missingval="-")
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_main(main))
