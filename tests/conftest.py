@@ -13,6 +13,7 @@ import time
 import traceback
 import urllib.request
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -59,6 +60,7 @@ class Script:
         stdout: str | None = None,  # a file to write to instead of what communicate() returns
         stderr: str | None = None,
         new_session: bool = False,
+        without: Sequence[str] = (),  # packages that cannot be imported
         **environment: str,
     ):
         for module in SCRIPTS:
@@ -67,9 +69,9 @@ class Script:
         self.files = [tempfile.mkstemp()[1] if file is None else file for file in (stdout, stderr)]
         self.pid = os.fork()
         if self.pid == 0:
-            self._run(new_session, environment)
+            self._run(new_session, without, environment)
 
-    def _run(self, new_session: bool, environment: dict[str, str]) -> NoReturn:
+    def _run(self, new_session: bool, without: Sequence[str], environment: dict[str, str]) -> NoReturn:
         status = 1
         try:
             if new_session:
@@ -79,6 +81,7 @@ class Script:
             sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", closefd=False) for descriptor in (1, 2))
             sys.argv = self.args
             os.environ |= environment
+            sys.modules |= dict.fromkeys(without)
             urllib.request.install_opener(None)  # which knows the proxies of the old environment
             os.chdir(ROOT)
             warnings.resetwarnings()
@@ -121,14 +124,14 @@ class Script:
         os.kill(self.pid, number)
 
 
-def run_script(script: str, *args, check: int | None = 0, **environment: str) -> subprocess.CompletedProcess:
+def run_script(script: str, *args, check: int | None = 0, **options) -> subprocess.CompletedProcess:
     """Run a script of the project as a user would; its exit status must be check unless that is None."""
-    if "PYTHONPATH" in environment:  # which is for modules that are imported anew
-        environment = os.environ | {"PYTHONWARNINGS": "error::UserWarning"} | environment
+    if "PYTHONPATH" in options:  # which is for modules that are imported anew
+        environment = os.environ | {"PYTHONWARNINGS": "error::UserWarning"} | options
         command = [sys.executable, ROOT / script, *map(str, args)]
         result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=600)
     else:
-        process = Script(script, *args, **environment)
+        process = Script(script, *args, **options)
         said = process.communicate()
         result = subprocess.CompletedProcess(process.args, process.returncode, *said)
     assert check is None or result.returncode == check, f"{result.returncode}\n{result.stdout}\n{result.stderr}"
