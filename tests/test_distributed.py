@@ -207,7 +207,7 @@ def train_in_float64(data: Path, options: dict) -> dict:
     split = find_split("voc", data, "train")
     dataset = SegmentationDataset(split, class_names=names, image_size=params.image_size)
     loader = make_loader(dataset, batch_size=params.batch_size, seed=1, **loading_options(params))
-    torch.manual_seed(ranks.rank())  # others begin with other weights
+    torch.manual_seed(1 + ranks.rank())  # others begin with other weights
     training = Training(FCN_GCN(**params.network_options(), pretrained=False).double(), params, len(loader))
     torch.manual_seed(2)
     forward = training.forward
@@ -224,7 +224,7 @@ def train_in_float64(data: Path, options: dict) -> dict:
 @pytest.mark.parametrize(
     ("processes", "images", "options"),
     [
-        (2, 5, {"batch_size": 2, "accumulation_steps": 2, "encoder": "resnet50"}),
+        (2, 5, {"batch_size": 2, "accumulation_steps": 2}),
         (2, 3, {"batch_size": 2, "activation_checkpointing": True, "resize": "letterbox"}),
         pytest.param(4, 6, {"batch_size": 4}, marks=pytest.mark.slow),  # in the last batch two have nothing
     ],
@@ -233,7 +233,7 @@ def test_several_processes_train_the_same_network_as_one(tmp_path, processes, im
     data = make_data(tmp_path / "data", train=images, val=1)
     options |= {"augment": True, "dropout_rate": 0.3, "ema_decay": 0.5, "clip_grad_norm": 1.0, "save_summary_steps": 1}
     one, several = of_one_and_of((processes,), train_in_float64, data, options)
-    assert one["pixel_accuracy"] > 0
+    assert 0 < one["pixel_accuracy"] < 1
     assert_alike(several, one, 1e-9)
 
 
