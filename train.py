@@ -17,8 +17,8 @@ from engine.devices import autocast, loading_options, resolve_precision, seed_ev
 from engine.outputs import EpochOutputs, EpochProgress, best_line
 from engine.run import (
     Start,
-    check_batch_size,
     check_same_lists,
+    check_trainable,
     list_digest,
     mend_finished,
     open_outputs,
@@ -123,7 +123,7 @@ def find_data(params: Params, data_dir: Path, restored: Restored | None) -> tupl
     train_split, val_split = (
         find_split(params.dataset, data_dir, name, masks_required=True) for name in (params.train_split, "val")
     )
-    check_batch_size(params, len(train_split.ids))
+    check_trainable(params, len(train_split.ids))
     if restored is None:
         return train_split, val_split, class_names(val_split, params.num_classes)
     return train_split, val_split, agreed_class_names(restored.state, restored.file, val_split, params.num_classes)

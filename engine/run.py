@@ -182,8 +182,8 @@ def read_checkpoint(params: Params, start: Start, model_dir: Path) -> Restored |
     return Restored(file, checkpoint)
 
 
-def check_batch_size(params: Params, count: int) -> None:
-    """Raise UserError if a list of count images does not go into batches that all processes can share."""
+def check_trainable(params: Params, count: int) -> None:
+    """Raise UserError unless these processes can train with params on a list of count images."""
     processes = ranks.world_size()
     if params.batch_size % processes:
         below = params.batch_size // processes * processes

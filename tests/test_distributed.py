@@ -310,14 +310,25 @@ def test_predictions_are_shared_out_and_one_bad_photo_fails_all(trained, tmp_pat
 # ------------------------------------------------------------------------------------------------------ the end
 
 
-def test_a_mistake_is_said_once(tmp_path, data):
-    experiment = make_experiment(tmp_path / "run", batch_size=3)
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"batch_size": 3},
+            '"batch_size" is 3, the images of a step in all processes together, and cannot be divided among 2; '
+            "use 2 or 4",
+        ),
+        (
+            {"batch_size": 2, "compile": True, "activation_checkpointing": True},
+            '"compile" and "activation_checkpointing" together are for one process; set one of them to false',
+        ),
+    ],
+)
+def test_a_mistake_is_said_once(tmp_path, data, options, said):
+    experiment = make_experiment(tmp_path / "run", **options)
     answers = on_processes(2, main_of, train, "--model_dir", experiment, "--data_dir", data, connect=False)
     assert [status for status, _, _ in answers] == [2, 2]
-    assert answers[0][2] == (
-        'train.py: error: "batch_size" is 3, the images of a step in all processes together, and cannot be divided '
-        "among 2; use 2 or 4\n"
-    )
+    assert answers[0][2] == f"train.py: error: {said}\n"
     assert answers[1][1:] == ("", "")
     assert [path.name for path in experiment.iterdir()] == ["params.json"]
 
