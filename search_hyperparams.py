@@ -46,7 +46,7 @@ def print_summary(study: Study) -> int:
         best = better_of(study.metric)(scores, key=lambda name: scores[name])
         line += f"; best {study.metric} {scores[best]:.4f} by {best}"
     print(f"{len(trials)} trials: {line}")
-    if study.is_exhausted():
+    if len(trials) < study.n_trials:
         print(f"there are no other trials in this search space than these {len(trials)}")
     if counts[TrialState.FAIL]:
         print("the same command runs the failed ones again")

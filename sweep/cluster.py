@@ -10,15 +10,12 @@ import ray
 from ray.exceptions import RayError, TaskCancelledError
 
 from model import UserError
-from sweep.coordinator import TrialFailed, start_train, wait_for_lock
+from sweep.coordinator import start_train, wait_for_lock
 from utils import ROOT, first_line
 
 
 class Cluster:
-    """A Ray cluster, whose machines share the file system of the repository and the sweep.
-
-    Raises UserError where there is none at the address.
-    """
+    """A Ray cluster whose machines share the repository and the sweep. Raises UserError if none is at the address."""
 
     def __init__(self, address: str):
         environment = {"env_vars": {"PYTHONPATH": str(ROOT)}}
@@ -63,7 +60,7 @@ class ClusterTrial:
         except TaskCancelledError:
             return -signal.SIGTERM
         except RayError as error:
-            raise TrialFailed(str(error).strip().splitlines()[-1]) from None
+            raise UserError(str(error).strip().splitlines()[-1]) from None
 
     def terminate(self) -> None:
         """Ask train.py to end."""

@@ -28,10 +28,6 @@ GRACE = 30.0  # seconds that a trial has to end by itself
 LOG_LINES = 5  # of a failed trial
 
 
-class TrialFailed(UserError):
-    """A trial that has ended without a score. Its arguments are lines that say why."""
-
-
 @dataclass
 class Coordinator:
     """Runs the trials of a study, some at once."""
@@ -50,20 +46,17 @@ class Coordinator:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup asks for
                 signal.signal(number, lambda number, frame: self.signals.append(number))
         while not self.signals and (left := self.study.left()):
-            self.study.optimize(self.objective, left, min(self.jobs, left), (UserError, OSError, NotRun))
+            self.study.optimize(self.objective, left, self.jobs, (UserError, OSError, NotRun))
 
     def objective(self, trial: Trial) -> float:
         """Run one trial and return its best score. Raises UserError, OSError, TrialPruned or NotRun."""
         self.stop_if_asked()
-        name, values = self.study.begin(trial)
-        folder = self.study.parent_dir / name
+        folder, values = self.study.begin(trial)
         try:
             return self.run_trial(trial, folder, self.study.base | values)
         except (UserError, OSError, TrialPruned) as error:
-            state = "pruned" if isinstance(error, TrialPruned) else "failed"
-            reason = list(error.args) if isinstance(error, TrialFailed) else [str(error)]
-            say("\n    ".join([f"{name}: {state}, {reason[0]}", *reason[1:]]), sys.stdout)
-            trial.set_user_attr("reason", reason)
+            state, reason = "pruned" if isinstance(error, TrialPruned) else "failed", str(error).splitlines()
+            say(f"{folder.name}: {state}, " + "\n    ".join(reason), sys.stdout)
             with suppress(OSError):  # the folder may be what is wrong
                 write_json(folder / "trial.json", {"state": state, "reason": reason})
             raise
@@ -76,8 +69,6 @@ class Coordinator:
 
     def run_trial(self, trial: Trial, folder: Path, params: Values) -> float:
         """Train, resume, or count what is finished already."""
-        log = folder / "train.log"
-        earlier = log.stat().st_size if log.exists() else 0
         with ExitStack() as held:
             process = self.start(folder, params, held)
             held.callback(self.end, process)
@@ -85,8 +76,8 @@ class Coordinator:
         history = read_history(folder)
         if code or not history:
             how = f"killed by signal {-code}, {signal.strsignal(-code)}" if code < 0 else f"exit status {code}"
-            lines = log.read_bytes()[earlier:].decode(errors="replace").splitlines()
-            raise TrialFailed(how, *[line for line in lines if line.strip()][-LOG_LINES:])
+            lines = (folder / "train.log").read_bytes().decode(errors="replace").splitlines()
+            raise UserError("\n".join([how, *[line for line in lines if line.strip()][-LOG_LINES:]]))
         best = best_epoch(history, self.study.metric)
         value = score(best, self.study.metric)
         say(f"{folder.name}: finished, best {self.study.metric} {value:.4f} at epoch {best['epoch']}", sys.stdout)
@@ -117,22 +108,19 @@ class Coordinator:
         reported, first, metric = 0, self.prune_from or params.warmup_epochs + 1, self.study.metric
         while True:
             code = process.poll()  # asked before its last epoch is read
-            epochs = read_history(folder)[reported:]
-            for epoch in epochs:
+            for epoch in (new := read_history(folder)[reported:]):
                 trial.report(value := score(epoch, metric), reported := epoch["epoch"])
                 say(f"{folder.name}: epoch {reported}/{params.num_epochs}, {metric} {value:.4f}", sys.stdout)
             if code is not None and not (code and self.signals):  # which may have ended it too
                 return code
             self.stop_if_asked()
-            may_prune = self.prune_from is not None and epochs and first <= reported < params.num_epochs
-            if may_prune and trial.should_prune():
+            if self.prune_from is not None and new and first <= reported < params.num_epochs and trial.should_prune():
                 raise TrialPruned(f"{metric} worse than the median of the other trials after epoch {reported}")
             time.sleep(POLL)
 
     def end(self, process: Any) -> None:
         """End a train.py that is still at work, and wait for that."""
-        if process.poll() is None:
-            process.terminate()
+        process.terminate()
         deadline = time.monotonic() + GRACE
         while process.poll() is None:
             if len(self.signals) > 1 or time.monotonic() > deadline:
@@ -143,8 +131,7 @@ class Coordinator:
 def wait_for_lock(paths: Iterable[Path], held: ExitStack, check: Callable[[], None]) -> Lock:
     """Hold the first of some locks that is free, however long that takes; check is called while waiting.
 
-    train.py inherits the lock and keeps it when whoever started it is killed, so that nobody starts another one in its
-    folder or on its GPU.
+    train.py inherits the lock and keeps it when its coordinator is killed: nobody else gets its folder or its GPU.
     """
     while True:
         check()

@@ -2,7 +2,6 @@
 
 import json
 import threading
-import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,16 +11,20 @@ from typing import Any
 import optuna
 from optuna.artifacts import FileSystemArtifactStore, upload_artifact
 from optuna.distributions import BaseDistribution, check_distribution_compatibility
+from optuna.samplers import RandomSampler, TPESampler
+from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from engine.folders import better_of
 from model import UserError
 from params import Params
-from sweep.space import Values, canonical, choice, random_trials, suggest, trial_name
+from sweep.space import Values, choice, suggest, trial_name
 from utils import RunFailed
 
 FIRST_DRAWS = 10  # trials drawn at random, before TPE has something to learn from
+DUPLICATES = 1000  # draws in a row of known trials, after which a space has no others
+ENTRY = b'{"op_code"'  # what a line of a journal begins with
 
 
 class NotRun(Exception):
@@ -29,9 +32,17 @@ class NotRun(Exception):
 
 
 class Journal(JournalFileBackend):
-    """A journal that writes nothing after a line that a full disk has cut short."""
+    """Optuna's journal, for one process, in which nothing comes after half a line. Raises ValueError if it is none."""
 
-    failure: RunFailed | None = None  # to append
+    def __init__(self, path: Path):
+        lock: Any = threading.Lock()  # Optuna's own would outlive a kill by 30 s
+        super().__init__(str(path), lock_obj=lock)
+        self.failure: RunFailed | None = None  # to append
+        with open(path, "rb+") as stream:  # a kill or a full disk may have left half a line
+            content = stream.read()
+            if not ENTRY.startswith(content[: len(ENTRY)]):
+                raise ValueError("it is no journal of Optuna")
+            stream.truncate(content.rfind(b"\n") + 1)
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Append entries, one per line. Raises RunFailed where the file cannot be written, from then on."""
@@ -47,10 +58,9 @@ class Journal(JournalFileBackend):
 class Study:
     """The trials of a sweep, which one coordinator runs.
 
-    A trial waits in the study's queue until it is run. An entry of the study is an attempt at a trial, of which the
-    last counts. Its user attribute "values" is what the trial sets, "folder" where it has begun.
-
-    Raises UserError if what was there before does not go with it: another base, or other choices to draw from.
+    A trial waits in the study's queue until it is run; trial_name() of its values tells it from others. An entry of the
+    study is an attempt at a trial, of which the last counts; its user attribute "values" is what the trial sets,
+    "folder" where it has begun. Raises UserError if the base has changed, or the choices that samplers draw from.
     """
 
     parent_dir: Path
@@ -62,129 +72,117 @@ class Study:
 
     def __post_init__(self) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self.metric = self.base.get("best_metric", Params.best_metric)
+        params = Params(**self.base)
+        self.metric, self.seed = params.best_metric, params.seed
         self.study = self._open(self.parent_dir / "study.journal")
-        with warnings.catch_warnings(action="ignore"):  # that this is experimental
-            self.study.set_metric_names([self.metric])  # for optuna-dashboard
-        begun = [entry.user_attrs for entry in self._entries() if entry.user_attrs.keys() >= {"values", "folder"}]
-        self.names = {canonical(values): name for name, values in self.grid.items()}
-        self.names |= {canonical(attempt["values"]): attempt["folder"] for attempt in begun}  # which a trial keeps
-        grid = {self.name(values): values for values in self.grid.values()}
-        if len(grid) < len(self.grid):
-            space_file = self.parent_dir / "search_space.json"
-            raise UserError(f'{space_file}: a new trial has the name of one that has begun; choose another "name"')
-        self.grid, self._drawing = grid, threading.Lock()
-        self._check()
+        self._refuse_changes()
         self.study.set_user_attr("base", self.base)
-        self._queue(min(self.n_trials, FIRST_DRAWS) if self.tpe else self.n_trials)
+        self.names = {trial_name(values): name for name, values in self.grid.items()}
+        for attempt in [entry.user_attrs for entry in self._entries()]:
+            if "folder" in attempt and (self.parent_dir / attempt["folder"] / "params.json").exists():  # it keeps that
+                self.names[trial_name(attempt["values"])] = attempt["folder"]
+        self.grid = {self._name(values): values for values in self.grid.values()}
+        self._drawing = threading.Lock()
+        self._queue()
 
     def _open(self, path: Path) -> optuna.Study:
         direction: Any = "maximize" if better_of(self.metric) is max else "minimize"
-        lock: Any = threading.Lock()  # one process writes; Optuna's own would outlive a kill by 30 s
-        self.journal, pruner = Journal(str(path), lock_obj=lock), optuna.pruners.MedianPruner()
-        with open(path, "rb+") as stream:  # a kill may have left a part of the last line
-            stream.truncate(stream.read().rfind(b"\n") + 1)
         try:
-            storage = optuna.storages.JournalStorage(self.journal)
-            return optuna.create_study(
-                storage=storage, pruner=pruner, study_name="sweep", direction=direction, load_if_exists=True
-            )
+            self.journal = Journal(path)
+            storage = JournalStorage(self.journal)
+            return optuna.create_study(storage=storage, study_name="sweep", direction=direction, load_if_exists=True)
         except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-            raise UserError(
-                f"{path} is damaged ({error}); move it away: a grid finds its finished trials again"
-            ) from None
+            raise UserError(f"{path} is damaged ({error}); move it away: a grid finds its finished trials") from None
 
-    def _entries(self) -> list[FrozenTrial]:
-        return self.study.get_trials(deepcopy=False)
+    def _entries(self, *states: TrialState) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False, states=states or None)
 
-    def _check(self) -> None:
-        before = self.study.user_attrs.get("base", self.base)
-        if changed := [key for key in {**before, **self.base} if before.get(key) != self.base.get(key)]:
-            changes = [f"{key} {json.dumps(before.get(key))} -> {json.dumps(self.base.get(key))}" for key in changed]
-            raise UserError(
-                f"{self.parent_dir / 'params.json'} has changed since this sweep began ({', '.join(changes)}): "
-                "set it back, or start a sweep in another folder"
-            )
+    def _refuse_changes(self) -> None:
+        remedy = "set it back, or start a sweep in another folder"
+        old, new = self.study.user_attrs.get("base", self.base), self.base
+        changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+        if changes := ", ".join(f"{key} {json.dumps(old.get(key))} -> {json.dumps(new.get(key))}" for key in changed):
+            raise UserError(f"{self.parent_dir}/params.json has changed since this sweep began ({changes}): {remedy}")
         drawn_from = {} if self.grid else {k: d for entry in self._entries() for k, d in entry.distributions.items()}
         for key in drawn_from.keys() & self.space:
             try:
                 check_distribution_compatibility(drawn_from[key], self.space[key])
-            except ValueError:
-                raise UserError(
-                    f'{self.parent_dir / "search_space.json"}: "{key}" was drawn from other choices before, and '
-                    "samplers can only move the ends of a range; set it back, or start a sweep in another folder"
-                ) from None
+            except ValueError:  # Optuna's rule: samplers can only move the ends of a range
+                raise UserError(f'{self.parent_dir}: "{key}" was drawn from other choices before; {remedy}') from None
 
-    def name(self, values: Values) -> str:
-        """Return the folder of a trial."""
-        return self.names.get(canonical(values)) or trial_name(values)
+    def _name(self, values: Values) -> str:
+        return self.names.get(trial_name(values), trial_name(values))
 
     def trials(self) -> dict[str, FrozenTrial]:
         """Return the attempt that counts of every trial that is in the grid, or has been drawn, by name."""
-        needed = {TrialState.FAIL: {"values", "folder"}}  # without a folder it has never begun
-        counted = [entry for entry in self._entries() if entry.user_attrs.keys() >= needed.get(entry.state, {"values"})]
-        named = {self.name(entry.user_attrs["values"]): entry for entry in counted}
-        return {name: entry for name, entry in named.items() if not self.grid or name in self.grid}
+        entries = [entry for entry in self._entries() if "values" in entry.user_attrs]
+        counted = [entry for entry in entries if entry.state != TrialState.FAIL or "folder" in entry.user_attrs]
+        named = {self._name(entry.user_attrs["values"]): entry for entry in counted}
+        return {name: entry for name, entry in named.items() if name in (self.grid or named)}
 
-    def _queue(self, draws: int) -> None:
+    def _queue(self) -> None:
         """Queue what is new, has failed or was cut short, and what was finished in a folder that is gone."""
-        for entry in self._entries():
-            if entry.state == TrialState.RUNNING:  # its coordinator is dead
-                self.study.tell(entry.number, state=TrialState.FAIL)
+        for entry in self._entries(TrialState.RUNNING):  # whose coordinator is dead
+            self.study.tell(entry.number, state=TrialState.FAIL)
         trials = self.trials()
-        drawn = {name: entry.user_attrs["values"] for name, entry in trials.items()}
-        for name, values in (drawn | self.grid).items():
+        needed = self.grid or {name: trial.user_attrs["values"] for name, trial in trials.items()}
+        for name, values in needed.items():
             state = trials[name].state if name in trials else TrialState.FAIL
             if state == TrialState.FAIL or (state != TrialState.WAITING and not (self.parent_dir / name).exists()):
                 self._enqueue(values)
-        if not self.grid:
-            self._enqueue(*self._draw(draws - len(trials)))
+        draws = min(self.n_trials, FIRST_DRAWS) if self.tpe else self.n_trials
+        self._enqueue(*self._draw(draws - len(trials)))
 
     def _enqueue(self, *trials: Values) -> None:
         for values in trials:
             self.study.enqueue_trial({key: choice(value) for key, value in values.items()}, {"values": values})
 
     def _draw(self, count: int) -> list[Values]:
-        return random_trials(self.space, count, seed=self.base.get("seed", Params.seed), known=self.trials())
-
-    def is_exhausted(self) -> bool:
-        """Return whether n_trials is more than there are to draw."""
-        return len(self.trials()) < self.n_trials and not self._draw(1)
+        """Draw trials at random that are new, the same ones every time; fewer if the space has no more."""
+        study, known, duplicates = optuna.create_study(sampler=RandomSampler(self.seed)), self.trials(), 0
+        drawn: dict[str, Values] = {}
+        while len(drawn) < count and duplicates < DUPLICATES:
+            trial = study.ask()
+            values = {key: suggest(trial, key, distribution) for key, distribution in self.space.items()}
+            name = self._name(values)
+            duplicates = duplicates + 1 if name in known or name in drawn else 0
+            drawn |= {} if duplicates else {name: values}
+        return list(drawn.values())
 
     def left(self) -> int:
-        """Return how many trials are to be run, now that none is at work."""
-        waiting = sum(entry.state == TrialState.WAITING for entry in self._entries())
-        return waiting + (0 if self.is_exhausted() else max(0, self.n_trials - len(self.trials())))
+        """Return how many trials are to be run, now that none is at work: fewer than n_trials if there are no more."""
+        waiting, new = len(self._entries(TrialState.WAITING)), self.n_trials - len(self.trials())
+        return waiting + (new if new > 0 and self._draw(1) else 0)
 
     def optimize(self, objective: Callable[[Trial], float], count: int, jobs: int, catch: Any) -> None:
-        """Let Optuna run count trials, from another seed at every start, or TPE would repeat its draws."""
-        seed = (self.base.get("seed", Params.seed) + len(self._entries())) % 2**32
-        self.study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)  # running trials count as bad
+        """Let Optuna run count trials. Raises RunFailed if the journal cannot be written."""
+        seed = (self.seed + len(self._entries())) % 2**32  # another every time, or TPE would repeat its draws
+        self.study.sampler = TPESampler(seed=seed, constant_liar=True)  # running trials count as bad
         try:
             self.study.optimize(objective, count, n_jobs=jobs, catch=catch)
         finally:
             if self.journal.failure:  # of which Optuna may have made an AssertionError
                 raise self.journal.failure
 
-    def begin(self, trial: Trial) -> tuple[str, Values]:
+    def begin(self, trial: Trial) -> tuple[Path, Values]:
         """Return the folder and the values of a trial whose turn has come. Raises NotRun if it is not to be run."""
         with self._drawing:
             if (values := trial.user_attrs.get("values")) is None:
                 values = {key: suggest(trial, key, distribution) for key, distribution in self.space.items()}
-                if self.name(values) in self.trials():
+                if self._name(values) in self.trials():
                     self._enqueue(*(other := self._draw(1)))
                     if not other:
                         self.study.stop()
                     raise NotRun
                 trial.set_user_attr("values", values)
-        name = self.name(values)
+        name = self._name(values)
         if self.grid and name not in self.grid:
             raise NotRun
         for key in self.space.keys() & values:
             with suppress(ValueError):  # the grid had other choices before: not in the plots
                 suggest(trial, key, self.space[key])
         trial.set_user_attr("folder", name)
-        return name, values
+        return self.parent_dir / name, values
 
     def keep_pictures(self, trial: Trial, folder: Path) -> None:
         """Copy a trial's pictures to where optuna-dashboard finds them."""

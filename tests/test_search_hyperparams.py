@@ -185,8 +185,8 @@ def score_elsewhere(sweep: Path, data_dir: Path, rates: list[float], *, epochs: 
     study = Study(sweep, base, {}, grid=names)
 
     def objective(trial):
-        name, _ = study.begin(trial)
-        (sweep / name).mkdir()
+        folder, _ = study.begin(trial)
+        folder.mkdir()
         for epoch in range(1, epochs + 1):
             trial.report(mIoU, epoch)
         return mIoU
@@ -312,3 +312,14 @@ def test_a_folder_that_holds_another_experiment_is_left_alone(tmp_path, data_dir
     result = search(sweep, data_dir, check=2)
     assert "learning_rate_0.01/params.json is not what base and search space say; move" in result.stderr
     assert {path.name for path in sweep.iterdir()} == {"params.json", "search_space.json", "learning_rate_0.01"}
+
+
+def test_a_new_trial_never_takes_the_folder_that_another_one_keeps(tmp_path, data_dir):
+    sweep = make_sweep(tmp_path / "sweep", {"name": "short", "seed": [1]})
+    search(sweep, data_dir)
+    before = {path: path.read_bytes() for path in sweep.glob("*/*")}
+    (sweep / "search_space.json").write_text('[{"name": "new", "seed": [1]}, {"name": "short", "seed": [4]}]')
+    assert "short/params.json is not what base and search space say; move" in search(sweep, data_dir, check=2).stderr
+    (sweep / "search_space.json").write_text('{"name": "new", "seed": [1]}')
+    assert "1 trials: 1 finished" in search(sweep, data_dir).stdout
+    assert {path: path.read_bytes() for path in sweep.glob("*/*")} == before

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -39,10 +40,11 @@ def run(study: Study, *, jobs: int = 1, score: Callable[[Values], float] = lambd
     began, lock = [], threading.Lock()
 
     def objective(trial):
-        name, values = study.begin(trial)
+        folder, values = study.begin(trial)
         with lock:
-            began.append(name)
-        (study.parent_dir / name).mkdir(exist_ok=True)
+            began.append(folder.name)
+        folder.mkdir(exist_ok=True)
+        (folder / "params.json").touch()
         return score(values)
 
     while left := study.left():
@@ -88,7 +90,7 @@ def test_a_trial_whose_coordinator_was_killed_runs_again(tmp_path):
 
 def test_a_trial_whose_folder_was_deleted_runs_again_and_its_old_score_does_not_count(tmp_path):
     run(start(tmp_path, RATES), score=lambda values: 0.9)
-    (tmp_path / NAMES[1]).rmdir()
+    shutil.rmtree(tmp_path / NAMES[1])
     again = start(tmp_path, RATES)
     assert again.left() == 1 and states(again)[NAMES[1]] == "WAITING"
     assert run(again, score=lambda values: 0.6) == [NAMES[1]]
@@ -114,8 +116,9 @@ def test_a_trial_keeps_its_folder_however_the_search_space_calls_it_later(tmp_pa
         "other": 0.2,
         "longer__seed_3": 0.5,
     }
-    with pytest.raises(UserError, match='a new trial has the name of one that has begun; choose another "name"'):
-        start(tmp_path, {"new": {"seed": 1}, "short": {"seed": 4}})
+    shutil.rmtree(tmp_path / "short")
+    renamed = start(tmp_path, {"new": {"seed": 1}, "short": {"seed": 4}})
+    assert run(renamed) == ["new", "short"], "for the first has no folder any more"
 
 
 def test_the_values_of_a_grid_are_recorded_for_plots_and_samplers(tmp_path):
@@ -175,7 +178,7 @@ def test_a_finite_space_ends_with_its_last_trial(tmp_path, tpe, jobs):
     }
     study = start(tmp_path, space=space, tpe=tpe, n_trials=100)
     began = run(study, jobs=jobs, score=lambda values: values["kernel_size"] / 10)
-    assert len(set(began)) == len(began) == 4 * 3 * 2 and study.is_exhausted() and study.left() == 0
+    assert len(set(began)) == len(began) == len(study.trials()) == 4 * 3 * 2 and study.left() == 0
     assert study.trials()[began[0]].user_attrs["values"]["loss_weights"] in ({"bce": 1}, {"dice": 1})
 
 
@@ -255,6 +258,22 @@ def test_a_line_that_a_full_disk_cut_short_is_mended_at_the_next_start(tmp_path,
     assert set(run(start(tmp_path, RATES))) == {*NAMES} - finished
     assert all(json.loads(line) for line in (tmp_path / "study.journal").read_text().splitlines())
     assert states(start(tmp_path, RATES)) == dict.fromkeys(NAMES, "COMPLETE")
+
+
+@pytest.mark.parametrize("length", [0, 1, 5, 40])
+def test_a_journal_that_was_cut_short_in_its_first_line_begins_anew(tmp_path, length):
+    start(tmp_path, RATES)
+    journal = tmp_path / "study.journal"
+    journal.write_bytes(journal.read_bytes()[:length])
+    assert run(start(tmp_path, RATES)) == NAMES
+
+
+@pytest.mark.parametrize("content", ["my notes", "my notes\nfor the paper", "nonsense\n", '{"my": "notes"}', "\0\0"])
+def test_a_file_that_is_no_journal_is_refused_and_left_alone(tmp_path, content):
+    (tmp_path / "study.journal").write_text(content)
+    with pytest.raises(UserError, match=r"study\.journal is damaged .*move it away"):
+        start(tmp_path, RATES)
+    assert (tmp_path / "study.journal").read_text() == content
 
 
 def test_a_damaged_journal_is_one_line(tmp_path):
