@@ -41,7 +41,7 @@ from model.data_loader import (
 from model.inference import Segmenter, class_map
 from model.layouts import Split, find_split
 from model.losses import SegmentationLoss
-from model.metrics import BoundaryMetrics, ConfusionMatrix, PhotoCounts
+from model.metrics import BoundaryMetrics, ConfusionMatrix, sparse
 from model.parallel import all_reduce_sum, exact_dtype
 from model.transforms import to_input
 from model.voc import colour_mask, is_voc
@@ -90,13 +90,14 @@ def evaluate(
     device: torch.device,
     *,
     matrix: ConfusionMatrix | None = None,
-    counts: PhotoCounts | None = None,
+    counts: dict[int, np.ndarray] | None = None,
 ) -> dict:
     """Score a network on every image of a loader, at the loader's image size; each process on its part of them.
 
     Returns in all processes a dict for JSON: the mean loss over images and ConfusionMatrix.compute()'s metrics over all
-    pixels, those that go by class as {name: value}. What is counted is added to matrix and, photo by photo and in each
-    process its own, to counts, if they are given. Leaves the network in evaluation mode.
+    pixels, those that go by class as {name: value}. What is counted is added to matrix and, as
+    metrics.sparse() has it, by index and in each process for its own photos, to counts, if they are given. Leaves the
+    network in evaluation mode.
     """
     model.eval()
     criterion = SegmentationLoss(**params.loss_options())
@@ -110,9 +111,9 @@ def evaluate(
             with autocast(device, params.precision):
                 logits = model(to_input(images, device, **params.input_options()))
             loss_sum += criterion(logits, labels) * len(images)
-            matrix.update(predictions := logits.argmax(1), labels)
+            of_images = matrix.update(logits.argmax(1), labels)
             if counts is not None:
-                counts.update(indices, predictions, labels)
+                counts |= zip(indices, map(sparse, of_images), strict=True)
             bar.update(len(images))
     all_reduce_sum(loss_sum)
     matrix.reduce()
@@ -170,9 +171,9 @@ class Scores:
     cells: list[np.ndarray]
 
 
-def all_counts(counts: PhotoCounts, dataset: SegmentationDataset | OriginalDataset) -> list[np.ndarray]:
+def all_counts(counts: dict[int, np.ndarray], dataset: SegmentationDataset | OriginalDataset) -> list[np.ndarray]:
     """Return the counts of all processes, photo by photo in the order of the list."""
-    cells = {index: part for own in distributed.gather(counts.cells) for index, part in own.items()}
+    cells = {index: part for own in distributed.gather(counts) for index, part in own.items()}
     return [cells[index] for index in range(len(dataset))]
 
 
@@ -191,7 +192,7 @@ def score_originals(
         batch_size=params.scoring_batch_size,
         **loading_options(params),
     )
-    matrix, counts = ConfusionMatrix(params.num_classes, segmenter.device), PhotoCounts(params.num_classes)
+    matrix, counts = ConfusionMatrix(params.num_classes, segmenter.device), dict[int, np.ndarray]()
     boundary = BoundaryMetrics(params.num_classes, segmenter.device)
     folder = args.save_predictions and predictions_folder(args.save_predictions, split.name, names)
     if folder:
@@ -201,8 +202,7 @@ def score_originals(
         if folder:
             save_picture(colour_mask(prediction.cpu().numpy(), names), folder / f"{split.ids[index]}.png")
         if mask is not None:
-            matrix.update(prediction, mask)
-            counts.update([index], prediction[None], mask[None])
+            counts[index] = sparse(matrix.update(prediction[None], mask[None])[0])
             boundary.update(prediction, mask)
     if split.masks is None:
         distributed.gather(None)  # which has the patience for processes that are far behind
@@ -336,7 +336,7 @@ def score_squares(model: nn.Module, split: Split, names: Sequence[str], params: 
     make_dataset = partial(SegmentationDataset, split, class_names=names, image_size=params.image_size)
     dataset = distributed.local_rank0_first(lambda: make_dataset(resize=params.resize, cache=params.cache))
     loader = make_loader(dataset, batch_size=params.scoring_batch_size, device=device, **loading_options(params))
-    matrix, counts = ConfusionMatrix(params.num_classes, device), PhotoCounts(params.num_classes)
+    matrix, counts = ConfusionMatrix(params.num_classes, device), dict[int, np.ndarray]()
     metrics = evaluate(model, loader, params, device, matrix=matrix, counts=counts)
     return Scores(metrics, matrix, all_counts(counts, dataset))
 

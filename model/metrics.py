@@ -1,7 +1,6 @@
 """Segmentation metrics from one confusion matrix per data set."""
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -30,10 +29,17 @@ class ConfusionMatrix:
         return self._counts[:-1].view(self.num_classes, self.num_classes)
 
     @torch.no_grad()
-    def update(self, predictions: Tensor, labels: Tensor) -> None:
-        """Add a batch of class indices, both (B, H, W) and of any integer dtype; labels of 255 are skipped."""
-        cells = _cells(predictions, labels, self.num_classes).flatten()
-        self._counts.scatter_add_(0, cells, torch.ones_like(cells))
+    def update(self, predictions: Tensor, labels: Tensor) -> Tensor:
+        """Add a batch of class indices, both (B, H, W) and of any integer dtype; labels of 255 are skipped.
+
+        Returns the counts of each image, int64 (B, C, C).
+        """
+        void = self.num_classes**2
+        cells = (labels.long() * self.num_classes + predictions).where(labels != VOID, void).flatten(1)
+        counts = torch.zeros(len(cells), void + 1, dtype=torch.int64, device=cells.device)
+        counts.scatter_add_(1, cells, torch.ones_like(cells))
+        self._counts += counts.sum(0)
+        return counts[:, :-1].unflatten(1, (self.num_classes, self.num_classes))
 
     def reduce(self) -> None:
         """Sum over all processes of torch.distributed; nothing to do where there is one."""
@@ -64,31 +70,11 @@ class ConfusionMatrix:
         }
 
 
-class PhotoCounts:
-    """Counts pixels by label and prediction for each photo by itself, on the host: those cells that are not 0.
-
-    cells has, by the photo's index, int64 (K, 2): label * C + prediction and its pixels, the cells rising.
-    """
-
-    def __init__(self, num_classes: int):
-        self.num_classes = num_classes
-        self.cells: dict[int, np.ndarray] = {}
-
-    @torch.no_grad()
-    def update(self, indices: Sequence[int], predictions: Tensor, labels: Tensor) -> None:
-        """Add photos: class indices (B, H, W), of any integer dtype; labels of 255 are skipped."""
-        cells = _cells(predictions, labels, self.num_classes).flatten(1)
-        counts = torch.zeros(len(cells), self.num_classes**2 + 1, dtype=torch.int64, device=cells.device)
-        counts.scatter_add_(1, cells, torch.ones_like(cells))
-        for index, row in zip(indices, counts[:, :-1].cpu(), strict=True):
-            found = row.nonzero()[:, 0]
-            self.cells[index] = torch.stack([found, row[found]], 1).numpy()
-
-
-def _cells(predictions: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Return int64 (B, H, W): label * C + prediction, and C * C where the label is void."""
-    labels = labels.long()
-    return (labels * num_classes + predictions).where(labels != VOID, num_classes**2)
+def sparse(counts: Tensor) -> np.ndarray:
+    """Return the cells of an image's counts (C, C) that are not 0: int64 (K, 2), label * C + prediction and pixels."""
+    counts = counts.flatten().cpu()
+    found = counts.nonzero()[:, 0]
+    return torch.stack([found, counts[found]], 1).numpy()
 
 
 BAND = 7  # pixels

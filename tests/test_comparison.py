@@ -18,7 +18,7 @@ from model.comparison import (
     verdicts,
     write_counts,
 )
-from model.metrics import ConfusionMatrix, PhotoCounts
+from model.metrics import ConfusionMatrix, sparse
 
 NAMES = ["sky", "sea", "boat", "gull"]
 
@@ -33,12 +33,9 @@ def photos(count: int, *, seed: int, wrong: float = 0.3) -> tuple[torch.Tensor, 
 
 
 def written(folder, predictions, labels, *, ids=None, names=NAMES, file="counts.npz"):
-    counts = PhotoCounts(len(names))
-    for start in range(0, len(labels), 3):  # in any order
-        part = slice(start, start + 3)
-        counts.update(range(len(labels))[part], predictions[part], labels[part])
+    counts = [sparse(each) for each in ConfusionMatrix(len(names)).update(predictions, labels)]
     ids = ids or [f"photo{number}" for number in range(len(labels))]
-    write_counts(folder / file, ids, names, [counts.cells[index] for index in range(len(labels))])
+    write_counts(folder / file, ids, names, counts)
     return folder / file
 
 
