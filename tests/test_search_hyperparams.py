@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, make_data, run_script
+from conftest import ROOT, TINY, make_data, make_experiment, run_script
 
 from sweep.space import trial_name
 from sweep.study import Study
@@ -209,11 +209,13 @@ def test_prune_ends_a_trial_below_the_median_but_not_before_its_first_epoch(tmp_
 
 def test_a_damaged_history_fails_its_trial_only(tmp_path, data_dir):
     sweep = make_sweep(tmp_path / "sweep", {"learning_rate": [0.1, 0.01]})
-    search(sweep, data_dir)
+    base = json.loads((sweep / "params.json").read_text())
+    for rate in (0.1, 0.01):
+        trial = make_experiment(sweep / f"learning_rate_{rate}", **base, learning_rate=rate)
+        run_script("train.py", "--model_dir", trial, "--data_dir", data_dir)
     damaged = sweep / "learning_rate_0.1"
     (damaged / "history.jsonl").write_text("nonsense\n")
     (damaged / "last.pth.tar").unlink()
-    (sweep / "study.journal").unlink()
     result = search(sweep, data_dir, check=1)
     assert f"{damaged.name}: failed, {damaged / 'history.jsonl'} is damaged" in result.stdout
     assert "2 trials: 1 finished, 1 failed" in result.stdout and not train_processes(sweep)
