@@ -46,7 +46,7 @@ from model.parallel import all_reduce_sum, exact_dtype
 from model.transforms import to_input
 from model.voc import colour_mask, is_voc
 from params import Params
-from utils import make_folder, replacing, save_figure, save_picture, table_text, write_json
+from utils import make_folder, read_json, replacing, save_figure, save_picture, table_text, write_json
 from visualize import confusion_figure, error_picture
 
 
@@ -253,13 +253,27 @@ def draw_overlays(
         outdated.unlink()
 
 
-def find_other(name: str, device: torch.device, args: argparse.Namespace) -> tuple[Counts, Segmenter] | None:
-    """Return the counts of the experiment of --against, and what it segments photos with; in every process."""
+def find_other(
+    name: str, record: dict, device: torch.device, args: argparse.Namespace
+) -> tuple[Counts, Segmenter] | None:
+    """Return the counts of the experiment of --against, and what it segments photos with; in every process.
+
+    Raises UserError unless it was scored in the same way as record says, with the checkpoint that it has now.
+    """
     if not args.against:
         return None
-    counts = distributed.broadcast_from_main(lambda: read_counts(args.against / f"counts_{name}.npz"))
-    model, params, _ = load_network(args.against, args.restore_file, device)
-    return counts, make_segmenter(model, params, device, args)
+    model, params, checkpoint = load_network(args.against, args.restore_file, device)
+
+    def read() -> Counts:
+        counts, file = read_counts(args.against / f"counts_{name}.npz"), args.against / f"metrics_{name}.json"
+        found = read_json(file, if_absent="evaluate.py writes it")
+        needed = record | {"epoch": checkpoint.get("epoch")}
+        alike = isinstance(found, dict) and needed.items() <= found.items()
+        if not alike or not counts.are_of(found.get("pixel_accuracy")):
+            raise UserError(f"{file} is of another checkpoint, other --scales or --flip; score {args.against} again")
+        return counts
+
+    return distributed.broadcast_from_main(read), make_segmenter(model, params, device, args)
 
 
 def predictions_folder(folder: Path, split: str, names: Sequence[str]) -> Path:
@@ -304,7 +318,7 @@ def score_checkpoint(device: torch.device, args: argparse.Namespace) -> None:
             segmenter = make_segmenter(model, params, device, args)
             if args.save_overlays and ranks.is_main():
                 make_folder(overlays, "--save_overlays")
-        other = find_other(name, device, args)
+        other = find_other(name, record, device, args)
         originals = OriginalDataset(split, class_names=names)
         scores = score_originals(segmenter, originals, params, args)
     else:
@@ -344,13 +358,13 @@ def score_squares(model: nn.Module, split: Split, names: Sequence[str], params: 
 def write_scores(
     scores: Scores, record: dict, name: str, split: Split, names: Sequence[str], args: argparse.Namespace
 ) -> None:
-    """Write metrics, confusion and the counts of every photo, and print the metrics."""
+    """Write the counts of every photo, the confusion and, last, the metrics, and print these."""
     metrics, file = record | scores.metrics, args.model_dir / f"metrics_{name}.json"
-    write_json(file, metrics)
-    matrix = scores.matrix.matrix.cpu().numpy()
-    save_figure(confusion_figure(matrix, metrics["IoU"]), file.with_suffix(".png"))
     with replacing(args.model_dir / f"counts_{name}.npz") as temporary:
         write_counts(temporary, split.ids, names, scores.cells)
+    matrix = scores.matrix.matrix.cpu().numpy()
+    save_figure(confusion_figure(matrix, metrics["IoU"]), file.with_suffix(".png"))
+    write_json(file, metrics)
     print(table(metrics))
 
 

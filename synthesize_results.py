@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from engine.cli import add_folder, run_main
-from engine.comparisons import Comparison, compare_all, explain
+from engine.comparisons import Comparison, Run, compare_all, explain
 from engine.folders import (
     RUN_LOCK,
     TRIAL_LOCKS,
@@ -52,9 +52,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--baseline",
         metavar="NAME",
-        help="of a row: how every other row differs from it in mIoU at the photos' own size, and how sure that is",
+        help="a row: compare every other one with it in mIoU at the photos' own size, and say how sure that is",
     )
-    parser.add_argument("--by_class", action="store_true", help="of --baseline: the same for the IoU of each class")
+    parser.add_argument("--by_class", action="store_true", help="with --baseline, also in the IoU of each class")
     args = parser.parse_args()
     if args.by_class and not args.baseline:
         parser.error("--by_class goes with --baseline NAME")
@@ -91,7 +91,8 @@ class Result:
     history: list[dict] = field(default_factory=list)
     data_dir: str | None = None  # of the last start
     original_size: dict[str, float | None] = field(default_factory=dict)  # metrics at the photos' own size
-    counts: dict[str, Path] = field(default_factory=dict)  # of the same evaluations, by split
+    pixel_accuracy: dict[str, float] = field(default_factory=dict)  # of the same evaluations, by split
+    counts: dict[str, Path] = field(default_factory=dict)
     state: str = "unreadable"
     problem: str = ""
 
@@ -104,6 +105,11 @@ class Result:
         """Return what is the same for experiments that a metric can rank among each other."""
         keys = TASK[:2] if metric.endswith(original_size_mIoU("")) else TASK
         return json.dumps([self.data_dir, *(self.params.get(key) for key in keys)])
+
+    def scored(self) -> Run:
+        """Return what a comparison needs."""
+        task = [self.params.get(key) for key in TASK[:2]]
+        return Run(self.name, task, self.pixel_accuracy, self.counts)
 
     def row(self, varying: list[str], metrics: list[str], published: Published) -> dict[str, Any]:
         """Return the columns of the table, None where there is nothing; metrics are those of the best epoch."""
@@ -191,7 +197,7 @@ def read(folder: Path, parent_dir: Path) -> Result:
         check(history, folder)
         result.history = history
         result.data_dir = str(found) if (found := recorded_data_dir(folder)) else None
-        result.original_size, result.counts = read_original_size(folder, result.best)
+        read_original_size(folder, result)
         result.state, result.problem = state(folder, params, history)
     except (UserError, OSError) as error:
         result.problem = str(error)
@@ -205,25 +211,26 @@ def check(history: list[dict[str, Any]], folder: Path) -> None:
             raise UserError(f"{folder / 'history.jsonl'} is damaged in line {line}; mend or remove the line")
 
 
-def read_original_size(folder: Path, best: dict[str, Any] | None) -> tuple[dict[str, float | None], dict[str, Path]]:
-    """Return what evaluate.py found for the best epoch at the photos' own size: mIoU by split, accuracies by region.
+def read_original_size(folder: Path, result: Result) -> None:
+    """Read what evaluate.py found for the best epoch at the photos' own size.
 
-    And where it has written the counts of every photo, by split.
+    That is mIoU by split, accuracies by region, and where the counts of every photo are.
     """
-    found: dict[str, float | None] = {}
-    counts: dict[str, Path] = {}
     for path in sorted(folder.glob("*".join(ORIGINAL_SIZE))):
         metrics = read_json(path, if_absent="")
         split = path.name.removeprefix(ORIGINAL_SIZE[0]).removesuffix(ORIGINAL_SIZE[1])
         names = {"mIoU": original_size_mIoU(split)} | {name: name for name in BY_REGION if split == "val"}
+        names["pixel_accuracy"] = split
         numbers: list[Any] = [metrics.get(key) for key in names] if isinstance(metrics, dict) else [""]
         if not all(value is None or is_number(value) for value in numbers):
             raise UserError(f"{path} is damaged; write it anew with evaluate.py, or remove it")
-        if best and metrics.get("epoch") == best["epoch"]:
-            found |= dict(zip(names.values(), numbers, strict=True))
+        if result.best and metrics.get("epoch") == result.best["epoch"]:
+            *values, accuracy = numbers
+            result.original_size |= dict(zip(names.values(), values, strict=False))
             file = path.with_name(path.name.replace("metrics_", "counts_", 1)).with_suffix(".npz")
-            counts |= {split: file} if file.exists() else {}
-    return found, counts
+            if accuracy is not None:
+                result.pixel_accuracy[split] = accuracy
+                result.counts |= {split: file} if file.exists() else {}
 
 
 def original_size_mIoU(split: str) -> str:
@@ -391,7 +398,13 @@ def draw(
         {name: mIoU for name, mIoU in compared.items() if mIoU is not None},
         metric=metric,
         better=better_of(metric),
-        differences={f"mIoU on {each.split} less the baseline's": each.intervals() for each in comparisons},
+        differences={
+            f"mIoU on {each.split} minus the baseline's, 95 %{' (optimistic)' * each.chosen_here}": {
+                name: (found.value, found.low, found.high, each.verdicts[name] != "open")
+                for name, found in each.whole.items()
+            }
+            for each in comparisons
+        },
     )
 
 
@@ -416,10 +429,16 @@ def main(args: argparse.Namespace) -> None:
     else:
         groups = {result.name: [result] for result in results}
         rows = [result.row(varying, metrics, published) for result in results]
-    counts = {
-        name: [(run.name, run.counts) for run in group if run.state == "finished"] for name, group in groups.items()
-    }
-    comparisons = compare_all(counts, args.baseline) if args.baseline else []
+    comparisons: list[Comparison] = []
+    if args.baseline:
+        finished = {name: [run.scored() for run in group if run.state == "finished"] for name, group in groups.items()}
+        alike = by_seed(results, args.parent_dir).values()
+        families = [
+            [run.name for run in group]
+            for group in alike
+            if len({run.params.get("seed") for run in group}) == len(group)  # or they differ in more than the seed
+        ]
+        comparisons = compare_all(finished, args.baseline, families)
     for row in rows:
         for comparison in comparisons:
             row |= comparison.columns(row["name"])
@@ -429,10 +448,13 @@ def main(args: argparse.Namespace) -> None:
     scored = {tasks[row["name"]] for row in rows if row[column] is not None}
     if column in metrics and len(scored) > 1:
         table += "\n\nRows of another data_dir, num_classes, image_size or resize are not ranked among each other."
+    if chosen_by:
+        table += f"\n\nEach run's best epoch was chosen on val, by {' or '.join(sorted(chosen_by))}."
     if comparisons:
-        table += f"\n\n{explain(comparisons, chosen_by)}"
+        table += f"\n\n{explain(comparisons)}"
     if args.by_class:
-        table += "".join(f"\n\n{comparison.table()}" for comparison in comparisons)
+        names = [row["name"] for row in rows]
+        table += "".join(f"\n\n{comparison.table(names)}" for comparison in comparisons)
     if published.results:
         table += f"\n\nPublished: {published.source}"
     write_text(args.parent_dir / "results.md", table + "\n")

@@ -237,7 +237,7 @@ def learning_curves(
     *,
     metric: str = "mIoU",
     better: Callable = max,
-    differences: Mapping[str, Mapping[str, tuple[float, float, float]]] | None = None,
+    differences: Mapping[str, Mapping[str, tuple[float, float, float, bool]]] | None = None,
 ) -> Figure:
     """Return a validation metric by epoch, and its best value against every hyperparameter, or by name.
 
@@ -249,7 +249,8 @@ def learning_curves(
         published: the values to compare the best one with, where there are some; a ring in the colour of its name.
         metric: what it is called.
         better: max or min, which chooses the better of two values.
-        differences: by title, for each name a difference and the ends of its interval; a plot for each title.
+        differences: by title, for each name a difference, the ends of its interval, and whether it is decided, or open
+            and drawn hollow; a plot for each title.
     """
     differences = {title: found for title, found in (differences or {}).items() if found}
     colours = {name: COLOURS[rank] if rank < len(COLOURS) else "lightgrey" for rank, name in enumerate(curves)}
@@ -358,12 +359,16 @@ def _best_by_name(
     axis.invert_yaxis()
 
 
-def _intervals(axis: Axes, differences: Mapping[str, tuple[float, float, float]], colours: Mapping[str, str]) -> None:
-    """Plot a difference and its interval for every name, the first on top, beside a line at 0."""
+def _intervals(
+    axis: Axes, differences: Mapping[str, tuple[float, float, float, bool]], colours: Mapping[str, str]
+) -> None:
+    """Plot a difference and its interval for every name, the first on top, beside a line at 0; hollow: it is open."""
     axis.axvline(0, color="grey", linewidth=0.8)
-    for position, (name, (value, low, high)) in enumerate(differences.items()):
-        axis.plot([low, high], [position] * 2, color=colours[name])
-        axis.plot(value, position, "o", color=colours[name])
+    for position, (name, (value, low, high, decided)) in enumerate(differences.items()):
+        colour = "grey" if colours[name] == "lightgrey" else colours[name]
+        axis.plot([low, high], [position] * 2, color=colour)
+        axis.plot(value, position, "o", color=colour, markerfacecolor=colour if decided else "white")
+    axis.xaxis.set_major_locator(MaxNLocator(5))
     axis.set_yticks(range(len(differences)), [_spelling(name) for name in differences], fontsize="small")
     axis.invert_yaxis()
 

@@ -1,6 +1,6 @@
 """Comparisons of experiments with a baseline, for a table: differences of mIoU, their intervals, and words for them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -8,10 +8,36 @@ from typing import Any
 from tabulate import tabulate
 
 from model import UserError
-from model.comparison import Difference, check_same_photos, compare, read_counts, resample, verdicts
+from model.comparison import (
+    Counts,
+    Difference,
+    between_seeds,
+    check_same_photos,
+    compare,
+    read_counts,
+    resample,
+    verdicts,
+)
 from utils import table_text
 
-Runs = list[tuple[str, dict[str, Path]]]  # the runs of a row: a name, and the counts of its photos by split
+FEW = 10  # photos: of a class that is in fewer nothing is said
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run, and what evaluate.py has found at the photos' own size, by split."""
+
+    name: str
+    task: Any  # the same for runs on the same data
+    pixel_accuracy: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, Path] = field(default_factory=dict)  # of every photo
+
+    def read(self, split: str) -> Counts:
+        """Read the counts of a split. Raises UserError unless they are of the evaluation that the metrics are of."""
+        counts = read_counts(self.counts[split])
+        if not counts.are_of(self.pixel_accuracy[split]):
+            raise UserError(f"{self.counts[split]} is of another evaluation than the metrics; run evaluate.py again")
+        return counts
 
 
 @dataclass(frozen=True)
@@ -21,8 +47,11 @@ class Comparison:
     split: str
     baseline: str
     class_names: list[str]
+    class_photos: list[int]  # in which each class occurs
     whole: dict[str, Difference]
     by_class: dict[str, list[Difference | None]]
+    one_seed: set[str]  # rows of which it is not known what another seed would change
+    uncounted: list[str]  # runs that were scored without counts of their photos, which leaves out their rows
 
     @property
     def chosen_here(self) -> bool:
@@ -38,76 +67,109 @@ class Comparison:
         """Return the columns of a row of the table."""
         found = self.whole.get(name)
         verdict = "baseline" if name == self.baseline else self.verdicts.get(name)
+        if verdict in ("better", "worse"):
+            doubts = ["optimistic"] * self.chosen_here + ["one seed"] * (name in self.one_seed)
+            verdict += f" ({', '.join(doubts)})" if doubts else ""
         return {
             f"{self.split}_difference": found and found.value,
             f"{self.split}_low": found and found.low,
             f"{self.split}_high": found and found.high,
-            f"{self.split}_verdict": f"{verdict} (optimistic)" if found and self.chosen_here else verdict,
+            f"{self.split}_verdict": verdict,
         }
 
-    def intervals(self) -> dict[str, tuple[float, float, float]]:
-        """Return by row the difference in mIoU and the ends of its interval."""
-        return {name: (found.value, found.low, found.high) for name, found in self.whole.items()}
+    def table(self, names: list[str]) -> str:
+        """Return a table with a row per class, names in their order; verdicts are for all classes of a row at once."""
+        enough = [place for place, photos in enumerate(self.class_photos) if photos >= FEW]
+        columns = [[table_text(name) for name in self.class_names], list(map(str, self.class_photos))]
+        names = [name for name in names if name in self.by_class]
+        for name in names:
+            sure = {place: found for place in enough if (found := self.by_class[name][place])}
+            words = dict(zip(sure, verdicts(list(sure.values())), strict=True))
+            columns.append(
+                [
+                    f"{found.value:+.4f} ({found.low:+.4f} to {found.high:+.4f}) {words.get(place, 'few photos')}"
+                    if found
+                    else "-"
+                    for place, found in enumerate(self.by_class[name])
+                ]
+            )
+        title = f"IoU on {self.split}{' (optimistic)' * self.chosen_here}"
+        rows = list(zip(*columns, strict=True))
+        return tabulate(rows, [title, "photos", *map(table_text, names)], tablefmt="pipe", disable_numparse=True)
 
-    def table(self) -> str:
-        """Return a table with a row per class; the verdicts are for all classes of all rows at once."""
-        found = {(name, place): each for name, row in self.by_class.items() for place, each in enumerate(row) if each}
-        words = dict(zip(found, verdicts(list(found.values())), strict=True))
 
-        def cell(name: str, place: int) -> str:
-            if (each := found.get((name, place))) is None:
-                return "-"
-            return f"{each.value:+.4f} ({each.low:+.4f} to {each.high:+.4f}) {words[name, place]}"
+def compare_all(groups: dict[str, list[Run]], baseline: str, families: list[list[str]]) -> list[Comparison]:
+    """Compare every row of a table with the baseline, on each split on which that was scored photo by photo.
 
-        rows = [
-            [table_text(class_name), *(cell(name, place) for name in self.by_class)]
-            for place, class_name in enumerate(self.class_names)
-        ]
-        headers = [f"IoU on {self.split}", *map(table_text, self.by_class)]
-        return tabulate(rows, headers=headers, tablefmt="pipe", disable_numparse=True)
-
-
-def compare_all(groups: dict[str, Runs], baseline: str) -> list[Comparison]:
-    """Compare every row with the baseline, on each split on which that was scored photo by photo.
+    groups has the finished runs of each row, families the names of runs that differ in their seed only.
 
     Raises UserError if there is no such row or nothing to compare, or if photos differ between two runs.
     """
     if baseline not in groups:
-        raise UserError(f"--baseline {baseline}: no such row; there are {', '.join(groups)}")
-    splits = sorted({split for _, counts in groups[baseline] for split in counts})
+        raise UserError(f"--baseline {baseline}: the table has no row of that name")
+    splits = sorted({split for run in groups[baseline] for split in run.counts})
+    for split in splits:
+        if without := [run.name for run in groups[baseline] if split not in run.counts]:
+            raise UserError(f"--baseline {baseline}: {without[0]} has no counts of its photos on {split}; {REMEDY}")
     if not splits:
-        raise UserError(
-            f"--baseline {baseline}: its photos are not counted one by one; finished runs have that after "
-            "`python evaluate.py --original_size`"
-        )
-    return [_compare_on(split, groups, baseline) for split in splits]
+        raise UserError(f"--baseline {baseline}: it has no finished run with counts of its photos; {REMEDY}")
+    task = groups[baseline][0].task
+    alike = {name: runs for name, runs in groups.items() if runs and runs[0].task == task}
+    return [_compare_on(split, alike, baseline, families) for split in splits]
 
 
-def _compare_on(split: str, groups: dict[str, Runs], baseline: str) -> Comparison:
-    scored = {name: [(run, counts[split]) for run, counts in runs if split in counts] for name, runs in groups.items()}
-    counts = {name: [read_counts(path) for _, path in runs] for name, runs in scored.items() if runs}
-    first = counts[baseline][0]
-    for name, each in counts.items():
-        for (run, _), own in zip(scored[name], each, strict=True):
-            check_same_photos(first, own, (scored[baseline][0][0], run))
-    drawn = iter(resample([own for each in counts.values() for own in each]))
-    resampled = {name: [next(drawn) for _ in each] for name, each in counts.items()}
-    found = {name: compare(runs, resampled[baseline]) for name, runs in resampled.items() if name != baseline}
-    whole = {name: difference for name, (difference, _) in found.items()}
-    by_class = {name: classes for name, (_, classes) in found.items()}
-    return Comparison(split, baseline, first.class_names, whole, by_class)
+REMEDY = "score it with `python evaluate.py --model_dir … --original_size`"
 
 
-def explain(comparisons: list[Comparison], chosen_by: set[str]) -> str:
-    """Say in words what the columns of the comparisons are."""
-    number = max(len(comparison.whole) for comparison in comparisons)
-    lines = [
-        f"Differences are in mIoU from {comparisons[0].baseline}, over the classes in the labels, with 95 % intervals "
-        "(docs/COMPARING.md)."
+def _compare_on(split: str, groups: dict[str, list[Run]], baseline: str, families: list[list[str]]) -> Comparison:
+    uncounted = [
+        run.name
+        for runs in groups.values()
+        for run in runs
+        if split not in run.counts and (split in run.pixel_accuracy or any(split in other.counts for other in runs))
     ]
-    if number > 1:
-        lines.append(f"{number} comparisons at once: better and worse hold for all of them together (Holm).")
-    if any(comparison.chosen_here and comparison.whole for comparison in comparisons):
-        metrics = " or ".join(sorted(chosen_by))
-        lines.append(f"The epochs were chosen on val, by {metrics}: what it says of differences is optimistic.")
+    rows = {name: runs for name, runs in groups.items() if all(split in run.counts for run in runs)}
+    runs = {run.name: run.read(split) for row in rows.values() for run in row}
+    first = rows[baseline][0].name
+    for name, counts in runs.items():
+        check_same_photos(runs[first], counts, (first, name))
+    drawn = dict(zip(runs, resample(list(runs.values())), strict=True))
+    spread = between_seeds([[drawn[name] for name in family if name in drawn] for family in families])
+    resampled = {name: [drawn[run.name] for run in row] for name, row in rows.items()}
+    found = {
+        name: compare(row, resampled[baseline], others=spread) for name, row in resampled.items() if name != baseline
+    }
+    alone = [name for name, row in rows.items() if len(row) == 1 and spread is None]
+    return Comparison(
+        split=split,
+        baseline=baseline,
+        class_names=runs[first].class_names,
+        class_photos=(runs[first].labelled > 0).sum(0).tolist(),
+        whole={name: difference for name, (difference, _) in found.items()},
+        by_class={name: classes for name, (_, classes) in found.items()},
+        one_seed=set(found) if baseline in alone else set(alone),
+        uncounted=uncounted,
+    )
+
+
+def explain(comparisons: list[Comparison]) -> str:
+    """Say in words what the columns of the comparisons are."""
+    baseline = table_text(comparisons[0].baseline)
+    lines = [
+        f"Differences are in mIoU from {baseline}, over the classes in the labels (the columns of mIoU also count "
+        "classes that are predicted only), with 95 % intervals (docs/COMPARING.md)."
+    ]
+    for each in comparisons:
+        if len(each.whole) > 1:
+            lines.append(f"{len(each.whole)} comparisons on {each.split}: their words hold for all at once (Holm).")
+        if each.uncounted:
+            runs = ", ".join(map(table_text, each.uncounted))
+            lines.append(f"On {each.split} rows are left out whose photos were not counted: {runs}; score them again.")
+    if any(each.chosen_here and each.whole for each in comparisons):
+        lines.append("Differences on val are optimistic, as the epochs were chosen there.")
+    if any(each.one_seed for each in comparisons):
+        lines.append(
+            "(one seed): the word is about these very runs; another seed may change it. With several seeds of an "
+            "experiment in the table it covers what a seed changes."
+        )
     return "\n".join(lines)

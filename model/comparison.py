@@ -1,6 +1,5 @@
 """How sure a difference of mIoU is: a paired bootstrap over photos and seeds. docs/COMPARING.md says how and why."""
 
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +11,12 @@ from model import UserError, refuse_irregular
 RESAMPLES = 10_000
 AT_ONCE = 500  # resamples in memory
 LEVEL = 0.95
+KEYS = ("photo", "cell", "count")
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What a network made of every photo of a split, by class: int64 (N, C) pixels.
+    """Pixels of every photo of a split by class, int64 (N, C).
 
     labelled with a class, predicted to be of it, and hits, which are both. Void counts in none.
     """
@@ -26,6 +26,10 @@ class Counts:
     labelled: np.ndarray
     predicted: np.ndarray
     hits: np.ndarray
+
+    def are_of(self, pixel_accuracy: float | None) -> bool:
+        """Return whether metrics with this pixel_accuracy come from these counts."""
+        return pixel_accuracy is not None and abs(pixel_accuracy - self.hits.sum() / self.labelled.sum()) < 1e-9
 
 
 def write_counts(path: Path, ids: Sequence[str], class_names: Sequence[str], cells: Sequence[np.ndarray]) -> None:
@@ -51,16 +55,23 @@ def read_counts(path: Path) -> Counts:
     refuse_irregular(path)
     try:
         with np.load(path, allow_pickle=False) as file:
-            ids, names = file["ids"].tolist(), file["class_names"].tolist()
-            photo, cell, count = (file[key].astype(np.int64) for key in ("photo", "cell", "count"))
+            texts, numbers = [file[key] for key in ("ids", "class_names")], [file[key] for key in KEYS]
+        if any(part.ndim != 1 for part in (*texts, *numbers)) or len({len(part) for part in numbers}) > 1:
+            raise ValueError("wrong shapes")
+        if any(part.dtype.kind != "U" or len(set(part)) < len(part) for part in texts):
+            raise ValueError("names that are not text, or not unique")
+        if any(part.dtype.kind != "i" for part in numbers):
+            raise ValueError("counts that are no integers")
+        ids, names = (part.tolist() for part in texts)
+        photo, cell, count = (part.astype(np.int64) for part in numbers)
         n, c = len(ids), len(names)
-        sound = len(photo) == len(cell) == len(count) and (count > 0).all() and c > 0
-        if not (sound and (photo >= 0).all() and (photo < n).all() and (cell >= 0).all() and (cell < c * c).all()):
-            raise ValueError("numbers that cannot be")
+        if ((photo < 0) | (photo >= n) | (cell < 0) | (cell >= c * c) | (count < 1)).any():
+            raise ValueError("values out of range")
     except FileNotFoundError:
         raise UserError(f"no {path}; evaluate.py writes it beside the metrics") from None
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged ({error}); write it anew with evaluate.py") from None
+    except Exception as error:  # zipfile, zlib and NumPy raise of all kinds
+        why = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{path} is damaged ({why}); write it anew with evaluate.py") from None
     label, prediction = np.divmod(cell, c)
 
     def by_class(photos: np.ndarray, classes: np.ndarray, pixels: np.ndarray) -> np.ndarray:
@@ -82,19 +93,18 @@ def class_IoU(counts: Counts, weights: np.ndarray) -> np.ndarray:
     A class counts if it occurs in the labels, also of a resample. So a prediction in a single pixel adds no class, and
     two networks on the same photos are always compared over the same classes.
     """
-    labelled, predicted, hits = (
-        weights @ part.astype(np.float64) for part in (counts.labelled, counts.predicted, counts.hits)
-    )
-    union = labelled + predicted - hits
-    return np.divide(hits, union, out=np.full_like(hits, np.nan), where=labelled > 0)
+    return _iou(*(weights @ part.astype(np.float64) for part in (counts.labelled, counts.predicted, counts.hits)))
 
 
 def photo_mIoU(counts: Counts) -> np.ndarray:
-    """Return the mean IoU of each photo, float64 (N), over the classes in its labels or predictions; NaN: all void."""
-    union = counts.labelled + counts.predicted - counts.hits
-    iou = np.divide(counts.hits, union, out=np.full(union.shape, np.nan), where=union > 0)
-    known = (union > 0).any(1)
-    return np.array([np.nanmean(row) if some else np.nan for row, some in zip(iou, known, strict=True)])
+    """Return the mean IoU of each photo, float64 (N), over the classes in its labels; NaN where all is void."""
+    iou = _iou(counts.labelled, counts.predicted, counts.hits)
+    known = np.isfinite(iou).any(1)
+    return np.divide(np.nansum(iou, 1), np.isfinite(iou).sum(1), out=np.full(len(iou), np.nan), where=known)
+
+
+def _iou(labelled: np.ndarray, predicted: np.ndarray, hits: np.ndarray) -> np.ndarray:
+    return np.divide(hits, labelled + predicted - hits, out=np.full(hits.shape, np.nan), where=labelled > 0)
 
 
 def mIoU(counts: Counts) -> float:
@@ -116,11 +126,15 @@ def check_same_photos(first: Counts, other: Counts, names: tuple[str, str]) -> N
     """Raise UserError unless two evaluations are of the same photos, labels and classes."""
     if first.class_names != other.class_names:
         raise UserError(f"{names[0]} and {names[1]} have different classes and cannot be compared")
-    if first.ids != other.ids:
-        different = sorted({*first.ids} ^ {*other.ids}) or ["their order"]
+    if different := sorted({*first.ids} ^ {*other.ids}):
+        owner, more = names[different[0] not in first.ids], len(different) - 1
         raise UserError(
-            f"{names[0]} and {names[1]} were scored on different photos ({different[0]}"
-            f"{f' and {len(different) - 1} more' if len(different) > 1 else ''}); evaluate both on the same list"
+            f"{names[0]} and {names[1]} were scored on different photos ({different[0]} of {owner} alone"
+            f"{f', and {more} more' if more else ''}); evaluate both on the same list"
+        )
+    if first.ids != other.ids:
+        raise UserError(
+            f"{names[0]} and {names[1]} were scored on the same photos in another order; evaluate both on the same list"
         )
     if (differs := (first.labelled != other.labelled).any(1)).any():
         raise UserError(
@@ -153,16 +167,38 @@ def resample(runs: Sequence[Counts], *, resamples: int = RESAMPLES, seed: int = 
     return [Resampled(*parts) for parts in zip(observed, drawn, strict=True)]
 
 
+@dataclass(frozen=True)
+class Spread:
+    """How runs vary that differ in their seed only: the variance, float64 (1 + C), and its degrees of freedom."""
+
+    variance: np.ndarray
+    freedom: int
+
+
+def between_seeds(families: Sequence[Sequence[Resampled]]) -> Spread | None:
+    """Return the variance within families of runs that differ in their seed only; None where no family has several."""
+    several = [np.stack([run.observed for run in runs]) for runs in families if len(runs) > 1]
+    if not several:
+        return None
+    freedom = sum(len(runs) - 1 for runs in several)
+    return Spread(sum(((runs - runs.mean(0)) ** 2).sum(0) for runs in several) / freedom, freedom)
+
+
 def compare(
-    ours: Sequence[Resampled], baseline: Sequence[Resampled], *, seed: int = 0
+    ours: Sequence[Resampled], baseline: Sequence[Resampled], *, others: Spread | None = None, seed: int = 1
 ) -> tuple[Difference, list[Difference | None]]:
     """Return the difference in mIoU of the means over the runs of two experiments, and that in the IoU of each class.
 
-    None stands for a class that is in no label. All runs are from one call of resample().
+    None stands for a class that is in no label. All runs are from one call of resample(). What another seed would
+    change is taken from the runs of each experiment, for one with a single run from others; without those it is left
+    out.
     """
     observed = [np.stack([run.observed for run in runs]) for runs in (ours, baseline)]  # (runs, 1 + C)
     drawn = np.mean([run.drawn for run in ours], 0) - np.mean([run.drawn for run in baseline], 0)
-    drawn += _between_seeds(observed, len(drawn), np.random.default_rng(seed))
+    variances = [(runs.var(0, ddof=1) / len(runs), len(runs) - 1) for runs in observed if len(runs) > 1]
+    if others and (alone := 2 - len(variances)):
+        variances.append((alone * others.variance, others.freedom))
+    drawn += _seed_noise(variances, drawn.shape, np.random.default_rng(seed))
     value = observed[0].mean(0) - observed[1].mean(0)
     differences = [_difference(value[place], drawn[:, place]) for place in range(value.size)]
     assert differences[0] is not None
@@ -174,21 +210,19 @@ def _with_mean(iou: np.ndarray) -> np.ndarray:
     return np.concatenate([np.nanmean(iou, -1, keepdims=True), iou], -1)
 
 
-def _between_seeds(observed: Sequence[np.ndarray], resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """Return what other seeds would add to a difference: (resamples, 1 + C), 0 where no side has several runs.
+def _seed_noise(parts: Sequence[tuple[np.ndarray, int]], shape: tuple, rng: np.random.Generator) -> np.ndarray:
+    """Return what other seeds would add to a difference: (R, 1 + C), given each side's variance of its mean.
 
-    The mean of n runs is off by their deviation / sqrt(n), and as the deviation of few runs is itself uncertain, by
-    that times Student's t (Welch, with Satterthwaite's degrees of freedom). To draw from a few runs with replacement
-    would make the interval too narrow, by a fifth for three.
+    That is the root of their sum, and as variances of few runs are themselves uncertain, times Student's t (Welch, with
+    Satterthwaite's degrees of freedom). To draw from a few runs with replacement would make the interval too narrow,
+    by a fifth for three.
     """
-    several = [runs for runs in observed if len(runs) > 1]
-    if not several:
-        return np.zeros((resamples, observed[0].shape[1]))
-    parts = np.stack([runs.var(0, ddof=1) / len(runs) for runs in several])
-    total = parts.sum(0)
-    spread = sum(part**2 / (len(runs) - 1) for part, runs in zip(parts, several, strict=True))
+    if not parts:
+        return np.zeros(shape)
+    total = np.sum([part for part, _ in parts], 0)
+    spread = np.sum([part**2 / freedom for part, freedom in parts], 0)
     freedom = np.divide(total**2, spread, out=np.ones_like(total), where=np.nan_to_num(spread) > 0)
-    return rng.standard_t(np.maximum(freedom, 1), size=(resamples, total.size)) * np.sqrt(total)
+    return rng.standard_t(np.maximum(freedom, 1), size=shape) * np.sqrt(total)
 
 
 def _difference(value: float, drawn: np.ndarray) -> Difference | None:
@@ -207,5 +241,5 @@ def verdicts(differences: Sequence[Difference]) -> list[str]:
     for rank, place in enumerate(order):
         sure = sure and differences[place].p <= (1 - LEVEL) / (len(differences) - rank)
         if sure:
-            result[place] = "better" if differences[place].value > 0 else "worse"
+            result[place] = "better" if differences[place].low > 0 else "worse"
     return result

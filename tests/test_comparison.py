@@ -8,6 +8,7 @@ from model import UserError
 from model.comparison import (
     Counts,
     Difference,
+    between_seeds,
     check_same_photos,
     class_IoU,
     compare,
@@ -63,10 +64,10 @@ def test_the_counts_of_the_photos_add_up_to_the_confusion_matrix(tmp_path):
         (counts.hits, matrix.matrix.diag()),
     ):
         assert part.sum(0).tolist() == expected.tolist()
+    assert counts.are_of(matrix.compute()["pixel_accuracy"]) and not counts.are_of(0.5) and not counts.are_of(None)
     for index, value in enumerate(photo_mIoU(counts)):
-        alone = ConfusionMatrix(4)
-        alone.update(predictions[index], labels[index])
-        assert value == pytest.approx(alone.compute()["mIoU"])
+        alone = read_counts(written(tmp_path, predictions[index : index + 1], labels[index : index + 1]))
+        assert value == pytest.approx(mIoU(alone))
 
 
 def test_the_same_counts_are_the_same_bytes(tmp_path):
@@ -100,6 +101,20 @@ def test_damaged_counts_are_named(tmp_path, damage):
         np.savez(file, **fields | ids | changed[damage])
     with pytest.raises(UserError, match=r"no .*counts\.npz; evaluate|counts\.npz is damaged .*; write it anew"):
         read_counts(file)
+
+
+def test_flipped_bytes_are_named_or_change_nothing(tmp_path):
+    file = written(tmp_path, *photos(4, seed=3))
+    content, sound, rng = file.read_bytes(), read_counts(file), np.random.default_rng(0)
+    for _ in range(300):
+        damaged = bytearray(content)
+        for place in rng.integers(len(content), size=rng.integers(1, 4)):
+            damaged[place] ^= int(rng.integers(1, 256))
+        file.write_bytes(damaged)
+        try:
+            assert read_counts(file).hits.tolist() == sound.hits.tolist()
+        except UserError as error:
+            assert f"{file} is damaged (" in str(error) and "\n" not in str(error)
 
 
 # ---------------------------------------------------------------------------------------- one definition of mIoU
@@ -165,6 +180,10 @@ def test_seeds_that_differ_widen_the_interval():
     alone, _ = compared(runs[4:5], runs[1:2], resamples=500)
     together, _ = compared(runs[3:], runs[:3], resamples=500)
     assert together.high - together.low > 2 * (alone.high - alone.low)
+    drawn = resample(runs, resamples=500)
+    borrowed, _ = compare(drawn[4:5], drawn[1:2], others=between_seeds([drawn[:3], drawn[3:]]))
+    assert borrowed.high - borrowed.low > 2 * (alone.high - alone.low)
+    assert between_seeds([drawn[:1], drawn[3:4]]) is None
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
@@ -196,8 +215,8 @@ def test_several_comparisons_at_once_ask_for_more():
     ("change", "said"),
     [
         ({"class_names": ["sky", "sea", "boat", "tern"]}, "a and b have different classes"),
-        ({"ids": ["0", "1", "x"]}, r"different photos \(2 and 1 more\)"),
-        ({"ids": ["1", "0", "2"]}, r"different photos \(their order\)"),
+        ({"ids": ["0", "1", "x"]}, r"different photos \(2 of a alone, and 1 more\)"),
+        ({"ids": ["1", "0", "2"]}, "the same photos in another order"),
         ({"labelled": 1}, "different masks of 0"),
     ],
     ids=str,

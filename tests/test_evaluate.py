@@ -158,6 +158,14 @@ def test_photos_on_which_two_experiments_differ_most_are_drawn_with_both(experim
     (data_of / "val.txt").write_text("val0\nval1\n")
     assert "were scored on different photos" in run_evaluate(experiment, data_of, *flags, check=2).stderr
     assert "goes with --save_overlays" in run_evaluate(experiment, data, "--against", other, check=2).stderr
+    run_evaluate(other, data, "--flip")
+    again = run_evaluate(experiment, data, "--scales", 1, 1.5, *flags, check=2).stderr
+    assert f"is of another checkpoint, other --scales or --flip; score {other} again" in again
+    shutil.copy(experiment / absent.name, absent)
+    assert (
+        f"is of another checkpoint, other --scales or --flip; score {other} again"
+        in run_evaluate(experiment, data, *flags, check=2).stderr
+    )
 
 
 @pytest.mark.parametrize("flags", [[], ["--original_size"]], ids=str)

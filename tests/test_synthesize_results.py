@@ -276,7 +276,7 @@ def test_names_cannot_break_table_or_plot(tmp_path):
     result = synthesize(tmp_path / "sweep")
     assert result.stderr == ""
     assert r" x\|y_original_size_mIoU |" in result.stdout.splitlines()[0]
-    rows = [line.split(" | ")[0].strip("| ") for line in result.stdout.splitlines()[2:]]
+    rows = [line.split(" | ")[0].strip("| ") for line in result.stdout.split("\n\n")[0].splitlines()[2:]]
     assert rows == [r"a\|b, \"c\"".replace(r"\"", '"'), "two lines", "$x$_$", "_hidden", "実験", "1e3", "link/linked"]
     with open(tmp_path / "sweep" / "results.csv", newline="") as stream:
         assert [row["name"] for row in csv.DictReader(stream)] == [*names, "link/linked"]
@@ -666,7 +666,8 @@ def scored(folder: Path, run: Counts, *splits: str, **params) -> Path:
             cells[-1] += [[4 * c + (c + 1) % 4, missed[c]]] if missed[c] else []
     for split in splits:
         name = f"{split}_best_original_size"
-        (folder / f"metrics_{name}.json").write_text(json.dumps({"epoch": 1, "mIoU": comparison.mIoU(run)}))
+        metrics = {"epoch": 1, "mIoU": comparison.mIoU(run), "pixel_accuracy": run.hits.sum() / run.labelled.sum()}
+        (folder / f"metrics_{name}.json").write_text(json.dumps(metrics))
         parts = [np.array(sorted(cell), dtype=np.int64).reshape(-1, 2) for cell in cells]
         write_counts(folder / f"counts_{name}.npz", run.ids, run.class_names, parts)
     return folder
@@ -684,16 +685,18 @@ def test_every_row_is_compared_with_the_baseline_on_every_split(tmp_path):
     verdicts = {name: (row["val_verdict"], row["test_verdict"]) for name, row in rows.items()}
     assert verdicts == {
         "old": ("baseline", "baseline"),
-        "good": ("better (optimistic)", "better"),
-        "alike": ("open (optimistic)", "-"),
+        "good": ("better (optimistic, one seed)", "better (one seed)"),
+        "alike": ("open", "-"),
         "unscored": ("-", "-"),
     }
     good = rows["good"]
     assert float(good["test_difference"]) == pytest.approx(comparison.mIoU(better) - comparison.mIoU(first), abs=1e-4)
     assert 0 < float(good["test_low"]) < float(good["test_difference"]) < float(good["test_high"])
-    assert "2 comparisons at once" in result.stdout and "chosen on val, by mIoU" in result.stdout
+    assert "2 comparisons on val" in result.stdout and "chosen on val, by mIoU" in result.stdout
+    assert "another seed may change it" in result.stdout
     classes = table(result.stdout.split("\n\n")[-1])
-    assert [row["IoU on val"] for row in classes] == NAMES and all(row["good"].endswith("better") for row in classes)
+    assert [row["IoU on val (optimistic)"] for row in classes] == NAMES
+    assert all(row["good"].endswith("better") and int(row["photos"]) > 20 for row in classes)
     with open(tmp_path / "a" / "results.csv") as stream:
         assert float(next(row for row in csv.DictReader(stream) if row["name"] == "good")["test_low"]) > 0
     assert Image.open(tmp_path / "a" / "results.png").width > 1000  # curves, and a plot of intervals for each split
@@ -711,6 +714,42 @@ def test_seeds_are_compared_as_one(tmp_path):
         ("new", "1 2 3", "better"),
         ("old", "1 2 3", "baseline"),
     ]
+    # Run by run: what a seed changes is known from the others.
+    rows = table(synthesize(tmp_path / "a", "--baseline", "old__seed_1").stdout.split("\n\n")[0])
+    assert {row["name"]: row["test_verdict"] for row in rows} == {
+        "old__seed_1": "baseline",
+        **{f"old__seed_{seed}": "open" for seed in (2, 3)},
+        **{f"new__seed_{seed}": "better" for seed in (1, 2, 3)},
+    }
+    (tmp_path / "a" / "new__seed_2" / "counts_test_best_original_size.npz").unlink()
+    result = synthesize(tmp_path / "a", "--over_seeds", "--baseline", "old")
+    assert "On test rows are left out whose photos were not counted: new__seed_2; score them again." in result.stdout
+    assert [row["test_verdict"] for row in table(result.stdout.split("\n\n")[0])] == ["-", "baseline"]
+    result = synthesize(tmp_path / "a", "--over_seeds", "--baseline", "new", check=2)
+    assert "--baseline new: new__seed_2 has no counts of its photos on test; score it with" in result.stderr
+
+
+def test_nothing_is_said_of_a_class_in_few_photos(tmp_path):
+    rng = np.random.default_rng(0)
+    first = simulated(rng, 60, quality=0.2)
+    first.labelled[9:, 3] = first.hits[9:, 3] = first.predicted[9:, 0] = 0
+    shared = first.labelled
+    first = simulated(rng, 60, quality=0.2, shared=shared)
+    scored(tmp_path / "a" / "old", first, "test")
+    scored(tmp_path / "a" / "new", simulated(rng, 60, quality=0.9, shared=shared), "test")
+    result = synthesize(tmp_path / "a", "--baseline", "old", "--by_class").stdout
+    words = [row["new"].partition(") ")[2] for row in table(result.split("\n\n")[-1])]
+    assert words == ["better", "better", "better", "few photos"]
+
+
+def test_experiments_on_other_data_are_left_out(tmp_path):
+    rng = np.random.default_rng(3)
+    first = simulated(rng, 30, quality=0.4)
+    scored(tmp_path / "a" / "old", first, "test")
+    scored(tmp_path / "a" / "new", simulated(rng, 30, quality=0.5, shared=first.labelled), "test")
+    scored(tmp_path / "a" / "sample", simulated(rng, 20, quality=0.5), "test", dataset="sample")
+    rows = table(synthesize(tmp_path / "a", "--baseline", "old").stdout.split("\n\n")[0])
+    assert {row["name"]: row["test_difference"] == "-" for row in rows} == {"old": True, "new": False, "sample": True}
 
 
 def test_what_cannot_be_compared_is_one_line(tmp_path):
@@ -719,15 +758,15 @@ def test_what_cannot_be_compared_is_one_line(tmp_path):
     scored(tmp_path / "a" / "other", simulated(rng, 8, quality=0.5), "val")
     experiment(tmp_path / "a" / "bare", [0.5])
     for flags, said in (
-        (["--baseline", "older"], "--baseline older: no such row; there are bare, old, other"),
-        (["--baseline", "bare"], "--baseline bare: its photos are not counted one by one"),
-        (["--baseline", "old"], "old and other were scored on different photos (8)"),
+        (["--baseline", "older"], "--baseline older: the table has no row of that name"),
+        (["--baseline", "bare"], "--baseline bare: it has no finished run with counts of its photos; score it with"),
+        (["--baseline", "old"], "old and other were scored on different photos (8 of old alone)"),
         (["--by_class"], "--by_class goes with --baseline NAME"),
     ):
         result = synthesize(tmp_path / "a", *flags, check=2)
         assert said in result.stderr and not list((tmp_path / "a").glob("results.*")), flags
-    (tmp_path / "a" / "old" / "counts_val_best_original_size.npz").write_bytes(b"junk")
-    assert (
-        "counts_val_best_original_size.npz is damaged"
-        in synthesize(tmp_path / "a", "--baseline", "old", check=2).stderr
-    )
+    old, other = (tmp_path / "a" / name / "counts_val_best_original_size.npz" for name in ("old", "other"))
+    for content, said in ((other.read_bytes(), "is of another evaluation than the metrics"), (b"junk", "is damaged")):
+        old.write_bytes(content)
+        result = synthesize(tmp_path / "a", "--baseline", "old", check=2)
+        assert f"{old} {said}" in result.stderr and result.stderr.count("\n") == 1
