@@ -47,7 +47,7 @@ def print_summary(study: Study) -> int:
         line += f"; best {study.metric} {scores[best]:.4f} by {best}"
     print(f"{len(trials)} trials: {line}")
     if len(trials) < study.n_trials:
-        print(f"there are no other trials in this search space than these {len(trials)}")
+        print(f"no others than these {len(trials)} were found in the search space")
     if counts[TrialState.FAIL]:
         print("the same command runs the failed ones again")
     print(f"table and plots: python synthesize_results.py --parent_dir {shlex.quote(str(study.parent_dir))}")
@@ -68,7 +68,7 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(f"--jobs {args.jobs}: every trial has a GPU to itself, and there are {len(gpus)}; lower it")
     cluster = None
     if args.cluster:
-        require("ray", "--cluster")
+        require("ray", "a sweep on a cluster")
         from sweep.cluster import Cluster
 
         cluster = Cluster(args.cluster)

@@ -30,9 +30,8 @@ class Cluster:
     def start(self, folder: Path, data_dir: Path, lock_file: Path, *, jobs: int) -> "ClusterTrial":
         """Give a trial to Ray, with a GPU or, where there are none, its share of the cores."""
         cores = 1 if self.gpus else max(1, self.cpus // max(jobs, self.machines))
-        task = ray.remote(run_train).options(
-            num_gpus=min(1, self.gpus), num_cpus=cores, max_retries=-1, name=folder.name
-        )
+        options = {"num_gpus": min(1, self.gpus), "num_cpus": cores, "max_retries": -1, "name": folder.name}
+        task = ray.remote(run_train).options(**options)
         return ClusterTrial(task.remote(*(path.absolute() for path in (folder, data_dir, lock_file))))
 
 
@@ -63,9 +62,7 @@ class ClusterTrial:
             raise UserError(str(error).strip().splitlines()[-1]) from None
 
     def terminate(self) -> None:
-        """Ask train.py to end."""
         ray.cancel(self.task)
 
     def kill(self) -> None:
-        """End train.py at once."""
         ray.cancel(self.task, force=True)

@@ -13,11 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from optuna import TrialPruned
-from optuna.trial import Trial
+from optuna import Trial, TrialPruned
 
 from engine.folders import TRIAL_LOCKS, best_epoch, score
-from model import UserError, cores
+from model import UserError, cores, refuse_irregular
 from params import Params
 from sweep.space import Values
 from sweep.study import NotRun, Study
@@ -69,6 +68,8 @@ class Coordinator:
 
     def run_trial(self, trial: Trial, folder: Path, params: Values) -> float:
         """Train, resume, or count what is finished already."""
+        log = folder / "train.log"
+        earlier = log.stat().st_size if log.exists() else 0
         with ExitStack() as held:
             process = self.start(folder, params, held)
             held.callback(self.end, process)
@@ -76,7 +77,7 @@ class Coordinator:
         history = read_history(folder)
         if code or not history:
             how = f"killed by signal {-code}, {signal.strsignal(-code)}" if code < 0 else f"exit status {code}"
-            lines = (folder / "train.log").read_bytes().decode(errors="replace").splitlines()
+            lines = log.read_bytes()[earlier:].decode(errors="replace").splitlines()
             raise UserError("\n".join([how, *[line for line in lines if line.strip()][-LOG_LINES:]]))
         best = best_epoch(history, self.study.metric)
         value = score(best, self.study.metric)
@@ -91,6 +92,7 @@ class Coordinator:
         locks = folder.parent / TRIAL_LOCKS
         locks.mkdir(exist_ok=True)
         folder.mkdir(exist_ok=True)
+        refuse_irregular(folder / "train.log")
         write_json(folder / "params.json", params)
         (folder / "trial.json").unlink(missing_ok=True)
         if self.cluster:
@@ -131,7 +133,7 @@ class Coordinator:
 def wait_for_lock(paths: Iterable[Path], held: ExitStack, check: Callable[[], None]) -> Lock:
     """Hold the first of some locks that is free, however long that takes; check is called while waiting.
 
-    train.py inherits the lock and keeps it when its coordinator is killed: nobody else gets its folder or its GPU.
+    train.py inherits it, and keeps it when its starter is killed, so that nobody else takes its folder or its GPU.
     """
     while True:
         check()
@@ -156,4 +158,4 @@ def refuse_other(folder: Path, params: Values) -> None:
     """Raise UserError if the folder of a trial holds another experiment."""
     file = folder / "params.json"
     if file.exists() and read_json(file, if_absent="") != params:
-        raise UserError(f"{file} is not what base and search space say; move {folder} away")
+        raise UserError(f"{file} is of another experiment than this trial; move {folder} away, or give another name")

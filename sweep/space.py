@@ -17,15 +17,14 @@ from model import UserError
 from params import Params
 from utils import read_json
 
-Values = dict[str, Any]  # what a trial sets: keys of params.json and their values
-Space = dict[str, Any]  # key: a list of values, or a range; "name": what its trials are called by
+Values = dict[str, Any]  # keys of params.json with a trial's values; in a space with a list of them, or a range
 
 KINDS = Params.__annotations__  # by key
 WHOLE, NUMBERS = (int, int | None), (int, int | None, float, float | None)
 RANGE = 'a range of numbers {"low": a, "high": b}, a <= b, with "log": true for a > 0 or a "step" that divides b - a'
 
 
-def read_spaces(path: Path) -> list[Space]:
+def read_spaces(path: Path) -> list[Values]:
     """Read search_space.json: one object of lists and ranges, or a list of such objects, whose grids are joined.
 
     "name" in an object begins the folders of its trials. Raises UserError naming every fault, those of Params included.
@@ -33,7 +32,7 @@ def read_spaces(path: Path) -> list[Space]:
     content = read_json(path, if_absent='a sweep has one, as {"learning_rate": [0.0001, 0.001, 0.01]}')
     spaces = content if isinstance(content, list) else [content]
     if not spaces or not all(isinstance(space, dict) and space.keys() - {"name"} for space in spaces):
-        raise UserError(f'{path} must hold an object, as {{"learning_rate": [0.001, 0.01]}}, or a list of such objects')
+        raise UserError(f'{path} must hold an object with a key that varies, as {{"seed": [1, 2]}}, or a list of such')
     if faults := [fault for space in spaces for key, options in space.items() for fault in _faults(key, options)]:
         raise UserError(f"{path}: {'; '.join(dict.fromkeys(faults))}")
     return spaces
@@ -43,6 +42,8 @@ def _faults(key: str, options: Any) -> list[str]:
     if key == "name":
         named = isinstance(options, str) and re.fullmatch(r"\w[\w+-]{0,59}", options, flags=re.ASCII)
         return [] if named else [f'"name" is {json.dumps(options)}; allowed: up to 60 of letters, digits and _ + -']
+    if key == "best_metric":
+        return ['"best_metric" is what the trials are compared by; set it in params.json']
     if key not in KINDS:
         return [str(Params.fault(key, options))]
     values = _ends(key, options) if isinstance(options, dict) else options
@@ -52,11 +53,11 @@ def _faults(key: str, options: Any) -> list[str]:
 
 
 def _ends(key: str, options: dict[str, Any]) -> list[Any]:
-    """Return both ends of a range and the value after the first, which may have to be odd; [] for an unsound range."""
+    """Return the first two values of a range, for keys that take odd numbers only, and its last; [] for no range."""
     with warnings.catch_warnings(action="ignore"), suppress(TypeError, ValueError, ArithmeticError):  # of Optuna
         found = _distribution(key, options)
-        as_written = all(getattr(found, name) == value for name, value in options.items())
-        if as_written and found.log in (True, False) and KINDS[key] in NUMBERS:
+        as_written = all(getattr(found, k) == v and isinstance(v, bool) == (k == "log") for k, v in options.items())
+        if as_written and KINDS[key] in NUMBERS:
             return [found.low, min(found.low + (found.step or 0), found.high), found.high]
     return []
 
@@ -77,13 +78,13 @@ def trial_name(values: Values, title: str | None = None) -> str:
 
 def _spelling(value: Any) -> str:
     if isinstance(value, dict):
-        return "+".join(f"{key}_{_spelling(item)}" for key, item in value.items())
+        return "+".join(f"{key}_{_spelling(item)}" for key, item in sorted(value.items()))
     if isinstance(value, float):  # as written where that is short, and six digits of what a sampler has drawn
         return f"{value:g}" if float(f"{value:g}") == value or len(repr(value)) > 12 else repr(value)
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def grid(spaces: list[Space], base: Values, path: Path) -> dict[str, Values]:
+def grid(spaces: list[Values], base: Values, path: Path) -> dict[str, Values]:
     """Return every combination, by the name of its folder. Raises UserError for one that Params refuses."""
     trials: dict[str, Values] = {}
     names: dict[str, str] = {}
@@ -103,7 +104,7 @@ def grid(spaces: list[Space], base: Values, path: Path) -> dict[str, Values]:
     return trials
 
 
-def distributions(spaces: list[Space], base: Values, path: Path) -> dict[str, BaseDistribution]:
+def distributions(spaces: list[Values], base: Values, path: Path) -> dict[str, BaseDistribution]:
     """Return the space that a sampler draws from. Raises UserError if Params refuses some combination."""
     if len(spaces) > 1 or "name" in spaces[0]:
         raise UserError(f'{path}: a list of objects and "name" are for grids; --sampler random and tpe take one object')
@@ -128,7 +129,7 @@ def grid_distributions(trials: Iterable[Values]) -> dict[str, BaseDistribution]:
 
 
 def choice(value: Any) -> Any:
-    """Return a value as Optuna takes it: objects are no choices of its."""
+    """Return a value as Optuna takes it, which knows no objects: they become JSON."""
     return json.dumps(value) if isinstance(value, dict) else value
 
 

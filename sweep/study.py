@@ -32,7 +32,7 @@ class NotRun(Exception):
 
 
 class Journal(JournalFileBackend):
-    """Optuna's journal, for one process, in which nothing comes after half a line. Raises ValueError if it is none."""
+    """Optuna's journal, for one process; half a last line is removed. Raises ValueError for a file that is none."""
 
     def __init__(self, path: Path):
         lock: Any = threading.Lock()  # Optuna's own would outlive a kill by 30 s
@@ -73,14 +73,14 @@ class Study:
     def __post_init__(self) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         params = Params(**self.base)
-        self.metric, self.seed = params.best_metric, params.seed
+        self.metric, self.seed = params.best_metric, params.seed % 2**32  # as NumPy takes it
         self.study = self._open(self.parent_dir / "study.journal")
         self._refuse_changes()
         self.study.set_user_attr("base", self.base)
         self.names = {trial_name(values): name for name, values in self.grid.items()}
-        for attempt in [entry.user_attrs for entry in self._entries()]:
-            if "folder" in attempt and (self.parent_dir / attempt["folder"] / "params.json").exists():  # it keeps that
-                self.names[trial_name(attempt["values"])] = attempt["folder"]
+        begun = [entry.user_attrs for entry in self._entries() if "folder" in entry.user_attrs]
+        kept = {attempt["folder"]: trial_name(attempt["values"]) for attempt in begun}  # the last that began there
+        self.names |= {trial: name for name, trial in kept.items() if (self.parent_dir / name / "params.json").exists()}
         self.grid = {self._name(values): values for values in self.grid.values()}
         self._drawing = threading.Lock()
         self._queue()
@@ -91,7 +91,7 @@ class Study:
             self.journal = Journal(path)
             storage = JournalStorage(self.journal)
             return optuna.create_study(storage=storage, study_name="sweep", direction=direction, load_if_exists=True)
-        except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError) as error:
             raise UserError(f"{path} is damaged ({error}); move it away: a grid finds its finished trials") from None
 
     def _entries(self, *states: TrialState) -> list[FrozenTrial]:
@@ -107,16 +107,16 @@ class Study:
         for key in drawn_from.keys() & self.space:
             try:
                 check_distribution_compatibility(drawn_from[key], self.space[key])
-            except ValueError:  # Optuna's rule: samplers can only move the ends of a range
-                raise UserError(f'{self.parent_dir}: "{key}" was drawn from other choices before; {remedy}') from None
+            except ValueError:
+                file, rule = self.parent_dir / "search_space.json", "samplers can only move the ends of a range"
+                raise UserError(f'{file}: "{key}" was drawn from other choices before, and {rule}; {remedy}') from None
 
     def _name(self, values: Values) -> str:
         return self.names.get(trial_name(values), trial_name(values))
 
     def trials(self) -> dict[str, FrozenTrial]:
         """Return the attempt that counts of every trial that is in the grid, or has been drawn, by name."""
-        entries = [entry for entry in self._entries() if "values" in entry.user_attrs]
-        counted = [entry for entry in entries if entry.state != TrialState.FAIL or "folder" in entry.user_attrs]
+        counted = [e for e in self._entries() if {TrialState.FAIL: "folder"}.get(e.state, "values") in e.user_attrs]
         named = {self._name(entry.user_attrs["values"]): entry for entry in counted}
         return {name: entry for name, entry in named.items() if name in (self.grid or named)}
 

@@ -152,17 +152,21 @@ def test_an_interrupt_ends_every_trial_and_the_same_command_goes_on(tmp_path, da
 
 
 def test_what_is_wrong_with_the_folder_of_a_trial_does_not_hinder_the_others(tmp_path, data_dir):
-    sweep = make_sweep(tmp_path / "sweep", {"learning_rate": [0.1, 0.01, 0.001]})
+    sweep = make_sweep(tmp_path / "sweep", {"learning_rate": [0.1, 0.01, 0.001, 2]})
     (sweep / "learning_rate_0.1").write_text("in the way\n")
+    (sweep / "learning_rate_2").mkdir()
+    os.mkfifo(sweep / "learning_rate_2" / "train.log")
     busy = sweep / "learning_rate_0.01"
     busy.mkdir()
     (busy / "run.json").write_text("{}")
+    (busy / "train.log").write_text("what an earlier attempt said\n")
     held = lock(busy / ".lock")  # as a train.py that was started by hand
     result = search(sweep, data_dir, check=1)
     held.release()
     assert "learning_rate_0.1: failed, [Errno " in result.stdout
+    assert "train.log is not a regular file" in result.stdout and "earlier attempt" not in result.stdout
     assert f"another train.py is at work in {busy}; wait for it, or stop it first" in result.stdout
-    assert "3 trials: 1 finished, 2 failed" in result.stdout and (busy / "run.json").exists()
+    assert "4 trials: 1 finished, 3 failed" in result.stdout and (busy / "run.json").exists()
 
 
 @pytest.mark.slow
@@ -312,7 +316,7 @@ def test_a_folder_that_holds_another_experiment_is_left_alone(tmp_path, data_dir
     (sweep / "learning_rate_0.01").mkdir()
     (sweep / "learning_rate_0.01" / "params.json").write_text('{"learning_rate": 0.02}')
     result = search(sweep, data_dir, check=2)
-    assert "learning_rate_0.01/params.json is not what base and search space say; move" in result.stderr
+    assert "learning_rate_0.01/params.json is of another experiment than this trial; move" in result.stderr
     assert {path.name for path in sweep.iterdir()} == {"params.json", "search_space.json", "learning_rate_0.01"}
 
 
@@ -321,7 +325,7 @@ def test_a_new_trial_never_takes_the_folder_that_another_one_keeps(tmp_path, dat
     search(sweep, data_dir)
     before = {path: path.read_bytes() for path in sweep.glob("*/*")}
     (sweep / "search_space.json").write_text('[{"name": "new", "seed": [1]}, {"name": "short", "seed": [4]}]')
-    assert "short/params.json is not what base and search space say; move" in search(sweep, data_dir, check=2).stderr
+    assert "short/params.json is of another experiment than this trial; move" in search(sweep, data_dir, check=2).stderr
     (sweep / "search_space.json").write_text('{"name": "new", "seed": [1]}')
     assert "1 trials: 1 finished" in search(sweep, data_dir).stdout
     assert {path: path.read_bytes() for path in sweep.glob("*/*")} == before

@@ -50,6 +50,10 @@ def space_file(folder: Path, content) -> Path:
         ({"weight_decay": {"low": 0, "high": 0.1, "step": 1e-300}}, RANGE),
         ({"weight_decay": {"low": 0.01, "high": 0.1, "log": "no"}}, RANGE),
         ({"batch_size": {"low": 2, "high": 8, "step": 1.5}}, RANGE),
+        ({"batch_size": {"low": True, "high": 8}}, RANGE),
+        ({"batch_size": {"low": 2, "high": 8, "log": 1}}, RANGE),
+        ({"best_metric": ["mIoU", "loss"]}, "is what the trials are compared by"),
+        ({"name": "alone"}, "must hold an object with a key that varies"),
         ({"batch_size": {"low": 2, "high": 8, "step": None}}, RANGE),
         ({"batch_size": {"low": 2, "high": 8, "step": 4}}, RANGE),
         (

@@ -119,6 +119,17 @@ def test_a_trial_keeps_its_folder_however_the_search_space_calls_it_later(tmp_pa
     shutil.rmtree(tmp_path / "short")
     renamed = start(tmp_path, {"new": {"seed": 1}, "short": {"seed": 4}})
     assert run(renamed) == ["new", "short"], "for the first has no folder any more"
+    again = start(tmp_path, {"new": {"seed": 1}, "short": {"seed": 4}})
+    assert run(again) == [] and set(again.trials()) == {"new", "short"}, "which is the second's now"
+
+
+def test_the_order_of_the_keys_of_an_object_makes_no_other_trial(tmp_path):
+    run(start(tmp_path, [{"loss_weights": {"dice": 1, "bce": 0.5}}]))
+    assert run(start(tmp_path, [{"loss_weights": {"bce": 0.5, "dice": 1}}])) == []
+
+
+def test_a_seed_may_be_larger_than_optuna_takes(tmp_path):
+    assert len(run(start(tmp_path, base={"seed": 2**62}, space=SPACE, n_trials=3))) == 3
 
 
 def test_the_values_of_a_grid_are_recorded_for_plots_and_samplers(tmp_path):
