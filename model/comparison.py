@@ -176,12 +176,23 @@ class Spread:
 
 
 def between_seeds(families: Sequence[Sequence[Resampled]]) -> Spread | None:
-    """Return the variance within families of runs that differ in their seed only; None where no family has several."""
-    several = [np.stack([run.observed for run in runs]) for runs in families if len(runs) > 1]
+    """Return the variance within families of runs that differ in their seed only, pooled; None: no family has several.
+
+    Runs also differ by what each makes of a photo by chance. That is in the resamples of the photos already, and is
+    taken off here (the component of variance between runs, of a table of runs by photos; at least 0).
+    """
+    several = [runs for runs in families if len(runs) > 1]
     if not several:
         return None
-    freedom = sum(len(runs) - 1 for runs in several)
-    return Spread(sum(((runs - runs.mean(0)) ** 2).sum(0) for runs in several) / freedom, freedom)
+    squares, freedom = np.zeros_like(several[0][0].observed), 0
+    for runs in several:
+        observed, drawn = np.stack([run.observed for run in runs]), np.stack([run.drawn for run in runs])
+        by_photos = (drawn - drawn.mean(0) - observed[:, None] + observed.mean(0)) ** 2
+        known = np.isfinite(by_photos)
+        by_photos = np.where(known, by_photos, 0).sum((0, 1)) / np.maximum(known.any(0).sum(0), 1)
+        squares += ((observed - observed.mean(0)) ** 2).sum(0) - by_photos
+        freedom += len(runs) - 1
+    return Spread(np.maximum(squares / freedom, 0), freedom)
 
 
 def compare(
@@ -195,7 +206,8 @@ def compare(
     """
     observed = [np.stack([run.observed for run in runs]) for runs in (ours, baseline)]  # (runs, 1 + C)
     drawn = np.mean([run.drawn for run in ours], 0) - np.mean([run.drawn for run in baseline], 0)
-    variances = [(runs.var(0, ddof=1) / len(runs), len(runs) - 1) for runs in observed if len(runs) > 1]
+    own = [(between_seeds([runs]), len(runs)) for runs in (ours, baseline)]
+    variances = [(spread.variance / count, spread.freedom) for spread, count in own if spread]
     if others and (alone := 2 - len(variances)):
         variances.append((alone * others.variance, others.freedom))
     drawn += _seed_noise(variances, drawn.shape, np.random.default_rng(seed))
