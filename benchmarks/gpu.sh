@@ -1,0 +1,93 @@
+#!/usr/bin/env bash
+# All that is to be measured on a GPU, most important first, in under 20 minutes:
+#   benchmarks/gpu.sh OUT DATA_DIR     writes OUT/<part>.txt, and OUT/tables.md for the RESULTS pages
+#   benchmarks/gpu.sh OUT --rehearse   the same in small on the CPU, on drawn scenes
+# DATA_DIR is VOC2012 with trainaug.txt and val.txt, and val2.txt if there is one. A part that fails or runs out of time
+# is said at the end and hinders no other.
+set -u
+cd "$(dirname "$0")/.."
+if [[ $# -ne 2 ]]; then sed -n 's/^#   //p' "$0" >&2; exit 2; fi
+out=$(realpath -m "$1") data=$2 failed=() begun=$SECONDS
+mkdir -p "$out"
+
+if [[ $data == --rehearse ]]; then
+    device=cpu tests="gpu and slow" repeats=1 seeds="1 2" data=$out/data
+    recipe='{"dataset": "sample", "pretrained": false, "encoder": "resnet18", "image_size": 32, "num_epochs": 2}'
+    steps=(--encoders resnet18 --sizes 32 --precisions fp32 bf16 --compile off --checkpointing off)
+    deep=(--encoders resnet18 --sizes 32)
+else
+    device=cuda tests=gpu repeats=5 seeds="1 2 3"
+    recipe=$(python - <<'EOF'
+import json
+base = json.load(open("experiments/best/params.json"))
+print(json.dumps(base | {"image_size": 224, "train_split": "trainaug", "batch_size": 32, "num_epochs": 20}))
+EOF
+    )
+    steps=(--encoders resnet50 --sizes 224 512 --batch_sizes 5 32 128 --precisions fp32 bf16 fp16 --compile off on
+        --checkpointing off --steps 10)
+    deep=(--encoders resnet18 resnet50 resnet152 --sizes 224 512 --batch_sizes 16 --steps 5)
+fi
+
+part() { # name, seconds at most, command
+    local name=$1 limit=$2 start=$SECONDS status=0
+    shift 2
+    timeout --kill-after 10 "$limit" "$@" >"$out/$name.txt" 2>&1 || status=$?
+    echo "$name: exit status $status after $((SECONDS - start)) s"
+    if [[ $status -ne 0 ]]; then failed+=("$name"); fi
+}
+
+# A run that goes from the device to the CPU and back, two epochs on each.
+across() {
+    local run=$out/across epochs=0 where
+    mkdir -p "$run"
+    for where in "$device" cpu "$device"; do
+        epochs=$((epochs + 2))
+        python - "$run" "$epochs" <<'EOF' || return
+import json, sys
+options = {"dataset": "sample", "pretrained": False, "encoder": "resnet18", "image_size": 64, "num_workers": 0}
+json.dump(options | {"num_epochs": int(sys.argv[2]), "precision": "fp32"}, open(f"{sys.argv[1]}/params.json", "w"))
+EOF
+        python train.py --model_dir "$run" --data_dir "$out/sample" --device "$where" --resume || return
+    done
+    grep -q "trained 6 of 6 epochs" "$run/train.log"
+}
+
+# The recipe with several seeds, each scored at the photos' own size.
+train() {
+    local seed split run
+    for seed in $seeds; do
+        run=$out/runs/best224__seed_$seed
+        mkdir -p "$run"
+        python -c "import json, sys; print(json.dumps(json.loads(sys.argv[1]) | {'seed': $seed}))" "$recipe" >"$run/params.json"
+        python train.py --model_dir "$run" --data_dir "$data" --device "$device" --resume || return
+        for split in val val2; do
+            if [[ $split == val || -f $data/val2.txt ]]; then
+                python evaluate.py --model_dir "$run" --data_dir "$data" --device "$device" --original_size --split "$split" ||
+                    return
+            fi
+        done
+    done
+}
+
+export -f across train
+export out data device seeds recipe
+code=$([[ $tests == gpu ]] && echo 0 || echo 5) # 5: no test was selected, as is right in a rehearsal
+part tests 240 bash -c "python -m pytest -n 0 -m '$tests'; [[ \$? -eq $code ]]"
+part across 120 bash -c across
+part steps 240 python benchmarks/steps.py --device "$device" "${steps[@]}"
+part run 240 python benchmarks/run.py --device "$device" --repeats "$repeats"
+part encoders 90 python benchmarks/steps.py --device "$device" "${deep[@]}"
+part train $((1170 - SECONDS + begun > 60 ? 1170 - SECONDS + begun : 60)) bash -c train
+part results 60 python synthesize_results.py --parent_dir "$out/runs" --over_seeds
+
+{
+    for name in steps encoders run results; do
+        printf '\n## %s\n\n' "$name"
+        cat "$out/$name.txt"
+    done
+} >"$out/tables.md"
+echo "tables: $out/tables.md"
+if [[ ${#failed[@]} -gt 0 ]]; then
+    echo "failed or out of time: ${failed[*]}; see $out/<part>.txt" >&2
+    exit 1
+fi
