@@ -399,7 +399,7 @@ def draw(
         metric=metric,
         better=better_of(metric),
         differences={
-            f"mIoU on {each.split} minus the baseline's, 95 %{' (optimistic)' * each.chosen_here}": {
+            f"mIoU on {each.split} minus {table_text(each.baseline)}'s{' (optimistic)' * each.chosen_here}": {
                 name: (found.value, found.low, found.high, each.verdicts[name] != "open")
                 for name, found in each.whole.items()
             }

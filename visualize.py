@@ -277,7 +277,7 @@ def learning_curves(
         axes[1].set(xlabel=f"best validation {metric}")
     for axis, (title, found) in zip(axes[plots - len(differences) :], differences.items(), strict=False):
         _intervals(axis, {name: found[name] for name in curves if name in found}, colours)
-        axis.set(xlabel=title)
+        axis.set(xlabel=f"{title}\nwith its 95 % interval; hollow: open")
     for axis in axes[plots:]:
         axis.remove()
     return figure
@@ -356,6 +356,7 @@ def _best_by_name(
         if name in published:
             axis.plot(published[name], position, "o", color=colours[name], markerfacecolor="none")
     axis.set_yticks(range(len(best)), [_spelling(name) for name in best], fontsize="small")
+    axis.xaxis.set_major_locator(MaxNLocator(5))
     axis.invert_yaxis()
 
 
