@@ -449,7 +449,12 @@ def main(args: argparse.Namespace) -> None:
     if column in metrics and len(scored) > 1:
         table += "\n\nRows of another data_dir, num_classes, image_size or resize are not ranked among each other."
     if chosen_by:
-        table += f"\n\nEach run's best epoch was chosen on val, by {' or '.join(sorted(chosen_by))}."
+        table += (
+            f"\n\nEach run's best epoch was chosen on val, by {' or '.join(sorted(chosen_by))}. Columns that name no "
+            "split are of val, at the size that the network reads."
+        )
+        if args.over_seeds:
+            table += " A row has the means over its seeds, and in _std the standard deviation of a run."
     if comparisons:
         table += f"\n\n{explain(comparisons)}"
     if args.by_class:

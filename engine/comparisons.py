@@ -156,17 +156,20 @@ def explain(comparisons: list[Comparison]) -> str:
     """Say in words what the columns of the comparisons are."""
     baseline = table_text(comparisons[0].baseline)
     lines = [
-        f"Differences are in mIoU from {baseline}, over the classes in the labels (the columns of mIoU also count "
-        "classes that are predicted only), with 95 % intervals (docs/COMPARING.md)."
+        f"Differences are in mIoU from {baseline}, with 95 % intervals (docs/COMPARING.md); open: not decided, which "
+        "is not equal. They are over the classes in the labels, the columns of mIoU also over classes that are predicted "
+        "only, so that subtracting columns may not give them."
     ]
     for each in comparisons:
         if len(each.whole) > 1:
-            lines.append(f"{len(each.whole)} comparisons on {each.split}: their words hold for all at once (Holm).")
+            lines.append(f"Better and worse are corrected for {len(each.whole)} comparisons on {each.split} (Holm).")
         if each.uncounted:
             runs = ", ".join(map(table_text, each.uncounted))
             lines.append(f"On {each.split} rows are left out whose photos were not counted: {runs}; score them again.")
     if any(each.chosen_here and each.whole for each in comparisons):
-        lines.append("Differences on val are optimistic, as the epochs were chosen there.")
+        lines.append(
+            "Optimistic: the epochs were chosen on val, which favours rows with more of them, or with noisier ones."
+        )
     if any(each.one_seed for each in comparisons):
         lines.append(
             "(one seed): the word is about these very runs; another seed may change it. With several seeds of an "

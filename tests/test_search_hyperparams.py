@@ -108,9 +108,9 @@ def test_a_sweep_trains_every_trial_and_one_that_fails_does_not_hinder_the_other
 
 
 def test_a_sweep_killed_midway_and_started_again_finishes_each_trial_once(tmp_path, data_dir):
-    sweep = make_sweep(tmp_path / "sweep", {"learning_rate": [0.1, 0.01, 0.001]}, num_epochs=2)
+    sweep = make_sweep(tmp_path / "sweep", {"learning_rate": [0.01, 0.001, 0.0001]}, num_epochs=2)
     process = start(sweep, data_dir)
-    first, second, third = (sweep / f"learning_rate_{rate}" for rate in (0.1, 0.01, 0.001))
+    first, second, third = (sweep / f"learning_rate_{rate}" for rate in (0.01, 0.001, 0.0001))
     wait_until(lambda: logged(second, "on cpu in fp32"))
     process.kill()
     process.communicate()
@@ -127,9 +127,9 @@ def test_a_sweep_killed_midway_and_started_again_finishes_each_trial_once(tmp_pa
 
 
 def test_an_interrupt_ends_every_trial_and_the_same_command_goes_on(tmp_path, data_dir):
-    sweep = make_sweep(tmp_path / "sweep", {"learning_rate": [0.1, 0.01]}, num_epochs=5)
+    sweep = make_sweep(tmp_path / "sweep", {"learning_rate": [0.01, 0.001]}, num_epochs=5)
     process = start(sweep, data_dir, "--jobs", 2, CUDA_VISIBLE_DEVICES="5,GPU-7")
-    folders = [sweep / f"learning_rate_{rate}" for rate in (0.1, 0.01)]
+    folders = [sweep / f"learning_rate_{rate}" for rate in (0.01, 0.001)]
     wait_until(lambda: all((folder / "last.pth.tar").exists() for folder in folders))
     devices = [
         variable
@@ -226,9 +226,9 @@ def test_a_damaged_history_fails_its_trial_only(tmp_path, data_dir):
 
 
 def test_a_second_start_is_refused_and_the_first_goes_on(tmp_path, data_dir):
-    sweep = make_sweep(tmp_path / "sweep", {"learning_rate": [0.1]}, num_epochs=1000)
+    sweep = make_sweep(tmp_path / "sweep", {"learning_rate": [0.01]}, num_epochs=1000)
     process = start(sweep, data_dir)
-    wait_until(lambda: logged(sweep / "learning_rate_0.1", "epoch 1/1000"))
+    wait_until(lambda: logged(sweep / "learning_rate_0.01", "epoch 1/1000"))
     result = search(sweep, data_dir, check=2)
     assert result.stderr == (
         f"search_hyperparams.py: error: another search_hyperparams.py is at work in {sweep}; "
@@ -238,19 +238,19 @@ def test_a_second_start_is_refused_and_the_first_goes_on(tmp_path, data_dir):
     process.send_signal(signal.SIGTERM)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 143 and not train_processes(sweep)
-    assert "learning_rate_0.1: epoch 1/1000, mIoU 0." in stdout
+    assert "learning_rate_0.01: epoch 1/1000, mIoU 0." in stdout
     assert stderr == "interrupted; the same command resumes the sweep\n"
 
 
 def test_the_gpu_of_a_trial_that_outlives_its_coordinator_is_not_used_by_another(tmp_path, data_dir):
-    sweep = make_sweep(tmp_path / "sweep", {"learning_rate": [0.1, 0.01]}, num_epochs=8)
+    sweep = make_sweep(tmp_path / "sweep", {"learning_rate": [0.01, 0.001]}, num_epochs=8)
     process = start(sweep, data_dir, CUDA_VISIBLE_DEVICES="5")
-    first, second = (sweep / f"learning_rate_{rate}" for rate in (0.1, 0.01))
+    first, second = (sweep / f"learning_rate_{rate}" for rate in (0.01, 0.001))
     wait_until(lambda: logged(first, "epoch 2/8"))
     process.kill()
     process.communicate()
     # The first trial is still at work, and now its turn comes after the second's.
-    (sweep / "search_space.json").write_text('{"learning_rate": [0.01, 0.1]}')
+    (sweep / "search_space.json").write_text('{"learning_rate": [0.001, 0.01]}')
     again = start(sweep, data_dir, CUDA_VISIBLE_DEVICES="5")
     while again.poll() is None:
         assert not (train_processes(first) and train_processes(second))
