@@ -157,8 +157,8 @@ def explain(comparisons: list[Comparison]) -> str:
     baseline = table_text(comparisons[0].baseline)
     lines = [
         f"Differences are in mIoU from {baseline}, with 95 % intervals (docs/COMPARING.md); open: not decided, which "
-        "is not equal. They are over the classes in the labels, the columns of mIoU also over classes that are predicted "
-        "only, so that subtracting columns may not give them."
+        "is not equal. They are over the classes in the labels, the columns of mIoU also over classes that are only "
+        "predicted, so that subtracting columns may not give them."
     ]
     for each in comparisons:
         if len(each.whole) > 1:
