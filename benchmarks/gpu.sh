@@ -11,12 +11,12 @@ out=$(realpath -m "$1") data=$2 failed=() begun=$SECONDS
 mkdir -p "$out"
 
 if [[ $data == --rehearse ]]; then
-    device=cpu tests="gpu and slow" repeats=1 seeds="1 2" data=$out/data
+    device=cpu slack=4 tests="gpu and slow" repeats=1 seeds="1 2" data=$out/data
     recipe='{"dataset": "sample", "pretrained": false, "encoder": "resnet18", "image_size": 32, "num_epochs": 2}'
     steps=(--encoders resnet18 --sizes 32 --precisions fp32 bf16 --compile off --checkpointing off)
     deep=(--encoders resnet18 --sizes 32)
 else
-    device=cuda tests=gpu repeats=5 seeds="1 2 3"
+    device=cuda slack=1 tests=gpu repeats=5 seeds="1 2 3"
     recipe=$(python - <<'EOF'
 import json
 base = json.load(open("experiments/best/params.json"))
@@ -31,7 +31,7 @@ fi
 part() { # name, seconds at most, command
     local name=$1 limit=$2 start=$SECONDS status=0
     shift 2
-    timeout --kill-after 10 "$limit" "$@" >"$out/$name.txt" 2>&1 || status=$?
+    timeout --kill-after 10 $((slack * limit)) "$@" >"$out/$name.txt" 2>&1 || status=$?
     echo "$name: exit status $status after $((SECONDS - start)) s"
     if [[ $status -ne 0 ]]; then failed+=("$name"); fi
 }

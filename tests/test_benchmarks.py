@@ -1,8 +1,10 @@
 """Both sides of the benchmarks compute the same, or their times could not be compared."""
 
 import copy
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -101,6 +103,17 @@ def test_the_benchmark_prints_its_tables():
         "operation by operation",
     ):
         assert row in stdout
+
+
+@pytest.mark.slow
+def test_what_is_to_be_measured_on_a_gpu_can_be_rehearsed_without_one(tmp_path):
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = [ROOT / "benchmarks" / "gpu.sh", tmp_path / "out", "--rehearse"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    tables = (tmp_path / "out" / "tables.md").read_text()
+    for words in ("## steps", "| resnet18", "training step, batch 5", "| best224 | 1 2 ", "val_original_size_mIoU"):
+        assert words in tables
 
 
 @pytest.mark.slow
