@@ -186,6 +186,17 @@ def test_seeds_that_differ_widen_the_interval():
     assert between_seeds([drawn[:1], drawn[3:4]]) is None
 
 
+def test_what_runs_make_of_a_photo_by_chance_is_not_taken_for_what_seeds_change():
+    """It is in the resamples of the photos already."""
+    rng, changes = np.random.default_rng(6), {}
+    for name, spread in (("nothing", 0.0), ("much", 0.1)):
+        first = simulated(rng, 80, quality=0.5)
+        qualities = rng.normal(0.5, spread, 20)
+        runs = resample([simulated(rng, 80, quality=q, shared=first.labelled) for q in qualities], resamples=300)
+        changes[name] = between_seeds([runs]).variance[0] / np.var([run.observed[0] for run in runs], ddof=1)
+    assert changes["nothing"] < 0.5 and changes["much"] > 0.9
+
+
 @pytest.mark.parametrize("seeds", [1, 3])
 @pytest.mark.parametrize(("difference", "least", "most"), [(0.0, 0.0, 0.11), (0.1, 0.6, 1.0)], ids=["none", "some"])
 def test_how_often_an_interval_misses_0_is_what_it_says(seeds, difference, least, most):
