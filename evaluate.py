@@ -113,7 +113,7 @@ def evaluate(
             loss_sum += criterion(logits, labels) * len(images)
             of_images = matrix.update(logits.argmax(1), labels)
             if counts is not None:
-                counts |= zip(indices, map(sparse, of_images), strict=True)
+                counts |= zip(indices, map(sparse, of_images.cpu()), strict=True)
             bar.update(len(images))
     all_reduce_sum(loss_sum)
     matrix.reduce()
@@ -202,7 +202,7 @@ def score_originals(
         if folder:
             save_picture(colour_mask(prediction.cpu().numpy(), names), folder / f"{split.ids[index]}.png")
         if mask is not None:
-            counts[index] = sparse(matrix.update(prediction[None], mask[None])[0])
+            counts[index] = sparse(matrix.update(prediction[None], mask[None])[0].cpu())
             boundary.update(prediction, mask)
     if split.masks is None:
         distributed.gather(None)  # which has the patience for processes that are far behind

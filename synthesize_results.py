@@ -220,13 +220,13 @@ def read_original_size(folder: Path, result: Result) -> None:
         metrics = read_json(path, if_absent="")
         split = path.name.removeprefix(ORIGINAL_SIZE[0]).removesuffix(ORIGINAL_SIZE[1])
         names = {"mIoU": original_size_mIoU(split)} | {name: name for name in BY_REGION if split == "val"}
-        names["pixel_accuracy"] = split
-        numbers: list[Any] = [metrics.get(key) for key in names] if isinstance(metrics, dict) else [""]
+        keys = *names, "pixel_accuracy"
+        numbers: list[Any] = [metrics.get(key) for key in keys] if isinstance(metrics, dict) else [""]
         if not all(value is None or is_number(value) for value in numbers):
             raise UserError(f"{path} is damaged; write it anew with evaluate.py, or remove it")
         if result.best and metrics.get("epoch") == result.best["epoch"]:
             *values, accuracy = numbers
-            result.original_size |= dict(zip(names.values(), values, strict=False))
+            result.original_size |= dict(zip(names.values(), values, strict=True))
             file = path.with_name(path.name.replace("metrics_", "counts_", 1)).with_suffix(".npz")
             if accuracy is not None:
                 result.pixel_accuracy[split] = accuracy
@@ -419,9 +419,10 @@ def main(args: argparse.Namespace) -> None:
     varying, metrics = varying_keys(results), metric_columns(results, published)
     chosen_by = {result.params["best_metric"] for result in results if result.history}
     column = args.sort or (min(chosen_by) if len(chosen_by) == 1 else "mIoU")
+    alike = by_seed(results, args.parent_dir)
     if args.over_seeds:
         varying = [key for key in varying if key != "seed"]
-        groups = by_seed(results, args.parent_dir)
+        groups = alike
         rows = [
             merge(name, [result.row(["seed", *varying], metrics, published) for result in group], varying)
             for name, group in groups.items()
@@ -432,10 +433,9 @@ def main(args: argparse.Namespace) -> None:
     comparisons: list[Comparison] = []
     if args.baseline:
         finished = {name: [run.scored() for run in group if run.state == "finished"] for name, group in groups.items()}
-        alike = by_seed(results, args.parent_dir).values()
         families = [
             [run.name for run in group]
-            for group in alike
+            for group in alike.values()
             if len({run.params.get("seed") for run in group}) == len(group)  # or they differ in more than the seed
         ]
         comparisons = compare_all(finished, args.baseline, families)

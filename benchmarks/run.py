@@ -364,9 +364,11 @@ def main(args: argparse.Namespace) -> None:
         peak, bandwidth = ceilings(device, sides.params.precision)
         least = roofline.bound(our_step, peak, bandwidth)
         idle = idle_share(our_step, statistics.median(steps[0])) if device.type == "cuda" else None
-    matrix_units = "with" if resolve_precision(Params(), torch.device("cpu")).precision == "bf16" else "without"
-    name = f"{platform.processor() or 'CPU'} {matrix_units} matrix units"
-    name = torch.cuda.get_device_name() if device.type == "cuda" else name
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        matrix_units = "with" if resolve_precision(Params(), device).precision == "bf16" else "without"
+        name = f"{platform.processor() or 'CPU'} {matrix_units} matrix units"
     print(
         f"{name}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads, "
         f"PyTorch {torch.__version__}, torchvision {torchvision.__version__}; {SIZE}x{SIZE}, batch {BATCH}, "

@@ -21,6 +21,7 @@ from model.comparison import (
 from utils import table_text
 
 FEW = 10  # photos: of a class that is in fewer nothing is said
+REMEDY = "score it with `python evaluate.py --model_dir … --original_size`"
 
 
 @dataclass(frozen=True)
@@ -116,9 +117,6 @@ def compare_all(groups: dict[str, list[Run]], baseline: str, families: list[list
     task = groups[baseline][0].task
     alike = {name: runs for name, runs in groups.items() if runs and runs[0].task == task}
     return [_compare_on(split, alike, baseline, families) for split in splits]
-
-
-REMEDY = "score it with `python evaluate.py --model_dir … --original_size`"
 
 
 def _compare_on(split: str, groups: dict[str, list[Run]], baseline: str, families: list[list[str]]) -> Comparison:

@@ -204,14 +204,13 @@ def compare(
     change is taken from the runs of each experiment, for one with a single run from others; without those it is left
     out.
     """
-    observed = [np.stack([run.observed for run in runs]) for runs in (ours, baseline)]  # (runs, 1 + C)
+    value = np.mean([run.observed for run in ours], 0) - np.mean([run.observed for run in baseline], 0)
     drawn = np.mean([run.drawn for run in ours], 0) - np.mean([run.drawn for run in baseline], 0)
     own = [(between_seeds([runs]), len(runs)) for runs in (ours, baseline)]
     variances = [(spread.variance / count, spread.freedom) for spread, count in own if spread]
     if others and (alone := 2 - len(variances)):
         variances.append((alone * others.variance, others.freedom))
     drawn += _seed_noise(variances, drawn.shape, np.random.default_rng(seed))
-    value = observed[0].mean(0) - observed[1].mean(0)
     differences = [_difference(value[place], drawn[:, place]) for place in range(value.size)]
     assert differences[0] is not None
     return differences[0], differences[1:]

@@ -71,8 +71,10 @@ class ConfusionMatrix:
 
 
 def sparse(counts: Tensor) -> np.ndarray:
-    """Return the cells of an image's counts (C, C) that are not 0: int64 (K, 2), label * C + prediction and pixels."""
-    counts = counts.flatten().cpu()
+    """Return the cells that are not 0 of an image's counts, (C, C) on the host: int64 (K, 2), label * C + prediction
+    and pixels.
+    """
+    counts = counts.flatten()
     found = counts.nonzero()[:, 0]
     return torch.stack([found, counts[found]], 1).numpy()
 

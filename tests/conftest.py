@@ -66,7 +66,7 @@ class Script:
         for module in SCRIPTS:
             importlib.import_module(module)
         self.args, self.returncode = [str(ROOT / script), *map(str, args)], None
-        self.files = [tempfile.mkstemp()[1] if file is None else file for file in (stdout, stderr)]
+        self.files = [temporary_file() if file is None else file for file in (stdout, stderr)]
         self.pid = os.fork()
         if self.pid == 0:
             self._run(new_session, without, environment)
@@ -122,6 +122,12 @@ class Script:
 
     def send_signal(self, number: int) -> None:
         os.kill(self.pid, number)
+
+
+def temporary_file() -> str:
+    descriptor, file = tempfile.mkstemp()
+    os.close(descriptor)
+    return file
 
 
 def run_script(script: str, *args, check: int | None = 0, **options) -> subprocess.CompletedProcess:
