@@ -42,6 +42,7 @@ from model.inference import Segmenter, class_map
 from model.layouts import Split, find_split
 from model.losses import SegmentationLoss
 from model.metrics import BoundaryMetrics, ConfusionMatrix, sparse
+from model.net import FCN_GCN, fold_batch_norm
 from model.parallel import all_reduce_sum, exact_dtype
 from model.transforms import to_input
 from model.voc import colour_mask, is_voc
@@ -136,8 +137,12 @@ def by_name(metrics: dict, names: Sequence[str]) -> dict:
     }
 
 
-def make_segmenter(model: nn.Module, params: Params, device: torch.device, args: argparse.Namespace) -> Segmenter:
-    """Return what segments photos as the flags of add_testing_flags() say. Raises UserError for unusable scales."""
+def make_segmenter(model: FCN_GCN, params: Params, device: torch.device, args: argparse.Namespace) -> Segmenter:
+    """Return what segments photos as the flags of add_testing_flags() say. Raises UserError for unusable scales.
+
+    The network gets its batch norm folded and is of no other use then.
+    """
+    fold_batch_norm(model)
     return Segmenter(
         model,
         device,

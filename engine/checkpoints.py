@@ -155,7 +155,7 @@ def predicting_weights(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return checkpoint.get("ema_state_dict") or checkpoint["state_dict"]
 
 
-def load_network(model_dir: Path, restore_file: str, device: torch.device) -> tuple[nn.Module, Params, dict[str, Any]]:
+def load_network(model_dir: Path, restore_file: str, device: torch.device) -> tuple[FCN_GCN, Params, dict[str, Any]]:
     """Return the network of an experiment with the weights of a checkpoint, on device, its params, and the checkpoint.
 
     Raises UserError for a faulty params.json, a faulty checkpoint, or two that do not belong together.

@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, compiler, hub, is_grad_enabled, nn, sym_max
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import ResNet, get_model, get_model_weights
 
@@ -203,6 +204,21 @@ class FCN_GCN(nn.Module):
                 if is_of_encoder(name) and isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
         return self
+
+
+def fold_batch_norm(model: FCN_GCN) -> None:
+    """Multiply the encoder's batch norm, in evaluation mode, into the convolutions before it, in place.
+
+    The logits stay the same but for rounding. The network is then one to predict with, not to train or to save.
+    """
+    pairs: list[tuple[nn.Module, str, str]] = [(model, "conv1", "bn0")]
+    for block in [*model.layer1, *model.layer2, *model.layer3, *model.layer4]:
+        pairs += [(block, name, f"bn{name[-1]}") for name, _ in block.named_children() if name.startswith("conv")]
+        if block.downsample is not None:
+            pairs.append((block.downsample, "0", "1"))
+    for parent, convolution, norm in pairs:
+        setattr(parent, convolution, fuse_conv_bn_eval(getattr(parent, convolution), getattr(parent, norm)))
+        setattr(parent, norm, nn.Identity())
 
 
 def _statistics_once(layer: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:

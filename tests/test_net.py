@@ -8,7 +8,7 @@ from torchvision.models.resnet import Bottleneck
 
 from engine.checkpoints import load_weights
 from model import ENCODERS, UserError
-from model.net import BR, FCN_GCN, GCN, _upsample
+from model.net import BR, FCN_GCN, GCN, _upsample, fold_batch_norm
 
 
 def network(**options) -> FCN_GCN:
@@ -28,6 +28,31 @@ def test_every_encoder_has_heads_of_its_width(encoder):
     ends = [list(layer[-1].modules()) for layer in (model.layer1, model.layer2, model.layer3, model.layer4)]
     widths = [[m.num_features for m in end if isinstance(m, nn.BatchNorm2d)][-1] for end in ends]
     assert [head.conv_l1.in_channels for head in (model.gcn1, model.gcn2, model.gcn3, model.gcn4)] == widths
+
+
+@pytest.mark.parametrize("encoder", ["resnet18", "resnet50", "resnext50_32x4d"])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
+def test_folding_batch_norm_changes_no_logits(encoder, precision):
+    torch.manual_seed(0)
+    model = network(encoder=encoder, stem_maxpool=True).eval().to(memory_format=torch.channels_last)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        for tensor, low, high in (
+            *((norm.running_mean, -0.5, 0.5), (norm.running_var, 0.5, 2)),
+            *((norm.weight, 0.2, 0.8), (norm.bias, -0.5, 0.5)),
+        ):
+            nn.init.uniform_(tensor, low, high)
+    images = torch.randn(2, 3, 40, 48)
+
+    def logits() -> torch.Tensor:
+        with torch.inference_mode(), torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            return model(images).float()
+
+    before = logits()
+    fold_batch_norm(model)
+    assert norms and not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    tolerance = 1e-5 if precision == torch.float32 else 0.05
+    assert (logits() - before).abs().max() < tolerance * before.abs().max()
 
 
 def test_the_table_of_another_encoder_can_be_printed():
