@@ -131,8 +131,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 def save_picture(picture: Any, path: Path) -> None:
     """Write a Pillow image as a PNG, whole or not at all."""
+    level = 6 if picture.mode == "P" else 1  # a photo takes three times as long at 6 and becomes no smaller
     with replacing(path) as temporary:
-        picture.save(temporary, format="PNG")
+        picture.save(temporary, format="PNG", compress_level=level)
 
 
 def save_figure(figure: Any, path: Path, *, dpi: int = 100) -> None:
