@@ -6,11 +6,16 @@ import glob
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from engine import distributed, ranks
@@ -21,11 +26,11 @@ from engine.cli import (
     experiment_parser,
     positive,
     run_main,
+    signal_received,
     stop_if_asked,
 )
 from engine.folders import recorded_data_dir
 from evaluate import make_segmenter
-from model.inference import Segmenter
 from model.layouts import find_split
 from model.photos import IMAGE_SUFFIXES, read_photo
 from model.voc import colour_mask
@@ -36,6 +41,12 @@ from visualize import overlay
 SUFFIXES = (*IMAGE_SUFFIXES, ".bmp", ".tif", ".tiff", ".webp")  # of photos in folders
 RESULTS = (".png", "_overlay.png", ".json")
 LEAST_AREA = 0.0005  # of a photo, to be in the legend
+PIXELS_AT_ONCE = 2**24  # of photos; no other is read in the same batch once they have more
+
+Example = tuple[
+    Path, Path, Image.Image | UserError
+]  # what the results are called, the file, and the photo or its fault
+T = TypeVar("T")
 
 
 def parse_args() -> argparse.Namespace:
@@ -107,10 +118,54 @@ def _real(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def predict(file: Path, segmenter: Segmenter, names: Sequence[str], output: Path, *, tile: int | None) -> None:
-    """Write the three results of one photo. Raises UserError if it cannot be read."""
-    photo = read_photo(file)
-    prediction = segmenter.segment(photo, tile=tile).cpu().numpy()
+def read(groups: Iterable[Sequence[tuple[Path, Path]]]) -> Iterator[list[Example]]:
+    """Yield the examples of each group of (name, file), in parts where the photos are large."""
+    for group in groups:
+        part, pixels = list[Example](), 0
+        for name, file in group:
+            try:
+                photo = read_photo(file)
+            except UserError as error:
+                part.append((name, file, error))
+                continue
+            part.append((name, file, photo))
+            pixels += photo.width * photo.height
+            if pixels > PIXELS_AT_ONCE:
+                yield part
+                part, pixels = [], 0
+        if part:
+            yield part
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """Yield what an iterator does; a thread makes the next item meanwhile."""
+    # Not concurrent.futures, at whose end, and the interpreter's, a thread is waited for that a file never answers.
+    with ThreadPool(1) as pool:
+        coming = pool.apply_async(next, (items, None))
+        while (item := coming.get()) is not None:
+            coming = pool.apply_async(next, (items, None))
+            yield item
+
+
+def write(part: Sequence[Example], predictions: Sequence[np.ndarray], names: Sequence[str], folder: Path) -> list[str]:
+    """Write the results of every photo that could be read. Returns a line for each photo that has none."""
+    remaining, faults = iter(predictions), list[str]()
+    for name, file, photo in part:
+        if signal_received():
+            break
+        try:
+            if isinstance(photo, UserError):
+                raise photo
+            write_results(file, photo, next(remaining), names, folder / name)
+        except (UserError, OSError) as error:
+            if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:  # which the next photo would meet
+                raise
+            faults.append(str(error))
+    return faults
+
+
+def write_results(file: Path, photo: Image.Image, prediction: np.ndarray, names: Sequence[str], output: Path) -> None:
+    """Write the three results of one photo."""
     counts = np.bincount(prediction.ravel(), minlength=len(names))
     shares = {int(index): counts[index] / prediction.size for index in np.argsort(-counts, kind="stable")}
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -130,26 +185,35 @@ def main(args: argparse.Namespace) -> int:
 
 
 def run(device: torch.device, args: argparse.Namespace) -> int:
-    """Predict; of n processes each takes every n-th photo. Returns the exit status: 1 if a photo cannot be read."""
+    """Predict; of n processes each takes every n-th batch. Returns the exit status: 1 if a photo cannot be read.
+
+    While the network is at work on a batch, one thread reads the next and one writes the results of the one before.
+    """
     photos = distributed.broadcast_from_main(lambda: prepare(args))
     model, params, checkpoint = load_network(args.model_dir, args.restore_file, device)
     names = distributed.broadcast_from_main(lambda: find_names(params, checkpoint, args))
     with distributed.together():
-        ask = make_segmenter(model, params, device, args)
+        segmenter = make_segmenter(model, params, device, args)
         make_folder(args.output_dir, "--output_dir")
-    own = list(photos.items())[ranks.rank() :: ranks.world_size()]
+    size = 1 if args.tile else params.scoring_batch_size
+    groups = [list(photos.items())[start : start + size] for start in range(0, len(photos), size)]
+    own = groups[ranks.rank() :: ranks.world_size()]
     faults = 0
-    with tqdm(own, desc="predicting", unit="img", leave=False, disable=ranks.bar_disabled()) as bar:
-        for name, file in bar:
+    with (
+        tqdm(total=sum(map(len, own)), desc="predicting", unit="img", leave=False, disable=ranks.bar_disabled()) as bar,
+        ThreadPoolExecutor(1) as writer,  # which ends the file that it is writing, whatever happens here
+    ):
+        written: Future[list[str]] = writer.submit(list)
+        for part in chain(ahead(read(own)), [[]]):
             stop_if_asked()
-            try:
-                predict(file, ask, names, args.output_dir / name, tile=args.tile)
-            except (UserError, OSError) as error:
-                if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:  # which the next photo would meet
-                    raise
+            readable = [photo for _, _, photo in part if isinstance(photo, Image.Image)]
+            predictions = [map_.cpu().numpy() for map_ in segmenter.segment_all(readable, tile=args.tile)]
+            for fault in written.result():
                 faults += 1
                 bar.clear()
-                say(f"predict.py: {error}; skipped", sys.stderr)
+                say(f"predict.py: {fault}; skipped", sys.stderr)
+            written = writer.submit(write, part, predictions, names, args.output_dir)
+            bar.update(len(part))
     faults = sum(distributed.gather(faults))
     if ranks.is_main():
         print(f"{len(photos) - faults} of {len(photos)} photos -> {args.output_dir}")

@@ -13,7 +13,7 @@ from model.transforms import RESIZES, Box, squares, to_input
 
 OVERLAP = 0.25  # of a tile, at least, with its neighbour
 PIXELS_AT_ONCE = 8 * 224**2  # that the network reads from tiles
-BAND_VALUES = 2**22  # classes x rows x columns that are upsampled at a time
+BAND_VALUES = 2**20  # classes x rows x columns that are upsampled at a time: more leaves the processor's cache
 
 
 class Segmenter:
@@ -77,6 +77,14 @@ class Segmenter:
                 for logits, (left, top, right, bottom) in zip(photo, boxes, strict=True)
             ]
 
+    def segment_all(self, photos: Sequence[Image.Image], *, tile: int | None = None) -> Iterator[Tensor]:
+        """Yield what segment() returns for each photo; those that are not cut into tiles go as one batch."""
+        if tile is not None:
+            yield from (self.segment(photo, tile=tile) for photo in photos)
+        elif photos:
+            for photo, maps in zip(photos, self._look(photos), strict=True):
+                yield class_map(maps, width=photo.width, height=photo.height)
+
     @torch.inference_mode()
     def segment(self, photo: Image.Image, *, tile: int | None = None) -> Tensor:
         """Return uint8 (H, W) on the device: the class of every pixel of an RGB photo.
@@ -84,8 +92,7 @@ class Segmenter:
         The photo is resized to the network's input as a whole, or tile by tile of that many pixels a side.
         """
         if tile is None or tile >= max(photo.size):
-            (maps,) = self._look([photo])
-            return class_map(maps, width=photo.width, height=photo.height)
+            return next(self.segment_all([photo]))
         boxes = tiles(photo.width, photo.height, tile)
         count = max(1, PIXELS_AT_ONCE // max(self.sizes) ** 2)
 

@@ -164,6 +164,15 @@ def test_a_tile_larger_than_the_photo_is_the_whole_photo():
     assert not torch.equal(segmenter.segment(picture, tile=60), segmenter.segment(picture))
 
 
+@pytest.mark.parametrize("tile", [None, 50])
+def test_photos_together_give_what_each_gives_alone(tile):
+    segmenter = Segmenter(ContextNetwork(), CPU, image_size=48, scales=(1, 1.5), flip=True)
+    pictures = [photo(90, 70), photo(40, 60), photo(33, 120)]
+    for picture, result in zip(pictures, segmenter.segment_all(pictures, tile=tile), strict=True):
+        assert result.shape == (picture.height, picture.width)
+        assert (result == segmenter.segment(picture, tile=tile)).float().mean() > 0.999
+
+
 def test_segmenting_leaves_the_network_as_it_was():
     network = ContextNetwork()
     before = copy.deepcopy(network.state_dict())
