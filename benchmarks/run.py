@@ -335,6 +335,16 @@ def make_scenes(folder: Path, count: int) -> Path:
     return folder
 
 
+def machine(device: torch.device) -> str:
+    """Return the device, its cores and threads, for the line above a table."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        matrix_units = "with" if resolve_precision(Params(), device).precision == "bf16" else "without"
+        name = f"{platform.processor() or 'CPU'} {matrix_units} matrix units"
+    return f"{name}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads"
+
+
 def main(args: argparse.Namespace) -> None:
     device = distributed.pick_device(args.device)
     if args.peak_memory_of:
@@ -364,14 +374,9 @@ def main(args: argparse.Namespace) -> None:
         peak, bandwidth = ceilings(device, sides.params.precision)
         least = roofline.bound(our_step, peak, bandwidth)
         idle = idle_share(our_step, statistics.median(steps[0])) if device.type == "cuda" else None
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name()
-    else:
-        matrix_units = "with" if resolve_precision(Params(), device).precision == "bf16" else "without"
-        name = f"{platform.processor() or 'CPU'} {matrix_units} matrix units"
     print(
-        f"{name}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads, "
-        f"PyTorch {torch.__version__}, torchvision {torchvision.__version__}; {SIZE}x{SIZE}, batch {BATCH}, "
+        f"{machine(device)}, PyTorch {torch.__version__}, torchvision {torchvision.__version__}; "
+        f"{SIZE}x{SIZE}, batch {BATCH}, "
         f"{sides.params.precision} against fp32; median (fastest-slowest) of {args.repeats}\n"
     )
     print(tabulate(rows, headers=("", "original recipe", "this program", "ratio"), tablefmt="pipe"))

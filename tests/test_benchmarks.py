@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, make_data, run_script
 from PIL import Image
 
-from benchmarks import baseline, roofline
+from benchmarks import baseline, prediction, roofline
 from engine.training import Training
 from evaluate import evaluate
 from model.data_loader import SegmentationDataset, make_loader
@@ -122,3 +122,18 @@ def test_the_scaling_table_is_printed():
     command = [sys.executable, ROOT / "benchmarks" / "scaling.py", *map(str, flags)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0 and "1 process" in result.stdout, result.stderr
+
+
+def test_photos_per_second_are_compared(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prediction, "other_networks", lambda: {"another": torch.nn.Conv2d(3, 21, 1)})
+    data = make_data(tmp_path / "data")
+    flags = ("--image_size", "32", "--batch_size", "2", "--photos", "2", "--repeats", "1", "--device", "cpu")
+    monkeypatch.setattr(sys, "argv", ["prediction.py", "--data_dir", str(data), *flags])
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: run_script(Path(command[1]).name, *command[2:]))
+    prediction.main(prediction.parse_args())
+    table = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    rows = {cells[1].strip(): [cell.strip() for cell in cells[2:-1]] for cells in table}
+    assert rows["this program"][1::2] == ["1.00", "1.00"] and float(rows["another"][0]) > 0
+    for name in ("predict.py", "evaluate.py --original_size"):
+        count, seconds, rate = map(float, rows[name])
+        assert count == 2 and rate == pytest.approx(2 / seconds, rel=0.02)

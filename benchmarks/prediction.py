@@ -1,0 +1,184 @@
+"""Photos per second of prediction, against other networks with the same encoder (ResNet-50) on the same photos.
+
+python benchmarks/prediction.py [--data_dir data] prints the tables, on the device that there is. Without --data_dir,
+drawn scenes of the size of VOC's photos stand in for them. Weights are random. DeepLabV3Plus is that of
+segmentation_models.pytorch: pip install segmentation-models-pytorch.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from tabulate import tabulate
+from torch import Tensor, nn
+from torchvision.models.segmentation import deeplabv3_resnet50, fcn_resnet50
+from tqdm import tqdm
+
+from benchmarks.run import machine, make_scenes
+from engine.checkpoints import save_checkpoint
+from engine.devices import autocast, resolve_precision, to_device
+from engine.distributed import pick_device
+from evaluate import make_segmenter
+from model.layouts import find_split
+from model.net import FCN_GCN
+from model.photos import read_photo
+from model.transforms import squares, to_input
+from model.voc import CLASS_NAMES
+from params import Params
+
+OURS = "this program"
+BEST = "best.pth.tar"
+RECIPE = {"pretrained": False, "stem_maxpool": True, "gcn_padding": "same"}  # of experiments/voc2012_sbd
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", type=Path, help="VOC2012, for real photos")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
+    parser.add_argument("--image_size", type=int, default=224, help="(default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=5, help="(default: %(default)s)")
+    parser.add_argument("--photos", type=int, default=100, help="of the commands (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each side (default: %(default)s)")
+    return parser.parse_args()
+
+
+def other_networks() -> dict[str, nn.Module]:
+    """Return the networks to compare with, those that are installed."""
+    options = {"weights": None, "weights_backbone": None, "num_classes": len(CLASS_NAMES)}
+    networks = {
+        "torchvision fcn_resnet50": fcn_resnet50(**options),
+        "torchvision deeplabv3_resnet50": deeplabv3_resnet50(**options),
+    }
+    try:
+        from segmentation_models_pytorch import DeepLabV3Plus
+    except ImportError:
+        print("without DeepLabV3Plus: pip install segmentation-models-pytorch", file=sys.stderr)
+    else:
+        plus = DeepLabV3Plus("resnet50", encoder_weights=None, classes=len(CLASS_NAMES))
+        networks["segmentation_models.pytorch DeepLabV3Plus"] = plus
+    return networks
+
+
+@torch.inference_mode()
+def plain_class_map(model: nn.Module, file: Path, size: int, device: torch.device, context: Callable) -> Tensor:
+    """Predict a photo as a short script would: squashed, through the network, upsampled to its own size, argmax."""
+    photo = read_photo(file)
+    with context():
+        found = model(to_input(squares([photo], [size], "squash")[0], device))
+    logits = (found["out"] if isinstance(found, dict) else found).float()  # torchvision's networks return a dict
+    return F.interpolate(logits, (photo.height, photo.width), mode="bilinear").argmax(1)[0].to(torch.uint8).cpu()
+
+
+def in_turn(sides: dict[str, Callable[[int], None]], repeats: int, device: torch.device, bar: tqdm) -> dict[str, float]:
+    """Return the median of each side's seconds; they run in turn, and a first time that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for repeat in range(repeats + 1):
+        for name, function in sides.items():
+            start = time.perf_counter()
+            function(repeat)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - start)
+        bar.update()
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+
+
+def networks_table(files: list[Path], params: Params, device: torch.device, repeats: int) -> list[tuple]:
+    """Rows of photos per second: of the network for a batch, and photo by photo from the file to the class map."""
+    size, count = params.image_size, params.batch_size
+    context = partial(autocast, device, params.precision)
+    ours = FCN_GCN(**params.network_options(), pretrained=False).eval()
+    to_device(ours, params, device)
+    segmenter = make_segmenter(ours, params, device, argparse.Namespace(scales=None, flip=False))
+    models = {OURS: ours, **other_networks()}
+    for model in models.values():
+        to_device(model.eval(), params, device)
+    images = to_input(squares([read_photo(file) for file in files[:count]], [size], "squash")[0], device)
+
+    @torch.inference_mode()
+    def batch(model: nn.Module) -> None:
+        with context():
+            model(images)
+
+    def class_map(name: str, repeat: int) -> None:
+        file = files[repeat % len(files)]
+        if name == OURS:
+            segmenter.segment(read_photo(file)).cpu()
+        else:
+            plain_class_map(models[name], file, size, device, context)
+
+    with tqdm(total=4 * repeats + 2, unit="run") as bar:
+        alone = in_turn({name: lambda _, m=model: batch(m) for name, model in models.items()}, repeats, device, bar)
+        whole = in_turn({name: partial(class_map, name) for name in models}, 3 * repeats, device, bar)
+    return [
+        (
+            *(name, f"{count / alone[name]:.3g}", f"{alone[name] / alone[OURS]:.2f}"),
+            *(f"{1 / whole[name]:.3g}", f"{whole[name] / whole[OURS]:.2f}"),
+        )
+        for name in models
+    ]
+
+
+def commands_table(data_dir: Path, params: Params, args: argparse.Namespace, folder: Path) -> list[tuple]:
+    """Rows of photos per second of whole commands, their start included."""
+    split = find_split("voc", data_dir, "val")
+    count = min(args.photos, len(split.ids))
+    run, data = folder / "run", folder / "data"
+    for new in (run, data):
+        new.mkdir()
+    (run / "params.json").write_text(json.dumps(RECIPE | {"image_size": args.image_size}))
+    save_checkpoint({"state_dict": FCN_GCN(**params.network_options(), pretrained=False).state_dict()}, run / BEST)
+    for name, files in (("JPEGImages", split.images), ("SegmentationClass", split.masks)):
+        (data / name).symlink_to(files[0].parent.resolve())
+    (data / "val.txt").write_text("".join(f"{id_}\n" for id_ in split.ids[:count]))
+    commands = {
+        "predict.py": [*split.images[:count], "--output_dir", folder / "out"],
+        "evaluate.py": ["--original_size", "--data_dir", data],
+    }
+    rows = []
+    for script, flags in commands.items():
+        command = [sys.executable, ROOT / script, *flags, "--model_dir", run, "--device", args.device]
+        start = time.perf_counter()
+        subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
+        seconds = time.perf_counter() - start
+        rows.append(
+            (" ".join([script, *flags[:1]] if script == "evaluate.py" else [script]), count, seconds, count / seconds)
+        )
+    return rows
+
+
+def main(args: argparse.Namespace) -> None:
+    device = pick_device(args.device)
+    params = resolve_precision(Params(**RECIPE, image_size=args.image_size, batch_size=args.batch_size), device)
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        data_dir = args.data_dir or make_scenes(folder / "scenes", args.photos)
+        networks = networks_table(find_split("voc", data_dir, "val").images, params, device, args.repeats)
+        commands = commands_table(data_dir, params, args, folder)
+    print(
+        f"{machine(device)}, PyTorch {torch.__version__}, torchvision {torchvision.__version__}; "
+        f"{args.image_size}x{args.image_size}, {params.precision}; photos per second, by the median of {args.repeats} "
+        f"batches and {3 * args.repeats} photos; ratio: how many times as fast this program is\n"
+    )
+    headers = ("", f"network, batch {args.batch_size}", "ratio", "file to class map", "ratio")
+    print(tabulate(networks, headers=headers, tablefmt="pipe", disable_numparse=True))
+    print()
+    print(tabulate(commands, headers=("", "photos", "seconds", "photos/s"), tablefmt="pipe", floatfmt=".3g"))
+
+
+if __name__ == "__main__":
+    main(parse_args())
