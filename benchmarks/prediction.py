@@ -132,6 +132,10 @@ def networks_table(files: list[Path], params: Params, device: torch.device, repe
     ]
 
 
+def run_command(command: list[str]) -> None:
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
 def commands_table(data_dir: Path, params: Params, args: argparse.Namespace, folder: Path) -> list[tuple]:
     """Rows of photos per second of whole commands, their start included."""
     split = find_split("voc", data_dir, "val")
@@ -152,7 +156,7 @@ def commands_table(data_dir: Path, params: Params, args: argparse.Namespace, fol
     for script, flags in commands.items():
         command = [sys.executable, ROOT / script, *flags, "--model_dir", run, "--device", args.device]
         start = time.perf_counter()
-        subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
+        run_command(list(map(str, command)))
         seconds = time.perf_counter() - start
         rows.append(
             (" ".join([script, *flags[:1]] if script == "evaluate.py" else [script]), count, seconds, count / seconds)

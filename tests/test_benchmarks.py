@@ -129,7 +129,7 @@ def test_photos_per_second_are_compared(tmp_path, monkeypatch, capsys):
     data = make_data(tmp_path / "data")
     flags = ("--image_size", "32", "--batch_size", "2", "--photos", "2", "--repeats", "1", "--device", "cpu")
     monkeypatch.setattr(sys, "argv", ["prediction.py", "--data_dir", str(data), *flags])
-    monkeypatch.setattr(subprocess, "run", lambda command, **_: run_script(Path(command[1]).name, *command[2:]))
+    monkeypatch.setattr(prediction, "run_command", lambda command: run_script(Path(command[1]).name, *command[2:]))
     prediction.main(prediction.parse_args())
     table = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     rows = {cells[1].strip(): [cell.strip() for cell in cells[2:-1]] for cells in table}
