@@ -1,7 +1,6 @@
 """What an epoch shows and leaves behind: progress, metrics, pictures, events, checkpoints."""
 
 import logging
-import math
 import threading
 import time
 from collections.abc import Iterator
@@ -74,7 +73,7 @@ class EpochOutputs:
     def __init__(self, model_dir: Path):
         self.model_dir = model_dir
         self.trackers: list[TensorBoard] = []
-        self.drawn = -math.inf
+        self.drawn = time.monotonic()  # not yet, but the first epoch of a short run need not wait for it either
 
     def write_epoch(self, training: Training, val_set: SegmentationDataset) -> None:
         """Write metrics, pictures and events of the last epoch, then the checkpoints.

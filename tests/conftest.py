@@ -1,21 +1,23 @@
 """Data sets, photos and subprocesses that several test files need."""
 
+import gc
 import importlib
 import json
+import logging
 import os
 import runpy
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
-import time
 import traceback
 import urllib.request
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import NoReturn
+from typing import IO
 
 import numpy as np
 import pytest
@@ -47,87 +49,85 @@ TINY = {
 }
 
 
-class Script:
-    """A script of the project in a process of its own, with the methods of subprocess.Popen.
+class Forked(subprocess.Popen):
+    """A subprocess.Popen that starts Python scripts as forks of this process, which have its modules.
 
-    The process is forked from this one and has its modules: to import torch anew takes seconds.
+    To import torch anew takes seconds. What such a script starts is forked too, as the trials of a sweep.
     """
 
-    def __init__(
-        self,
-        script: str | Path,
-        *args,
-        stdout: str | None = None,  # a file to write to instead of what communicate() returns
-        stderr: str | None = None,
-        new_session: bool = False,
-        without: Sequence[str] = (),  # packages that cannot be imported
-        **environment: str,
-    ):
-        for module in SCRIPTS:
-            importlib.import_module(module)
-        self.args, self.returncode = [str(ROOT / script), *map(str, args)], None
-        self.files = [temporary_file() if file is None else file for file in (stdout, stderr)]
-        self.pid = os.fork()
-        if self.pid == 0:
-            self._run(new_session, without, environment)
+    def __init__(self, args, *positional, env=None, pass_fds=(), without: Sequence[str] = (), **options):
+        if args[0] == sys.executable and str(args[1]).endswith(".py"):
+            for module in SCRIPTS:
+                importlib.import_module(module)
+            work = partial(run_in_fork, [*map(str, args[1:])], os.environ if env is None else env, pass_fds, without)
+            options |= {"preexec_fn": work, "restore_signals": False}
+        super().__init__(args, *positional, env=env, pass_fds=pass_fds, **options)
 
-    def _run(self, new_session: bool, without: Sequence[str], environment: dict[str, str]) -> NoReturn:
-        status = 1
+    def communicate(self, input=None, timeout=600):
         try:
-            if new_session:
-                os.setsid()
-            for descriptor, file in enumerate(self.files, 1):
-                os.dup2(os.open(file, os.O_WRONLY), descriptor)
-            sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", closefd=False) for descriptor in (1, 2))
-            sys.argv = self.args
-            os.environ |= environment
-            sys.modules |= dict.fromkeys(without)
-            urllib.request.install_opener(None)  # which knows the proxies of the old environment
-            os.chdir(ROOT)
-            warnings.resetwarnings()
-            warnings.filterwarnings("ignore", category=DeprecationWarning)
-            warnings.filterwarnings("error", category=UserWarning)
-            runpy.run_path(self.args[0], run_name="__main__")
-            status = 0
-        except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else bool(end.code)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            for stream in (sys.stdout, sys.stderr):
-                try:
-                    stream.flush()
-                except OSError:
-                    status = 120  # as Python itself does
-            os._exit(status)
-
-    def poll(self) -> int | None:
-        if self.returncode is None and (ended := os.waitpid(self.pid, os.WNOHANG))[0]:
-            self.returncode = os.waitstatus_to_exitcode(ended[1])
-        return self.returncode
-
-    def communicate(self, timeout: float = 600) -> tuple[str, str]:
-        deadline = time.monotonic() + timeout
-        while self.poll() is None:
-            if time.monotonic() > deadline:
-                os.kill(self.pid, signal.SIGKILL)
-                raise TimeoutError(f"{self.args} still runs after {timeout} s")
-            time.sleep(0.005)
-        said = ["", ""]
-        for place, file in enumerate(map(Path, self.files)):
-            if file.parent != Path("/dev"):
-                said[place] = file.read_text()
-                file.unlink()
-        return said[0], said[1]
-
-    def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
+            return super().communicate(input, timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise
 
 
-def temporary_file() -> str:
-    descriptor, file = tempfile.mkstemp()
-    os.close(descriptor)
-    return file
+def run_in_fork(args: list[str], environment: Mapping[str, str], pass_fds: Sequence[int], without: Sequence[str]):
+    """Become a process that was started with Python's executable and these arguments; does not return."""
+    status = 1
+    try:
+        gc.enable()
+        gc.freeze()  # or a collection would copy all that is shared with the parent
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if callable(signal.getsignal(number)):
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        environment = dict(environment)
+        os.environ.clear()
+        os.environ |= environment
+        sys.argv, subprocess.Popen = args, Forked
+        sys.modules |= dict.fromkeys(without)
+        sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", closefd=False) for descriptor in (1, 2))
+        urllib.request.install_opener(None)  # which knows the proxies of the old environment
+        logging.getLogger().handlers.clear()  # pytest's
+        warnings.resetwarnings()
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("error", category=UserWarning)
+        for before, after in pairwise(sorted({2, *pass_fds, os.sysconf("SC_OPEN_MAX")})):
+            os.closerange(before + 1, after)  # upon which the parent continues
+        runpy.run_path(args[0], run_name="__main__")
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else bool(end.code)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:
+                status = 120  # as Python itself does
+        os._exit(status)
+
+
+def start_script(
+    script: str | Path,
+    *args,
+    stdout: int | IO = subprocess.PIPE,
+    stderr: int | IO = subprocess.PIPE,
+    new_session: bool = False,
+    without: Sequence[str] = (),  # packages that cannot be imported
+    **environment: str,
+) -> Forked:
+    """Start a script of the project."""
+    return Forked(
+        [sys.executable, str(ROOT / script), *map(str, args)],
+        stdout=stdout,
+        stderr=stderr,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | environment,
+        start_new_session=new_session,
+        without=without,
+    )
 
 
 def run_script(script: str, *args, check: int | None = 0, **options) -> subprocess.CompletedProcess:
@@ -137,7 +137,7 @@ def run_script(script: str, *args, check: int | None = 0, **options) -> subproce
         command = [sys.executable, ROOT / script, *map(str, args)]
         result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=600)
     else:
-        process = Script(script, *args, **options)
+        process = start_script(script, *args, **options)
         said = process.communicate()
         result = subprocess.CompletedProcess(process.args, process.returncode, *said)
     assert check is None or result.returncode == check, f"{result.returncode}\n{result.stdout}\n{result.stderr}"

@@ -4,11 +4,13 @@ import io
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from itertools import product
 from pathlib import Path
@@ -16,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, Script, make_data, make_experiment, run_script
+from conftest import ROOT, TINY, make_data, make_experiment, run_script, start_script
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -58,16 +60,19 @@ def straight(tmp_path_factory) -> tuple[Path, Path]:
     return experiment, data
 
 
-def start(experiment: Path, data: Path, *more: str, limits: str = "") -> Script | subprocess.Popen:
-    """Start, or go on with, a run as its own process group, under limits of the shell's ulimit."""
+def start(experiment: Path, data: Path, *more: str, limits: Mapping[int, int] | None = None) -> subprocess.Popen:
+    """Start, or go on with, a run as its own process group, under limits of its resources."""
     way = ["--restore_file", "last"] if (experiment / "last.pth.tar").exists() else ["--overwrite"]
-    command = ["train.py", "--model_dir", str(experiment), "--data_dir", str(data), *(more or way)]
-    if not limits:
-        return Script(*command, new_session=True)
-    command = ["bash", "-c", f'ulimit {limits}; exec "$@"', "bash", sys.executable, *command]
-    return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    process = start_script("train.py", "--model_dir", experiment, "--data_dir", data, *(more or way), new_session=True)
+    for limited, number in (limits or {}).items():
+        resource.prlimit(process.pid, limited, (number, number))
+    return process
+
+
+def little_memory() -> dict[int, int]:
+    """Limits for start(): 700 MB beyond what this process has mapped, and with it its forks."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    return {resource.RLIMIT_AS: pages * resource.getpagesize() + 700_000_000}
 
 
 def wait_for(process: subprocess.Popen, condition) -> bool:
@@ -223,7 +228,7 @@ def test_a_signal_whose_exception_was_dropped_ends_the_next_batch(data, monkeypa
     assert not training.optimizer.state
 
 
-def test_an_unforeseen_error_ends_the_process_though_loaders_live(data):
+def test_an_unforeseen_error_ends_the_process_though_loaders_live(data, tmp_path):
     code = """
 import sys
 from engine import cli
@@ -237,8 +242,9 @@ def main():
         raise ZeroDivisionError
 cli.run_main(main)
 """
-    result = subprocess.run([sys.executable, "-c", code, data], cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=60)
-    assert result.returncode == 1 and result.stderr.rstrip().endswith("ZeroDivisionError")
+    (tmp_path / "script.py").write_text(code)
+    result = run_script(tmp_path / "script.py", data, check=1)
+    assert result.stderr.rstrip().endswith("ZeroDivisionError")
 
 
 @pytest.fixture
@@ -307,15 +313,19 @@ def shell(words: str, experiment: Path, data: Path) -> subprocess.CompletedProce
     )
 
 
-@pytest.mark.parametrize("words", ["train | head -1", "train > /dev/full", "train <&- 2>&- >&-"])
-def test_a_run_goes_on_without_anybody_to_speak_to(tmp_path, data, words):
+@pytest.mark.parametrize("reader", ["a full disk", "one who leaves", "nobody"])
+def test_a_run_goes_on_without_anybody_to_speak_to(tmp_path, data, reader):
     experiment = make_experiment(tmp_path / "run", num_epochs=1)
-    if words == "train > /dev/full":
-        process = Script("train.py", "--model_dir", experiment, "--data_dir", data, stdout="/dev/full")
-        assert (process.communicate()[1], process.returncode) == ("", 0)
-    else:
-        result = shell(words, experiment, data)
+    flags = "train.py", "--model_dir", experiment, "--data_dir", data
+    if reader == "nobody":
+        result = shell("train <&- 2>&- >&-", experiment, data)
         assert (result.returncode, result.stderr) == (0, "")
+    else:
+        with open("/dev/full" if reader == "a full disk" else os.devnull, "w") as full:
+            head = subprocess.Popen(["head", "-1"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            process = start_script(*flags, stdout=full if reader == "a full disk" else head.stdin)
+        assert head.communicate()[0].count(b"\n") == (reader == "one who leaves")
+        assert (process.communicate()[1], process.returncode) == ("", 0)
     assert "trained 1 of 1 epochs" in (experiment / "train.log").read_text()
 
 
@@ -333,11 +343,13 @@ def test_a_stderr_that_takes_nothing_changes_no_status_and_loses_no_photo(straig
     experiment, data = straight
     for folder, stream, status in (("nowhere", "stderr", 2), (experiment, "stdout", 0)):
         flags = "--resume", "--model_dir", folder, "--data_dir", data
-        process = Script("train.py", *flags, **{stream: "/dev/full"})
+        with open("/dev/full", "w") as full:
+            process = start_script("train.py", *flags, **{stream: full})
         process.communicate()
         assert process.returncode == status
     flags = "--model_dir", experiment, "--output_dir", tmp_path / "out"
-    process = Script("predict.py", "/dev/null", data / "JPEGImages", *flags, stderr="/dev/full")
+    with open("/dev/full", "w") as full:
+        process = start_script("predict.py", "/dev/null", data / "JPEGImages", *flags, stderr=full)
     assert "9 of 10 photos" in process.communicate()[0] and process.returncode == 1
     assert len(list((tmp_path / "out").iterdir())) == 27
 
@@ -376,7 +388,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_ends_in_one_line(straight, t
     shutil.copytree(experiment, cut)
     (cut / "params.json").write_text(json.dumps(TINY | EVERYTHING | {"num_epochs": 5, "schedule": "constant"}))
     before = {name: (cut / name).read_bytes() for name in ("last.pth.tar", "best.pth.tar")}
-    process = start(cut, data, limits=f"-f {kilobytes}")
+    process = start(cut, data, limits={resource.RLIMIT_FSIZE: 1024 * kilobytes})
     _, stderr = process.communicate()
     assert process.returncode == 1 and stderr.count("\n") == 1 and stderr.startswith("train.py: error: ")
     assert "File too large" in stderr or "cannot write" in stderr
@@ -388,8 +400,8 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_ends_in_one_line(straight, t
 
 
 def test_out_of_memory_is_one_line_that_names_the_keys_and_leaves_nothing(tmp_path):
-    experiment = make_experiment(tmp_path / "run", image_size=2000, batch_size=6)
-    process = start(experiment, make_data(tmp_path / "data", val=1), "--device", "cpu", limits="-v 6500000")
+    experiment = make_experiment(tmp_path / "run", image_size=1500, batch_size=6)
+    process = start(experiment, make_data(tmp_path / "data", val=1), "--device", "cpu", limits=little_memory())
     _, stderr = process.communicate()
     assert process.returncode == 2 and stderr.count("\n") == 1
     assert all(word in stderr for word in ("out of memory", '"batch_size"', '"accumulation_steps"', '"precision"'))
@@ -404,7 +416,7 @@ def test_out_of_memory_leaves_an_earlier_run_as_it_is(straight, tmp_path):
     (cut / "last.pth.tar").rename(cut / "earlier.pth.tar")
     (cut / "params.json").write_text(json.dumps(TINY | EVERYTHING | {"num_epochs": 9, "image_size": 2000}))
     before = {path.name for path in cut.iterdir()}
-    process = start(cut, data, "--device", "cpu", "--restore_file", "earlier", limits="-v 6500000")
+    process = start(cut, data, "--device", "cpu", "--restore_file", "earlier", limits=little_memory())
     _, stderr = process.communicate()
     assert process.returncode == 2 and "out of memory" in stderr and stderr.count("\n") == 1
     assert {path.name for path in cut.iterdir()} == before

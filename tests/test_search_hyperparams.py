@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, make_data, make_experiment, run_script
+from conftest import ROOT, TINY, make_data, make_experiment, run_script, start_script
 
 from sweep.space import trial_name
 from sweep.study import Study
@@ -30,11 +30,8 @@ def arguments(sweep: Path, data: Path, *more) -> list[str]:
     return ["--parent_dir", str(sweep), "--data_dir", str(data), *map(str, more)]
 
 
-def start(sweep: Path, data: Path, *more, **environment: str) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "search_hyperparams.py"), *arguments(sweep, data, *more)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment
-    )
+def start(sweep: Path, data: Path, *more) -> subprocess.Popen:
+    return start_script("search_hyperparams.py", *arguments(sweep, data, *more))
 
 
 def search(sweep: Path, data: Path, *more, check: int = 0, **environment: str) -> subprocess.CompletedProcess:
@@ -52,16 +49,13 @@ def logged(trial: Path, words: str) -> int:
 
 
 def train_processes(folder: Path) -> list[Path]:
-    """/proc folders of the train.py processes that work in a folder or below."""
+    """/proc folders of the train.py processes of the trials in a folder or below: their stderr is the log."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (process / "cmdline").read_text()
-        except OSError:
-            continue
-        paths = [Path(argument) for argument in command.split("\0")]
-        if ROOT / "train.py" in paths and any(path == folder or folder in path.parents for path in paths):
-            found.append(process)
+        with suppress(OSError):
+            log = Path(os.readlink(process / "fd" / "2").removesuffix(" (deleted)"))
+            if log.name == "train.log" and folder in log.parents:
+                found.append(process)
     return found
 
 
@@ -127,8 +121,11 @@ def test_a_sweep_killed_midway_and_started_again_finishes_each_trial_once(tmp_pa
 
 
 def test_an_interrupt_ends_every_trial_and_the_same_command_goes_on(tmp_path, data_dir):
+    """Nothing is forked here: Python starts for the sweep and for each trial, as for a user."""
     sweep = make_sweep(tmp_path / "sweep", {"learning_rate": [0.01, 0.001]}, num_epochs=5)
-    process = start(sweep, data_dir, "--jobs", 2, CUDA_VISIBLE_DEVICES="5,GPU-7")
+    command = [sys.executable, str(ROOT / "search_hyperparams.py"), *arguments(sweep, data_dir, "--jobs", 2)]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "5,GPU-7"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     folders = [sweep / f"learning_rate_{rate}" for rate in (0.01, 0.001)]
     wait_until(lambda: all((folder / "last.pth.tar").exists() for folder in folders))
     devices = [
@@ -244,14 +241,15 @@ def test_a_second_start_is_refused_and_the_first_goes_on(tmp_path, data_dir):
 
 def test_the_gpu_of_a_trial_that_outlives_its_coordinator_is_not_used_by_another(tmp_path, data_dir):
     sweep = make_sweep(tmp_path / "sweep", {"learning_rate": [0.01, 0.001]}, num_epochs=8)
-    process = start(sweep, data_dir, CUDA_VISIBLE_DEVICES="5")
+    flags = "search_hyperparams.py", *arguments(sweep, data_dir)
+    process = start_script(*flags, CUDA_VISIBLE_DEVICES="5")
     first, second = (sweep / f"learning_rate_{rate}" for rate in (0.01, 0.001))
     wait_until(lambda: logged(first, "epoch 2/8"))
     process.kill()
     process.communicate()
     # The first trial is still at work, and now its turn comes after the second's.
     (sweep / "search_space.json").write_text('{"learning_rate": [0.001, 0.01]}')
-    again = start(sweep, data_dir, CUDA_VISIBLE_DEVICES="5")
+    again = start_script(*flags, CUDA_VISIBLE_DEVICES="5")
     while again.poll() is None:
         assert not (train_processes(first) and train_processes(second))
         time.sleep(0.05)
