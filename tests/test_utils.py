@@ -4,8 +4,6 @@ import json
 import os
 import pickle
 import re
-import subprocess
-import sys
 import tomllib
 from dataclasses import asdict, fields
 from pathlib import Path
