@@ -25,9 +25,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, make_data, make_experiment, run_script, start_script
+from conftest import ROOT, TINY, make_data, make_experiment, run_script
 from torch import nn
-from torch.distributed import run as torchrun_script
 
 import evaluate
 import predict
@@ -45,6 +44,8 @@ from model.net import FCN_GCN
 from model.parallel import Dropout2d, differentiable_sum, shard, synchronize_batch_norm
 from params import LOSS_TERMS, Params
 from train import train_epoch
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 
 
 def on_processes(count: int, function: Callable[..., Any], *args: Any, connect: bool = True) -> list:
@@ -428,9 +429,14 @@ def test_a_job_goes_on_with_its_own_run_and_with_no_other(tmp_path, monkeypatch)
 
 
 def torchrun(experiment: Path, data: Path, *flags: str) -> subprocess.Popen:
-    """Start torchrun, which starts Python for each process of the run."""
-    flags = "--standalone", "--nproc_per_node", "2", *flags
-    return start_script(torchrun_script.__file__, *flags, "train.py", "--model_dir", experiment, "--data_dir", data)
+    command = [*TORCHRUN, "--standalone", "--nproc_per_node", "2", *flags, "train.py", "--model_dir", experiment]
+    return subprocess.Popen(
+        [*map(str, command), "--data_dir", str(data)],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def workers(process: subprocess.Popen) -> dict[int, int]:

@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassJaccardIndex
 
 from model.metrics import BoundaryMetrics, ConfusionMatrix
 
@@ -51,6 +50,9 @@ def test_counts_equal_a_loop_over_pixels(seed, void):
 @given(seed=st.integers(0, 2**32), used=st.integers(2, CLASSES))
 def test_metrics_equal_torchmetrics(seed, used):
     """Classes from `used` on occur nowhere, so that the rule for absent classes is judged too."""
+    # Here, for it takes a second, which not every process needs.
+    from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassJaccardIndex
+
     data = batches(seed, classes=used)
     predictions = torch.cat([p.flatten() for p, _ in data])
     labels = torch.cat([label.flatten().long() for _, label in data])
