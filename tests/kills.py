@@ -2,7 +2,8 @@
 
 python tests/kills.py --kills 1000 takes hours and is no part of pytest. A round is a script in a fresh folder, killed
 (SIGKILL, with all of its processes) and started again several times, and then left to end; what it leaves must be what
-a run without kills has left. Prints a line for every fault and, at the end or when interrupted, a table.
+a run without kills has left. Prints a line for every fault and, every twenty rounds, at the end and when interrupted, a
+table.
 """
 
 import argparse
@@ -393,12 +394,18 @@ def main() -> int:
             if row.seen["kills"] >= row.wanted * share:
                 break
             row.report(folder, args.seed, row.seen["rounds"])
+            if sum(row.seen["rounds"] for row in rows) % 20 == 0:
+                print_table(rows)
     except KeyboardInterrupt:
         print("interrupted")
+    print_table(rows)
+    return 1 if any(row.seen["faults"] for row in rows) else 0
+
+
+def print_table(rows: list[Row]) -> None:
     table = [[row.name, *(row.seen[column] for column in COLUMNS)] for row in rows]
     total = ["all", *(sum(row.seen[column] for row in rows) for column in COLUMNS)]
-    print(tabulate([*table, total], headers=("", *COLUMNS), tablefmt="pipe"))
-    return 1 if any(row.seen["faults"] for row in rows) else 0
+    print(tabulate([*table, total], headers=("", *COLUMNS), tablefmt="pipe"), flush=True)
 
 
 if __name__ == "__main__":
