@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from conftest import Script, make_data, make_experiment, run_script
+from conftest import Forked, make_data, make_experiment, run_script, start_script
 from PIL import Image
 from tabulate import tabulate
 from test_reliability import EVERYTHING, assert_same_run
@@ -64,7 +64,7 @@ class Case:
         """Fill the folder of a round."""
         shutil.copytree(self.before, folder, dirs_exist_ok=True)
 
-    def kill(self, process: Script, folder: Path, rng: random.Random) -> None:
+    def kill(self, process: Forked, folder: Path, rng: random.Random) -> None:
         kill_group(process)
 
     def check(self, folder: Path) -> None:
@@ -186,7 +186,7 @@ class Sweep(Case):
     def arguments(self, folder: Path) -> list:
         return ["--parent_dir", folder / "sweep", "--data_dir", folder / "data", "--jobs", 2]
 
-    def kill(self, process: Script, folder: Path, rng: random.Random) -> None:
+    def kill(self, process: Forked, folder: Path, rng: random.Random) -> None:
         kill_group(process)
         if rng.random() < 0.5:
             kill_trials(folder)
@@ -231,7 +231,7 @@ def read(path: Path) -> None:
         assert all(tensor.isfinite().all() for tensor in load_checkpoint(path)["state_dict"].values())
 
 
-def kill_group(process: Script) -> None:
+def kill_group(process: Forked) -> None:
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:  # not the leader of a group yet
@@ -255,7 +255,7 @@ class Row:
     def __init__(self, name: str, case: Case, wanted: int, *, full: bool):
         self.name, self.case, self.wanted, self.full = name, case, wanted, full
         self.seen: Counter[str] = Counter()
-        self.process: Script | None = None
+        self.process: Forked | None = None
 
     def report(self, parent: Path, seed: int, number: int) -> None:
         """Play a round; print a line and keep its folder if it finds a fault."""
@@ -335,12 +335,16 @@ class Row:
 
     def run(self, folder: Path, moment, rng: random.Random | None = None) -> tuple[str, str]:
         """Run the script and kill it when moment() says so; returns what it said."""
-        self.process = Script(self.case.script, *self.case.arguments(folder), new_session=True)
-        while self.process.poll() is None:
-            if moment():
-                self.case.kill(self.process, folder, rng)
-            time.sleep(0.002)
-        return self.process.communicate()
+        with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+            options = {"stdout": output, "stderr": errors, "new_session": True}
+            self.process = start_script(self.case.script, *self.case.arguments(folder), **options)
+            while self.process.poll() is None:
+                if moment():
+                    self.case.kill(self.process, folder, rng)
+                time.sleep(0.002)
+            output.seek(0)
+            errors.seek(0)
+            return output.read(), errors.read()
 
 
 def mount(folder: Path, size: int) -> None:

@@ -287,7 +287,7 @@ def test_a_signal_ends_a_process_whose_threads_wait_for_a_file(tmp_path, data, n
 def test_a_signal_ends_predictions_whose_reading_waits_for_a_file(trained, data, tmp_path, never_answers):
     never_answers.rename(data / "JPEGImages" / "zzz.jpg")  # the last photo
     out = tmp_path / "out"
-    process = Script("predict.py", data / "JPEGImages", "--model_dir", trained[0], "--output_dir", out)
+    process = start_script("predict.py", data / "JPEGImages", "--model_dir", trained[0], "--output_dir", out)
     assert wait_for(process, lambda: len(list(out.glob("*.json"))) >= 6)  # batches of 3; the last one does not come
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=30)
