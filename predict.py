@@ -8,10 +8,9 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import chain
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -43,10 +42,13 @@ RESULTS = (".png", "_overlay.png", ".json")
 LEAST_AREA = 0.0005  # of a photo, to be in the legend
 PIXELS_AT_ONCE = 2**24  # of photos; no other is read in the same batch once they have more
 
-Example = tuple[
-    Path, Path, Image.Image | UserError
-]  # what the results are called, the file, and the photo or its fault
 T = TypeVar("T")
+
+
+class Example(NamedTuple):
+    name: Path  # of the results, without suffix
+    file: Path
+    photo: Image.Image | UserError  # or what is wrong with it
 
 
 def parse_args() -> argparse.Namespace:
@@ -126,9 +128,9 @@ def read(groups: Iterable[Sequence[tuple[Path, Path]]]) -> Iterator[list[Example
             try:
                 photo = read_photo(file)
             except UserError as error:
-                part.append((name, file, error))
+                part.append(Example(name, file, error))
                 continue
-            part.append((name, file, photo))
+            part.append(Example(name, file, photo))
             pixels += photo.width * photo.height
             if pixels > PIXELS_AT_ONCE:
                 yield part
@@ -147,9 +149,11 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
             yield item
 
 
-def write(part: Sequence[Example], predictions: Sequence[np.ndarray], names: Sequence[str], folder: Path) -> list[str]:
-    """Write the results of every photo that could be read. Returns a line for each photo that has none."""
-    remaining, faults = iter(predictions), list[str]()
+def write(
+    part: Sequence[Example], predictions: Sequence[np.ndarray], names: Sequence[str], folder: Path, bar: tqdm
+) -> int:
+    """Write the results of every photo that could be read. Names the photos that have none and returns how many."""
+    remaining, faults = iter(predictions), 0
     for name, file, photo in part:
         if signal_received():
             break
@@ -160,13 +164,15 @@ def write(part: Sequence[Example], predictions: Sequence[np.ndarray], names: Seq
         except (UserError, OSError) as error:
             if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:  # which the next photo would meet
                 raise
-            faults.append(str(error))
+            faults += 1
+            bar.clear()
+            say(f"predict.py: {error}; skipped", sys.stderr)
     return faults
 
 
 def write_results(file: Path, photo: Image.Image, prediction: np.ndarray, names: Sequence[str], output: Path) -> None:
     """Write the three results of one photo."""
-    counts = np.bincount(prediction.ravel(), minlength=len(names))
+    counts = np.array(Image.fromarray(prediction).histogram()[: len(names)])  # bincount takes 8 bytes a pixel
     shares = {int(index): counts[index] / prediction.size for index in np.argsort(-counts, kind="stable")}
     output.parent.mkdir(parents=True, exist_ok=True)
     legend = {index: f"{names[index]} {share:.1%}" for index, share in shares.items() if share >= LEAST_AREA}
@@ -203,17 +209,16 @@ def run(device: torch.device, args: argparse.Namespace) -> int:
         tqdm(total=sum(map(len, own)), desc="predicting", unit="img", leave=False, disable=ranks.bar_disabled()) as bar,
         ThreadPoolExecutor(1) as writer,  # which ends the file that it is writing, whatever happens here
     ):
-        written: Future[list[str]] = writer.submit(list)
-        for part in chain(ahead(read(own)), [[]]):
+        written: Future[int] = writer.submit(int)  # of nothing yet, 0
+        for part in ahead(read(own)):
             stop_if_asked()
             readable = [photo for _, _, photo in part if isinstance(photo, Image.Image)]
             predictions = [map_.cpu().numpy() for map_ in segmenter.segment_all(readable, tile=args.tile)]
-            for fault in written.result():
-                faults += 1
-                bar.clear()
-                say(f"predict.py: {fault}; skipped", sys.stderr)
-            written = writer.submit(write, part, predictions, names, args.output_dir)
+            faults += written.result()
+            written = writer.submit(write, part, predictions, names, args.output_dir, bar)
             bar.update(len(part))
+        faults += written.result()
+    stop_if_asked()  # after a signal the last photos are not written
     faults = sum(distributed.gather(faults))
     if ranks.is_main():
         print(f"{len(photos) - faults} of {len(photos)} photos -> {args.output_dir}")

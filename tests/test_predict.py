@@ -82,6 +82,15 @@ def test_a_broken_photo_is_reported_and_the_others_go_on(experiment, trained, ph
     assert Image.open(tmp_path / "out" / "a.png").getpalette() == palette(kinds).flatten().tolist()
 
 
+def test_what_was_skipped_is_said_also_where_the_next_photo_cannot_be_written(experiment, photos, tmp_path):
+    (photos / "0.jpg").write_bytes(b"no photo")
+    (tmp_path / "out" / "a.png").mkdir(parents=True)
+    result = run_predict(experiment, photos, "--output_dir", tmp_path / "out", check=1)
+    skipped, error = result.stderr.splitlines()
+    assert "0.jpg: cannot be read as an image" in skipped and skipped.endswith("; skipped")
+    assert error.startswith("predict.py: error: ") and "a.png" in error
+
+
 def test_files_folders_and_patterns_are_found(photos, tmp_path):
     out = tmp_path / "out"
     assert set(find_photos([str(photos / "a.jpg")], out).values()) == {photos / "a.jpg"}
