@@ -7,7 +7,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -217,6 +217,8 @@ def run(device: torch.device, args: argparse.Namespace) -> int:
             faults += written.result()
             written = writer.submit(write, part, predictions, names, args.output_dir, bar)
             bar.update(len(part))
+            if args.tile:
+                wait([written])  # or three large photos would be held at a time
         faults += written.result()
     stop_if_asked()  # after a signal the last photos are not written
     faults = sum(distributed.gather(faults))

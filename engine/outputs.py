@@ -73,7 +73,7 @@ class EpochOutputs:
     def __init__(self, model_dir: Path):
         self.model_dir = model_dir
         self.trackers: list[TensorBoard] = []
-        self.drawn = time.monotonic()  # not yet, but the first epoch of a short run need not wait for it either
+        self.drawn = time.monotonic()  # as if just now: the first epoch of a short run does not wait for a drawing
 
     def write_epoch(self, training: Training, val_set: SegmentationDataset) -> None:
         """Write metrics, pictures and events of the last epoch, then the checkpoints.

@@ -13,7 +13,7 @@ from model.transforms import RESIZES, Box, squares, to_input
 
 OVERLAP = 0.25  # of a tile, at least, with its neighbour
 PIXELS_AT_ONCE = 8 * 224**2  # that the network reads from tiles
-BAND_VALUES = 2**20  # classes x rows x columns that are upsampled at a time: more leaves the processor's cache
+BAND_VALUES = 2**20  # classes x rows x columns that are upsampled at a time: more does not fit the processor's cache
 
 
 class Segmenter:

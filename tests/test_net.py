@@ -37,11 +37,10 @@ def test_folding_batch_norm_changes_no_logits(encoder, precision):
     model = network(encoder=encoder, stem_maxpool=True).eval().to(memory_format=torch.channels_last)
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
-        for tensor, low, high in (
-            *((norm.running_mean, -0.5, 0.5), (norm.running_var, 0.5, 2)),
-            *((norm.weight, 0.2, 0.8), (norm.bias, -0.5, 0.5)),
-        ):
-            nn.init.uniform_(tensor, low, high)
+        nn.init.uniform_(norm.running_mean, -0.5, 0.5)
+        nn.init.uniform_(norm.running_var, 0.5, 2)
+        nn.init.uniform_(norm.weight, 0.2, 0.8)
+        nn.init.uniform_(norm.bias, -0.5, 0.5)
     images = torch.randn(2, 3, 40, 48)
 
     def logits() -> torch.Tensor:

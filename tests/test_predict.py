@@ -176,12 +176,15 @@ def test_a_mistake_is_one_line_and_leaves_nothing(experiment, photos, tmp_path):
     [(64, [], 5000), (64, ["--tile", "1024"], 5000), (512, ["--tile", "512"], 800)],  # 5000 rows would take minutes
     ids=str,
 )
-def test_a_photo_of_40_megapixels_stays_under_two_gigabytes(trained, tmp_path, size, flags, height):
+def test_photos_of_40_megapixels_stay_under_two_gigabytes(trained, tmp_path, size, flags, height):
     experiment = make_experiment(tmp_path / "run", image_size=size)
     (experiment / "best.pth.tar").symlink_to(trained[0] / "best.pth.tar")
     scene = draw_scene(np.random.default_rng(0))[0]
-    scene.resize((8000, height)).save(tmp_path / "large.jpg", quality=80)
-    command = [sys.executable, "predict.py", tmp_path / "large.jpg", "--model_dir", experiment, *flags]
+    (tmp_path / "photos").mkdir()
+    scene.resize((8000, height)).save(tmp_path / "photos" / "large.jpg", quality=80)
+    for name in ("second.jpg", "third.jpg"):
+        shutil.copy(tmp_path / "photos" / "large.jpg", tmp_path / "photos" / name)
+    command = [sys.executable, "predict.py", tmp_path / "photos", "--model_dir", experiment, *flags]
     # Started from a small process, for what the parent has in memory at the start counts as a peak of the child.
     measure = (
         "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); "
