@@ -193,7 +193,8 @@ def main(args: argparse.Namespace) -> int:
 def run(device: torch.device, args: argparse.Namespace) -> int:
     """Predict; of n processes each takes every n-th batch. Returns the exit status: 1 if a photo cannot be read.
 
-    While the network is at work on a batch, one thread reads the next and one writes the results of the one before.
+    While the network is at work on a batch, one thread reads the next and one writes the results of the one before, but
+    with --tile.
     """
     photos = distributed.broadcast_from_main(lambda: prepare(args))
     model, params, checkpoint = load_network(args.model_dir, args.restore_file, device)
@@ -210,7 +211,8 @@ def run(device: torch.device, args: argparse.Namespace) -> int:
         ThreadPoolExecutor(1) as writer,  # which ends the file that it is writing, whatever happens here
     ):
         written: Future[int] = writer.submit(int)  # of nothing yet, 0
-        for part in ahead(read(own)):
+        parts = read(own)
+        for part in parts if args.tile else ahead(parts):  # of large photos only one is held at a time
             stop_if_asked()
             readable = [photo for _, _, photo in part if isinstance(photo, Image.Image)]
             predictions = [map_.cpu().numpy() for map_ in segmenter.segment_all(readable, tile=args.tile)]
@@ -218,7 +220,7 @@ def run(device: torch.device, args: argparse.Namespace) -> int:
             written = writer.submit(write, part, predictions, names, args.output_dir, bar)
             bar.update(len(part))
             if args.tile:
-                wait([written])  # or three large photos would be held at a time
+                wait([written])
         faults += written.result()
     stop_if_asked()  # after a signal the last photos are not written
     faults = sum(distributed.gather(faults))

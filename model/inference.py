@@ -13,6 +13,7 @@ from model.transforms import RESIZES, Box, squares, to_input
 
 OVERLAP = 0.25  # of a tile, at least, with its neighbour
 PIXELS_AT_ONCE = 8 * 224**2  # that the network reads from tiles
+CUT_AT_ONCE = 2**24  # pixels of tiles, before they are resized
 BAND_VALUES = 2**20  # classes x rows x columns that are upsampled at a time: more does not fit the processor's cache
 
 
@@ -94,7 +95,7 @@ class Segmenter:
         if tile is None or tile >= max(photo.size):
             return next(self.segment_all([photo]))
         boxes = tiles(photo.width, photo.height, tile)
-        count = max(1, PIXELS_AT_ONCE // max(self.sizes) ** 2)
+        count = max(1, min(PIXELS_AT_ONCE // max(self.sizes) ** 2, CUT_AT_ONCE // tile**2))
 
         def looks() -> Iterator[tuple[Box, list[Tensor]]]:
             for start in range(0, len(boxes), count):
@@ -153,7 +154,7 @@ def blended(looks: Iterable[tuple[Box, Sequence[Tensor]]], *, width: int, height
             result, first = torch.empty(height, width, dtype=torch.uint8, device=scores.device), 0
         if top > first:  # the rows above this tile are finished
             done = top - first
-            result[first:top] = scores[:, :done].max(0).indices
+            _put_classes(scores[:, :done], result[first:top])
             for plane in scores:
                 plane[:-done] = plane[done:].clone()
                 plane[-done:] = 0
@@ -162,8 +163,14 @@ def blended(looks: Iterable[tuple[Box, Sequence[Tensor]]], *, width: int, height
             weight = _weight(rows, bottom - top).unsqueeze(1) * _weight(range(right - left), right - left)
             shares = _shares(maps, rows, right - left, bottom - top)
             scores[:, rows.start : rows.stop, left:right] += shares.mul_(weight.to(shares))
-    result[first:] = scores.max(0).indices
+    _put_classes(scores, result[first:])
     return result
+
+
+def _put_classes(scores: Tensor, result: Tensor) -> None:
+    """Write the class with the highest score at every pixel, (C, H, W), to result (H, W)."""
+    for rows in _bands(len(result), scores[:, 0].numel()):
+        result[rows.start : rows.stop] = scores[:, rows.start : rows.stop].max(0).indices
 
 
 def _bands(height: int, values: int) -> Iterator[range]:
