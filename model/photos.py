@@ -47,7 +47,7 @@ def read_photo(path: Path) -> Image.Image:
             image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
         if image.mode in ("I", "F"):
             raise UserError(f"{path}: has 32 bits per pixel, of unknown range; convert it to 8 or 16 bits")
-        return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
+        return image if image.mode == "RGB" else image.convert("RGB")  # which copies, whatever the mode
 
 
 def _decode(path: Path) -> tuple[Image.Image, object]:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, make_data
-from PIL import EpsImagePlugin, Image, ImageOps
+from PIL import EpsImagePlugin, Image, ImageFile, ImageOps
 from torch import Tensor
 
 from model import UserError, data_loader, photos, refuse_irregular, transforms
@@ -486,7 +486,7 @@ def test_too_little_memory_is_no_fault_of_the_photo(data, monkeypatch):
     def fail(*args, **options):
         raise MemoryError
 
-    monkeypatch.setattr(Image.Image, "convert", fail)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
     with pytest.raises(MemoryError):
         load(data)
 
