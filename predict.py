@@ -193,8 +193,8 @@ def main(args: argparse.Namespace) -> int:
 def run(device: torch.device, args: argparse.Namespace) -> int:
     """Predict; of n processes each takes every n-th batch. Returns the exit status: 1 if a photo cannot be read.
 
-    While the network is at work on a batch, one thread reads the next and one writes the results of the one before, but
-    with --tile.
+    While the network is at work on a batch, one thread reads the next and one writes the results of the one before. Not
+    so with --tile: of large photos only one is held at a time.
     """
     photos = distributed.broadcast_from_main(lambda: prepare(args))
     model, params, checkpoint = load_network(args.model_dir, args.restore_file, device)
@@ -203,7 +203,8 @@ def run(device: torch.device, args: argparse.Namespace) -> int:
         segmenter = make_segmenter(model, params, device, args)
         make_folder(args.output_dir, "--output_dir")
     size = 1 if args.tile else params.scoring_batch_size
-    groups = [list(photos.items())[start : start + size] for start in range(0, len(photos), size)]
+    items = list(photos.items())
+    groups = [items[start : start + size] for start in range(0, len(items), size)]
     own = groups[ranks.rank() :: ranks.world_size()]
     faults = 0
     with (
@@ -212,7 +213,7 @@ def run(device: torch.device, args: argparse.Namespace) -> int:
     ):
         written: Future[int] = writer.submit(int)  # of nothing yet, 0
         parts = read(own)
-        for part in parts if args.tile else ahead(parts):  # of large photos only one is held at a time
+        for part in parts if args.tile else ahead(parts):
             stop_if_asked()
             readable = [photo for _, _, photo in part if isinstance(photo, Image.Image)]
             predictions = [map_.cpu().numpy() for map_ in segmenter.segment_all(readable, tile=args.tile)]

@@ -12,8 +12,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from torchvision.models.segmentation import deeplabv3_resnet50, fcn_resnet50
 from tqdm import tqdm
 
-from benchmarks.run import machine, make_scenes
+from benchmarks.run import in_turn, machine, make_scenes
 from engine.checkpoints import save_checkpoint
 from engine.devices import autocast, resolve_precision, to_device
 from engine.distributed import pick_device
@@ -40,7 +41,6 @@ from model.voc import CLASS_NAMES
 from params import Params
 
 OURS = "this program"
-BEST = "best.pth.tar"
 RECIPE = {"pretrained": False, "stem_maxpool": True, "gcn_padding": "same"}  # of experiments/voc2012_sbd
 
 
@@ -82,30 +82,14 @@ def plain_class_map(model: nn.Module, file: Path, size: int, device: torch.devic
     return F.interpolate(logits, (photo.height, photo.width), mode="bilinear").argmax(1)[0].to(torch.uint8).cpu()
 
 
-def in_turn(sides: dict[str, Callable[[int], None]], repeats: int, device: torch.device, bar: tqdm) -> dict[str, float]:
-    """Return the median of each side's seconds; they run in turn, and a first time that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for repeat in range(repeats + 1):
-        for name, function in sides.items():
-            start = time.perf_counter()
-            function(repeat)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - start)
-        bar.update()
-    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
-
-
 def networks_table(files: list[Path], params: Params, device: torch.device, repeats: int) -> list[tuple]:
     """Rows of photos per second: of the network for a batch, and photo by photo from the file to the class map."""
     size, count = params.image_size, params.batch_size
     context = partial(autocast, device, params.precision)
-    ours = FCN_GCN(**params.network_options(), pretrained=False).eval()
-    to_device(ours, params, device)
-    segmenter = make_segmenter(ours, params, device, argparse.Namespace(scales=None, flip=False))
-    models = {OURS: ours, **other_networks()}
+    models = {OURS: FCN_GCN(**params.network_options(), pretrained=False), **other_networks()}
     for model in models.values():
         to_device(model.eval(), params, device)
+    segmenter = make_segmenter(models[OURS], params, device, argparse.Namespace(scales=None, flip=False))
     images = to_input(squares([read_photo(file) for file in files[:count]], [size], "squash")[0], device)
 
     @torch.inference_mode()
@@ -113,23 +97,23 @@ def networks_table(files: list[Path], params: Params, device: torch.device, repe
         with context():
             model(images)
 
-    def class_map(name: str, repeat: int) -> None:
-        file = files[repeat % len(files)]
+    def class_map(name: str, photos: Iterator[Path]) -> None:
         if name == OURS:
-            segmenter.segment(read_photo(file)).cpu()
+            segmenter.segment(read_photo(next(photos))).cpu()
         else:
-            plain_class_map(models[name], file, size, device, context)
+            plain_class_map(models[name], next(photos), size, device, context)
 
+    networks = [partial(batch, model) for model in models.values()]
+    wholes = [partial(class_map, name, cycle(files)) for name in models]
     with tqdm(total=4 * repeats + 2, unit="run") as bar:
-        alone = in_turn({name: lambda _, m=model: batch(m) for name, model in models.items()}, repeats, device, bar)
-        whole = in_turn({name: partial(class_map, name) for name in models}, 3 * repeats, device, bar)
-    return [
-        (
-            *(name, f"{count / alone[name]:.3g}", f"{alone[name] / alone[OURS]:.2f}"),
-            *(f"{1 / whole[name]:.3g}", f"{whole[name] / whole[OURS]:.2f}"),
-        )
-        for name in models
-    ]
+        alone = in_turn(*networks, repeats=repeats, bar=bar, device=device)
+        whole = in_turn(*wholes, repeats=3 * repeats, bar=bar, device=device)
+    columns = []
+    for photos, seconds in ((count, alone), (1, whole)):
+        medians = [statistics.median(each) for each in seconds]
+        columns += [[f"{photos / median:.3g}" for median in medians]]
+        columns += [[f"{median / medians[0]:.2f}" for median in medians]]
+    return list(zip(models, *columns, strict=True))
 
 
 def run_command(command: list[str]) -> None:
@@ -144,23 +128,23 @@ def commands_table(data_dir: Path, params: Params, args: argparse.Namespace, fol
     for new in (run, data):
         new.mkdir()
     (run / "params.json").write_text(json.dumps(RECIPE | {"image_size": args.image_size}))
-    save_checkpoint({"state_dict": FCN_GCN(**params.network_options(), pretrained=False).state_dict()}, run / BEST)
+    save_checkpoint(
+        {"state_dict": FCN_GCN(**params.network_options(), pretrained=False).state_dict()}, run / "best.pth.tar"
+    )
     for name, files in (("JPEGImages", split.images), ("SegmentationClass", split.masks)):
         (data / name).symlink_to(files[0].parent.resolve())
     (data / "val.txt").write_text("".join(f"{id_}\n" for id_ in split.ids[:count]))
     commands = {
-        "predict.py": [*split.images[:count], "--output_dir", folder / "out"],
-        "evaluate.py": ["--original_size", "--data_dir", data],
+        "predict.py": ["predict.py", *split.images[:count], "--output_dir", folder / "out"],
+        "evaluate.py --original_size": ["evaluate.py", "--original_size", "--data_dir", data],
     }
     rows = []
-    for script, flags in commands.items():
+    for name, (script, *flags) in commands.items():
         command = [sys.executable, ROOT / script, *flags, "--model_dir", run, "--device", args.device]
         start = time.perf_counter()
         run_command(list(map(str, command)))
         seconds = time.perf_counter() - start
-        rows.append(
-            (" ".join([script, *flags[:1]] if script == "evaluate.py" else [script]), count, seconds, count / seconds)
-        )
+        rows.append((name, count, seconds, count / seconds))
     return rows
 
 

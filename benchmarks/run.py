@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -139,11 +140,11 @@ class Sides:
         return self.split.images[index], self.split.masks[index]
 
 
-def in_turn(ours: Callable, theirs: Callable, repeats: int, bar: tqdm, device: torch.device) -> tuple[list, list]:
+def in_turn(*sides: Callable, repeats: int, bar: tqdm, device: torch.device) -> list[list[float]]:
     """Seconds of each side's runs, after one of each that does not count."""
-    seconds: tuple[list, list] = ([], [])
+    seconds: list[list[float]] = [[] for _ in sides]
     for repeat in range(repeats + 1):
-        for side, function in enumerate((ours, theirs)):
+        for side, function in enumerate(sides):
             start = time.perf_counter()
             function()
             if device.type == "cuda":
@@ -232,10 +233,10 @@ def input_pipeline(split: Split, repeats: int, bar: tqdm) -> list[tuple]:
                 one_by_one(tv_tensors.Image(image), tv_tensors.Mask(mask))
 
     batches = list(loader)
-    device = torch.device("cpu")
-    changed = in_turn(augmented, augmented_one_by_one, repeats, bar, device)
-    first = compared("input, first pass, an image", *in_turn(first_pass, theirs, repeats, bar, device), 1000 / count)
-    again = compared("input, cached, an image", *in_turn(from_cache, theirs, repeats, bar, device), 1000 / count)
+    how: dict[str, Any] = {"repeats": repeats, "bar": bar, "device": torch.device("cpu")}
+    changed = in_turn(augmented, augmented_one_by_one, **how)
+    first = compared("input, first pass, an image", *in_turn(first_pass, theirs, **how), 1000 / count)
+    again = compared("input, cached, an image", *in_turn(from_cache, theirs, **how), 1000 / count)
     os.sched_setaffinity(0, cores)
     torch.set_num_threads(threads)
     return [first, again, compared("augmentation, an image", *changed, 1000 / count)]
@@ -300,9 +301,9 @@ def ceilings(device: torch.device, precision: str) -> tuple[float, float]:
     products, copies = in_turn(
         lambda: (matrix @ matrix, device.type == "cuda" and torch.cuda.synchronize()),
         lambda: (target.copy_(vector), device.type == "cuda" and torch.cuda.synchronize()),
-        5,
-        tqdm(disable=True),
-        none,
+        repeats=5,
+        bar=tqdm(disable=True),
+        device=none,
     )
     return 2 * n**3 / min(products), 2 * vector.nbytes / min(copies)
 
@@ -357,12 +358,13 @@ def main(args: argparse.Namespace) -> None:
         args.data_dir = args.data_dir or make_scenes(temporary / "scenes", 2 * max(EPOCH[device.type]))
         sides = Sides(find_split("voc", args.data_dir, "val"), device)
         (our_step, our_evaluation), (step, evaluation) = sides.ours(), sides.baseline()
-        steps = in_turn(our_step, step, args.repeats, bar, device)
+        steps = in_turn(our_step, step, repeats=args.repeats, bar=bar, device=device)
+        evaluations = in_turn(our_evaluation, evaluation, repeats=args.repeats, bar=bar, device=device)
         rows = [
             compared(f"training step, batch {BATCH}", *steps),
-            compared(f"evaluation, batch {BATCH}", *in_turn(our_evaluation, evaluation, args.repeats, bar, device)),
+            compared(f"evaluation, batch {BATCH}", *evaluations),
         ]
-        epochs = in_turn(*sides.epochs(), min(3, args.repeats), bar, device)
+        epochs = in_turn(*sides.epochs(), repeats=min(3, args.repeats), bar=bar, device=device)
         rows.append(compared(f"an epoch, {' + '.join(map(str, sides.epoch_sizes))} images", *epochs, 1, "s"))
         rows += input_pipeline(sides.split, args.repeats, bar)
         peaks = [peak_memory(side, args) for side in ("baseline", "ours")]

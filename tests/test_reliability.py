@@ -69,10 +69,10 @@ def start(experiment: Path, data: Path, *more: str, limits: Mapping[int, int] | 
     return process
 
 
-def little_memory() -> dict[int, int]:
-    """Limits for start(): 700 MB beyond what this process has mapped, and with it its forks."""
+def little_memory(megabytes: int = 700) -> dict[int, int]:
+    """Limits for start(): so much beyond what this process has mapped, and with it its forks."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    return {resource.RLIMIT_AS: pages * resource.getpagesize() + 700_000_000}
+    return {resource.RLIMIT_AS: pages * resource.getpagesize() + megabytes * 1_000_000}
 
 
 def wait_for(process: subprocess.Popen, condition) -> bool:
@@ -423,7 +423,9 @@ def test_out_of_memory_leaves_an_earlier_run_as_it_is(straight, tmp_path):
     (cut / "last.pth.tar").rename(cut / "earlier.pth.tar")
     (cut / "params.json").write_text(json.dumps(TINY | EVERYTHING | {"num_epochs": 9, "image_size": 2000}))
     before = {path.name for path in cut.iterdir()}
-    process = start(cut, data, "--device", "cpu", "--restore_file", "earlier", limits=little_memory())
+    process = start(
+        cut, data, "--device", "cpu", "--restore_file", "earlier", limits=little_memory(2000)
+    )  # and a loader
     _, stderr = process.communicate()
     assert process.returncode == 2 and "out of memory" in stderr and stderr.count("\n") == 1
     assert {path.name for path in cut.iterdir()} == before

@@ -38,7 +38,7 @@ def test_a_table_says_what_its_command_prints(flags, text, tmp_path):
     with (runs / "results.csv").open(newline="") as file:
         expected = {row["name"]: cells(row) for row in csv.DictReader(file)}
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:3] == "| `"]
-    said = {cells[0].strip("`"): cells[-4:] for cells in rows}
+    said = {row[0].strip("`"): row[-4:] for row in rows}
     assert said and said == {name: expected[name] for name in said}
 
 
