@@ -13,7 +13,7 @@ from torch import nn
 from engine import distributed, ranks
 from engine.checkpoints import Restored, agreed_class_names, init_from
 from engine.cli import checkpoint_name, defer_signals, experiment_parser, require, run_main
-from engine.devices import autocast, loading_options, resolve_precision, seed_everything, to_device
+from engine.devices import autocast, loading_options, resolve_precision, reuse_memory, seed_everything, to_device
 from engine.outputs import EpochOutputs, EpochProgress, best_line
 from engine.run import (
     Start,
@@ -164,6 +164,7 @@ def build_and_train(params: Params, device: torch.device, args: argparse.Namespa
     check_same_lists(train_split, val_split)
 
     seed_everything(params.seed, deterministic=params.deterministic)
+    reuse_memory(device)
     with distributed.together():
         model, fresh_layers = build_model(params, start.init_from, resumed=restored is not None)
     to_device(model, params, device)

@@ -15,6 +15,7 @@ if [[ $data == --rehearse ]]; then
     recipe='{"dataset": "sample", "pretrained": false, "encoder": "resnet18", "image_size": 32, "num_epochs": 2}'
     steps=(--encoders resnet18 --sizes 32 --precisions fp32 bf16 --compile off --checkpointing off)
     deep=(--encoders resnet18 --sizes 32)
+    photos=(--image_size 32 --photos 4 --repeats 1)
 else
     device=cuda slack=1 tests=gpu repeats=5 seeds="1 2 3"
     recipe=$(python - <<'EOF'
@@ -26,6 +27,7 @@ EOF
     steps=(--encoders resnet50 --sizes 224 512 --batch_sizes 5 32 128 --precisions fp32 bf16 fp16 --compile off on
         --checkpointing off --steps 10)
     deep=(--encoders resnet18 resnet50 resnet152 --sizes 224 512 --batch_sizes 16 --steps 5)
+    photos=(--data_dir "$data" --batch_size 32)
 fi
 
 part() { # name, seconds at most, command
@@ -76,12 +78,13 @@ part tests 240 bash -c "python -m pytest -n 0 -m '$tests'; [[ \$? -eq $code ]]"
 part across 120 bash -c across
 part steps 240 python benchmarks/steps.py --device "$device" "${steps[@]}"
 part run 240 python benchmarks/run.py --device "$device" --repeats "$repeats"
+part prediction 90 python benchmarks/prediction.py --device "$device" "${photos[@]}"
 part encoders 90 python benchmarks/steps.py --device "$device" "${deep[@]}"
 part train $((1170 - SECONDS + begun > 60 ? 1170 - SECONDS + begun : 60)) bash -c train
 part results 60 python synthesize_results.py --parent_dir "$out/runs" --over_seeds
 
 {
-    for name in steps encoders run results; do
+    for name in steps encoders run prediction results; do
         printf '\n## %s\n\n' "$name"
         cat "$out/$name.txt"
     done

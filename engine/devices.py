@@ -1,6 +1,8 @@
 """Where and how exactly a network computes: device, memory format, precision, random numbers."""
 
+import ctypes
 import os
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TypedDict
@@ -12,10 +14,22 @@ from engine import ranks
 from model import cores
 from params import Params
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+
 
 def to_device(model: nn.Module, params: Params, device: torch.device) -> None:
     """Move a network to its device, in the memory format that params ask for."""
     model.to(device).to(memory_format=torch.channels_last if params.channels_last else torch.contiguous_format)
+
+
+def reuse_memory(device: torch.device) -> None:
+    """Let malloc keep what a step on the CPU frees, for the next one: what the kernel gives anew it fills with zeros.
+
+    Without, that is 10 to 25 % of a step. The options are those of mallopt(3); where libc is not glibc nothing changes.
+    """
+    if device.type == "cpu" and sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_MMAP_MAX, 0)
 
 
 def rng_states(device: torch.device) -> list[torch.Tensor]:

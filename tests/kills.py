@@ -241,9 +241,9 @@ def kill_group(process: Forked) -> None:
 
 
 def kill_trials(folder: Path) -> None:
-    for path in train_processes(folder):
+    for number in train_processes(folder):
         with suppress(ProcessLookupError):
-            os.kill(int(path.name), signal.SIGKILL)
+            os.kill(number, signal.SIGKILL)
 
 
 # ---------------------------------------------------------------------------------------- rounds

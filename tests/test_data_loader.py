@@ -6,18 +6,18 @@ import shutil
 import signal
 import socket
 import struct
-import subprocess
-import sys
+import tempfile
 import threading
 import time
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_data
+from conftest import make_data
 from PIL import EpsImagePlugin, Image, ImageFile, ImageOps
 from torch import Tensor
 
@@ -29,6 +29,7 @@ from model.voc import CLASS_NAMES, VOID, indices_from_colours, palette
 from visualize import colour_mask
 
 SIZE = 32
+STRANGER = 54321  # a user
 
 
 def load(folder: Path, split: str = "train", *, num_classes: int = 21, **options) -> SegmentationDataset:
@@ -719,65 +720,67 @@ def test_processes_that_come_at_once_share_one_cache(data):
     assert all(same(dataset, datasets[0]) for dataset in datasets)
 
 
-def test_read_only_data_are_cached_in_the_users_folder(data, tmp_path):
-    """Root may write anywhere unless that capability is given up, so the data are loaded in a process without it."""
-    other = make_data(tmp_path / "other", train=1)
-    (other / ".cache").mkdir(mode=0o555)  # left by the owner of the data
-    code = f"""
-import sys
-from model.data_loader import SegmentationDataset
-from model.layouts import find_split
-for folder in sys.argv[1:]:
-    dataset = SegmentationDataset(find_split("voc", folder, "train"), class_names=["x"] * 21, image_size={SIZE})
-    print(len(dataset), int(dataset[0][0].sum()), dataset.cache_file, sep=",")
-"""
-    command = [sys.executable, "-c", code, str(data), str(other)]
+def become_stranger() -> None:
     if os.geteuid() == 0:
-        if shutil.which("setpriv") is None:
-            pytest.skip("no setpriv to give up root's capabilities with")
-        command = ["setpriv", "--bounding-set=-dac_override", *command]
-    data.chmod(0o555)
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "user")}
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120)
-    data.chmod(0o755)
-    assert result.returncode == 0, result.stderr
-    for folder, line in zip((data, other), result.stdout.splitlines(), strict=True):
-        length, total, file = line.split(",")
-        dataset = load(folder, cache=False)
-        assert (int(length), int(total)) == (len(dataset), int(dataset[0][0].sum()))
-        assert Path(file).is_relative_to(tmp_path / "user") and Path(file).is_file() and cached(folder) == []
+        os.setgroups([])
+        os.setresgid(STRANGER, STRANGER, STRANGER)
+        os.setresuid(STRANGER, STRANGER, STRANGER)
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("setpriv") is None, reason="needs root, to become a stranger")
-def test_read_only_data_of_a_user_without_a_home_say_where_else_to_go(data):
-    """As in a container: a user whom passwd does not know and who may write nowhere."""
-    capability = "--{}=+dac_read_search"  # so that the stranger sees this interpreter and the data
-    stranger = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups"]
-    stranger += [capability.format("inh-caps"), capability.format("ambient-caps"), sys.executable, "-c"]
-    code = f"""
-import os, sys
-from model import UserError
-from model.data_loader import SegmentationDataset
-from model.layouts import find_split
-split = find_split("voc", sys.argv[1], "train")
-print(len(SegmentationDataset(split, class_names=["x"] * 21, image_size={SIZE}, cache=False)))
-for home in (None, "/", "/dev/null"):
-    if home:
-        os.environ["HOME"] = home
-    try:
-        SegmentationDataset(split, class_names=["x"] * 21, image_size={SIZE})
-    except UserError as error:
-        print(error)
-"""
-    environment = {key: value for key, value in os.environ.items() if key not in ("HOME", "XDG_CACHE_HOME")}
-    data.chmod(0o555)
-    result = subprocess.run(
-        [*stranger, code, str(data)], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120
-    )
-    assert result.returncode == 0, result.stderr
-    count, *messages = result.stdout.splitlines()
-    assert count == "6" and len(messages) == 3
-    for message in messages:
+@pytest.fixture
+def stranger():
+    """Calls functions in a process of a user whom passwd does not know, as in a container; without root, of our own."""
+    with ProcessPoolExecutor(1, mp_context=get_context("fork"), initializer=become_stranger) as pool:
+        yield lambda function, *args: pool.submit(function, *args).result(timeout=120)
+
+
+@pytest.fixture
+def read_only():
+    """A data set that everybody may read, and a second one."""
+    with tempfile.TemporaryDirectory() as folder:  # pytest's are for their owner alone
+        os.chmod(folder, 0o755)
+        first, second = (make_data(Path(folder) / name) for name in ("first", "second"))
+        load(first, cache=False)  # what it imports, a stranger may not read
+        first.chmod(0o555)
+        (second / ".cache").mkdir(mode=0o555)  # left by the owner of the data
+        yield first, second
+
+
+def load_for_user(folder: Path, cache_home: Path) -> tuple[int, Tensor, Path]:
+    os.environ["XDG_CACHE_HOME"] = str(cache_home)
+    dataset = load(folder)
+    return len(dataset), dataset[0][0].sum(), dataset.cache_file
+
+
+def test_read_only_data_are_cached_in_the_users_folder(read_only, stranger):
+    with tempfile.TemporaryDirectory() as cache_home:
+        os.chmod(cache_home, 0o777)
+        for folder in read_only:
+            length, total, file = stranger(load_for_user, folder, Path(cache_home))
+            dataset = load(folder, cache=False)
+            assert (length, total) == (len(dataset), dataset[0][0].sum())
+            assert file.is_relative_to(cache_home) and file.is_file() and cached(folder) == []
+
+
+def load_without_home(folder: Path) -> list[str]:
+    """What is said to a user who has no home, or a useless one."""
+    os.environ.pop("XDG_CACHE_HOME", None)
+    os.environ.pop("HOME", None)
+    said = []
+    for home in (None, "/", "/dev/null"):
+        if home:
+            os.environ["HOME"] = home
+        with pytest.raises(UserError) as refusal:
+            load(folder)
+        said.append(str(refusal.value))
+    assert len(load(folder, cache=False)) == 6
+    return said
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become a stranger")
+def test_read_only_data_of_a_user_without_a_home_say_where_else_to_go(read_only, stranger):
+    data, _ = read_only
+    for message in stranger(load_without_home, data):
         assert message.startswith(f"{data} is read-only, ")
         assert '"cache": false' in message and "XDG_CACHE_HOME" in message
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, make_data, make_experiment, run_script, start_script
+from conftest import ROOT, TINY, make_data, make_experiment, paused, run_script, start_script
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -203,7 +203,8 @@ def test_a_second_run_is_refused_and_a_signal_before_the_first_checkpoint_says_h
     cut = make_experiment(tmp_path / "run", batch_size=2, num_epochs=1)
     process = start(cut, many, "--device", "cpu", "--init_from", str(straight[0] / "best.pth.tar"))
     assert wait_for(process, lambda: logged(cut, "images of train"))
-    second = run_script("train.py", "--model_dir", cut, "--data_dir", data, "--overwrite", check=2)
+    with paused(process.pid):
+        second = run_script("train.py", "--model_dir", cut, "--data_dir", data, "--overwrite", check=2)
     assert second.stderr == f"train.py: error: another train.py is at work in {cut}; wait for it, or stop it first\n"
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)

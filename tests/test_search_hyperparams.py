@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, make_data, make_experiment, run_script, start_script
+from conftest import ROOT, TINY, make_data, make_experiment, paused, run_script, start_script
 
 from sweep.space import trial_name
 from sweep.study import Study
@@ -48,14 +48,14 @@ def logged(trial: Path, words: str) -> int:
     return len(re.findall(words, log.read_text())) if log.exists() else 0
 
 
-def train_processes(folder: Path) -> list[Path]:
-    """/proc folders of the train.py processes of the trials in a folder or below: their stderr is the log."""
+def train_processes(folder: Path) -> list[int]:
+    """The train.py processes of the trials in a folder or below: their stderr is the log."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             log = Path(os.readlink(process / "fd" / "2").removesuffix(" (deleted)"))
             if log.name == "train.log" and folder in log.parents:
-                found.append(process)
+                found.append(int(process.name))
     return found
 
 
@@ -130,8 +130,8 @@ def test_an_interrupt_ends_every_trial_and_the_same_command_goes_on(tmp_path, da
     wait_until(lambda: all((folder / "last.pth.tar").exists() for folder in folders))
     devices = [
         variable
-        for path in train_processes(sweep)
-        for variable in (path / "environ").read_text().split("\0")
+        for number in train_processes(sweep)
+        for variable in Path(f"/proc/{number}/environ").read_text().split("\0")
         if variable.startswith("CUDA_VISIBLE_DEVICES=")
     ]
     assert sorted(devices) == ["CUDA_VISIBLE_DEVICES=5", "CUDA_VISIBLE_DEVICES=GPU-7"]
@@ -226,7 +226,8 @@ def test_a_second_start_is_refused_and_the_first_goes_on(tmp_path, data_dir):
     sweep = make_sweep(tmp_path / "sweep", {"learning_rate": [0.01]}, num_epochs=1000)
     process = start(sweep, data_dir)
     wait_until(lambda: logged(sweep / "learning_rate_0.01", "epoch 1/1000"))
-    result = search(sweep, data_dir, check=2)
+    with paused(*train_processes(sweep)):
+        result = search(sweep, data_dir, check=2)
     assert result.stderr == (
         f"search_hyperparams.py: error: another search_hyperparams.py is at work in {sweep}; "
         "wait for it, or stop it first\n"
@@ -268,9 +269,9 @@ def test_a_sweep_killed_at_twenty_random_moments_runs_every_trial_once(tmp_path,
         process.kill()
         process.communicate()
         if kill % 2:
-            for path in train_processes(sweep):
+            for number in train_processes(sweep):
                 with suppress(ProcessLookupError):
-                    os.kill(int(path.name), signal.SIGKILL)
+                    os.kill(number, signal.SIGKILL)
     result = search(sweep, data_dir, "--jobs", 2)
     assert "6 trials: 6 finished" in result.stdout and not train_processes(sweep)
     for trial in sweep.glob("seed_*"):
