@@ -24,7 +24,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from benchmarks.run import own_memory
-from engine.devices import autocast, resolve_precision, to_device
+from engine.devices import autocast, resolve_precision, reuse_memory, to_device
 from engine.distributed import pick_device
 from engine.training import Training
 from model import ENCODERS
@@ -59,6 +59,7 @@ def parse_args() -> argparse.Namespace:
 def measure(options: dict[str, Any], steps: int, device: torch.device) -> tuple[float, float]:
     """Return the median of the seconds of a step, and the MiB needed at most."""
     params = resolve_precision(Params(**RECIPE | options), device)
+    reuse_memory(device)
     before = own_memory("VmRSS")
     model = FCN_GCN(**params.network_options(), pretrained=False)
     to_device(model, params, device)

@@ -25,7 +25,8 @@ def to_device(model: nn.Module, params: Params, device: torch.device) -> None:
 def reuse_memory(device: torch.device) -> None:
     """Let malloc keep what a step on the CPU frees, for the next one: what the kernel gives anew it fills with zeros.
 
-    Without, that is 10 to 25 % of a step. The options are those of mallopt(3); where libc is not glibc nothing changes.
+    Without, that is 10 to 25 % of a step (benchmarks/RESULTS.md). The options are those of mallopt(3); nothing changes
+    where libc is not glibc.
     """
     if device.type == "cpu" and sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
