@@ -104,6 +104,12 @@ class Params:
     )
     num_classes: int = _integer(21, 2, 255, meaning="background included")
     augment: bool = _flag(False, "random scale of 0.5-2x and crop, flip, colour jitter")
+    cutmix: float = _number(
+        0.0,
+        "from 0 to 1",
+        lambda v: 0 <= v <= 1,
+        "CutMix: probability that a photo gets a box of the photo before it in the batch, mask and all",
+    )
     normalize: bool = _flag(True, "with ImageNet's mean and standard deviation; false: values in [0, 1]")
     cache: bool = _flag(
         True,

@@ -34,7 +34,7 @@ from model.layouts import Split, class_names, find_split
 from model.losses import SegmentationLoss
 from model.metrics import ConfusionMatrix
 from model.net import FCN_GCN
-from model.transforms import augment, to_input
+from model.transforms import augment, cutmix, to_input
 from params import Params
 
 
@@ -98,6 +98,8 @@ def train_epoch(training: Training, loader: Loader) -> dict:
             images, labels = (part.to(device, non_blocking=True) for part in (images, labels))
             if params.augment:
                 images, labels = augment(images, labels, seeds)
+            if params.cutmix:
+                images, labels = cutmix(images, labels, seeds, params.cutmix)
             group, ends_group = training.accumulation(step, len(loader))
             with training.synchronized(sizes[step], ends_group=ends_group), autocast(device, params.precision):
                 logits = training.forward(to_input(images, device, **params.input_options()))

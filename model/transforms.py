@@ -119,6 +119,7 @@ SCALES = 0.5, 2.0
 BRIGHTNESS = CONTRAST = SATURATION = 0.3  # at most that much more or less
 HUE = 0.05  # of a turn at most
 LUMA = (0.299, 0.587, 0.114)
+BOX_AREAS = 0.3, 0.7  # of CutMix, as shares of the square's
 
 
 @torch.no_grad()
@@ -140,7 +141,7 @@ def augment(images: Tensor, labels: Tensor, seeds: Tensor) -> tuple[Tensor, Tens
     if not len(images):
         return images.float(), labels
     side, device = images.shape[-1], images.device
-    drawn = torch.stack([torch.rand(8, generator=torch.Generator().manual_seed(seed)) for seed in seeds.tolist()])
+    drawn = _drawn(seeds)[:, :8]
     numbers = torch.cat([drawn[:, :4], _colour_change(drawn[:, 4:].double())], 1).float().to(device, non_blocking=True)
     scale = SCALES[0] + (SCALES[1] - SCALES[0]) * numbers[:, 0]
     edges = photo_edges(images, labels).float()
@@ -162,6 +163,35 @@ def augment(images: Tensor, labels: Tensor, seeds: Tensor) -> tuple[Tensor, Tens
     result = matrix[:, :, 0] * sampled[:, :1]  # not a matrix product, whose last bits may depend on the batch
     result.addcmul_(matrix[:, :, 1], sampled[:, 1:2]).addcmul_(matrix[:, :, 2], sampled[:, 2:]).add_(shift)
     return result.clamp_(0, 255).where(inside[:, None], _padding(device).float()), labels.where(inside, VOID)
+
+
+@torch.no_grad()
+def cutmix(images: Tensor, labels: Tensor, seeds: Tensor, probability: float) -> tuple[Tensor, Tensor]:
+    """Give photos, each with that probability, a box of the photo before them in the batch, with the box of its mask.
+
+    CutMix (Yun et al., 2019, arXiv:1905.04899), with masks. The box is a square of 0.3 to 0.7 of the area, at random in
+    the photo and at the same place in both. The first photo gets it from the last one.
+
+    Args:
+        images: (B, 3, S, S) of any dtype.
+        labels: (B, S, S), on the same device.
+        seeds: int64 (B) on the CPU: whether a photo gets a box, and which, depends on its seed alone.
+    """
+    mixed, area, left, top = _drawn(seeds)[:, 8:].to(images.device, non_blocking=True).T
+    side = images.shape[-1]
+    width = (BOX_AREAS[0] + (BOX_AREAS[1] - BOX_AREAS[0]) * area).sqrt() * side
+    centres = torch.arange(side, device=images.device) + 0.5
+    columns, rows = (_between(centres, start := place * (side - width), start + width) for place in (left, top))
+    box = columns[:, None, :] & rows[:, :, None] & (mixed < probability)[:, None, None]
+    return images.roll(1, 0).where(box[:, None], images), labels.roll(1, 0).where(box, labels)
+
+
+def _drawn(seeds: Tensor) -> Tensor:
+    """Return float32 (B, 12) from 0 to 1: for each example the numbers of augment(), 8, and of cutmix(), 4."""
+    drawn = torch.empty(len(seeds), 12)
+    for row, seed in zip(drawn, seeds.tolist(), strict=True):
+        row.uniform_(generator=torch.Generator().manual_seed(seed))
+    return drawn
 
 
 def _positions(centres: Tensor, scale: Tensor, place: Tensor, first: Tensor, last: Tensor) -> Tensor:

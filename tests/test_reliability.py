@@ -42,6 +42,7 @@ from train import train_epoch
 EVERYTHING = {
     "deterministic": True,
     "augment": True,
+    "cutmix": 0.5,
     "dropout_rate": 0.2,
     "ema_decay": 0.5,
     "schedule": "cosine",

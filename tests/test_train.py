@@ -85,6 +85,7 @@ def finished(tmp_path_factory):
         folder / "run",
         deterministic=True,
         augment=True,
+        cutmix=0.5,
         dropout_rate=0.2,
         ema_decay=0.5,
         schedule="cosine",

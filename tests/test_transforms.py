@@ -10,7 +10,17 @@ from torch import Tensor
 from torch.nn.functional import max_pool2d, pad
 from torchvision.transforms.v2.functional import normalize as torchvision_normalize
 
-from model.transforms import IMAGENET_MEAN, IMAGENET_STD, PADDING, RESIZES, augment, photo_edges, to_input, to_square
+from model.transforms import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    PADDING,
+    RESIZES,
+    augment,
+    cutmix,
+    photo_edges,
+    to_input,
+    to_square,
+)
 from model.voc import VOID
 from params import Params
 
@@ -213,6 +223,45 @@ def test_augmentation_leaves_the_generator_of_the_gpu_alone():
     before = torch.cuda.get_rng_state()
     augmentation(*blocks(), 1)
     assert torch.equal(torch.cuda.get_rng_state(), before)
+
+
+def plain_batch(count: int, side: int = 64) -> tuple[Tensor, Tensor]:
+    """Photos and masks that are of their number in the batch all over."""
+    labels = torch.arange(count, dtype=torch.uint8)[:, None, None].expand(count, side, side)
+    return labels[:, None].expand(-1, 3, -1, -1), labels
+
+
+def test_cutmix_gives_a_box_of_the_photo_before_with_its_mask():
+    images, labels = plain_batch(200)
+    mixed_images, mixed = cutmix(images, labels, torch.arange(200), 1.0)
+    assert torch.equal(mixed_images, mixed[:, None].expand(-1, 3, -1, -1))
+    assert (images == plain_batch(200)[0]).all(), "the input is as it was"
+    areas, places = [], []
+    for number in range(200):
+        box = mixed[number] != number
+        assert (mixed[number][box] == (number - 1) % 200).all()
+        rows, columns = (box.any(axis).nonzero().flatten() for axis in (1, 0))
+        assert box.sum() == len(rows) * len(columns) and abs(len(rows) - len(columns)) <= 1
+        areas.append(len(rows) * len(columns) / 64**2)
+        places.append((rows[0].item(), columns[0].item()))
+    assert 0.28 < min(areas) < 0.33 and 0.67 < max(areas) < 0.72
+    assert len(set(places)) > 100
+
+
+def test_cutmix_mixes_so_many_and_by_the_seed_alone():
+    images, labels = plain_batch(200)
+    seeds = torch.arange(200)
+    shares = []
+    for probability in (0.0, 0.3, 1.0):
+        changed = cutmix(images, labels, seeds, probability)[1] != labels
+        shares.append(changed.flatten(1).any(1).float().mean().item())
+        order = torch.randperm(200)
+        again = cutmix(images, labels, seeds[order], probability)[1] != labels
+        assert torch.equal(again, changed[order])
+    assert shares[0] == 0 and shares[1] == pytest.approx(0.3, abs=0.1) and shares[2] == 1
+    alone = cutmix(images[:1], labels[:1], seeds[:1], 1.0)
+    assert torch.equal(alone[1], labels[:1])
+    assert len(cutmix(images[:0], labels[:0], seeds[:0], 1.0)[1]) == 0
 
 
 def test_augmentation_does_not_write_into_its_input():

@@ -85,7 +85,7 @@ def on_device(training: Training) -> None:
     "options",
     [
         {"clip_grad_norm": 1.0, "ema_decay": 0.9, "dropout_rate": 0.1, "loss_weights": {"balanced_cross_entropy": 1.0}},
-        {"accumulation_steps": 2, "schedule": "poly", "optimizer": "adamw", "augment": True},
+        {"accumulation_steps": 2, "schedule": "poly", "optimizer": "adamw", "augment": True, "cutmix": 0.5},
     ],
     ids=str,
 )
@@ -118,7 +118,7 @@ def test_no_float64_comes_to_a_device_that_has_none(monkeypatch):
     terms = dict.fromkeys(LOSS_TERMS, 1.0)
     training = Training(
         FCN_GCN(encoder="resnet18", pretrained=False),
-        Params(**TINY, augment=True, ema_decay=0.9, loss_weights=terms),
+        Params(**TINY, augment=True, cutmix=0.5, ema_decay=0.9, loss_weights=terms),
         10,
     )
     on_device(training)
