@@ -169,7 +169,9 @@ def load_network(model_dir: Path, restore_file: str, device: torch.device) -> tu
         return params, file, checkpoint
 
     params, file, checkpoint = distributed.broadcast_from_main(read)
-    model = FCN_GCN(**params.network_options(), pretrained=False)
+    with torch.device("meta"):  # without the random weights, which would take longer than the checkpoint's
+        model = FCN_GCN(**params.network_options(), pretrained=False)
+    model.to_empty(device="cpu")
     with distributed.together():
         load_weights(model, predicting_weights(checkpoint), file)
     to_device(model, params, device)
