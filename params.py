@@ -108,7 +108,7 @@ class Params:
         0.0,
         "from 0 to 1",
         lambda v: 0 <= v <= 1,
-        "CutMix: probability that a photo gets a box of the photo before it in the batch, mask and all",
+        "CutMix: probability that a box of a photo, and of its mask, is replaced by that of another of the batch",
     )
     normalize: bool = _flag(True, "with ImageNet's mean and standard deviation; false: values in [0, 1]")
     cache: bool = _flag(

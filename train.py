@@ -166,13 +166,13 @@ def build_and_train(params: Params, device: torch.device, args: argparse.Namespa
     check_same_lists(train_split, val_split)
 
     seed_everything(params.seed, deterministic=params.deterministic)
-    reuse_memory(device)
     with distributed.together():
         model, fresh_layers = build_model(params, start.init_from, resumed=restored is not None)
     to_device(model, params, device)
     train_loader, val_loader = distributed.local_rank0_first(
         lambda: make_loaders(train_split, val_split, names, params, device)
     )
+    reuse_memory(device)
     training = Training(
         model,
         params,

@@ -80,7 +80,7 @@ part steps 240 python benchmarks/steps.py --device "$device" "${steps[@]}"
 part run 240 python benchmarks/run.py --device "$device" --repeats "$repeats"
 part prediction 90 python benchmarks/prediction.py --device "$device" "${photos[@]}"
 part encoders 90 python benchmarks/steps.py --device "$device" "${deep[@]}"
-part train $((1170 - SECONDS + begun > 60 ? 1170 - SECONDS + begun : 60)) bash -c train
+part train $((1130 - SECONDS + begun > 60 ? 1130 - SECONDS + begun : 60)) bash -c train
 part results 60 python synthesize_results.py --parent_dir "$out/runs" --over_seeds
 
 {

@@ -161,7 +161,7 @@ def explain(comparisons: list[Comparison]) -> str:
     for each in comparisons:
         if len(each.whole) > 1:
             count = f"{len(each.whole)} comparisons on {each.split}"
-            lines.append(f"Better and worse are corrected for {count} (Holm), the intervals are not.")
+            lines.append(f"Better and worse are corrected for {count} (Holm); the intervals are not.")
         if each.uncounted:
             runs = ", ".join(map(table_text, each.uncounted))
             lines.append(f"On {each.split} rows are left out whose photos were not counted: {runs}; score them again.")

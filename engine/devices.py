@@ -15,6 +15,7 @@ from model import cores
 from params import Params
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+MALLOC_VARIABLES = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES"}
 
 
 def to_device(model: nn.Module, params: Params, device: torch.device) -> None:
@@ -23,14 +24,17 @@ def to_device(model: nn.Module, params: Params, device: torch.device) -> None:
 
 
 def reuse_memory(device: torch.device) -> None:
-    """Let malloc keep what a step on the CPU frees, for the next one: what the kernel gives anew it fills with zeros.
+    """Let malloc keep the memory that a step on the CPU frees, for the next step.
 
-    Without, that is 10 to 25 % of a step (benchmarks/RESULTS.md). The options are those of mallopt(3); nothing changes
-    where libc is not glibc.
+    Otherwise it goes back to the kernel, which fills it with zeros before it gives it out again; benchmarks/RESULTS.md
+    says what that takes. The options are those of mallopt(3): nothing changes where libc is not glibc, or where the
+    environment sets one of them.
     """
-    if device.type == "cpu" and sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(M_MMAP_MAX, 0)
+    if device.type == "cpu" and sys.platform == "linux" and not MALLOC_VARIABLES & os.environ.keys():
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt:
+            mallopt(M_TRIM_THRESHOLD, -1)
+            mallopt(M_MMAP_MAX, 0)
 
 
 def rng_states(device: torch.device) -> list[torch.Tensor]:

@@ -198,6 +198,11 @@ def check_trainable(params: Params, count: int) -> None:
         raise UserError(
             '"compile" and "activation_checkpointing" together are for one process; set one of them to false'
         )
+    if params.cutmix and params.batch_size // processes < 2:
+        raise UserError(
+            f'"cutmix" mixes the photos of a process, and "batch_size" {params.batch_size} gives each of {processes} a '
+            'single one; raise "batch_size", or set "cutmix" to 0'
+        )
     single = (count % params.batch_size or params.batch_size) == 1 and not params.freeze_encoder_statistics
     if single and params.stem_maxpool and params.image_size <= 32:
         raise UserError(

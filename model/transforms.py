@@ -120,6 +120,7 @@ BRIGHTNESS = CONTRAST = SATURATION = 0.3  # at most that much more or less
 HUE = 0.05  # of a turn at most
 LUMA = (0.299, 0.587, 0.114)
 BOX_AREAS = 0.3, 0.7  # of CutMix, as shares of the square's
+FOR_AUGMENT = 8  # of an example's random numbers
 
 
 @torch.no_grad()
@@ -141,7 +142,7 @@ def augment(images: Tensor, labels: Tensor, seeds: Tensor) -> tuple[Tensor, Tens
     if not len(images):
         return images.float(), labels
     side, device = images.shape[-1], images.device
-    drawn = _drawn(seeds)[:, :8]
+    drawn = _drawn(seeds)[:, :FOR_AUGMENT]
     numbers = torch.cat([drawn[:, :4], _colour_change(drawn[:, 4:].double())], 1).float().to(device, non_blocking=True)
     scale = SCALES[0] + (SCALES[1] - SCALES[0]) * numbers[:, 0]
     edges = photo_edges(images, labels).float()
@@ -167,17 +168,18 @@ def augment(images: Tensor, labels: Tensor, seeds: Tensor) -> tuple[Tensor, Tens
 
 @torch.no_grad()
 def cutmix(images: Tensor, labels: Tensor, seeds: Tensor, probability: float) -> tuple[Tensor, Tensor]:
-    """Give photos, each with that probability, a box of the photo before them in the batch, with the box of its mask.
+    """Replace a box of photos, each with that probability, by that of the photo before in the batch, masks alike.
 
-    CutMix (Yun et al., 2019, arXiv:1905.04899), with masks. The box is a square of 0.3 to 0.7 of the area, at random in
-    the photo and at the same place in both. The first photo gets it from the last one.
+    CutMix (Yun et al., 2019, arXiv:1905.04899) with masks. The box is a square, at random in the larger square, padding
+    or not, and at the same place in both. Unlike the paper's it has 0.3 to 0.7 of the area and is never cut off at an
+    edge, so that it always covers the middle. The first photo gets the last one's; a photo alone stays as it is.
 
     Args:
         images: (B, 3, S, S) of any dtype.
         labels: (B, S, S), on the same device.
         seeds: int64 (B) on the CPU: whether a photo gets a box, and which, depends on its seed alone.
     """
-    mixed, area, left, top = _drawn(seeds)[:, 8:].to(images.device, non_blocking=True).T
+    mixed, area, left, top = _drawn(seeds)[:, FOR_AUGMENT:].to(images.device, non_blocking=True).T
     side = images.shape[-1]
     width = (BOX_AREAS[0] + (BOX_AREAS[1] - BOX_AREAS[0]) * area).sqrt() * side
     centres = torch.arange(side, device=images.device) + 0.5
@@ -187,8 +189,8 @@ def cutmix(images: Tensor, labels: Tensor, seeds: Tensor, probability: float) ->
 
 
 def _drawn(seeds: Tensor) -> Tensor:
-    """Return float32 (B, 12) from 0 to 1: for each example the numbers of augment(), 8, and of cutmix(), 4."""
-    drawn = torch.empty(len(seeds), 12)
+    """Return float32 from 0 to 1: for each example (a row) the numbers of augment(), then those of cutmix()."""
+    drawn = torch.empty(len(seeds), FOR_AUGMENT + 4)
     for row, seed in zip(drawn, seeds.tolist(), strict=True):
         row.uniform_(generator=torch.Generator().manual_seed(seed))
     return drawn

@@ -14,7 +14,7 @@ import traceback
 import urllib.request
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -148,13 +148,14 @@ def run_script(script: str, *args, check: int | None = 0, **options) -> subproce
 @contextmanager
 def paused(*processes: int) -> Iterator[None]:
     """Stop processes, by their numbers, while something else happens that takes no notice of how far they are."""
-    for number in processes:
-        os.kill(number, signal.SIGSTOP)
     try:
+        for number in processes:
+            os.kill(number, signal.SIGSTOP)
         yield
     finally:
         for number in processes:
-            os.kill(number, signal.SIGCONT)
+            with suppress(ProcessLookupError):
+                os.kill(number, signal.SIGCONT)
 
 
 def make_experiment(folder: Path, **params) -> Path:
@@ -191,16 +192,6 @@ def rename_classes(experiment: Path, data: Path, folder: Path, names: list[str])
     file.unlink()  # it may be a link to the one that other tests read
     torch.save(checkpoint | {"class_names": names}, file)
     return folder
-
-
-@pytest.fixture(scope="session", autouse=True)
-def reused_memory() -> None:
-    """Tests that train here are as fast as train.py."""
-    import torch
-
-    from engine.devices import reuse_memory
-
-    reuse_memory(torch.device("cpu"))
 
 
 @pytest.fixture

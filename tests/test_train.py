@@ -1,11 +1,15 @@
 import copy
+import ctypes
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import sys
 import warnings
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +22,14 @@ from torch import nn
 import train
 import utils
 from engine import checkpoints, folders, outputs, run, training
+from engine.devices import M_MMAP_MAX, M_TRIM_THRESHOLD, reuse_memory
 from engine.training import Training, build_optimizer, learning_rate_at, parameter_groups
 from evaluate import evaluate
 from model import UserError
 from model.data_loader import SegmentationDataset, make_loader
 from model.layouts import Split, class_names, find_split
+from model.losses import SegmentationLoss
+from model.transforms import augment, cutmix, to_input
 from params import METRICS, Params
 from train import train_epoch
 
@@ -331,6 +338,7 @@ def test_without_data_one_line_names_the_two_ways_on(tmp_path):
         ({}, ["--init_from", "nowhere.pth.tar"], "no checkpoint nowhere.pth.tar"),
         ({"image_size": 32, "stem_maxpool": True, "batch_size": 5}, [], "leaves a batch of one among 6 images"),
         ({"image_size": 32, "stem_maxpool": True, "batch_size": 1}, [], "leaves a batch of one among 6 images"),
+        ({"batch_size": 1, "cutmix": 0.5}, [], '"batch_size" 1 gives each of 1 a single one; raise "batch_size"'),
         ({}, ["--restore_file", "../run/last"], "give the name of a checkpoint"),
         ({}, ["--restore_file", ""], "give the name of a checkpoint"),
     ],
@@ -570,6 +578,53 @@ def test_normalize_and_loss_weights_reach_the_training(data):
     }
     assert len(set(losses.values())) == 3
     assert losses["{'loss_weights': {'cross_entropy': 1.0}}"] > 2  # about log 21
+
+
+@pytest.mark.parametrize("options", [{}, {"augment": True}, {"cutmix": 1.0}, {"augment": True, "cutmix": 1.0}], ids=str)
+def test_photos_are_augmented_then_mixed_with_their_masks(data, options):
+    params = Params(**TINY | {"batch_size": 6} | options)
+    loader = loader_of(data, batch_size=6)
+    ((images, labels, seeds),) = loader
+    if params.augment:
+        images, labels = augment(images, labels, seeds)
+    if params.cutmix:
+        images, labels = cutmix(images, labels, seeds, 1.0)
+    training = Training(network(), params, 1)
+    seen = []
+    training.model.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    result = train_epoch(training, loader)
+    assert torch.equal(seen[0], to_input(images, "cpu"))
+    loss = SegmentationLoss(**params.loss_options())(network().train()(to_input(images, "cpu")), labels)
+    assert result["loss"] == pytest.approx(loss.item())
+
+
+def heap_after(blocks: int) -> int:
+    """How many MiB the heap has grown by when so many blocks of 300 MiB have been taken and given back."""
+    libc = ctypes.CDLL(None)
+    libc.sbrk.restype = libc.malloc.restype = ctypes.c_void_p
+    start = libc.sbrk(0)
+    for block in [libc.malloc(300 * 2**20) for _ in range(blocks)]:
+        libc.free(ctypes.c_void_p(block))
+    return (libc.sbrk(0) - start) // 2**20
+
+
+def heaps(variables: dict[str, str]) -> tuple[int, int]:
+    """Before and after reuse_memory(), from glibc's defaults."""
+    os.environ |= variables
+    for option, default in ((M_TRIM_THRESHOLD, 128 * 1024), (M_MMAP_MAX, 65536)):
+        ctypes.CDLL(None).mallopt(option, default)
+    before = heap_after(10)
+    reuse_memory(torch.device("cpu"))
+    return before, heap_after(10)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries have other options")
+def test_freed_memory_is_kept_unless_the_environment_says_how_much():
+    for variables in ({}, {"MALLOC_TRIM_THRESHOLD_": "131072"}):
+        with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+            before, after = pool.submit(heaps, variables).result(timeout=60)
+        assert before < 300
+        assert after < 300 if variables else after >= 3000
 
 
 def test_metrics_of_training_count_every_batch(data):
@@ -901,7 +956,7 @@ def test_a_checkpoint_crosses_devices_with_its_optimizer(data, tmp_path, first, 
     [
         {},
         {"clip_grad_norm": 1.0, "ema_decay": 0.9, "loss_weights": {"balanced_cross_entropy": 1.0}},
-        {"optimizer": "adamw", "schedule": "poly", "augment": True},
+        {"optimizer": "adamw", "schedule": "poly", "augment": True, "cutmix": 0.5},
         {"precision": "fp16"},
     ],
     ids=str,
