@@ -613,9 +613,9 @@ def heaps(variables: dict[str, str]) -> tuple[int, int]:
     os.environ |= variables
     for option, default in ((M_TRIM_THRESHOLD, 128 * 1024), (M_MMAP_MAX, 65536)):
         ctypes.CDLL(None).mallopt(option, default)
-    before = heap_after(10)
+    before = heap_after(20)
     reuse_memory(torch.device("cpu"))
-    return before, heap_after(10)
+    return before, heap_after(20)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries have other options")
@@ -624,7 +624,7 @@ def test_freed_memory_is_kept_unless_the_environment_says_how_much():
         with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
             before, after = pool.submit(heaps, variables).result(timeout=60)
         assert before < 300
-        assert after < 300 if variables else after >= 3000
+        assert after < 300 if variables else after >= 3000  # of 6000: some are free in the heap that is forked
 
 
 def test_metrics_of_training_count_every_batch(data):
