@@ -303,24 +303,13 @@ def test_a_signal_ends_predictions_whose_reading_waits_for_a_file(trained, data,
 # ---------------------------------------------------------------------------------------- streams
 
 
-def shell(words: str, experiment: Path, data: Path) -> subprocess.CompletedProcess:
-    """A command line of bash, with train standing for python train.py on an experiment."""
-    train = f"{sys.executable} train.py --model_dir {experiment} --data_dir {data}"
-    return subprocess.run(
-        ["bash", "-c", f"set -o pipefail; {words.replace('train', train)}"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
 @pytest.mark.parametrize("reader", ["a full disk", "one who leaves", "nobody"])
 def test_a_run_goes_on_without_anybody_to_speak_to(tmp_path, data, reader):
     experiment = make_experiment(tmp_path / "run", num_epochs=1)
     flags = "train.py", "--model_dir", experiment, "--data_dir", data
     if reader == "nobody":
-        result = shell("train <&- 2>&- >&-", experiment, data)
+        command = f"{sys.executable} train.py --model_dir {experiment} --data_dir {data} <&- 2>&- >&-"
+        result = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120)
         assert (result.returncode, result.stderr) == (0, "")
     else:
         with open("/dev/full" if reader == "a full disk" else os.devnull, "w") as full:
@@ -332,12 +321,16 @@ def test_a_run_goes_on_without_anybody_to_speak_to(tmp_path, data, reader):
 
 
 def test_a_table_that_nobody_reads_is_no_error(straight):
-    experiment, data = straight
-    command = f"{sys.executable} synthesize_results.py --parent_dir {experiment}"
-    for words, said in ((f"{command} | true", ""), (f"{command} > /dev/full", "No space left on device")):
+    experiment, _ = straight
+    reader, pipe = os.pipe()
+    os.close(reader)
+    full = os.open("/dev/full", os.O_WRONLY)
+    for stdout, said in ((pipe, ""), (full, "No space left on device")):
         (experiment / "results.md").unlink(missing_ok=True)
-        result = shell(words, experiment, data)
-        assert result.returncode and said in result.stderr and result.stderr.count("\n") == bool(said)
+        process = start_script("synthesize_results.py", "--parent_dir", experiment, stdout=stdout)
+        os.close(stdout)
+        stderr = process.communicate()[1]
+        assert process.returncode and said in stderr and stderr.count("\n") == bool(said)
         assert (experiment / "results.md").exists()
 
 
