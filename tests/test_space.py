@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -225,9 +225,6 @@ def test_the_recipe_sets_out_from_the_original():
     for name, change in side_steps.items():
         assert differing(rungs[int(name[0])], runs[f"{name}__seed_1"]) == set(change.split())
     assert len(runs) == 3 * (len(rungs) + len(side_steps))
-    last = base | trials["9_augment__seed_1"] | {"num_epochs": 60}
-    best = Params.load(ROOT / "experiments" / "best" / "params.json")
-    assert replace(Params.parse(last, sweep), seed=best.seed, num_workers=best.num_workers) == best
 
 
 json_values = st.recursive(
