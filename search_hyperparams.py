@@ -45,7 +45,7 @@ def print_summary(study: Study) -> int:
     if scores:
         best = better_of(study.metric)(scores, key=lambda name: scores[name])
         line += f"; best {study.metric} {scores[best]:.4f} by {best}"
-    print(f"{len(trials)} trials: {line}")
+    print(f"{len(trials)} trial{'s' * (len(trials) != 1)}: {line}")
     if len(trials) < study.n_trials:
         print(f"no others than these {len(trials)} were found in the search space")
     if counts[TrialState.FAIL]:

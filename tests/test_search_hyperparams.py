@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import random
 import re
 import signal
@@ -120,32 +121,25 @@ def test_a_sweep_killed_midway_and_started_again_finishes_each_trial_once(tmp_pa
     assert not train_processes(sweep)
 
 
-def test_an_interrupt_ends_every_trial_and_the_same_command_goes_on(tmp_path, data_dir):
-    """Nothing is forked here: Python starts for the sweep and for each trial, as for a user."""
-    sweep = make_sweep(tmp_path / "sweep", {"learning_rate": [0.01, 0.001]}, num_epochs=5)
-    command = [sys.executable, str(ROOT / "search_hyperparams.py"), *arguments(sweep, data_dir, "--jobs", 2)]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "5,GPU-7"}
+def test_an_interrupt_ends_the_trial_and_the_same_command_goes_on(tmp_path, data_dir):
+    """Nothing is forked here: Python starts for the sweep and for its trial, as for a user."""
+    sweep = make_sweep(tmp_path / "sweep", {"learning_rate": [0.01]}, num_epochs=5)
+    command = [sys.executable, str(ROOT / "search_hyperparams.py"), *arguments(sweep, data_dir)]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "GPU-7,5"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-    folders = [sweep / f"learning_rate_{rate}" for rate in (0.01, 0.001)]
-    wait_until(lambda: all((folder / "last.pth.tar").exists() for folder in folders))
-    devices = [
-        variable
-        for number in train_processes(sweep)
-        for variable in Path(f"/proc/{number}/environ").read_text().split("\0")
-        if variable.startswith("CUDA_VISIBLE_DEVICES=")
-    ]
-    assert sorted(devices) == ["CUDA_VISIBLE_DEVICES=5", "CUDA_VISIBLE_DEVICES=GPU-7"]
-    assert len(list((sweep / ".locks").glob("gpu-*"))) == 2
+    trial = sweep / "learning_rate_0.01"
+    wait_until((trial / "last.pth.tar").exists)
+    (number,) = train_processes(sweep)
+    assert "CUDA_VISIBLE_DEVICES=GPU-7" in Path(f"/proc/{number}/environ").read_text().split("\0")
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130 and not train_processes(sweep)
     assert stderr == "interrupted; the same command resumes the sweep\n", stdout
     assert not any(is_locked(path) for path in (sweep / ".locks").iterdir())
 
-    assert "2 trials: 2 finished" in search(sweep, data_dir, "--jobs", 2).stdout
-    for folder in folders:
-        assert [epoch["epoch"] for epoch in read_history(folder)] == [1, 2, 3, 4, 5]
-        assert logged(folder, "epoch 1/5") == 1 and logged(folder, "continuing after epoch [1-4]") == 1
+    assert "1 trial: 1 finished" in search(sweep, data_dir).stdout
+    assert [epoch["epoch"] for epoch in read_history(trial)] == [1, 2, 3, 4, 5]
+    assert logged(trial, "epoch 1/5") == 1 and logged(trial, "continuing after epoch [1-4]") == 1
 
 
 def test_what_is_wrong_with_the_folder_of_a_trial_does_not_hinder_the_others(tmp_path, data_dir):
@@ -175,7 +169,7 @@ def test_results_without_a_last_checkpoint_are_taken_up_from_the_best_one(tmp_pa
     (trial / "metrics_test_best.json").write_text("{}")
     before = {path: path.read_bytes() for path in trial.iterdir()}
     (sweep / "study.journal").unlink()
-    assert "1 trials: 1 finished" in search(sweep, data_dir).stdout
+    assert "1 trial: 1 finished" in search(sweep, data_dir).stdout
     assert {path: path.read_bytes() for path in trial.iterdir()} == before
 
 
@@ -222,10 +216,12 @@ def test_a_damaged_history_fails_its_trial_only(tmp_path, data_dir):
     assert "2 trials: 1 finished, 1 failed" in result.stdout and not train_processes(sweep)
 
 
-def test_a_second_start_is_refused_and_the_first_goes_on(tmp_path, data_dir):
-    sweep = make_sweep(tmp_path / "sweep", {"learning_rate": [0.01]}, num_epochs=1000)
-    process = start(sweep, data_dir)
-    wait_until(lambda: logged(sweep / "learning_rate_0.01", "epoch 1/1000"))
+def test_a_second_start_is_refused_and_the_first_goes_on_until_it_is_ended_with_every_trial(tmp_path, data_dir):
+    sweep = make_sweep(tmp_path / "sweep", {"learning_rate": [0.01, 0.001]}, num_epochs=1000)
+    flags = "search_hyperparams.py", *arguments(sweep, data_dir, "--jobs", 2)
+    process = start_script(*flags, CUDA_VISIBLE_DEVICES="5,GPU-7")
+    for rate in (0.01, 0.001):
+        wait_until(lambda rate=rate: logged(sweep / f"learning_rate_{rate}", "epoch 1/1000"))
     with paused(*train_processes(sweep)):
         result = search(sweep, data_dir, check=2)
     assert result.stderr == (
@@ -233,11 +229,14 @@ def test_a_second_start_is_refused_and_the_first_goes_on(tmp_path, data_dir):
         "wait for it, or stop it first\n"
     )
     assert process.poll() is None
+    held = sorted(path.name for path in (sweep / ".locks").glob("gpu-*") if is_locked(path))
+    assert held == [f"gpu-{platform.node()}-{device}" for device in ("5", "GPU-7")]
     process.send_signal(signal.SIGTERM)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 143 and not train_processes(sweep)
     assert "learning_rate_0.01: epoch 1/1000, mIoU 0." in stdout
     assert stderr == "interrupted; the same command resumes the sweep\n"
+    assert not any(is_locked(path) for path in (sweep / ".locks").iterdir())
 
 
 def test_the_gpu_of_a_trial_that_outlives_its_coordinator_is_not_used_by_another(tmp_path, data_dir):
@@ -326,5 +325,5 @@ def test_a_new_trial_never_takes_the_folder_that_another_one_keeps(tmp_path, dat
     (sweep / "search_space.json").write_text('[{"name": "new", "seed": [1]}, {"name": "short", "seed": [4]}]')
     assert "short/params.json is of another experiment than this trial; move" in search(sweep, data_dir, check=2).stderr
     (sweep / "search_space.json").write_text('{"name": "new", "seed": [1]}')
-    assert "1 trials: 1 finished" in search(sweep, data_dir).stdout
+    assert "1 trial: 1 finished" in search(sweep, data_dir).stdout
     assert {path: path.read_bytes() for path in sweep.glob("*/*")} == before

@@ -610,6 +610,8 @@ def heap_after(blocks: int) -> int:
 
 def heaps(variables: dict[str, str]) -> tuple[int, int]:
     """Before and after reuse_memory(), from glibc's defaults."""
+    for name in [name for name in os.environ if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES"]:
+        del os.environ[name]
     os.environ |= variables
     for option, default in ((M_TRIM_THRESHOLD, 128 * 1024), (M_MMAP_MAX, 65536)):
         ctypes.CDLL(None).mallopt(option, default)
