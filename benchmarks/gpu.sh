@@ -3,17 +3,35 @@
 #   benchmarks/gpu.sh OUT DATA_DIR     writes OUT/<part>.txt, and OUT/tables.md for the RESULTS pages
 #   benchmarks/gpu.sh OUT --rehearse   the same in small on the CPU, on drawn scenes
 # DATA_DIR is VOC2012 with trainaug.txt and val.txt, and val2.txt if there is one. A part that fails or runs out of time
-# is said at the end and hinders no other.
+# is reported at the end; the others still run.
 set -u
-cd "$(dirname "$0")/.."
-if [[ $# -ne 2 ]]; then sed -n 's/^#   //p' "$0" >&2; exit 2; fi
+if [[ $# -ne 2 || $1 == -* || ($2 == -* && $2 != --rehearse) ]]; then sed -n 's/^#   //p' "$0" >&2; exit 2; fi
 out=$(realpath -m "$1") data=$2 failed=() begun=$SECONDS
+if [[ $data != --rehearse ]]; then data=$(realpath -m "$data"); fi
+cd "$(dirname "$0")/.."
+if [[ $data != --rehearse ]]; then
+    python - "$data" <<'EOF' || exit 2
+import sys
+from pathlib import Path
+import torch
+from model import UserError
+from model.layouts import find_split
+try:
+    for split in ("trainaug", "val"):
+        find_split("voc", Path(sys.argv[1]), split)
+    if not torch.cuda.is_available():
+        raise UserError("PyTorch sees no GPU here; --rehearse goes without one")
+except UserError as error:
+    sys.exit(f"gpu.sh: error: {error}")
+EOF
+fi
 mkdir -p "$out"
 
 if [[ $data == --rehearse ]]; then
     device=cpu slack=4 tests="gpu and slow" repeats=1 seeds="1 2" data=$out/data
     recipe='{"dataset": "sample", "pretrained": false, "encoder": "resnet18", "image_size": 32, "num_epochs": 2}'
-    steps=(--encoders resnet18 --sizes 32 --precisions fp32 bf16 --compile off --checkpointing off)
+    steps=(--encoders resnet18 --sizes 32 --precisions fp32 bf16 --checkpointing off)
+    compiled=(--encoders resnet18 --sizes 32 --precisions fp32 --compile off --checkpointing off)
     deep=(--encoders resnet18 --sizes 32)
     photos=(--image_size 32 --photos 4 --repeats 1)
 else
@@ -24,8 +42,10 @@ base = json.load(open("experiments/best/params.json"))
 print(json.dumps(base | {"image_size": 224, "train_split": "trainaug", "batch_size": 32, "num_epochs": 20}))
 EOF
     )
-    steps=(--encoders resnet50 --sizes 224 512 --batch_sizes 5 32 128 --precisions fp32 bf16 fp16 --compile off on
-        --checkpointing off --steps 10)
+    steps=(--encoders resnet50 --sizes 224 512 --batch_sizes 32 5 128 --precisions bf16 fp32 fp16 --checkpointing off
+        --steps 10)
+    compiled=(--encoders resnet50 --sizes 224 512 --batch_sizes 32 --precisions bf16 --compile on --checkpointing off
+        --steps 10)
     deep=(--encoders resnet18 resnet50 resnet152 --sizes 224 512 --batch_sizes 16 --steps 5)
     photos=(--data_dir "$data" --batch_size 32)
 fi
@@ -41,6 +61,7 @@ part() { # name, seconds at most, command
 # A run that goes from the device to the CPU and back, two epochs on each.
 across() {
     local run=$out/across epochs=0 where
+    rm -rf "$run"
     mkdir -p "$run"
     for where in "$device" cpu "$device"; do
         epochs=$((epochs + 2))
@@ -54,37 +75,46 @@ EOF
     grep -q "trained 6 of 6 epochs" "$run/train.log"
 }
 
-# The recipe with several seeds, each scored at the photos' own size.
+# The recipe with several seeds.
 train() {
-    local seed split run
+    local seed run
     for seed in $seeds; do
         run=$out/runs/best224__seed_$seed
         mkdir -p "$run"
         python -c "import json, sys; print(json.dumps(json.loads(sys.argv[1]) | {'seed': $seed}))" "$recipe" >"$run/params.json"
         python train.py --model_dir "$run" --data_dir "$data" --device "$device" --resume || return
+    done
+}
+
+# Each of them at the photos' own size, also one for which the time ran out.
+score() {
+    local split file
+    for file in "$out"/runs/*/best.pth.tar; do
         for split in val val2; do
-            if [[ $split == val || -f $data/val2.txt ]]; then
-                python evaluate.py --model_dir "$run" --data_dir "$data" --device "$device" --original_size --split "$split" ||
-                    return
+            if [[ $split == val || -f $data/val2.txt || -f $data/ImageSets/Segmentation/val2.txt ]]; then
+                python evaluate.py --model_dir "$(dirname "$file")" --data_dir "$data" --device "$device" --original_size \
+                    --split "$split" || return
             fi
         done
     done
 }
 
-export -f across train
+export -f across train score
 export out data device seeds recipe TQDM_DISABLE=1 # progress bars are no part of a table
 code=$([[ $tests == gpu ]] && echo 0 || echo 5) # 5: no test was selected, as is right in a rehearsal
-part tests 240 bash -c "python -m pytest -n 0 -m '$tests'; [[ \$? -eq $code ]]"
-part across 120 bash -c across
-part steps 240 python benchmarks/steps.py --device "$device" "${steps[@]}"
-part run 240 python benchmarks/run.py --device "$device" --repeats "$repeats"
-part prediction 90 python benchmarks/prediction.py --device "$device" "${photos[@]}"
-part encoders 90 python benchmarks/steps.py --device "$device" "${deep[@]}"
-part train $((1130 - SECONDS + begun > 60 ? 1130 - SECONDS + begun : 60)) bash -c train
-part results 60 python synthesize_results.py --parent_dir "$out/runs" --over_seeds
+part tests 200 bash -c "python -m pytest -n 0 -m '$tests'; [[ \$? -eq $code ]]"
+part across 100 bash -c across
+part steps 180 python benchmarks/steps.py --device "$device" "${steps[@]}"
+part run 220 python benchmarks/run.py --device "$device" --repeats "$repeats"
+part compiled 120 python benchmarks/steps.py --device "$device" "${compiled[@]}"
+part prediction 80 python benchmarks/prediction.py --device "$device" "${photos[@]}"
+part encoders 100 python benchmarks/steps.py --device "$device" "${deep[@]}"
+part train $((1020 - SECONDS + begun > 60 ? 1020 - SECONDS + begun : 60)) bash -c train
+part score 90 bash -c score
+part results 30 python synthesize_results.py --parent_dir "$out/runs" --over_seeds
 
 {
-    for name in steps encoders run prediction results; do
+    for name in steps compiled encoders run prediction results; do
         printf '\n## %s\n\n' "$name"
         cat "$out/$name.txt"
     done

@@ -8,6 +8,8 @@ or fails, the cell says so.
 import argparse
 import itertools
 import json
+import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -85,32 +87,41 @@ def cell(options: dict[str, Any], args: argparse.Namespace) -> str:
     command = [sys.executable, __file__, "--one", json.dumps(options), "--steps", str(args.steps)]
     result = subprocess.run([*command, "--device", args.device], capture_output=True, text=True)
     if result.returncode:
-        return "out of memory" if "memory" in result.stderr or result.returncode < 0 else "failed"
+        full = (
+            re.search("OutOfMemoryError|can't allocate memory", result.stderr) or result.returncode == -signal.SIGKILL
+        )
+        return "out of memory" if full else "failed"
     seconds, memory = map(float, result.stdout.split())
     return f"{seconds:.3g} s, {memory / 1024:.2f} GiB"
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> int:
+    """Print the table, of the rows that there was time for. Returns the exit status."""
     device = pick_device(args.device)
     if args.one:
         print(*measure(args.one, args.steps, device))
-        return
-    rows = []
+        return 0
+    rows, status = [], 0
     choices = args.encoders, args.sizes, args.batch_sizes, args.precisions, args.compile
-    for encoder, size, batch, precision, compiled in tqdm([*itertools.product(*choices)], unit="row"):
-        options = {"encoder": encoder, "image_size": size, "batch_size": batch, "precision": precision}
-        cells = [
-            cell(options | {"compile": compiled == "on", "activation_checkpointing": again == "on"}, args)
-            for again in args.checkpointing
-        ]
-        rows.append([*options.values(), compiled, *cells])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # sent where the time is limited
+    try:
+        for encoder, size, batch, precision, compiled in tqdm([*itertools.product(*choices)], unit="row"):
+            options = {"encoder": encoder, "image_size": size, "batch_size": batch, "precision": precision}
+            cells = [
+                cell(options | {"compile": compiled == "on", "activation_checkpointing": again == "on"}, args)
+                for again in args.checkpointing
+            ]
+            rows.append([*options.values(), compiled, *cells])
+    except KeyboardInterrupt:
+        status = 1
     titles = {"off": "a step", "on": "with activation_checkpointing"}
     headers = ["encoder", "size", "batch", "precision", "compile", *(titles[again] for again in args.checkpointing)]
     print(tabulate(rows, headers=headers, tablefmt="pipe"))
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
     auto = resolve_precision(Params(), device).precision
     print(f"\n{name}, PyTorch {torch.__version__}, auto is {auto}, median of {args.steps}")
+    return status
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    raise SystemExit(main(parse_args()))

@@ -117,6 +117,40 @@ def test_what_is_to_be_measured_on_a_gpu_can_be_rehearsed_without_one(tmp_path):
     assert "val_original_size_mIoU" in tables
 
 
+def test_a_part_that_fails_on_a_gpu_is_named_and_the_others_are_kept(tmp_path):
+    stub = tmp_path / "bin" / "python"
+    stub.parent.mkdir()
+    stub.write_text(
+        '#!/bin/sh\necho "table of $*"; case "$*" in *benchmarks/run.py*) exit 3;; *-m\\ pytest*) exit 5;; esac\n'
+    )
+    stub.chmod(0o755)
+    environment = os.environ | {"PATH": f"{stub.parent}:{os.environ['PATH']}"}
+    script = ROOT / "benchmarks" / "gpu.sh"
+    command = [script, "out", "--rehearse"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert (result.returncode, result.stderr.split(";")[0]) == (1, "failed or out of time: across run")  # no train.log
+    tables = (tmp_path / "out" / "tables.md").read_text()
+    assert [line.split()[2].split("/")[-1] for line in tables.splitlines() if line.startswith("table of")] == [
+        *("steps.py", "steps.py", "steps.py", "run.py", "prediction.py", "synthesize_results.py")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("out", "--rehearsal"), "gpu.sh OUT DATA_DIR"),
+        (("out",), "gpu.sh OUT DATA_DIR"),
+        pytest.param(("out", "absent"), "gpu.sh: error: ", marks=pytest.mark.slow),
+    ],
+)
+def test_what_cannot_be_measured_on_a_gpu_is_refused_before_anything_is_written(tmp_path, flags, words):
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = [ROOT / "benchmarks" / "gpu.sh", *flags]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert result.returncode == 2 and words in result.stderr and "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_the_scaling_table_is_printed():
     flags = ("--steps", 1, "--repeats", 1, "--image_size", 32, "--batch_size", 4, "--device", "cpu")

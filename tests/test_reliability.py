@@ -151,7 +151,7 @@ def assert_same_run(first: Path, second: Path) -> None:
 def test_a_run_killed_at_random_moments_ends_as_if_nothing_had_happened(straight, tmp_path):
     experiment, data = straight
     cut = make_experiment(tmp_path / "cut", **EVERYTHING)
-    kill_at(cut, data, random.uniform(0, 1.5))
+    kill_at(cut, data, random.uniform(0, 0.8))
     assert kill_at(cut, data, "saves")
     finish(cut, data)
     assert_same_run(cut, experiment)

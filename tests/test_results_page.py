@@ -10,8 +10,12 @@ import pytest
 from conftest import ROOT, run_script
 
 PAGE = (ROOT / "docs" / "RESULTS.md").read_text()
-# A command in the page, and all up to the next one: the tables that it makes.
-COMMANDS = re.findall(r"^python synthesize_results.py (--parent_dir docs/runs.*)$((?:\n(?!#).*)*)", PAGE, re.MULTILINE)
+# Commands in the page, and what follows up to the next ones: the table that they make.
+BLOCKS = re.findall(
+    r"^((?:python synthesize_results.py --parent_dir docs/runs.*\n)+)```\n((?:(?!python synth).*\n)*)",
+    PAGE,
+    re.MULTILINE,
+)
 
 
 def cells(row: dict[str, str]) -> list[str]:
@@ -30,17 +34,21 @@ def cells(row: dict[str, str]) -> list[str]:
     return scores + differences
 
 
-@pytest.mark.parametrize(("flags", "text"), COMMANDS, ids=[flags.split()[1] for flags, _ in COMMANDS])
-def test_a_table_says_what_its_command_prints(flags, text, tmp_path):
-    folder, *others = shlex.split(flags)[1:]
-    runs = Path(shutil.copytree(ROOT / folder, tmp_path / "runs"))
-    run_script("synthesize_results.py", "--parent_dir", runs, *others)
-    with (runs / "results.csv").open(newline="") as file:
-        expected = {row["name"]: cells(row) for row in csv.DictReader(file)}
+@pytest.mark.parametrize(("commands", "text"), BLOCKS, ids=[commands.split()[-1] for commands, _ in BLOCKS])
+def test_a_table_says_what_its_commands_print(commands, text, tmp_path):
+    expected = {}
+    for command in commands.splitlines():
+        folder, *others = shlex.split(command)[3:]
+        runs = Path(shutil.copytree(ROOT / folder, tmp_path / Path(folder).name))
+        run_script("synthesize_results.py", "--parent_dir", runs, *others)
+        with (runs / "results.csv").open(newline="") as file:
+            expected |= {f"{runs.name}/{row['name']}": cells(row) for row in csv.DictReader(file)}
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:3] == "| `"]
     said = {row[0].strip("`"): row[-4:] for row in rows}
     assert said and said == {name: expected[name] for name in said}
 
 
-def test_there_are_tables():
-    assert COMMANDS
+def test_every_run_is_in_a_table():
+    groups = [path for path in (ROOT / "docs" / "runs").iterdir() if path.is_dir()]
+    runs = {f"{group.name}/{path.name.split('__')[0]}" for group in groups for path in group.iterdir() if path.is_dir()}
+    assert runs == {name for _, text in BLOCKS for name in re.findall(r"^\| `(.*?)`", text, re.MULTILINE)}

@@ -124,8 +124,10 @@ def test_a_sweep_killed_midway_and_started_again_finishes_each_trial_once(tmp_pa
 def test_an_interrupt_ends_the_trial_and_the_same_command_goes_on(tmp_path, data_dir):
     """Nothing is forked here: Python starts for the sweep and for its trial, as for a user."""
     sweep = make_sweep(tmp_path / "sweep", {"learning_rate": [0.01]}, num_epochs=5)
+    (sweep / ".locks").mkdir()
+    other = lock(sweep / ".locks" / f"gpu-{platform.node()}-5")  # as of a trial that has this GPU
     command = [sys.executable, str(ROOT / "search_hyperparams.py"), *arguments(sweep, data_dir)]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "GPU-7,5"}
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "5,GPU-7"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     trial = sweep / "learning_rate_0.01"
     wait_until((trial / "last.pth.tar").exists)
@@ -135,6 +137,7 @@ def test_an_interrupt_ends_the_trial_and_the_same_command_goes_on(tmp_path, data
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130 and not train_processes(sweep)
     assert stderr == "interrupted; the same command resumes the sweep\n", stdout
+    other.release()
     assert not any(is_locked(path) for path in (sweep / ".locks").iterdir())
 
     assert "1 trial: 1 finished" in search(sweep, data_dir).stdout

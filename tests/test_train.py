@@ -580,7 +580,7 @@ def test_normalize_and_loss_weights_reach_the_training(data):
     assert losses["{'loss_weights': {'cross_entropy': 1.0}}"] > 2  # about log 21
 
 
-@pytest.mark.parametrize("options", [{}, {"augment": True}, {"cutmix": 1.0}, {"augment": True, "cutmix": 1.0}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"augment": True}, {"cutmix": 0.5}, {"augment": True, "cutmix": 1.0}], ids=str)
 def test_photos_are_augmented_then_mixed_with_their_masks(data, options):
     params = Params(**TINY | {"batch_size": 6} | options)
     loader = loader_of(data, batch_size=6)
@@ -588,7 +588,7 @@ def test_photos_are_augmented_then_mixed_with_their_masks(data, options):
     if params.augment:
         images, labels = augment(images, labels, seeds)
     if params.cutmix:
-        images, labels = cutmix(images, labels, seeds, 1.0)
+        images, labels = cutmix(images, labels, seeds, params.cutmix)
     training = Training(network(), params, 1)
     seen = []
     training.model.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
