@@ -275,17 +275,29 @@ def own_memory(kind: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(kind)) / 2**10
 
 
+# Runs a script, and says when its training takes the first batch.
+FIRST_STEP = """
+import os, runpy, sys
+import model.transforms
+model.transforms.to_input = lambda *_, **options: (print("first step", flush=True), os._exit(0))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def seconds_to_first_step(folder: Path, data_dir: Path, bar: tqdm) -> float:
-    """Of train.py on a data set that is cached, until it says that training begins."""
+    """Of train.py on a data set that is cached, until it has the first batch."""
     folder.mkdir()
     (folder / "params.json").write_text(json.dumps({"pretrained": False, "image_size": SIZE, "num_workers": 0}))
-    command = [sys.executable, str(ROOT / "train.py"), "--model_dir", str(folder), "--data_dir", str(data_dir)]
+    flags = ["--model_dir", str(folder), "--data_dir", str(data_dir), "--overwrite"]
+    command = [sys.executable, "-c", FIRST_STEP, str(ROOT / "train.py"), *flags]
     for _ in range(2):  # the first one makes the cache
         start = time.perf_counter()
-        with subprocess.Popen([*command, "--overwrite"], stdout=subprocess.PIPE, text=True) as process:
-            process.stdout.readline()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+            said = [line for line in process.stdout if line == "first step\n"]
             seconds = time.perf_counter() - start
-            process.kill()
+        if not said:
+            raise RuntimeError(f"train.py --data_dir {data_dir} took no step")
         bar.update()
     return seconds
 
