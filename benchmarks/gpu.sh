@@ -18,7 +18,7 @@ from model import UserError
 from model.layouts import find_split
 try:
     for split in ("trainaug", "val"):
-        find_split("voc", Path(sys.argv[1]), split)
+        find_split("voc", Path(sys.argv[1]), split, masks_required=True)
     if not torch.cuda.is_available():
         raise UserError("PyTorch sees no GPU here; --rehearse goes without one")
 except UserError as error:
@@ -53,10 +53,16 @@ fi
 part() { # name, seconds at most, command
     local name=$1 limit=$2 start=$SECONDS status=0
     shift 2
-    timeout --kill-after 10 $((slack * limit)) "$@" >"$out/$name.txt" 2>&1 || status=$?
+    timeout --kill-after 10 $((slack * limit)) "$@" >"$out/$name.txt" 2>&1 &
+    child=$!
+    wait "$child" || status=$?
     echo "$name: exit status $status after $((SECONDS - start)) s"
     if [[ $status -ne 0 ]]; then failed+=("$name"); fi
+    for name in steps compiled encoders run prediction results; do
+        if [[ -f $out/$name.txt ]]; then printf '\n## %s\n\n' "$name" && cat "$out/$name.txt"; fi
+    done >"$out/tables.md"
 }
+trap 'kill "${child:-$$}"; exit 130' INT TERM
 
 # A run that goes from the device to the CPU and back, two epochs on each.
 across() {
@@ -88,37 +94,32 @@ train() {
 
 # Each of them at the photos' own size, also one for which the time ran out.
 score() {
-    local split file
-    for file in "$out"/runs/*/best.pth.tar; do
-        for split in val val2; do
-            if [[ $split == val || -f $data/val2.txt || -f $data/ImageSets/Segmentation/val2.txt ]]; then
-                python evaluate.py --model_dir "$(dirname "$file")" --data_dir "$data" --device "$device" --original_size \
-                    --split "$split" || return
-            fi
+    local split file status=0
+    for split in val val2; do
+        if [[ $split == val2 ]] && ! python -c "$has_val2" "$data"; then continue; fi
+        for file in "$out"/runs/*/best.pth.tar; do
+            python evaluate.py --model_dir "$(dirname "$file")" --data_dir "$data" --device "$device" --original_size \
+                --split "$split" || status=1
         done
     done
+    return $status
 }
 
 export -f across train score
-export out data device seeds recipe TQDM_DISABLE=1 # progress bars are no part of a table
+has_val2='import sys; from model.layouts import VOCFolders as F; sys.exit(not (F.find(sys.argv[1]).lists / "val2.txt").exists())'
+export out data device seeds recipe has_val2 TQDM_DISABLE=1 # progress bars are no part of a table
 code=$([[ $tests == gpu ]] && echo 0 || echo 5) # 5: no test was selected, as is right in a rehearsal
-part tests 200 bash -c "python -m pytest -n 0 -m '$tests'; [[ \$? -eq $code ]]"
-part across 100 bash -c across
+part tests 200 bash -c "trap : TERM; python -m pytest -n 0 -m '$tests'; [[ \$? -eq $code ]]"
+part across 100 bash -c 'trap : TERM; across'
 part steps 180 python benchmarks/steps.py --device "$device" "${steps[@]}"
 part run 220 python benchmarks/run.py --device "$device" --repeats "$repeats"
 part compiled 120 python benchmarks/steps.py --device "$device" "${compiled[@]}"
 part prediction 80 python benchmarks/prediction.py --device "$device" "${photos[@]}"
 part encoders 100 python benchmarks/steps.py --device "$device" "${deep[@]}"
-part train $((1020 - SECONDS + begun > 60 ? 1020 - SECONDS + begun : 60)) bash -c train
-part score 90 bash -c score
+part train $((1020 - SECONDS + begun > 60 ? 1020 - SECONDS + begun : 60)) bash -c 'trap : TERM; train'
+part score 90 bash -c 'trap : TERM; score'
 part results 30 python synthesize_results.py --parent_dir "$out/runs" --over_seeds
 
-{
-    for name in steps compiled encoders run prediction results; do
-        printf '\n## %s\n\n' "$name"
-        cat "$out/$name.txt"
-    done
-} >"$out/tables.md"
 echo "tables: $out/tables.md"
 if [[ ${#failed[@]} -gt 0 ]]; then
     echo "failed or out of time: ${failed[*]}; see $out/<part>.txt" >&2

@@ -43,6 +43,11 @@ RECIPE = {
 }
 
 
+FULL = re.compile(
+    r"out of memory|OutOfMemory|MemoryError|an't allocate memory|Cannot allocate memory|ALLOC_FAILED|bad_alloc"
+)
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     resnets = [f"resnet{depth}" for depth in (18, 34, 50, 101, 152)]
@@ -87,12 +92,15 @@ def cell(options: dict[str, Any], args: argparse.Namespace) -> str:
     command = [sys.executable, __file__, "--one", json.dumps(options), "--steps", str(args.steps)]
     result = subprocess.run([*command, "--device", args.device], capture_output=True, text=True)
     if result.returncode:
-        full = (
-            re.search("OutOfMemoryError|can't allocate memory", result.stderr) or result.returncode == -signal.SIGKILL
-        )
-        return "out of memory" if full else "failed"
+        print(*result.stderr.splitlines()[-1:], file=sys.stderr)
+        return "out of memory" if result.returncode == -signal.SIGKILL or FULL.search(result.stderr) else "failed"
     seconds, memory = map(float, result.stdout.split())
     return f"{seconds:.3g} s, {memory / 1024:.2f} GiB"
+
+
+def stop(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends two
+    raise KeyboardInterrupt
 
 
 def main(args: argparse.Namespace) -> int:
@@ -103,7 +111,7 @@ def main(args: argparse.Namespace) -> int:
         return 0
     rows, status = [], 0
     choices = args.encoders, args.sizes, args.batch_sizes, args.precisions, args.compile
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # sent where the time is limited
+    signal.signal(signal.SIGTERM, stop)  # sent where the time is limited
     try:
         for encoder, size, batch, precision, compiled in tqdm([*itertools.product(*choices)], unit="row"):
             options = {"encoder": encoder, "image_size": size, "batch_size": batch, "precision": precision}

@@ -101,6 +101,7 @@ def test_the_benchmark_prints_its_tables():
         "peak memory",
         "10000",
         "operation by operation",
+        "train.py has its first batch after",
     ):
         assert row in stdout
 

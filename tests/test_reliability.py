@@ -95,12 +95,17 @@ def logged(experiment: Path, words: str) -> int:
 def kill_at(experiment: Path, data: Path, moment: str | float) -> int:
     """Start or go on, and kill the process group that many seconds after it began to train, or while it "saves".
 
-    Returns how many processes were killed: 0 if the run was over before.
+    With "saves again", while it saves and has saved before. Returns how many processes were killed: 0 if the run was
+    over before.
     """
     process = start(experiment, data)
     begun = logged(experiment, "images of train")
-    if moment == "saves":
-        hit = wait_for(process, lambda: list(experiment.glob(".last.pth.tar.*.tmp")))
+    last = experiment / "last.pth.tar"
+    if moment in ("saves", "saves again"):
+        hit = wait_for(
+            process,
+            lambda: list(experiment.glob(".last.pth.tar.*.tmp")) and (last.exists() or moment == "saves"),
+        )
         time.sleep(random.uniform(0, 0.1))
     else:
         hit = wait_for(process, lambda: logged(experiment, "images of train") > begun)
@@ -109,7 +114,7 @@ def kill_at(experiment: Path, data: Path, moment: str | float) -> int:
     if hit:
         os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    if (experiment / "last.pth.tar").exists():
+    if last.exists():
         assert all(tensor.isfinite().all() for tensor in weights(experiment).values())
     return int(hit)
 
@@ -152,7 +157,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_nothing_had_happened(straight
     experiment, data = straight
     cut = make_experiment(tmp_path / "cut", **EVERYTHING)
     kill_at(cut, data, random.uniform(0, 0.8))
-    assert kill_at(cut, data, "saves")
+    assert kill_at(cut, data, "saves again") and (cut / "last.pth.tar").exists()
     finish(cut, data)
     assert_same_run(cut, experiment)
     assert not list(cut.glob(".*"))

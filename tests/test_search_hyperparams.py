@@ -123,7 +123,7 @@ def test_a_sweep_killed_midway_and_started_again_finishes_each_trial_once(tmp_pa
 
 def test_an_interrupt_ends_the_trial_and_the_same_command_goes_on(tmp_path, data_dir):
     """Nothing is forked here: Python starts for the sweep and for its trial, as for a user."""
-    sweep = make_sweep(tmp_path / "sweep", {"learning_rate": [0.01]}, num_epochs=5)
+    sweep = make_sweep(tmp_path / "sweep", {"learning_rate": [0.01]}, num_epochs=15)
     (sweep / ".locks").mkdir()
     other = lock(sweep / ".locks" / f"gpu-{platform.node()}-5")  # as of a trial that has this GPU
     command = [sys.executable, str(ROOT / "search_hyperparams.py"), *arguments(sweep, data_dir)]
@@ -141,8 +141,8 @@ def test_an_interrupt_ends_the_trial_and_the_same_command_goes_on(tmp_path, data
     assert not any(is_locked(path) for path in (sweep / ".locks").iterdir())
 
     assert "1 trial: 1 finished" in search(sweep, data_dir).stdout
-    assert [epoch["epoch"] for epoch in read_history(trial)] == [1, 2, 3, 4, 5]
-    assert logged(trial, "epoch 1/5") == 1 and logged(trial, "continuing after epoch [1-4]") == 1
+    assert [epoch["epoch"] for epoch in read_history(trial)] == list(range(1, 16))
+    assert logged(trial, "epoch 1/15") == 1 and logged(trial, "continuing after epoch") == 1
 
 
 def test_what_is_wrong_with_the_folder_of_a_trial_does_not_hinder_the_others(tmp_path, data_dir):
