@@ -330,7 +330,6 @@ CHOICES = {
     "head": HEADS,
     "boundary_refinement": (False, True),
     "stem_maxpool": (False, True),
-    "encoder": ("resnet18", "resnet34", "resnet50"),
     "freeze_encoder_statistics": (False, True),
     "activation_checkpointing": (False, True),
 }
@@ -357,7 +356,7 @@ def goes_through(folder: Path, options: dict) -> None:
 
 def test_any_combination_of_options_goes_through(tmp_path):
     print(drawn := random.SystemRandom().choice(COMBINATIONS))  # pytest shows it where this fails
-    goes_through(tmp_path, drawn)
+    goes_through(tmp_path, drawn)  # a ResNet-18; the test below is of every encoder
 
 
 @pytest.mark.slow
