@@ -11,14 +11,17 @@ import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from engine import ranks
 from model import UserError
 from utils import RunFailed, discard, first_line, is_out_of_memory, say
+
+T = TypeVar("T")
 
 logging.getLogger("matplotlib").setLevel(logging.ERROR)  # before it is imported: it tells of a home without a folder
 
@@ -127,6 +130,19 @@ def stop_if_asked() -> bool:
     if _signals and not _deferred:
         _raise()
     return bool(_signals)
+
+
+def in_a_thread(function: Callable[..., T], *args: Any) -> T:
+    """Call a function in a thread and return what it returns; the main thread only handles signals meanwhile.
+
+    For functions with threads of their own: the system may give a signal to any of them, and Python calls the handler
+    when the main thread next wakes up, which by itself it would do at the end.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        called = pool.submit(function, *args)
+        while wait([called], timeout=0.2).not_done:
+            pass
+        return called.result()
 
 
 def signal_received() -> int:

@@ -15,6 +15,7 @@ from typing import Any
 
 from optuna import Trial, TrialPruned
 
+from engine.cli import in_a_thread
 from engine.folders import TRIAL_LOCKS, best_epoch, score
 from model import UserError, cores, refuse_irregular
 from params import Params
@@ -45,7 +46,7 @@ class Coordinator:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup asks for
                 signal.signal(number, lambda number, frame: self.signals.append(number))
         while not self.signals and (left := self.study.left()):
-            self.study.optimize(self.objective, left, self.jobs, (UserError, OSError, NotRun))
+            in_a_thread(self.study.optimize, self.objective, left, self.jobs, (UserError, OSError, NotRun))
 
     def objective(self, trial: Trial) -> float:
         """Run one trial and return its best score. Raises UserError, OSError, TrialPruned or NotRun."""

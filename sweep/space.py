@@ -5,7 +5,7 @@ import itertools
 import json
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -116,11 +116,10 @@ def distributions(spaces: list[Values], base: Values, path: Path) -> dict[str, B
     return {key: _distribution(key, options) for key, options in space.items()}
 
 
-def grid_distributions(trials: Iterable[Values]) -> dict[str, BaseDistribution]:
+def grid_distributions(trials: Collection[Values]) -> dict[str, BaseDistribution]:
     """Return what the values of a grid are recorded with: for plots, and for a sampler that comes after it."""
-    space: dict[str, Any] = {}
-    for key, value in (item for values in trials for item in values.items()):
-        space.setdefault(key, []).append(value)
+    keys = dict.fromkeys(key for values in trials for key in values)
+    space: dict[str, Any] = {key: [values[key] for values in trials if key in values] for key in keys}
     for key, options in space.items():
         if KINDS[key] in NUMBERS and None not in options:
             low, high = min(options), max(options)
