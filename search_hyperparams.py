@@ -47,7 +47,7 @@ def print_summary(study: Study) -> int:
         line += f"; best {study.metric} {scores[best]:.4f} by {best}"
     print(f"{len(trials)} trial{'s' * (len(trials) != 1)}: {line}")
     if len(trials) < study.n_trials:
-        print(f"the search space has no more than {len(trials)}")
+        print(f"no more than these {len(trials)} were found in the search space")
     if counts[TrialState.FAIL]:
         print("the same command runs the failed ones again")
     print(f"table and plots: python synthesize_results.py --parent_dir {shlex.quote(str(study.parent_dir))}")

@@ -133,10 +133,10 @@ def stop_if_asked() -> bool:
 
 
 def in_a_thread(function: Callable[..., T], *args: Any) -> T:
-    """Call a function in a thread and return what it returns; the main thread only handles signals meanwhile.
+    """Call a function in a thread and return what it returns, or raise what it raises; the main thread handles signals.
 
-    For functions with threads of their own: the system may give a signal to any of them, and Python calls the handler
-    when the main thread next wakes up, which by itself it would do at the end.
+    Python runs handlers in the main thread only. While that waits for others without a timeout, it does not notice a
+    signal that the system gave to one of them. The handlers must not raise: leaving would wait for the function.
     """
     with ThreadPoolExecutor(1) as pool:
         called = pool.submit(function, *args)

@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from model.voc import CLASS_NAMES, ERROR_COLOUR, VOID, VOID_COLOUR, colour_mask, oklab, palette, voc_palette
@@ -161,3 +162,28 @@ def test_the_curves_of_a_run_have_a_panel_for_every_metric_and_one_for_the_learn
         assert np.isnan(val).tolist() == ([False, True, False] if place == 0 else [True, False, False])
         assert val[2] == pytest.approx(4 + place / 10)
     assert rate.lines[0].get_ydata().tolist() == [0.1, 0.05, 0.1 / 3]
+
+
+@pytest.mark.parametrize(
+    ("metrics", "loss", "epochs"),
+    [("a", 0.0, 1), ("a", 123456.7, 99999), ("ab", 0.000102, 12), ("abcdefgh", -0.12425, 99999)],
+)
+def test_the_curves_have_room_for_what_is_written_beside_them(metrics, loss, epochs):
+    history = [
+        {"epoch": epoch, "train": values, "val": values, "learning_rate": 0.00025 / epoch}
+        for epoch in {1, epochs}
+        for values in [dict.fromkeys(metrics, loss * (1 + epoch / 1e5))]
+    ]
+    figure = training_curves(history)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    for panel in figure.axes:
+        words = [panel.title, panel.xaxis.label, panel.xaxis.offsetText, panel.yaxis.offsetText]
+        for axis in (panel.xaxis, panel.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            words += [tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+        for word in filter(lambda word: word.get_visible() and word.get_text(), words):
+            box = word.get_window_extent(canvas.get_renderer())
+            assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1, word
+            others = [other.bbox for other in figure.axes if other is not panel]
+            assert not any(box.overlaps(other) for other in others), word
