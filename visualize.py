@@ -176,9 +176,11 @@ def training_curves(history: Sequence[Mapping]) -> Figure:
     rows = -(-(1 + len(metrics)) // columns)
     width, height = 3.6 * columns, 3 * rows
     figure = Figure(figsize=(width, height))
-    # Margins in inches: to let matplotlib find them would take more than half of the time.
-    margins = {"left": 0.75 / width, "right": 1 - 0.25 / width, "bottom": 0.5 / height, "top": 1 - 0.5 / height}
-    panels = figure.subplots(rows, columns, squeeze=False, gridspec_kw=margins | {"wspace": 0.3, "hspace": 0.4}).flat
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    # The margins are inches: to let matplotlib find them would take more than half of the time.
+    figure.subplots_adjust(
+        left=0.75 / width, right=1 - 0.25 / width, bottom=0.5 / height, top=1 - 0.5 / height, wspace=0.3, hspace=0.4
+    )
     for axes, metric in zip(panels, metrics, strict=False):
         for part in ("train", "val"):
             values = [record[part].get(metric) for record in history]
