@@ -25,7 +25,7 @@ from engine.cli import (
     run_main,
     stop_if_asked,
 )
-from engine.devices import autocast, loading_options
+from engine.devices import autocast, input_options, loading_options
 from engine.folders import data_dir
 from engine.training import scalars
 from model import UserError
@@ -38,11 +38,12 @@ from model.data_loader import (
     make_loader,
     make_original_loader,
 )
+from model.encoders import fold_batch_norm
 from model.inference import Segmenter, class_map
 from model.layouts import Split, find_split
 from model.losses import SegmentationLoss
 from model.metrics import BoundaryMetrics, ConfusionMatrix, sparse
-from model.net import FCN_GCN, fold_batch_norm
+from model.net import FCN_GCN
 from model.parallel import all_reduce_sum, exact_dtype
 from model.transforms import to_input
 from model.voc import colour_mask, is_voc
@@ -110,7 +111,7 @@ def evaluate(
                 break  # to where all processes stop together
             labels = labels.to(device, non_blocking=True)
             with autocast(device, params.precision):
-                logits = model(to_input(images, device, **params.input_options()))
+                logits = model(to_input(images, device, **input_options(model, params)))
             loss_sum += criterion(logits, labels) * len(images)
             of_images = matrix.update(logits.argmax(1), labels)
             if counts is not None:
@@ -148,10 +149,11 @@ def make_segmenter(model: FCN_GCN, params: Params, device: torch.device, args: a
         device,
         image_size=params.image_size,
         resize=params.resize,
+        padding=model.encoder.padding,
         scales=args.scales or (1.0,),
         flip=args.flip,
         autocast=partial(autocast, device, params.precision),
-        **params.input_options(),
+        **input_options(model, params),
     )
 
 
@@ -194,6 +196,7 @@ def score_originals(
         dataset,
         segmenter.sizes,
         resize=params.resize,
+        padding=segmenter.padding,
         batch_size=params.scoring_batch_size,
         **loading_options(params),
     )
@@ -350,10 +353,17 @@ def score_checkpoint(device: torch.device, args: argparse.Namespace) -> None:
         print(f"{len(split.ids)} predictions -> {predictions_folder(args.save_predictions, args.split, names)}")
 
 
-def score_squares(model: nn.Module, split: Split, names: Sequence[str], params: Params, device: torch.device) -> Scores:
+def score_squares(model: FCN_GCN, split: Split, names: Sequence[str], params: Params, device: torch.device) -> Scores:
     """Score a network at the size that it reads."""
-    make_dataset = partial(SegmentationDataset, split, class_names=names, image_size=params.image_size)
-    dataset = distributed.local_rank0_first(lambda: make_dataset(resize=params.resize, cache=params.cache))
+    make_dataset = partial(
+        SegmentationDataset,
+        split,
+        class_names=names,
+        image_size=params.image_size,
+        resize=params.resize,
+        padding=model.encoder.padding,
+    )
+    dataset = distributed.local_rank0_first(lambda: make_dataset(cache=params.cache))
     loader = make_loader(dataset, batch_size=params.scoring_batch_size, device=device, **loading_options(params))
     matrix, counts = ConfusionMatrix(params.num_classes, device), dict[int, np.ndarray]()
     metrics = evaluate(model, loader, params, device, matrix=matrix, counts=counts)

@@ -19,8 +19,9 @@ from engine.distributed import pick_device
 from engine.folders import data_dir, git_commit
 from model import UserError, cores
 from model.layouts import find_split
+from model.net import FCN_GCN
 from model.photos import read_example
-from model.transforms import PADDING, mean_and_deviation, to_input
+from model.transforms import to_input
 from params import Params
 from utils import RunFailed, replacing
 
@@ -69,16 +70,15 @@ def refuse_large(model: nn.Module) -> None:
         )
 
 
-def onnx_metadata(params: Params, names: list[str], epoch: int | None) -> dict[str, str]:
+def onnx_metadata(model: FCN_GCN, params: Params, names: list[str], epoch: int | None) -> dict[str, str]:
     """Return what the file says of itself beside the network, each value as JSON."""
-    mean, deviation = mean_and_deviation(params.normalize)
     values = {
         "class_names": names,
-        "mean": mean,
-        "std": deviation,
+        "mean": model.mean,
+        "std": model.std,
         "image_size": params.image_size,
         "resize": params.resize,
-        "padding": PADDING,
+        "padding": model.encoder.padding,
         "epoch": epoch,
         "git_commit": git_commit(),
     }
@@ -135,13 +135,18 @@ def refused(error: Exception) -> RunFailed:
     return RunFailed(f"the ONNX file cannot be run ({' '.join(str(error).split())[:200]}) and is not kept")
 
 
-def photo_batches(path: Path, params: Params) -> list[Tensor]:
+def photo_batches(path: Path, model: FCN_GCN, params: Params) -> list[Tensor]:
     """Return a photo and its mirror image, uint8 (2, 3, H, W): at image_size, and higher, narrower and of odd sides."""
     size = params.image_size
     batches = []
     for height, width in ((size, size), (int(1.25 * size) | 1, max(int(0.75 * size), 32) | 1)):
         pixels = read_example(
-            path, None, image_size=max(height, width), num_classes=params.num_classes, resize=params.resize
+            path,
+            None,
+            image_size=max(height, width),
+            num_classes=params.num_classes,
+            resize=params.resize,
+            padding=model.encoder.padding,
         )
         image = torch.from_numpy(pixels[:height, :width, :3]).permute(2, 0, 1)
         batches.append(torch.stack([image, image.flip(-1)]))
@@ -186,15 +191,15 @@ def main(args: argparse.Namespace) -> None:
     split = find_split(params.dataset, data_dir(args, params.dataset), "val")
     file = checkpoint_path(args.model_dir, args.restore_file)
     names = agreed_class_names(checkpoint, file, split, params.num_classes)
-    metadata = onnx_metadata(params, names, checkpoint.get("epoch"))
-    batches = photo_batches(split.images[0], params)
+    metadata = onnx_metadata(model, params, names, checkpoint.get("epoch"))
+    batches = photo_batches(split.images[0], model, params)
 
     with replacing(output) as temporary:
         write_onnx(model, temporary, metadata)
         session = open_onnx(temporary)
         model.to(device)
         torch.backends.cudnn.allow_tf32 = False  # a GPU would round to 10 bits
-        inputs = [to_input(batch, device, normalize=params.normalize, channels_last=False) for batch in batches]
+        inputs = [to_input(batch, device, mean=model.mean, std=model.std, channels_last=False) for batch in batches]
         rows = [compare(session, model, part) for images in inputs for part in (images[:1], images)]
     print(tabulate(rows, headers="keys", tablefmt="pipe", floatfmt=".2g"))
     print(f"\nonnxruntime against PyTorch on {split.images[0]}, epoch {checkpoint.get('epoch')} -> {output}")

@@ -10,7 +10,7 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from model import ENCODERS, GCN_PADDINGS, HEADS, UserError
+from model import ENCODERS, GCN_PADDINGS, HEADS, TIMM, UserError
 from utils import is_number, read_json
 
 LOSS_TERMS = ("bce", "dice", "inverse_dice", "cross_entropy", "balanced_cross_entropy", "focal", "lovasz")
@@ -110,7 +110,9 @@ class Params:
         lambda v: 0 <= v <= 1,
         "CutMix: probability that a box of a photo, and of its mask, is replaced by that of another of the batch",
     )
-    normalize: bool = _flag(True, "with ImageNet's mean and standard deviation; false: values in [0, 1]")
+    normalize: bool = _flag(
+        True, "with the mean and deviation that the encoder's weights were trained with; false: values in [0, 1]"
+    )
     cache: bool = _flag(
         True,
         "decode each split once, into `<data>/.cache` or, for read-only data, the user's cache folder; false: at every "
@@ -171,7 +173,13 @@ class Params:
         False, "only algorithms that give the same result every time: two runs on one machine agree bit for bit"
     )
 
-    encoder: str = _one_of(*ENCODERS, meaning="a ResNet of torchvision; the paper's tables are from `resnet152`")
+    encoder: str = _key(
+        ENCODERS[0],
+        f'{" or ".join(map(json.dumps, ENCODERS))}, or "{TIMM}NAME"',
+        lambda v: isinstance(v, str) and (v in ENCODERS or v.startswith(TIMM)),
+        "a ResNet of torchvision; the paper's tables are from `resnet152`. Or any model of timm, by its name there, with "
+        "maps of strides 4, 8, 16 and 32",
+    )
     kernel_size: int = _integer(
         7, 3, 255, also=" that is odd", check=lambda v: v % 2 == 1, meaning="k of the heads, in cells of their maps"
     )
@@ -184,7 +192,13 @@ class Params:
     zero_init_residual: bool = _flag(
         False, "every residual block begins as its shortcut: those of an encoder without `pretrained`, and BR"
     )
-    pretrained: bool = _flag(True, "ImageNet weights for the encoder")
+    pretrained: bool | str = _key(
+        True,
+        "true, false or the name of a file",
+        lambda v: isinstance(v, bool) or (isinstance(v, str) and v.isprintable() and v.strip() != ""),
+        "ImageNet weights for the encoder: true finds them in an installed package or downloads them; or a file of "
+        "weights, `.pth` or `.safetensors`",
+    )
     freeze_encoder_statistics: bool = _flag(
         False, "batch norm of the encoder uses its running statistics in training too, and leaves them as they are"
     )
@@ -226,15 +240,11 @@ class Params:
 
     def network_options(self) -> dict[str, Any]:
         """Return the keywords of model.net.FCN_GCN but for pretrained."""
-        return {key: getattr(self, key) for key in (*ARCHITECTURE, *TRAINING_OPTIONS)}
+        return {key: getattr(self, key) for key in (*ARCHITECTURE, *TRAINING_OPTIONS, "normalize")}
 
     def loss_options(self) -> dict[str, Any]:
         """Return the keywords of model.losses.SegmentationLoss but for over_processes."""
         return {"weights": self.loss_weights, **{key: getattr(self, key) for key in LOSS_CONSTANTS}}
-
-    def input_options(self) -> dict[str, Any]:
-        """Return the keywords of model.transforms.to_input."""
-        return {"normalize": self.normalize, "channels_last": self.channels_last}
 
     @property
     def scoring_batch_size(self) -> int:

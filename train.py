@@ -8,12 +8,19 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from engine import distributed, ranks
 from engine.checkpoints import Restored, agreed_class_names, init_from
 from engine.cli import checkpoint_name, defer_signals, experiment_parser, require, run_main
-from engine.devices import autocast, loading_options, resolve_precision, reuse_memory, seed_everything, to_device
+from engine.devices import (
+    autocast,
+    input_options,
+    loading_options,
+    resolve_precision,
+    reuse_memory,
+    seed_everything,
+    to_device,
+)
 from engine.outputs import EpochOutputs, EpochProgress, best_line
 from engine.run import (
     Start,
@@ -97,12 +104,12 @@ def train_epoch(training: Training, loader: Loader) -> dict:
             distributed.stop_together()
             images, labels = (part.to(device, non_blocking=True) for part in (images, labels))
             if params.augment:
-                images, labels = augment(images, labels, seeds)
+                images, labels = augment(images, labels, seeds, training.model.encoder.padding)
             if params.cutmix:
                 images, labels = cutmix(images, labels, seeds, params.cutmix)
             group, ends_group = training.accumulation(step, len(loader))
             with training.synchronized(sizes[step], ends_group=ends_group), autocast(device, params.precision):
-                logits = training.forward(to_input(images, device, **params.input_options()))
+                logits = training.forward(to_input(images, device, **input_options(training.model, params)))
             loss = criterion(logits, labels)
             losses[step] = loss.detach()
             rates.append(training.learning_rate)
@@ -131,18 +138,18 @@ def find_data(params: Params, data_dir: Path, restored: Restored | None) -> tupl
     return train_split, val_split, agreed_class_names(restored.state, restored.file, val_split, params.num_classes)
 
 
-def build_model(params: Params, weights: Path | None, *, resumed: bool) -> tuple[nn.Module, str]:
+def build_model(params: Params, weights: Path | None, *, resumed: bool) -> tuple[FCN_GCN, str]:
     """Build the network, on the CPU, in rank 0 with the weights that it starts from.
 
     Returns it, and the layers that start afresh though there is a file of weights.
     """
-    pretrained = params.pretrained and not resumed and weights is None and ranks.is_main()
+    pretrained = params.pretrained if not resumed and weights is None and ranks.is_main() else False
     model = FCN_GCN(**params.network_options(), pretrained=pretrained)
     return model, init_from(model, weights, params) if weights and ranks.is_main() else ""
 
 
 def make_loaders(
-    train_split: Split, val_split: Split, names: list[str], params: Params, device: torch.device
+    train_split: Split, val_split: Split, names: list[str], params: Params, model: FCN_GCN, device: torch.device
 ) -> tuple[Loader, Loader]:
     """Decode both splits, or find them decoded, and load them in batches. Raises UserError naming every faulty file."""
     make_dataset = partial(
@@ -150,6 +157,7 @@ def make_loaders(
         class_names=names,
         image_size=params.image_size,
         resize=params.resize,
+        padding=model.encoder.padding,
         cache=params.cache,
     )
     own = loading_options(params)
@@ -170,7 +178,7 @@ def build_and_train(params: Params, device: torch.device, args: argparse.Namespa
         model, fresh_layers = build_model(params, start.init_from, resumed=restored is not None)
     to_device(model, params, device)
     train_loader, val_loader = distributed.local_rank0_first(
-        lambda: make_loaders(train_split, val_split, names, params, device)
+        lambda: make_loaders(train_split, val_split, names, params, model, device)
     )
     reuse_memory(device)
     training = Training(

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from benchmarks import baseline, roofline
 from engine import distributed
-from engine.devices import autocast, resolve_precision, seed_everything, to_device
+from engine.devices import autocast, input_options, resolve_precision, seed_everything, to_device
 from engine.training import Training
 from evaluate import evaluate
 from model.data_loader import Loader, SegmentationDataset, make_loader
@@ -104,7 +104,7 @@ class Sides:
         def step() -> None:
             training.model.train()
             with autocast(self.device, self.params.precision):
-                logits = training.forward(to_input(images, self.device, **self.params.input_options()))
+                logits = training.forward(to_input(images, self.device, **input_options(training.model, self.params)))
             training.step(criterion(logits, labels.to(self.device)), ends_group=True)
 
         return step, lambda: evaluate(training.model, loader, self.params, self.device)

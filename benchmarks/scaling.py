@@ -28,7 +28,7 @@ from tqdm import tqdm
 from benchmarks.run import compared
 from engine import distributed, ranks
 from engine.cli import positive, run_main
-from engine.devices import autocast, resolve_precision, seed_everything, to_device
+from engine.devices import autocast, input_options, resolve_precision, seed_everything, to_device
 from engine.training import Training
 from model.losses import SegmentationLoss
 from model.net import FCN_GCN
@@ -70,7 +70,7 @@ def make_step(training: Training, batch_size: int) -> Callable:
     def step(*, ends_group: bool = True) -> float:
         start = time.perf_counter()
         with training.synchronized(batch_size, ends_group=ends_group), autocast(device, params.precision):
-            logits = training.forward(to_input(images, device, **params.input_options()))
+            logits = training.forward(to_input(images, device, **input_options(training.model, params)))
         training.step(criterion(logits, labels), ends_group=ends_group)
         if device.type == "cuda":
             torch.cuda.synchronize()

@@ -169,9 +169,7 @@ def load_network(model_dir: Path, restore_file: str, device: torch.device) -> tu
         return params, file, checkpoint
 
     params, file, checkpoint = distributed.broadcast_from_main(read)
-    with torch.device("meta"):  # without the random weights, which would take longer than the checkpoint's
-        model = FCN_GCN(**params.network_options(), pretrained=False)
-    model.to_empty(device="cpu")
+    model = FCN_GCN(**params.network_options(), pretrained=False)
     with distributed.together():
         load_weights(model, predicting_weights(checkpoint), file)
     to_device(model, params, device)

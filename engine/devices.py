@@ -5,7 +5,7 @@ import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
@@ -60,6 +60,11 @@ def resolve_precision(params: Params, device: torch.device) -> Params:
     fast = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
     fast |= device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     return replace(params, precision="bf16" if fast else "fp32")
+
+
+def input_options(model: nn.Module, params: Params) -> dict[str, Any]:
+    """Return the keywords of model.transforms.to_input for a network."""
+    return {"mean": model.mean, "std": model.std, "channels_last": params.channels_last}
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:

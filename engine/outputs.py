@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from engine import ranks
 from engine.checkpoints import save_checkpoint
-from engine.devices import autocast
+from engine.devices import autocast, input_options
 from engine.training import Training, scalars
 from model.data_loader import SegmentationDataset
 from model.transforms import photo_edges, to_input
@@ -175,9 +175,9 @@ def sample_predictions(training: Training, dataset: SegmentationDataset, count: 
     examples = [dataset[place * len(dataset) // number] for place in range(number)]
     images, labels = (torch.stack(part) for part in zip(*examples, strict=True))
     with autocast(training.device, params.precision):
-        logits = training.eval_model.eval()(to_input(images, training.device, **params.input_options()))
+        logits = training.eval_model.eval()(to_input(images, training.device, **input_options(training.model, params)))
     parts = zip(images.permute(0, 2, 3, 1), labels, logits.argmax(1).cpu(), strict=True)
-    photos = zip(parts, photo_edges(images, labels).tolist(), strict=True)
+    photos = zip(parts, photo_edges(images, labels, dataset.padding).tolist(), strict=True)
     shown = [
         [part[top:bottom, left:right].numpy() for part in example] for example, (left, top, right, bottom) in photos
     ]

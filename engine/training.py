@@ -17,7 +17,7 @@ from engine.checkpoints import load_weights
 from engine.devices import rng_states, set_rng_states
 from engine.folders import Finished, best_epoch, why_finished
 from model import UserError
-from model.net import is_of_encoder
+from model.net import FCN_GCN
 from model.parallel import Dropout2d, copy_to_all, shard, synchronize_batch_norm
 from params import ARCHITECTURE, INPUT, Params
 from utils import RunFailed, is_epoch, is_out_of_memory
@@ -41,7 +41,7 @@ class Training:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: FCN_GCN,
         params: Params,
         steps_per_epoch: int,
         *,
@@ -332,7 +332,7 @@ def compile_mode(device: torch.device, params: Params) -> str:
     return "reduce-overhead" if device.type == "cuda" and alone else "default"
 
 
-def build_optimizer(model: nn.Module, params: Params) -> torch.optim.Optimizer:
+def build_optimizer(model: FCN_GCN, params: Params) -> torch.optim.Optimizer:
     """Return SGD with momentum, or AdamW, over all parameters, in PyTorch's fused form."""
     groups = parameter_groups(model, params)
     if params.optimizer == "adamw":
@@ -345,12 +345,16 @@ def build_optimizer(model: nn.Module, params: Params) -> torch.optim.Optimizer:
     return optimizer
 
 
-def parameter_groups(model: nn.Module, params: Params) -> list[dict]:
-    """Return the parameters by what their learning rate is multiplied by and by their weight decay."""
+def parameter_groups(model: FCN_GCN, params: Params) -> list[dict]:
+    """Return the parameters by what their learning rate is multiplied by and by their weight decay.
+
+    What is neither norm nor bias is a tensor called "weight" of two axes or more, in whatever encoder: scales of layers
+    and tables of positions have names of their own.
+    """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        factor = params.encoder_learning_rate_factor if is_of_encoder(name) else 1.0
-        decays = params.decay_norms_and_biases or parameter.ndim > 1
+        factor = params.encoder_learning_rate_factor if model.encoder.owns(name) else 1.0
+        decays = params.decay_norms_and_biases or (name.endswith("weight") and parameter.ndim > 1)
         groups.setdefault((factor, params.weight_decay if decays else 0.0), []).append(parameter)
     return [
         {"params": parameters, "factor": factor, "lr": factor * params.learning_rate, "weight_decay": decay}

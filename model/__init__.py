@@ -37,6 +37,7 @@ ENCODERS = (  # of torchvision's ResNet family
     *("resnet50", "resnet18", "resnet34", "resnet101", "resnet152"),
     *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2"),
 )
+TIMM = "timm/"  # begins the name of an encoder that is a model of timm
 HEADS = ("gcn", "conv1x1", "conv", "stack")
 GCN_PADDINGS = ("swapped", "same")
 

@@ -26,7 +26,7 @@ from model import UserError, cores
 from model.layouts import Split, list_faults
 from model.parallel import shard
 from model.photos import read_example, read_mask, read_photo
-from model.transforms import resize_tag, squares
+from model.transforms import PADDING, Colour, resize_tag, squares
 
 AT_ONCE = 256  # examples in the host's memory while a split is decoded or sent to a GPU
 CACHE_VERSION = 1  # part of every cache's name: raise it when files are decoded otherwise; resizing has its own tag
@@ -45,6 +45,7 @@ class SegmentationDataset(Dataset):
         class_names: one for each class index; higher indices in a mask, but for void, are an error.
         image_size: S, in pixels.
         resize: one of transforms.RESIZES.
+        padding: the colour beside a photo in its square.
         cache: keep the decoded split on disk, 4 S^2 bytes per image.
 
     Raises:
@@ -52,12 +53,20 @@ class SegmentationDataset(Dataset):
     """
 
     def __init__(
-        self, split: Split, *, class_names: Sequence[str], image_size: int, resize: str = "squash", cache: bool = True
+        self,
+        split: Split,
+        *,
+        class_names: Sequence[str],
+        image_size: int,
+        resize: str = "squash",
+        padding: Colour = PADDING,
+        cache: bool = True,
     ):
         self.split = split
         self.class_names = class_names
         self.image_size = image_size
         self.resize = resize
+        self.padding = padding
         self.cache_file = _cached(self) if cache else None
         self._examples = self._map()
         if not cache:
@@ -105,6 +114,7 @@ class SegmentationDataset(Dataset):
             image_size=self.image_size,
             num_classes=len(self.class_names),
             resize=self.resize,
+            padding=self.padding,
             label_map=self.split.label_map,
         )
 
@@ -136,7 +146,8 @@ def _cached(dataset: SegmentationDataset) -> Path:
     """Return the cache file of a data set, built now unless one of the same files, size and classes is there."""
     split, size, resize = dataset.split, dataset.image_size, dataset.resize
     root = split.root or split.images[0].parent.parent
-    digest = hashlib.sha256(repr((CACHE_VERSION, resize_tag(size, resize), len(dataset.class_names))).encode())
+    tag = resize_tag(size, resize, dataset.padding)
+    digest = hashlib.sha256(repr((CACHE_VERSION, tag, len(dataset.class_names))).encode())
     if split.label_map is not None:
         digest.update(repr(sorted(split.label_map.items())).encode())
     for path in [*split.images, *(split.masks or [])]:
@@ -365,6 +376,7 @@ def make_original_loader(
     sizes: Sequence[int],
     *,
     resize: str,
+    padding: Colour = PADDING,
     batch_size: int,
     num_workers: int,
     rank: int = 0,
@@ -377,17 +389,16 @@ def make_original_loader(
     batches = DistributedBatchSampler(
         SequentialSampler(dataset), batch_size, split=False, rank=rank, world_size=world_size
     )
-    return OriginalLoader(
-        dataset, **_loading(batches, num_workers), collate_fn=partial(_collate_originals, sizes=sizes, resize=resize)
-    )
+    collate = partial(_collate_originals, sizes=sizes, resize=resize, padding=padding)
+    return OriginalLoader(dataset, **_loading(batches, num_workers), collate_fn=collate)
 
 
 def _collate_originals(
-    examples: list[tuple], sizes: Sequence[int], resize: str
+    examples: list[tuple], sizes: Sequence[int], resize: str, padding: Colour
 ) -> tuple[list, list, list[Tensor], list]:
     indices, photos, masks = map(list, zip(*examples, strict=True))
     masks = [mask and pil_to_tensor(mask)[0] for mask in masks]
-    return indices, [photo.size for photo in photos], squares(photos, sizes, resize), masks
+    return indices, [photo.size for photo in photos], squares(photos, sizes, resize, padding), masks
 
 
 def _loading(batches: DistributedBatchSampler, num_workers: int) -> dict:

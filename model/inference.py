@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from model import UserError
-from model.transforms import RESIZES, Box, squares, to_input
+from model.transforms import PADDING, RESIZES, Box, Colour, squares, to_input
 
 OVERLAP = 0.25  # of a tile, at least, with its neighbour
 PIXELS_AT_ONCE = 8 * 224**2  # that the network reads from tiles
@@ -24,7 +25,7 @@ class Segmenter:
         model: gives logits (B, C, S, S) of normalized images (B, 3, S, S).
         device: where the model is.
         image_size: S that it was trained at.
-        resize: one of transforms.RESIZES, as it was trained with.
+        resize, padding: one of transforms.RESIZES, and the colour beside a photo, as it was trained with.
         scales: multiples of S at which each photo is predicted; their probabilities are averaged.
         flip: look at the mirror image too.
         autocast: makes the context that the network computes in.
@@ -41,13 +42,14 @@ class Segmenter:
         *,
         image_size: int,
         resize: str = "squash",
+        padding: Colour = PADDING,
         scales: Sequence[float] = (1.0,),
         flip: bool = False,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
-        **input_options: bool,
+        **input_options: Any,
     ):
         self.model, self.device = model.eval(), device
-        self.resize, self.flip = resize, flip
+        self.resize, self.padding, self.flip = resize, padding, flip
         self.autocast = autocast
         self.input_options = input_options
         if not scales or not all(32 <= scale * image_size <= 16384 for scale in scales):
@@ -62,7 +64,7 @@ class Segmenter:
     def logits(self, inputs: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> Iterator[list[Tensor]]:
         """For each photo its maps, float32 (C, h, w), without what was padded.
 
-        inputs are those of squares(photos, self.sizes, self.resize), sizes the (width, height) of the photos.
+        inputs are those of squares(photos, self.sizes, self.resize, self.padding), sizes the photos' (width, height).
         """
         maps = []
         with self.autocast():
@@ -105,7 +107,8 @@ class Segmenter:
         return blended(looks(), width=photo.width, height=photo.height)
 
     def _look(self, photos: Sequence[Image.Image]) -> Iterator[list[Tensor]]:
-        return self.logits(squares(photos, self.sizes, self.resize), [photo.size for photo in photos])
+        inputs = squares(photos, self.sizes, self.resize, self.padding)
+        return self.logits(inputs, [photo.size for photo in photos])
 
 
 def tiles(width: int, height: int, side: int) -> list[Box]:

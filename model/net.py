@@ -1,22 +1,17 @@
-"""The Global Convolutional Network of Peng et al., "Large Kernel Matters" (arXiv 1703.02719), on a ResNet.
+"""The Global Convolutional Network of Peng et al., "Large Kernel Matters" (arXiv 1703.02719).
 
 `python -m model.net --encoder resnet50` prints its layer table.
 """
 
 import argparse
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch.nn.functional as F
-from torch import Tensor, compiler, hub, is_grad_enabled, nn, sym_max
-from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torch.utils.checkpoint import checkpoint
-from torchvision.models import ResNet, get_model, get_model_weights
+from torch import Tensor, compiler, nn, sym_max
 
-from model import ENCODERS, GCN_PADDINGS, HEADS, UserError
+from model import ENCODERS, GCN_PADDINGS, HEADS, UserError, encoders
 from model.parallel import Dropout2d
 
 
@@ -96,12 +91,13 @@ class FCN_GCN(nn.Module):
 
     Args:
         num_classes: channels of the logits, background included.
-        encoder: a torchvision model of the ResNet family, one of ENCODERS; the paper's tables stand on "resnet152".
+        encoder: a torchvision model of the ResNet family, one of ENCODERS; or "timm/NAME", see model/encoders.py.
         kernel_size: k of the heads, odd and at least 3 (paper, table 1).
         head: "gcn"; or, as the paper's comparisons, "conv1x1" (table 1), "conv", a plain k x k (table 2), or
             "stack", (k - 1) / 2 layers of 3 x 3 without nonlinearity that keep the width to the last one (table 3).
         boundary_refinement: whether BR blocks follow the heads and the fusions (table 5).
-        stem_maxpool: False = output strides 2 to 16; True = 4 to 32, the paper's and ResNet's own.
+        stem_maxpool: False = output strides 2 to 16; True = 4 to 32, the paper's and ResNet's own. Models of timm have
+            strides 4 to 32.
         gcn_padding: "swapped" or "same", see GCN; the other heads have no use for it.
         dropout_rate: probability of dropping a channel of the encoder features that enter a head.
         zero_init_residual: let every residual block begin as its shortcut: 0 for BR's second convolution and, unless
@@ -110,10 +106,12 @@ class FCN_GCN(nn.Module):
             training too.
         activation_checkpointing: keep no activations inside of the encoder's four stages, compute them once more in the
             backward pass. Gradients and running statistics are the same.
-        pretrained: start the encoder from torchvision's ImageNet weights (IMAGENET1K_V1), downloaded once.
+        pretrained: start the encoder from ImageNet weights, installed or downloaded once, or from a file of weights.
+        normalize: the network is for photos normalized with mean and std, those of the encoder's weights; False: for
+            values in [0, 1], and mean and std are 0 and 1.
 
     Raises:
-        UserError: an option is out of range, or the pretrained weights can be neither found nor downloaded.
+        UserError: an option is out of range or not for this encoder, or its weights are not to be had.
     """
 
     def __init__(
@@ -130,13 +128,12 @@ class FCN_GCN(nn.Module):
         zero_init_residual: bool = False,
         freeze_encoder_statistics: bool = False,
         activation_checkpointing: bool = False,
-        pretrained: bool = True,
+        pretrained: bool | str = True,
+        normalize: bool = True,
     ):
         super().__init__()
         if kernel_size < 3 or kernel_size % 2 == 0:
             raise UserError(f"kernel_size is {kernel_size}; allowed: an odd number of at least 3")
-        if encoder not in ENCODERS:
-            raise UserError(f"encoder is {encoder!r}; allowed: {', '.join(ENCODERS)}")
         if gcn_padding not in GCN_PADDINGS:
             raise UserError(f"gcn_padding is {gcn_padding!r}; allowed: {', '.join(GCN_PADDINGS)}")
 
@@ -148,31 +145,30 @@ class FCN_GCN(nn.Module):
                 return nn.Sequential()  # the identity
             return BR(num_classes, zero_init=zero_init_residual)
 
-        resnet = _resnet(encoder, pretrained, zero_init_residual)
-        self.conv1 = resnet.conv1
-        self.bn0 = resnet.bn1
-        self.relu = resnet.relu
-        self.maxpool = resnet.maxpool if stem_maxpool else nn.Sequential()
-        self.layer1, self.layer2 = resnet.layer1, resnet.layer2
-        self.layer3, self.layer4 = resnet.layer3, resnet.layer4
+        options = {
+            "stem_maxpool": stem_maxpool,
+            "zero_init_residual": zero_init_residual,
+            "freeze_encoder_statistics": freeze_encoder_statistics,
+            "activation_checkpointing": activation_checkpointing,
+        }
+        self.encoder, modules = encoders.build(encoder, pretrained=pretrained, options=options)
+        for name, module in modules.items():  # a ResNet's have their old names: conv1, bn0, layer1, ...
+            self.add_module(name, module)
         self.freeze_encoder_statistics = freeze_encoder_statistics
         self.activation_checkpointing = activation_checkpointing
-        width = resnet.fc.in_features  # of the last stage, each as wide as two of the one before; below for a ResNet-50
+        self.mean = self.encoder.mean if normalize else (0.0, 0.0, 0.0)
+        self.std = self.encoder.std if normalize else (1.0, 1.0, 1.0)
         self.dropout = Dropout2d(dropout_rate) if dropout_rate > 0 else nn.Sequential()
-        self.gcn1, self.gcn2, self.gcn3, self.gcn4 = (score(width // share) for share in (8, 4, 2, 1))
+        self.gcn1, self.gcn2, self.gcn3, self.gcn4 = map(score, self.encoder.channels)
         self.br1, self.br2, self.br3, self.br4 = refine(), refine(), refine(), refine()
         self.br5, self.br6, self.br7, self.br8, self.br9 = refine(), refine(), refine(), refine(), refine()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (B, num_classes, H, W) of normalized images (B, 3, H, W), with H and W at least 32.
 
-        The sizes beside the lines are those without stem_maxpool; with it, f1 to f4 are half as large.
+        The sizes beside the lines are those of a ResNet without stem_maxpool; otherwise f1 to f4 are half as large.
         """
-        stem = self.relu(self.bn0(self.conv1(x)))  # (B, 64, H/2, W/2)
-        f1 = self._stage(self.layer1, self.maxpool(stem))  # (B, 256, H/2, W/2)
-        f2 = self._stage(self.layer2, f1)  # (B, 512, H/4, W/4)
-        f3 = self._stage(self.layer3, f2)  # (B, 1024, H/8, W/8)
-        f4 = self._stage(self.layer4, f3)  # (B, 2048, H/16, W/16)
+        f1, f2, f3, f4 = self.encoder.maps(self, x)  # (B, C, H/2, W/2), (B, 2C, H/4, W/4), to (B, 8C, H/16, W/16)
 
         s1 = self.br1(self.gcn1(self.dropout(f1)))  # (B, num_classes, H/2, W/2)
         s2 = self.br2(self.gcn2(self.dropout(f2)))  # (B, num_classes, H/4, W/4)
@@ -182,66 +178,19 @@ class FCN_GCN(nn.Module):
         y = self.br5(s3 + _upsample(s4, size=s3.shape[-2:]))  # (B, num_classes, H/8, W/8)
         y = self.br6(s2 + _upsample(y, size=s2.shape[-2:]))  # (B, num_classes, H/4, W/4)
         y = self.br7(s1 + _upsample(y, size=s1.shape[-2:]))  # (B, num_classes, H/2, W/2)
-        y = self.br8(_upsample(y, size=stem.shape[-2:]))  # (B, num_classes, H/2, W/2)
-        height, width = stem.shape[-2:]
+        height, width = ((side - 1) // 2 + 1 for side in x.shape[-2:])  # rounded up
+        y = self.br8(_upsample(y, size=(height, width)))  # (B, num_classes, H/2, W/2)
         y = self.br9(_upsample(y, size=(2 * height, 2 * width)))  # (B, num_classes, H, W), but for odd sides H+1, W+1
         # An exported network is for any size: it must not go the way that fits the one that it is exported with.
         return _upsample(y, size=x.shape[-2:], always=compiler.is_exporting())  # (B, num_classes, H, W)
-
-    def _stage(self, layer: nn.Module, x: Tensor) -> Tensor:
-        if not (self.activation_checkpointing and self.training and is_grad_enabled()):
-            return layer(x)
-        if compiler.is_compiling():  # where the repetition writes no statistics
-            return checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False)
-        contexts = partial(_statistics_once, layer)
-        return checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
     def train(self, mode: bool = True) -> "FCN_GCN":
         """Set training mode, in which the encoder's batch norm may stay in that of evaluation."""
         super().train(mode)
         if self.freeze_encoder_statistics:
-            for name, module in self.named_modules():
-                if is_of_encoder(name) and isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
+            for norm in encoders.batch_norms(self):
+                norm.eval()
         return self
-
-
-def fold_batch_norm(model: FCN_GCN) -> None:
-    """Multiply the encoder's batch norm, in evaluation mode, into the convolutions before it, in place.
-
-    The logits stay the same but for rounding. The network is then one to predict with, not to train or to save.
-    """
-    pairs: list[tuple[nn.Module, str, str]] = [(model, "conv1", "bn0")]
-    for block in [*model.layer1, *model.layer2, *model.layer3, *model.layer4]:
-        pairs += [(block, name, f"bn{name[-1]}") for name, _ in block.named_children() if name.startswith("conv")]
-        if block.downsample is not None:
-            pairs.append((block.downsample, "0", "1"))
-    for parent, convolution, norm in pairs:
-        setattr(parent, convolution, fuse_conv_bn_eval(getattr(parent, convolution), getattr(parent, norm)))
-        setattr(parent, norm, nn.Identity())
-
-
-def _statistics_once(layer: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
-    """Return contexts of the forward pass and of its repetition, in which running statistics stay as they are.
-
-    Not by track_running_stats, without which batch norm saves other tensors than in the forward pass.
-    """
-
-    @contextmanager
-    def repetition() -> Iterator[None]:
-        norms = [module for module in layer.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-        momenta = [norm.momentum for norm in norms]
-        for norm in norms:
-            norm.momentum = 0.0
-            if norm.training and norm.num_batches_tracked is not None:
-                norm.num_batches_tracked.sub_(1)
-        try:
-            yield
-        finally:
-            for norm, momentum in zip(norms, momenta, strict=True):
-                norm.momentum = momentum
-
-    return nullcontext(), repetition()
 
 
 def _upsample(x: Tensor, *, size: Sequence[int], always: bool = False) -> Tensor:
@@ -263,21 +212,6 @@ def _head(name: str, in_channels: int, num_classes: int, kernel_size: int, gcn_p
     raise UserError(f"head is {name!r}; allowed: {', '.join(HEADS)}")
 
 
-def _resnet(name: str, pretrained: bool, zero_init_residual: bool) -> ResNet:
-    if not pretrained:
-        return get_model(name, weights=None, zero_init_residual=zero_init_residual)
-    weights = get_model_weights(name).IMAGENET1K_V1
-    try:
-        return get_model(name, weights=weights)
-    except (OSError, RuntimeError) as error:  # no network, a damaged download, a full disk
-        file = f"{hub.get_dir()}/checkpoints/{weights.url.rsplit('/', 1)[-1]}"
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(
-            f"no ImageNet weights for the encoder ({reason}): put {weights.url} at {file}, "
-            'or train from scratch with "pretrained": false in params.json'
-        ) from error
-
-
 def without_unused(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Leave out the tensors brN.bn.* that checkpoints of the original implementation hold and no layer uses."""
     return {name: tensor for name, tensor in state_dict.items() if not re.match(r"br[1-9]\.bn\.", name)}
@@ -286,11 +220,6 @@ def without_unused(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def is_of_score_layer(name: str) -> bool:
     """Return whether a tensor of this name depends on the number of classes: those of the heads and of BR."""
     return name.startswith(("gcn", "br"))
-
-
-def is_of_encoder(name: str) -> bool:
-    """Return whether a layer, or a tensor, of this name belongs to the encoder."""
-    return name.startswith(("conv1", "bn0", "layer"))
 
 
 def class_count(state_dict: Mapping[str, Tensor]) -> int | None:
@@ -303,5 +232,5 @@ if __name__ == "__main__":
     from torchsummary import summary
 
     parser = argparse.ArgumentParser(description="Print the layers of the network.")
-    parser.add_argument("--encoder", choices=ENCODERS, default=ENCODERS[0], help="(default: %(default)s)")
+    parser.add_argument("--encoder", default=ENCODERS[0], help="as in params.json (default: %(default)s)")
     summary(FCN_GCN(encoder=parser.parse_args().encoder, pretrained=False), (3, 224, 224), device="cpu")

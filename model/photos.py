@@ -9,7 +9,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from model import UserError, refuse_irregular
-from model.transforms import to_square
+from model.transforms import PADDING, Colour, to_square
 from model.voc import VOID
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -22,6 +22,7 @@ def read_example(
     image_size: int,
     num_classes: int,
     resize: str = "squash",
+    padding: Colour = PADDING,
     label_map: Mapping[int, int] | None = None,
 ) -> np.ndarray:
     """Decode a photo and its mask at their own size, check them, and resize both to a square; see read_mask().
@@ -31,7 +32,7 @@ def read_example(
     """
     image = read_photo(image_path)
     mask = None if mask_path is None else read_mask(mask_path, image.size, num_classes, label_map)
-    image, mask = to_square(image, mask, image_size, resize)
+    image, mask = to_square(image, mask, image_size, resize, padding)
     example = np.full((image_size, image_size, 4), VOID, dtype=np.uint8)
     example[..., :3] = np.array(image)
     if mask is not None:

