@@ -177,8 +177,8 @@ class Params:
         ENCODERS[0],
         f'{" or ".join(map(json.dumps, ENCODERS))}, or "{TIMM}NAME"',
         lambda v: isinstance(v, str) and (v in ENCODERS or v.startswith(TIMM)),
-        "a ResNet of torchvision; the paper's tables are from `resnet152`. Or any model of timm, by its name there, with "
-        "maps of strides 4, 8, 16 and 32",
+        "a ResNet of torchvision; the paper's tables are from `resnet152`. Or any model of timm, by its name there, "
+        "with maps of strides 4, 8, 16 and 32",
     )
     kernel_size: int = _integer(
         7, 3, 255, also=" that is odd", check=lambda v: v % 2 == 1, meaning="k of the heads, in cells of their maps"

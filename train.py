@@ -24,6 +24,7 @@ from engine.devices import (
 from engine.outputs import EpochOutputs, EpochProgress, best_line
 from engine.run import (
     Start,
+    check_batches,
     check_same_lists,
     check_trainable,
     list_digest,
@@ -176,6 +177,7 @@ def build_and_train(params: Params, device: torch.device, args: argparse.Namespa
     seed_everything(params.seed, deterministic=params.deterministic)
     with distributed.together():
         model, fresh_layers = build_model(params, start.init_from, resumed=restored is not None)
+        check_batches(model, params, len(train_split.ids))
     to_device(model, params, device)
     train_loader, val_loader = distributed.local_rank0_first(
         lambda: make_loaders(train_split, val_split, names, params, model, device)

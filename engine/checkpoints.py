@@ -136,7 +136,21 @@ def load_weights(model: nn.Module, state_dict: dict[str, Any], source: str | Pat
     model.load_state_dict(given)
 
 
-def init_from(model: nn.Module, file: Path, params: Params) -> str:
+def check_normalization(model: FCN_GCN, checkpoint: dict[str, Any], file: Path) -> None:
+    """Raise UserError if photos would now be normalized otherwise than for the weights of a checkpoint.
+
+    They are as timm says of the encoder, and another version of timm may say something else. Older checkpoints do not
+    say how they were.
+    """
+    then, now = checkpoint.get("normalization"), [model.mean, model.std]
+    if then is not None and then != now:
+        raise UserError(
+            f"{file} was trained on photos normalized with mean and deviation {then}, this version of timm says {now}; "
+            "install the one that run.json names"
+        )
+
+
+def init_from(model: FCN_GCN, file: Path, params: Params) -> str:
     """Load weights only. Score layers stay as initialised if their class count differs; returns which those are."""
     checkpoint = load_checkpoint(file, otherwise="use --init_from {file}")
     check_compatible(("encoder", "head", "kernel_size", "boundary_refinement"), checkpoint, params, file)
@@ -171,6 +185,7 @@ def load_network(model_dir: Path, restore_file: str, device: torch.device) -> tu
     params, file, checkpoint = distributed.broadcast_from_main(read)
     model = FCN_GCN(**params.network_options(), pretrained=False)
     with distributed.together():
+        check_normalization(model, checkpoint, file)
         load_weights(model, predicting_weights(checkpoint), file)
     to_device(model, params, device)
     return model.eval(), params, checkpoint

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,10 @@ from engine.folders import (
 )
 from engine.outputs import EpochOutputs, TensorBoard
 from engine.training import RESUME_NEEDS, Training
-from model import UserError
+from model import TIMM, UserError
 from model.data_loader import Split
+from model.encoders import batch_norms
+from model.net import FCN_GCN
 from params import Params
 from utils import RunFailed, is_out_of_memory, log_to_file, read_history, read_json, say, set_logger, write_json
 
@@ -54,6 +57,7 @@ def provenance(device: torch.device, params: Params, data_dir: Path) -> dict[str
             "torchvision": torchvision.__version__,
             "numpy": numpy.__version__,
             "pillow": PIL.__version__,
+            **({"timm": version("timm")} if params.encoder.startswith(TIMM) else {}),
         },
         "device": device_name(device),
         "platform": platform.platform(),
@@ -203,8 +207,12 @@ def check_trainable(params: Params, count: int) -> None:
             f'"cutmix" mixes the photos of a process, and "batch_size" {params.batch_size} gives each of {processes} a '
             'single one; raise "batch_size", or set "cutmix" to 0'
         )
+
+
+def check_batches(model: FCN_GCN, params: Params, count: int) -> None:
+    """Raise UserError where batch norm would have a single value to a channel: that of one image, in one cell."""
     single = (count % params.batch_size or params.batch_size) == 1 and not params.freeze_encoder_statistics
-    if single and params.stem_maxpool and params.image_size <= 32:
+    if single and params.image_size <= model.encoder.strides[-1] and batch_norms(model):
         raise UserError(
             f'"batch_size" {params.batch_size} leaves a batch of one among {count} images, and at "image_size" '
             f"{params.image_size} it gives batch norm a single value a channel; change one of the two"

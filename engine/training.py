@@ -55,7 +55,7 @@ class Training:
         self.forward: Callable[[torch.Tensor], torch.Tensor] = model
         self.distributed: DistributedDataParallel | None = None
         if ranks.world_size() > 1:
-            self.model = synchronize_batch_norm(model, self.device)
+            synchronize_batch_norm(model, self.device)
             copy_to_all(self.model)
             self.distributed = self.forward = distribute(self.model, self.device)
         if params.compile:
@@ -212,6 +212,7 @@ class Training:
             "epoch": self.epoch,
             "state_dict": self.eval_model.state_dict(),
             "class_names": self.class_names,
+            "normalization": [self.model.mean, self.model.std],
             "params": asdict(self.params),
         }
 
@@ -230,6 +231,7 @@ class Training:
             "metrics": self.metrics,
             "images": self.list_digest,
             "class_names": self.class_names,
+            "normalization": [self.model.mean, self.model.std],
             "job": distributed.job(),
             "rng": torch.get_rng_state(),  # the same in every process
             "rng_cuda": rng_states(self.device),  # of any accelerator; the name is that of the first

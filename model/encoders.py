@@ -28,6 +28,7 @@ from torchvision.models import get_model, get_model_weights
 from torchvision.ops import StochasticDepth
 
 from model import ENCODERS, TIMM, UserError
+from model.parallel import is_plain_batch_norm
 from model.transforms import IMAGENET_MEAN, IMAGENET_STD
 
 # Options of the network that are about its encoder. One that an encoder does not honour is refused.
@@ -97,14 +98,15 @@ def build(name: str, *, pretrained: bool | str, options: Mapping[str, bool]) -> 
 
 
 def _draw_nothing(module: nn.Module) -> None:
-    for part in module.modules():
+    parts: list[Any] = [*module.modules()]
+    for part in parts:
         if isinstance(part, _DropoutNd | StochasticDepth):
             part.p = 0.0
         elif hasattr(part, "drop_prob"):  # timm's DropPath, DropBlock2d
             part.drop_prob = 0.0
 
 
-def batch_norms(model: nn.Module) -> list[_BatchNorm]:
+def batch_norms(model: Any) -> list[_BatchNorm]:
     """Return the encoder's batch norm layers of a network."""
     return [m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and model.encoder.owns(name)]
 
@@ -321,7 +323,8 @@ def _installed_weights(name: str) -> str | None:
     """Return the file of a package of WEIGHTS_PACKAGES, None where it is not installed."""
     package = WEIGHTS_PACKAGES.get(name.removeprefix(TIMM))
     spec = importlib.util.find_spec(package.replace("-", "_")) if package else None
-    files = [file for folder in spec.submodule_search_locations for file in Path(folder).rglob("*.pth")] if spec else []
+    folders = (spec.submodule_search_locations if spec else None) or []
+    files = [file for folder in folders for file in Path(folder).rglob("*.pth")]
     return str(files[0]) if files else None
 
 
@@ -416,11 +419,6 @@ def fold_batch_norm(model: Any) -> None:
         if isinstance(before, nn.Conv2d) and is_plain_batch_norm(norm):
             model.set_submodule(names[0], fuse_conv_bn_eval(before, norm))
             model.set_submodule(names[1], getattr(norm, "act", nn.Identity()))
-
-
-def is_plain_batch_norm(module: nn.Module) -> bool:
-    """Return whether a module is nn.BatchNorm2d, or timm's form of it that an activation follows, `act`."""
-    return type(module) is nn.BatchNorm2d or type(module).__name__ == "BatchNormAct2d"
 
 
 class _Maps(nn.Module):

@@ -7,6 +7,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from model import UserError
 
 
 def process_count() -> int:
@@ -70,8 +73,9 @@ class HostSyncBatchNorm2d(nn.BatchNorm2d):
     """nn.SyncBatchNorm for the CPU, which that refuses: statistics of the whole batch, whatever part of it is here."""
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W), B may be 0
-        if not self.training:
-            return super().forward(x)
+        return _activated(self, self._normalized(x) if self.training else super().forward(x))
+
+    def _normalized(self, x: Tensor) -> Tensor:
         full = x.to(torch.promote_types(x.dtype, torch.float32))
         own = full.new_tensor([full[:, 0].numel()], dtype=torch.float64)
         sums = differentiable_sum(torch.cat([full.sum((0, 2, 3), dtype=torch.float64), own]))
@@ -99,18 +103,34 @@ class DeviceSyncBatchNorm2d(nn.SyncBatchNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W), B may be 0
-        return super().forward(x) if len(x) else super().forward(x.float()).to(x.dtype)
+        return _activated(self, super().forward(x) if len(x) else super().forward(x.float()).to(x.dtype))
 
 
-def synchronize_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
-    """Return the network with batch norm over the batches of all processes; names and values of its tensors stay."""
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    for module in model.modules():
-        if type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm):
-            module.__class__ = DeviceSyncBatchNorm2d if on_gpu else HostSyncBatchNorm2d  # the same attributes
-    return model
+def _activated(norm: nn.Module, x: Tensor) -> Tensor:
+    """Apply the activation that timm's BatchNormAct2d has in itself."""
+    activation = getattr(norm, "act", None)
+    return x if activation is None else activation(x)
+
+
+def is_plain_batch_norm(module: nn.Module) -> bool:
+    """Return whether a module is nn.BatchNorm2d, or timm's form of it that an activation follows, `act`."""
+    return type(module) is nn.BatchNorm2d or type(module).__name__ == "BatchNormAct2d"
+
+
+def synchronize_batch_norm(model: nn.Module, device: torch.device) -> None:
+    """Let batch norm be that over the batches of all processes; names and values of its tensors stay.
+
+    Raises UserError for a form of batch norm that is not known, unless it is in evaluation mode for good.
+    """
+    for name, module in model.named_modules():
+        if is_plain_batch_norm(module):
+            # The same attributes, but for one: the group that SyncBatchNorm asks, by default all processes.
+            module.process_group = None
+            module.__class__ = DeviceSyncBatchNorm2d if device.type == "cuda" else HostSyncBatchNorm2d
+        elif isinstance(module, _BatchNorm):
+            raise UserError(
+                f"{name} is {type(module).__name__}, which several processes cannot share; train with one process"
+            )
 
 
 class Dropout2d(nn.Dropout2d):

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import pytest
@@ -156,6 +156,16 @@ def paused(*processes: int) -> Iterator[None]:
         for number in processes:
             with suppress(ProcessLookupError):
                 os.kill(number, signal.SIGCONT)
+
+
+def as_network(module: Any) -> Any:
+    """Let a module stand for a network in training: without an encoder, for photos in [0, 1]."""
+    from model.encoders import Encoder
+
+    module.mean, module.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    nothing = {"names": (), "maps": lambda *_: [], "channels": (), "strides": (), "refused": {}}
+    module.encoder = Encoder(**nothing, mean=module.mean, std=module.std)
+    return module
 
 
 def make_experiment(folder: Path, **params) -> Path:

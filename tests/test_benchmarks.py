@@ -13,6 +13,7 @@ from conftest import ROOT, make_data, run_script
 from PIL import Image
 
 from benchmarks import baseline, prediction, roofline
+from engine.devices import input_options
 from engine.training import Training
 from evaluate import evaluate
 from model.data_loader import SegmentationDataset, make_loader
@@ -44,15 +45,16 @@ def test_one_training_step_of_both_sides_gives_the_same_weights_and_the_same_sco
     images, labels = next(iter(loader))
     pairs = zip(split.images, split.masks, strict=True)
     plain_images, targets = map(torch.stack, zip(*(baseline.load(*pair, 32) for pair in pairs), strict=True))
-    torch.testing.assert_close(to_input(images, "cpu", normalize=False), plain_images)
+    torch.testing.assert_close(to_input(images, "cpu", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)), plain_images)
     assert torch.equal(targets.argmax(1), labels.long())
 
     torch.manual_seed(0)
-    model = FCN_GCN(pretrained=False)
+    model = FCN_GCN(**params.network_options(), pretrained=False)
     plain = copy.deepcopy(model)
     model.to(memory_format=torch.channels_last)
     training = Training(model, params, steps_per_epoch=1)
-    loss = SegmentationLoss(**params.loss_options())(model(to_input(images, "cpu", **params.input_options())), labels)
+    logits = model(to_input(images, "cpu", **input_options(model, params)))
+    loss = SegmentationLoss(**params.loss_options())(logits, labels)
     training.step(loss, ends_group=True)
     plain_loss = baseline.train_step(plain, baseline.optimizer(plain), plain_images, targets)
     assert loss.item() == pytest.approx(plain_loss, rel=1e-5)

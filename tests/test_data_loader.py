@@ -647,8 +647,8 @@ def test_cache_follows_a_change_of_resizing_by_itself(data, monkeypatch, part):
     """Whoever changes how photos or masks are resized need not think of the cache."""
     before, to_square = arrays(load(data)), transforms.to_square
 
-    def changed(image, mask, side, resize):
-        result = list(to_square(image, mask, side, resize))
+    def changed(image, mask, side, resize, padding):
+        result = list(to_square(image, mask, side, resize, padding))
         result[part] = result[part] and result[part].transpose(Image.Transpose.FLIP_TOP_BOTTOM)
         return tuple(result)
 
@@ -675,8 +675,8 @@ def test_cache_follows_a_change_of_resizing_by_itself(data, monkeypatch, part):
 def test_the_tag_shows_a_change_that_concerns_some_photos_only(monkeypatch, resize, side, concerned):
     before, to_square = transforms.resize_tag(side, resize), transforms.to_square
 
-    def changed(image, mask, side, resize):
-        square, mask = to_square(image, mask, side, resize)
+    def changed(image, mask, side, resize, padding):
+        square, mask = to_square(image, mask, side, resize, padding)
         return ImageOps.mirror(square) if concerned(*image.size, side) else square, mask
 
     monkeypatch.setattr(transforms, "to_square", changed)

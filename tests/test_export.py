@@ -128,7 +128,9 @@ def test_the_file_says_what_it_is_and_nothing_of_the_machine(exported):
 
 
 def test_without_normalization_the_file_says_zeros_and_ones():
-    about = export.onnx_metadata(Params(normalize=False), ["a", "b"], None)
+    params = Params(normalize=False, encoder="resnet18")
+    model = FCN_GCN(**params.network_options(), pretrained=False)
+    about = export.onnx_metadata(model, params, ["a", "b"], None)
     assert (about["mean"], about["std"], about["epoch"]) == ("[0.0, 0.0, 0.0]", "[1.0, 1.0, 1.0]", "null")
 
 

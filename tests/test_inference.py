@@ -104,7 +104,9 @@ def test_a_network_that_returns_colours_gives_back_the_photo(size, resize, tile,
     truth = np.zeros((height, width), np.uint8)
     truth[:, across:], truth[down:, :across] = 1, 2
     picture = Image.fromarray((np.eye(3, dtype=np.uint8) * 255)[truth])
-    segmenter = Segmenter(ColourNetwork(), CPU, image_size=64, resize=resize, normalize=False, **options)
+    segmenter = Segmenter(
+        ColourNetwork(), CPU, image_size=64, resize=resize, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), **options
+    )
     found = segmenter.segment(picture, tile=tile).numpy()
     box = [min(length, tile or length) for length in size]
     left, top, right, bottom = RESIZES[resize](*box, min(segmenter.sizes))

@@ -8,7 +8,8 @@ from torchvision.models.resnet import Bottleneck
 
 from engine.checkpoints import load_weights
 from model import ENCODERS, UserError
-from model.net import BR, FCN_GCN, GCN, _upsample, fold_batch_norm
+from model.encoders import fold_batch_norm
+from model.net import BR, FCN_GCN, GCN, _upsample
 
 
 def network(**options) -> FCN_GCN:

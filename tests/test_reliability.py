@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, make_data, make_experiment, paused, run_script, start_script
+from conftest import ROOT, TINY, as_network, make_data, make_experiment, paused, run_script, start_script
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -443,7 +443,7 @@ def test_weights_that_are_not_finite_are_never_saved(data, tmp_path):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_single_value_that_is_not_finite_is_seen(value):
     for optimizer, buffer in (("sgd", "momentum_buffer"), ("adamw", "exp_avg_sq")):
-        network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
+        network = as_network(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4)))
         training = Training(network, Params(optimizer=optimizer), steps_per_epoch=1)
         assert training.is_finite()
         training.step(network(torch.rand(2, 3, 5, 5)).sum(), ends_group=True)
@@ -458,7 +458,7 @@ def test_a_single_value_that_is_not_finite_is_seen(value):
 def test_a_first_step_that_is_skipped_leaves_momentum_of_zero():
     """As in half precision, whose first scale may be too high; PyTorch would leave the buffer as memory was."""
     for attempt in range(20):
-        network = torch.nn.Conv2d(3, 64 + attempt, 3)
+        network = as_network(torch.nn.Conv2d(3, 64 + attempt, 3))
         training = Training(network, Params(precision="fp16"), steps_per_epoch=1)
         training.step(network(torch.rand(1, 3, 9, 9)).sum() * float("inf"), ends_group=True)
         buffers = [state["momentum_buffer"] for state in training.optimizer.state.values()]

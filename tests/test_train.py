@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, make_data, make_experiment, run_script
+from conftest import TINY, as_network, make_data, make_experiment, run_script
 from PIL import Image
 from torch import nn
 
@@ -137,7 +137,7 @@ def test_run_json_names_the_data_folder(finished):
 def test_best_holds_what_prediction_needs_and_last_what_a_resume_needs(finished):
     experiment, _, _ = finished
     best, last = (torch.load(experiment / f"{name}.pth.tar", weights_only=True) for name in ("best", "last"))
-    assert best.keys() == {"epoch", "state_dict", "class_names", "params"} < last.keys()
+    assert best.keys() == {"epoch", "state_dict", "class_names", "normalization", "params"} < last.keys()
     assert best["epoch"] == best_epoch(experiment)
     if best["epoch"] == last["epoch"]:
         assert same(best["state_dict"], last["ema_state_dict"])  # what validation has scored
@@ -406,9 +406,9 @@ def test_evaluate_refuses_a_changed_architecture_by_name(finished, tmp_path):
 # ---------------------------------------------------------------------------------------- one key at a time
 
 
-def network(num_classes: int = 21) -> nn.Module:
+def network(num_classes: int = 21, *, normalize: bool = True) -> nn.Module:
     torch.manual_seed(0)
-    return train.FCN_GCN(num_classes, encoder=TINY["encoder"], pretrained=False)
+    return train.FCN_GCN(num_classes, encoder=TINY["encoder"], pretrained=False, normalize=normalize)
 
 
 def loader_of(data, **params):
@@ -431,7 +431,7 @@ def train_tiny(data, **params) -> Training:
 @pytest.mark.parametrize("warmup", [0, 2])
 def test_the_schedule_follows_its_formula(schedule, warmup):
     steps, params = 7, Params(schedule=schedule, warmup_epochs=warmup, num_epochs=5, learning_rate=0.1)
-    training = Training(nn.Conv2d(1, 1, 1), params, steps)
+    training = Training(as_network(nn.Conv2d(1, 1, 1)), params, steps)
     rates = []
     for _ in range(params.num_epochs * steps):
         rates.append(training.learning_rate)
@@ -449,10 +449,10 @@ def test_the_schedule_follows_its_formula(schedule, warmup):
 
 
 def test_sgd_and_adamw_take_their_options_from_params():
-    sgd = build_optimizer(nn.Linear(1, 1), Params(learning_rate=0.3, momentum=0.7, weight_decay=0.1))
+    sgd = build_optimizer(as_network(nn.Linear(1, 1)), Params(learning_rate=0.3, momentum=0.7, weight_decay=0.1))
     assert isinstance(sgd, torch.optim.SGD)
     assert [sgd.param_groups[0][key] for key in ("lr", "momentum", "weight_decay")] == [0.3, 0.7, 0.1]
-    adamw = build_optimizer(nn.Linear(1, 1), Params(optimizer="adamw", learning_rate=0.3, weight_decay=0.1))
+    adamw = build_optimizer(as_network(nn.Linear(1, 1)), Params(optimizer="adamw", learning_rate=0.3, weight_decay=0.1))
     assert isinstance(adamw, torch.optim.AdamW)
     assert [adamw.param_groups[0][key] for key in ("lr", "weight_decay")] == [0.3, 0.1]
 
@@ -498,7 +498,8 @@ def test_momentum_finds_its_weights_again_where_the_groups_have_changed(tmp_path
 
 def linear_training(**params) -> Training:
     torch.manual_seed(0)
-    return Training(nn.Linear(3, 1, bias=False), Params(**{"momentum": 0.0, "weight_decay": 0.0} | params), 10)
+    model = as_network(nn.Linear(3, 1, bias=False))
+    return Training(model, Params(**{"momentum": 0.0, "weight_decay": 0.0} | params), 10)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -538,7 +539,7 @@ def test_clipping_bounds_the_step(precision):
 
 def test_ema_is_the_exponential_mean_of_weights_and_statistics():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    model = as_network(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)))
     training = Training(model, Params(ema_decay=0.9, learning_rate=0.1, momentum=0.0), 10)
     expected = None
     for _ in range(4):
@@ -571,7 +572,9 @@ def test_precision_and_memory_format_change_speed_not_results(tmp_path, params):
 def test_normalize_and_loss_weights_reach_the_training(data):
     losses = {
         str(options): train_epoch(
-            Training(network(), Params(**TINY | {"batch_size": 6} | options), 1),
+            Training(
+                network(normalize=options.get("normalize", True)), Params(**TINY | {"batch_size": 6} | options), 1
+            ),
             loader_of(data, batch_size=6),
         )["loss"]
         for options in ({}, {"normalize": False}, {"loss_weights": {"cross_entropy": 1.0}})
@@ -705,7 +708,7 @@ def test_the_metric_of_params_json_chooses_the_best_epoch():
     found = {}
     for key, patience in (("mIoU", None), ("loss", None), ("loss", 1)):
         params = Params(**TINY | {"num_epochs": 9, "best_metric": key, "early_stopping_patience": patience})
-        training = Training(nn.Conv2d(3, 21, 1), params, 1)
+        training = Training(as_network(nn.Conv2d(3, 21, 1)), params, 1)
         for metrics in values:
             training.end_epoch({"learning_rate": 0.1}, metrics, seconds=1.0, images_per_second=1.0)
         found[key, patience] = (
@@ -815,7 +818,7 @@ def test_an_optimizer_whose_state_has_other_shapes_than_its_weights_resumes(tmp_
     def step(run: Training) -> None:
         run.step(run.model(torch.ones(2, 3, 8, 8)).square().sum(), ends_group=True)
 
-    layers = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+    layers = as_network(nn.Conv2d(3, 4, 3)), as_network(nn.Conv2d(3, 4, 3))
     first, second = map(adafactor, layers)
     step(first)
     first.epoch, first.history, first.metrics = 1, [{"epoch": 1, "val": {}}], {"last": {}, "best": {}}

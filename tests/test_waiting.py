@@ -16,7 +16,7 @@ from evaluate import evaluate
 from model import parallel
 from model.inference import Segmenter
 from model.net import FCN_GCN
-from model.transforms import _mean_and_deviation, _padding
+from model.transforms import IMAGENET_MEAN, IMAGENET_STD, PADDING, _colour, _times_255
 from model.voc import CLASS_NAMES
 from params import LOSS_TERMS, Params
 from train import train_epoch
@@ -78,7 +78,7 @@ def on_device(training: Training) -> None:
     training.eval_model.to(META)
     for group in training.optimizer.param_groups:  # the fused kernel is unknown to this device
         group |= {"params": list(training.model.parameters()), "fused": False, "foreach": True}
-    _mean_and_deviation(META, True), _padding(META)  # which stay there
+    _times_255(IMAGENET_MEAN, META), _times_255(IMAGENET_STD, META), _colour(PADDING, META)  # which stay there
 
 
 @pytest.mark.parametrize(
