@@ -1,6 +1,7 @@
 """Write a checkpoint as an ONNX file, once onnxruntime finds the same logits with it as PyTorch on a photo of val."""
 
 import argparse
+import copy
 import importlib
 import json
 import math
@@ -18,6 +19,7 @@ from engine.cli import add_restore_file, experiment_parser, run_main
 from engine.distributed import pick_device
 from engine.folders import data_dir, git_commit
 from model import UserError, cores
+from model.encoders import pad_statically
 from model.layouts import find_split
 from model.net import FCN_GCN
 from model.photos import read_example
@@ -70,6 +72,15 @@ def refuse_large(model: nn.Module) -> None:
         )
 
 
+def refuse_size(model: FCN_GCN, params: Params) -> None:
+    """Raise UserError where an exported network would not take photos of image_size."""
+    if params.image_size % (multiple := model.encoder.exported_multiple):
+        raise UserError(
+            f'"image_size" is {params.image_size}, and an exported "{params.encoder}" takes multiples of {multiple}; '
+            "train at one of them"
+        )
+
+
 def onnx_metadata(model: FCN_GCN, params: Params, names: list[str], epoch: int | None) -> dict[str, str]:
     """Return what the file says of itself beside the network, each value as JSON."""
     values = {
@@ -79,19 +90,28 @@ def onnx_metadata(model: FCN_GCN, params: Params, names: list[str], epoch: int |
         "image_size": params.image_size,
         "resize": params.resize,
         "padding": model.encoder.padding,
+        "multiple": model.encoder.exported_multiple,
         "epoch": epoch,
         "git_commit": git_commit(),
     }
     return {key: json.dumps(value) for key, value in values.items()}
 
 
-def write_onnx(model: nn.Module, file: Path, metadata: dict[str, str]) -> None:
+def write_onnx(model: FCN_GCN, file: Path, metadata: dict[str, str]) -> None:
     """Write a network as one file: float32 "images" (B, 3, H, W) to "logits" (B, num_classes, H, W).
 
-    B, H and W are free; H and W at least 32, as the network's. Leaves the network in evaluation mode.
+    B, H and W are free; H and W at least 32, as the network's, and multiples of what its encoder says.
     """
     # At a size at which no map has an axis of 1, which torch.export would take for fixed.
     example = torch.zeros(2, 3, 224, 256)
+    multiple = model.encoder.exported_multiple
+    model = copy.deepcopy(model)  # that of the caller is what the file is held against
+    if multiple > 1:
+        pad_statically(model)
+
+    def side(name: str) -> Any:
+        return name if multiple == 1 else multiple * torch.export.Dim(f"{name}_by_{multiple}", min=1, max=512)
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about PyTorch's own insides
@@ -99,7 +119,7 @@ def write_onnx(model: nn.Module, file: Path, metadata: dict[str, str]) -> None:
                 model.eval(),
                 (example,),
                 dynamo=True,
-                dynamic_shapes=({0: "batch", 2: "height", 3: "width"},),
+                dynamic_shapes=({0: "batch", 2: side("height"), 3: side("width")},),
                 input_names=["images"],
                 output_names=["logits"],
                 verbose=False,
@@ -136,10 +156,14 @@ def refused(error: Exception) -> RunFailed:
 
 
 def photo_batches(path: Path, model: FCN_GCN, params: Params) -> list[Tensor]:
-    """Return a photo and its mirror image, uint8 (2, 3, H, W): at image_size, and higher, narrower and of odd sides."""
-    size = params.image_size
+    """Return a photo and its mirror image, uint8 (2, 3, H, W): at image_size, and higher, narrower and, where the
+    network takes these, of odd sides.
+    """
+    size, multiple = params.image_size, model.encoder.exported_multiple
+    odd = [int(1.25 * size) | 1, max(int(0.75 * size), 32) | 1]
+    other = odd if multiple == 1 else [max(1, side // multiple) * multiple for side in (odd[0] + multiple - 1, odd[1])]
     batches = []
-    for height, width in ((size, size), (int(1.25 * size) | 1, max(int(0.75 * size), 32) | 1)):
+    for height, width in ((size, size), other):
         pixels = read_example(
             path,
             None,
@@ -187,6 +211,7 @@ def main(args: argparse.Namespace) -> None:
     model, params, checkpoint = load_network(args.model_dir, args.restore_file, torch.device("cpu"))
     model.to(memory_format=torch.contiguous_format)
     refuse_large(model)
+    refuse_size(model, params)
 
     split = find_split(params.dataset, data_dir(args, params.dataset), "val")
     file = checkpoint_path(args.model_dir, args.restore_file)

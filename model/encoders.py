@@ -49,6 +49,7 @@ class Encoder:
         strides: H / h of each map.
         mean, std: what photos in [0, 1] were normalized with, by channel, when its weights were trained.
         refused: those of OPTIONS that it does not honour, and why.
+        exported_multiple: what the sides of photos must be multiples of once it is exported.
     """
 
     names: tuple[str, ...]
@@ -58,6 +59,7 @@ class Encoder:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     refused: Mapping[str, str]
+    exported_multiple: int = 1
 
     def owns(self, name: str) -> bool:
         """Return whether a layer or a tensor of this name in the network belongs to the encoder."""
@@ -226,6 +228,7 @@ def _timm(name: str, pretrained: bool | str, options: Mapping[str, bool]) -> tup
         mean=tuple(backbone.pretrained_cfg["mean"]),
         std=tuple(backbone.pretrained_cfg["std"]),
         refused=refused,
+        exported_multiple=PYRAMID[-1],
     )
     return encoder, {"backbone": backbone}
 
@@ -326,6 +329,20 @@ def _installed_weights(name: str) -> str | None:
     folders = (spec.submodule_search_locations if spec else None) or []
     files = [file for folder in folders for file in Path(folder).rglob("*.pth")]
     return str(files[0]) if files else None
+
+
+def pad_statically(model: nn.Module) -> None:
+    """Let convolutions with TensorFlow's padding pad as for sides that are multiples of their stride, in place.
+
+    How much they pad depends on the photo's size otherwise, and torch.export would work at that for hours.
+    """
+    convolutions = [(name, m) for name, m in model.named_modules() if type(m).__name__ == "Conv2dSame"]
+    for name, convolution in convolutions:
+        shapes = zip(convolution.kernel_size, convolution.stride, convolution.dilation, strict=True)
+        down, across = (max(0, (kernel - 1) * dilation + 1 - stride) for kernel, stride, dilation in shapes)
+        convolution.__class__ = nn.Conv2d  # whose own padding is 0
+        pad = nn.ZeroPad2d((across // 2, across - across // 2, down // 2, down - down // 2))
+        model.set_submodule(name, nn.Sequential(pad, convolution))
 
 
 # Files of weights

@@ -116,6 +116,7 @@ def test_the_file_says_what_it_is_and_nothing_of_the_machine(exported):
         "image_size": 32,
         "resize": "letterbox",
         "padding": list(PADDING),
+        "multiple": 1,
         "epoch": 1,
         "git_commit": folders.git_commit(),
     }
