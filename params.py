@@ -192,6 +192,10 @@ class Params:
     zero_init_residual: bool = _flag(
         False, "every residual block begins as its shortcut: those of an encoder without `pretrained`, and BR"
     )
+    zero_init_heads: bool = _flag(
+        False,
+        "the last convolutions of the heads begin at 0: for encoders whose maps are large, as EfficientNet's",
+    )
     pretrained: bool | str = _key(
         True,
         "true, false or the name of a file",
@@ -254,7 +258,10 @@ class Params:
 
 SCORED_AT_ONCE = 32 * 224**2  # pixels
 # Options of the network on which its weights do not depend.
-TRAINING_OPTIONS = ("dropout_rate", "zero_init_residual", "freeze_encoder_statistics", "activation_checkpointing")
+TRAINING_OPTIONS = (
+    *("dropout_rate", "zero_init_residual", "zero_init_heads"),
+    *("freeze_encoder_statistics", "activation_checkpointing"),
+)
 INPUT = ("normalize", "resize")  # what the weights were trained to read
 ARCHITECTURE = ("num_classes", "encoder", "kernel_size", "head", "boundary_refinement", "stem_maxpool", "gcn_padding")
 

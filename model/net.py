@@ -5,7 +5,7 @@
 
 import argparse
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 
 import torch.nn.functional as F
@@ -79,8 +79,7 @@ class BR(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         if zero_init:
-            for parameter in self.conv2.parameters():
-                nn.init.zeros_(parameter)
+            _zero([self.conv2])
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
         return x + self.conv2(self.relu(self.conv1(x)))
@@ -102,6 +101,8 @@ class FCN_GCN(nn.Module):
         dropout_rate: probability of dropping a channel of the encoder features that enter a head.
         zero_init_residual: let every residual block begin as its shortcut: 0 for BR's second convolution and, unless
             pretrained, for the weight of each encoder block's last batch norm (Goyal et al., arXiv 1706.02677, 5.1).
+        zero_init_heads: let the last convolutions of every head begin at 0, so that the first logits do not depend on
+            the scale of the encoder's maps, which is large where they come without batch norm, as EfficientNet's.
         freeze_encoder_statistics: normalize in the encoder with its running statistics, which stay as they are, in
             training too.
         activation_checkpointing: keep no activations inside of the encoder's four stages, compute them once more in the
@@ -126,6 +127,7 @@ class FCN_GCN(nn.Module):
         gcn_padding: str = "swapped",
         dropout_rate: float = 0.0,
         zero_init_residual: bool = False,
+        zero_init_heads: bool = False,
         freeze_encoder_statistics: bool = False,
         activation_checkpointing: bool = False,
         pretrained: bool | str = True,
@@ -138,7 +140,11 @@ class FCN_GCN(nn.Module):
             raise UserError(f"gcn_padding is {gcn_padding!r}; allowed: {', '.join(GCN_PADDINGS)}")
 
         def score(in_channels: int) -> nn.Module:
-            return _head(head, in_channels, num_classes, kernel_size, gcn_padding)
+            layer = _head(head, in_channels, num_classes, kernel_size, gcn_padding)
+            if zero_init_heads:
+                last = (layer.conv_l2, layer.conv_r2) if isinstance(layer, GCN) else [*layer.modules()][-1:]
+                _zero(last)
+            return layer
 
         def refine() -> nn.Module:
             if not boundary_refinement:
@@ -191,6 +197,12 @@ class FCN_GCN(nn.Module):
             for norm in encoders.batch_norms(self):
                 norm.eval()
         return self
+
+
+def _zero(layers: Iterable[nn.Module]) -> None:
+    for layer in layers:
+        for parameter in layer.parameters():
+            nn.init.zeros_(parameter)
 
 
 def _upsample(x: Tensor, *, size: Sequence[int], always: bool = False) -> Tensor:

@@ -7,7 +7,7 @@ from torch import nn
 from torchvision.models.resnet import Bottleneck
 
 from engine.checkpoints import load_weights
-from model import ENCODERS, UserError
+from model import ENCODERS, HEADS, UserError
 from model.encoders import fold_batch_norm
 from model.net import BR, FCN_GCN, GCN, _upsample
 
@@ -219,6 +219,16 @@ def test_zero_init_residual_lets_every_residual_block_begin_as_its_shortcut():
             shortcut = getattr(block, "downsample", None) or nn.Identity()
             changed.append(not torch.equal(block(x), shortcut(x).relu()))
         assert len(blocks) == 16 + 9 and changed == [not zero] * 25
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_zero_init_heads_lets_the_logits_begin_at_zero_whatever_the_maps(head):
+    for zero in (True, False):
+        model = network(head=head, kernel_size=3, encoder="resnet18", boundary_refinement=False, zero_init_heads=zero)
+        logits = model(100 * torch.randn(2, 3, 64, 64))
+        assert bool(logits.any()) != zero
+        nn.functional.cross_entropy(logits, torch.zeros(2, 64, 64, dtype=torch.long)).backward()
+        assert model.gcn4.state_dict().keys() and any(p.grad.any() for p in model.gcn4.parameters())  # it learns
 
 
 def test_dropout_exists_only_above_zero_and_only_in_training():
