@@ -138,8 +138,10 @@ def by_name(metrics: dict, names: Sequence[str]) -> dict:
     }
 
 
-def make_segmenter(model: FCN_GCN, params: Params, device: torch.device, args: argparse.Namespace) -> Segmenter:
-    """Return what segments photos as the flags of add_testing_flags() say. Raises UserError for unusable scales.
+def make_segmenter(
+    model: FCN_GCN, params: Params, device: torch.device, *, scales: Sequence[float] | None = None, flip: bool = False
+) -> Segmenter:
+    """Return what segments photos, at several scales and mirrored if asked. Raises UserError for unusable scales.
 
     The network gets its batch norm folded and is of no other use then.
     """
@@ -150,8 +152,8 @@ def make_segmenter(model: FCN_GCN, params: Params, device: torch.device, args: a
         image_size=params.image_size,
         resize=params.resize,
         padding=model.encoder.padding,
-        scales=args.scales or (1.0,),
-        flip=args.flip,
+        scales=scales or (1.0,),
+        flip=flip,
         autocast=partial(autocast, device, params.precision),
         **input_options(model, params),
     )
@@ -281,7 +283,9 @@ def find_other(
             raise UserError(f"{file} is of another checkpoint, other --scales or --flip; score {args.against} again")
         return counts
 
-    return distributed.broadcast_from_main(read), make_segmenter(model, params, device, args)
+    return distributed.broadcast_from_main(read), make_segmenter(
+        model, params, device, scales=args.scales, flip=args.flip
+    )
 
 
 def predictions_folder(folder: Path, split: str, names: Sequence[str]) -> Path:
@@ -323,7 +327,7 @@ def score_checkpoint(device: torch.device, args: argparse.Namespace) -> None:
         record |= {"scales": scales, "flip": args.flip}
         overlays = args.model_dir / f"overlays_{name}"
         with distributed.together():
-            segmenter = make_segmenter(model, params, device, args)
+            segmenter = make_segmenter(model, params, device, scales=args.scales, flip=args.flip)
             if args.save_overlays and ranks.is_main():
                 make_folder(overlays, "--save_overlays")
         other = find_other(name, record, device, args)

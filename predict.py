@@ -28,8 +28,10 @@ from engine.cli import (
     signal_received,
     stop_if_asked,
 )
+from engine.distributed import pick_device
 from engine.folders import recorded_data_dir
 from evaluate import make_segmenter
+from model.inference import Segmenter
 from model.layouts import find_split
 from model.photos import IMAGE_SUFFIXES, read_photo
 from model.voc import colour_mask
@@ -185,6 +187,25 @@ def write_results(file: Path, photo: Image.Image, prediction: np.ndarray, names:
     write_json(files[-1], {"photo": str(file), **size, "areas": areas})
 
 
+def load(
+    model_dir: str | Path,
+    *,
+    restore_file: str = "best",
+    device: str = "auto",
+    scales: Sequence[float] | None = None,
+    flip: bool = False,
+) -> tuple[Segmenter, list[str]]:
+    """Load a trained network, in a notebook say: load(...)[0].segment(photo) of an RGB photo gives its class map.
+
+    Returns what segments photos, see model.inference.Segmenter, and the names of the classes. Raises UserError as the
+    command does.
+    """
+    model, params, checkpoint = load_network(Path(model_dir), restore_file, torch_device := pick_device(device))
+    file = checkpoint_path(Path(model_dir), restore_file)
+    names = agreed_class_names(checkpoint, file, None, params.num_classes)
+    return make_segmenter(model, params, torch_device, scales=scales, flip=flip), names
+
+
 def main(args: argparse.Namespace) -> int:
     with distributed.processes(args.device) as device:
         return run(device, args)
@@ -200,7 +221,7 @@ def run(device: torch.device, args: argparse.Namespace) -> int:
     model, params, checkpoint = load_network(args.model_dir, args.restore_file, device)
     names = distributed.broadcast_from_main(lambda: find_names(params, checkpoint, args))
     with distributed.together():
-        segmenter = make_segmenter(model, params, device, args)
+        segmenter = make_segmenter(model, params, device, scales=args.scales, flip=args.flip)
         make_folder(args.output_dir, "--output_dir")
     size = 1 if args.tile else params.scoring_batch_size
     items = list(photos.items())

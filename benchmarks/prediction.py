@@ -89,7 +89,7 @@ def networks_table(files: list[Path], params: Params, device: torch.device, repe
     models = {OURS: FCN_GCN(**params.network_options(), pretrained=False), **other_networks()}
     for model in models.values():
         to_device(model.eval(), params, device)
-    segmenter = make_segmenter(models[OURS], params, device, argparse.Namespace(scales=None, flip=False))
+    segmenter = make_segmenter(models[OURS], params, device)
     images = to_input(squares([read_photo(file) for file in files[:count]], [size], "squash")[0], device)
 
     @torch.inference_mode()

@@ -336,6 +336,7 @@ CHOICES = {
     "freeze_encoder_statistics": (False, True),
     "activation_checkpointing": (False, True),
 }
+TIMM_MODELS = ("tf_efficientnet_lite0", "convnext_atto", "mobilenetv3_small_050", "hrnet_w18_small", "pvt_v2_b0")
 COMBINATIONS = [dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*CHOICES.values())]
 
 
@@ -355,6 +356,30 @@ def goes_through(folder: Path, options: dict) -> None:
     run_script("predict.py", data / "JPEGImages", "--model_dir", experiment, "--output_dir", folder / "out")
     with Image.open(folder / "out" / "val1.png") as prediction:
         assert prediction.size == (33, 70)
+
+
+def test_any_encoder_of_timm_goes_through_with_every_option_that_it_does_not_refuse(tmp_path):
+    """What it refuses is said by name, and set back then as it says."""
+    system, refused = random.SystemRandom(), set()
+    print(drawn := system.choice(COMBINATIONS) | {"encoder": f"timm/{system.choice(TIMM_MODELS)}"})
+    data = make_data(tmp_path / "data", train=2, val=2)
+    while True:
+        experiment = make_experiment(tmp_path / "run", **drawn, num_epochs=1, batch_size=2, image_size=64)
+        flags = "--model_dir", experiment, "--data_dir", data
+        result = run_script("train.py", *flags, check=None)
+        if result.returncode == 0:
+            break
+        assert (option := re.search(r'"(\w+)" is not for the encoder .* set it to false$', result.stderr)), (
+            result.stderr
+        )
+        assert drawn[option[1]] and not list(experiment.glob("*.log"))
+        drawn[option[1]] = False
+        refused.add(option[1])
+    assert refused <= {"stem_maxpool", "freeze_encoder_statistics", "activation_checkpointing"}
+    run_script("evaluate.py", *flags, "--original_size", "--scales", 0.75, 1, "--save_overlays", 1)
+    assert "onnxruntime against PyTorch" in run_script("export.py", *flags).stdout
+    run_script("predict.py", data / "JPEGImages", "--model_dir", experiment, "--output_dir", tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*.json"))) == 4
 
 
 def test_any_combination_of_options_goes_through(tmp_path):
