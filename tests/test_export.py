@@ -369,9 +369,8 @@ def test_any_encoder_of_timm_goes_through_with_every_option_that_it_does_not_ref
         result = run_script("train.py", *flags, check=None)
         if result.returncode == 0:
             break
-        assert (option := re.search(r'"(\w+)" is not for the encoder .* set it to false$', result.stderr)), (
-            result.stderr
-        )
+        option = re.search(r'"(\w+)" is not for the encoder .* set it to false$', result.stderr)
+        assert option, result.stderr
         assert drawn[option[1]] and not list(experiment.glob("*.log"))
         drawn[option[1]] = False
         refused.add(option[1])
