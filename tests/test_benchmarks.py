@@ -163,7 +163,7 @@ def test_the_scaling_table_is_printed():
 
 
 def test_photos_per_second_are_compared(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(prediction, "other_networks", lambda: {"another": torch.nn.Conv2d(3, 21, 1)})
+    monkeypatch.setattr(prediction, "other_networks", lambda encoder: {"another": torch.nn.Conv2d(3, 21, 1)})
     data = make_data(tmp_path / "data")
     flags = ("--image_size", "32", "--batch_size", "2", "--photos", "2", "--repeats", "1", "--device", "cpu")
     monkeypatch.setattr(sys, "argv", ["prediction.py", "--data_dir", str(data), *flags])
