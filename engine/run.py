@@ -315,6 +315,8 @@ def open_outputs(
     count = sum(parameter.numel() for parameter in training.model.parameters()) / 1e6
     where = f"{params.encoder}, {count:.1f} million parameters, on {device_summary(device)} in {params.precision}"
     logging.info(f"{args.model_dir}: {sizes}; {where}")
+    if training.model.encoder.weights:
+        logging.info(f"the encoder begins with the weights of {training.model.encoder.weights}")
     if params.num_channels is not None:
         logging.info('"num_channels" is accepted for old params.json files; this network has no use for it')
     if params.freeze_encoder_statistics and not params.pretrained and not (start.init_from or restored):

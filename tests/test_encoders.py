@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import ROOT, as_network, make_data, make_experiment, run_script
+from conftest import ROOT, TINY, as_network, make_data, make_experiment, run_script
 from PIL import Image
 from safetensors.torch import save_file
 from test_distributed import assert_alike, of_one_and_of
@@ -27,13 +27,18 @@ from engine import ranks
 from engine.checkpoints import load_checkpoint
 from engine.run import check_batches
 from engine.training import Training, parameter_groups
+from evaluate import evaluate, make_segmenter
 from model import UserError, encoders
-from model.encoders import WEIGHTS_PACKAGES, fold_batch_norm, matched, read_weights
+from model.data_loader import SegmentationDataset, make_loader
+from model.encoders import fold_batch_norm
+from model.layouts import find_split
 from model.losses import SegmentationLoss
 from model.net import FCN_GCN
 from model.parallel import shard, synchronize_batch_norm
 from model.transforms import to_input
+from model.weights import WEIGHTS_PACKAGES, matched, read_weights
 from params import Params
+from train import train_epoch
 
 LITE0 = "timm/tf_efficientnet_lite0"
 CONVNEXT = "timm/convnext_atto"  # layer norm, tensors of one axis that scale a block
@@ -300,6 +305,22 @@ def test_photos_are_normalized_and_padded_as_the_weights_expect(tmp_path):
     assert "normalized with mean and deviation [(0.4, 0.4, 0.4)" in failed.stderr and "timm" in failed.stderr
 
 
+def test_training_scoring_and_prediction_normalize_a_photo_in_the_same_way(data):
+    """White is 1 for this encoder, and would be 2.25 to 2.64 with ImageNet's mean and deviation."""
+    for path in (data / "JPEGImages").iterdir():
+        Image.new("RGB", (32, 32), "white").save(path)
+        Image.new("P", (32, 32)).save(data / "SegmentationClass" / f"{path.stem}.png")
+    params, device = Params(**TINY | {"encoder": LITE0, "num_classes": 4}), torch.device("cpu")
+    split = find_split("voc", data, "train")
+    dataset = SegmentationDataset(split, class_names=["a", "b", "c", "d"], image_size=32)
+    training, seen = Training(network(LITE0), params, 2), []
+    training.model.register_forward_pre_hook(lambda _, args: seen.append(args[0].unique().tolist()))
+    train_epoch(training, make_loader(dataset, batch_size=6, seed=1))
+    evaluate(training.model, make_loader(dataset, batch_size=6), params, device)
+    make_segmenter(training.model, params, device).segment(Image.new("RGB", (50, 40), "white"))
+    assert seen == [[1.0]] * 3
+
+
 # ----------------------------------------------------------------------------------------------------- weights
 
 
@@ -414,7 +435,7 @@ def test_with_installed_weights_photos_get_their_imagenet_classes(voc2012):
 
 @pytest.mark.parametrize("encoder", ["resnet18", LITE0, CONVNEXT])
 def test_missing_weights_are_said_with_every_way_to_get_them(encoder, offline, monkeypatch):
-    monkeypatch.setattr(encoders, "_installed_weights", lambda name: None)
+    monkeypatch.setattr(encoders, "installed_weights", lambda name: None)
     with pytest.raises(UserError) as error:
         network(encoder, pretrained=True)
     said = str(error.value)

