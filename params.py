@@ -138,7 +138,7 @@ class Params:
     optimizer: str = _one_of("sgd", "adamw", meaning="SGD with momentum, or AdamW")
     momentum: float = _number(0.99, "from 0 to below 1", lambda v: 0 <= v < 1, "SGD's")
     weight_decay: float = _number(0.0005, "of at least 0", lambda v: v >= 0, "of the weights")
-    decay_norms_and_biases: bool = _flag(True, "false: no `weight_decay` for batch norm and biases")
+    decay_norms_and_biases: bool = _flag(True, "false: no `weight_decay` for norms, biases and scales of layers")
     encoder_learning_rate_factor: float = _number(
         1.0, "of at least 0", lambda v: v >= 0, "what the learning rate is multiplied by for the encoder"
     )

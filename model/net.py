@@ -244,5 +244,5 @@ if __name__ == "__main__":
     from torchsummary import summary
 
     parser = argparse.ArgumentParser(description="Print the layers of the network.")
-    parser.add_argument("--encoder", default=ENCODERS[0], help="as in params.json (default: %(default)s)")
+    parser.add_argument("--encoder", choices=ENCODERS, default=ENCODERS[0], help="(default: %(default)s)")
     summary(FCN_GCN(encoder=parser.parse_args().encoder, pretrained=False), (3, 224, 224), device="cpu")
