@@ -4,6 +4,7 @@ import copy
 import importlib
 import json
 import pickle
+import re
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -229,6 +230,25 @@ def test_a_batch_norm_that_processes_cannot_share_is_refused_by_name():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm1d(4))
     with pytest.raises(UserError, match="1 is BatchNorm1d, which several processes cannot share"):
         synchronize_batch_norm(model, torch.device("cpu"))
+
+
+def test_a_resumed_run_ends_bit_for_bit_as_one_that_was_left_alone(data, tmp_path):
+    """From installed weights, which the log names and the resume does not read again."""
+    options = {"encoder": LITE0, "pretrained": True, "image_size": 64, "deterministic": True, "ema_decay": 0.9}
+    options |= {"optimizer": "adamw", "learning_rate": 1e-3, "dropout_rate": 0.2, "augment": True}
+    whole, parts = (make_experiment(tmp_path / name, **options) for name in ("whole", "parts"))
+    run_script("train.py", "--model_dir", whole, "--data_dir", data)
+    make_experiment(parts, **options | {"num_epochs": 1})
+    first = run_script("train.py", "--model_dir", parts, "--data_dir", data)
+    make_experiment(parts, **options)
+    second = run_script("train.py", "--model_dir", parts, "--data_dir", data, "--resume")
+    assert re.search(r"the encoder begins with the weights of .*efficientnet-lite0-\w+\.pth", first.stdout)
+    assert "begins with the weights" not in second.stdout
+    states = [load_checkpoint(folder / "last.pth.tar") for folder in (whole, parts)]
+    for key in ("state_dict", "ema_state_dict"):
+        for name, tensor in states[0][key].items():
+            assert torch.equal(tensor, states[1][key][name]), name
+    assert states[0]["metrics"] == states[1]["metrics"] and torch.equal(states[0]["rng"], states[1]["rng"])
 
 
 @pytest.mark.parametrize(("encoder", "refused"), [("resnet18", True), (LITE0, True), (CONVNEXT, False)])
