@@ -200,10 +200,10 @@ def load(
     Returns what segments photos, see model.inference.Segmenter, and the names of the classes. Raises UserError as the
     command does.
     """
-    model, params, checkpoint = load_network(Path(model_dir), restore_file, torch_device := pick_device(device))
-    file = checkpoint_path(Path(model_dir), restore_file)
+    picked, file = pick_device(device), checkpoint_path(Path(model_dir), restore_file)
+    model, params, checkpoint = load_network(Path(model_dir), restore_file, picked)
     names = agreed_class_names(checkpoint, file, None, params.num_classes)
-    return make_segmenter(model, params, torch_device, scales=scales, flip=flip), names
+    return make_segmenter(model, params, picked, scales=scales, flip=flip), names
 
 
 def main(args: argparse.Namespace) -> int:

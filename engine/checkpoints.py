@@ -3,6 +3,7 @@
 import json
 import pickle
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import nn
 from engine import distributed
 from engine.devices import resolve_precision, to_device
 from model import UserError, refuse_irregular
+from model.encoders import built_without_memory
 from model.layouts import Split, class_names, default_class_names
 from model.net import FCN_GCN, class_count, is_of_score_layer, without_unused
 from params import ARCHITECTURE, INPUT, Params
@@ -145,8 +147,8 @@ def check_normalization(model: FCN_GCN, checkpoint: dict[str, Any], file: Path) 
     then, now = checkpoint.get("normalization"), [model.mean, model.std]
     if then is not None and then != now:
         raise UserError(
-            f"{file} was trained on photos normalized with mean and deviation {then}, this version of timm says {now}; "
-            "install the one that run.json names"
+            f"{file} was trained on photos normalized with mean and deviation {then}, here they are {now}; set "
+            '"normalize" back, or install the version of timm that run.json names'
         )
 
 
@@ -154,6 +156,7 @@ def init_from(model: FCN_GCN, file: Path, params: Params) -> str:
     """Load weights only. Score layers stay as initialised if their class count differs; returns which those are."""
     checkpoint = load_checkpoint(file, otherwise="use --init_from {file}")
     check_compatible(("encoder", "head", "kernel_size", "boundary_refinement"), checkpoint, params, file)
+    check_normalization(model, checkpoint, file)
     given, fresh = predicting_weights(checkpoint), model.state_dict()
     layers = ""
     if class_count(given) != class_count(fresh):
@@ -183,7 +186,11 @@ def load_network(model_dir: Path, restore_file: str, device: torch.device) -> tu
         return params, file, checkpoint
 
     params, file, checkpoint = distributed.broadcast_from_main(read)
-    model = FCN_GCN(**params.network_options(), pretrained=False)
+    on_meta = built_without_memory(params.encoder)  # without random weights, which take longer than the checkpoint's
+    with torch.device("meta") if on_meta else nullcontext():
+        model = FCN_GCN(**params.network_options(), pretrained=False)
+    if on_meta:
+        model.to_empty(device="cpu")
     with distributed.together():
         check_normalization(model, checkpoint, file)
         load_weights(model, predicting_weights(checkpoint), file)

@@ -1,6 +1,7 @@
 """How a run begins in its folder, is resumed, and explains its end."""
 
 import argparse
+import copy
 import hashlib
 import logging
 import os
@@ -37,9 +38,8 @@ from engine.folders import (
 )
 from engine.outputs import EpochOutputs, TensorBoard
 from engine.training import RESUME_NEEDS, Training
-from model import TIMM, UserError
+from model import UserError
 from model.data_loader import Split
-from model.encoders import batch_norms
 from model.net import FCN_GCN
 from params import Params
 from utils import RunFailed, is_out_of_memory, log_to_file, read_history, read_json, say, set_logger, write_json
@@ -57,7 +57,7 @@ def provenance(device: torch.device, params: Params, data_dir: Path) -> dict[str
             "torchvision": torchvision.__version__,
             "numpy": numpy.__version__,
             "pillow": PIL.__version__,
-            **({"timm": version("timm")} if params.encoder.startswith(TIMM) else {}),
+            **({"timm": version("timm")} if "timm" in sys.modules else {}),
         },
         "device": device_name(device),
         "platform": platform.platform(),
@@ -210,13 +210,30 @@ def check_trainable(params: Params, count: int) -> None:
 
 
 def check_batches(model: FCN_GCN, params: Params, count: int) -> None:
-    """Raise UserError where batch norm would have a single value to a channel: that of one image, in one cell."""
-    single = (count % params.batch_size or params.batch_size) == 1 and not params.freeze_encoder_statistics
-    if single and params.image_size <= model.encoder.strides[-1] and batch_norms(model):
+    """Raise UserError where a network cannot train on the last batch, the smallest, or on a process's share of it."""
+    last = count % params.batch_size or params.batch_size
+    if last == 1 and not _takes(model, 1, params):
         raise UserError(
             f'"batch_size" {params.batch_size} leaves a batch of one among {count} images, and at "image_size" '
             f"{params.image_size} it gives batch norm a single value a channel; change one of the two"
         )
+    if last < (processes := ranks.world_size()) and not _takes(model, 0, params):
+        raise UserError(
+            f'"batch_size" {params.batch_size} leaves a batch of {last} among {count} images, in which some of '
+            f'{processes} processes have none, and the encoder "{params.encoder}" cannot do nothing; change "batch_size"'
+        )
+
+
+@torch.no_grad()
+def _takes(model: FCN_GCN, count: int, params: Params) -> bool:
+    """Return whether a network can be trained on that many photos, 0 or 1."""
+    images = torch.zeros(count, 3, params.image_size, params.image_size)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            copy.deepcopy(model).train(count > 0)(images)  # its batch norm is another if processes share it
+    except (RuntimeError, ValueError):
+        return False
+    return True
 
 
 def list_digest(split: Split) -> str:

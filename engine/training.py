@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from engine import distributed, ranks
-from engine.checkpoints import load_weights
+from engine.checkpoints import check_normalization, load_weights
 from engine.devices import rng_states, set_rng_states
 from engine.folders import Finished, best_epoch, why_finished
 from model import UserError
@@ -259,6 +259,7 @@ class Training:
                 f"{source} holds weights to predict with and no training state; {other}start from these weights with "
                 "--init_from, in another --model_dir"
             )
+        check_normalization(self.model, state, source)
         load_weights(self.model, state["state_dict"], source)
         if self.ema is not None:  # begins with the weights themselves where there was no average before
             load_weights(self.ema, state.get("ema_state_dict") or state["state_dict"], source)

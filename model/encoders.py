@@ -44,7 +44,6 @@ class Encoder:
         channels: C of each map.
         strides: H / h of each map.
         mean, std: what photos in [0, 1] were normalized with, by channel, when its weights were trained.
-        refused: those of OPTIONS that it does not honour, and why.
         weights: the file or address that they came from, None without.
         exported_multiple: what the sides of photos must be multiples of once it is exported.
     """
@@ -55,7 +54,6 @@ class Encoder:
     strides: tuple[int, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    refused: Mapping[str, str]
     weights: str | None = None
     exported_multiple: int = 1
 
@@ -89,12 +87,20 @@ def build(name: str, *, pretrained: bool | str, options: Mapping[str, bool]) -> 
         encoder, modules = _resnet(name, pretrained, options)
     else:
         raise UserError(f'encoder is {name!r}; allowed: {", ".join(ENCODERS)}, or "{TIMM}NAME" for a model of timm')
-    for option, reason in encoder.refused.items():
-        if options[option]:
-            raise UserError(f'"{option}" is not for the encoder "{name}": {reason}; set it to false')
     for module in modules.values():
         _draw_nothing(module)
     return encoder, modules
+
+
+def _refuse(name: str, refused: Mapping[str, str], options: Mapping[str, bool]) -> None:
+    for option, reason in refused.items():
+        if options[option]:
+            raise UserError(f'"{option}" is not for the encoder "{name}": {reason}; set it to false')
+
+
+def built_without_memory(name: str) -> bool:
+    """Return whether an encoder can be built on the meta device, all its tensors then coming from a checkpoint."""
+    return name in ENCODERS
 
 
 def _draw_nothing(module: nn.Module) -> None:
@@ -138,7 +144,6 @@ def _resnet(name: str, pretrained: bool | str, options: Mapping[str, bool]) -> t
         strides=(4, 8, 16, 32) if options["stem_maxpool"] else (2, 4, 8, 16),
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
-        refused={},
         weights=source,
     )
     return encoder, modules
@@ -196,10 +201,6 @@ def _downloaded(name: str, weights: Any) -> dict[str, Tensor]:
 
 def _timm(name: str, pretrained: bool | str, options: Mapping[str, bool]) -> tuple[Encoder, dict[str, nn.Module]]:
     backbone = _timm_pyramid(name)
-    source = None
-    if pretrained:
-        with torch.random.fork_rng(devices=[]):  # all processes draw alike, and only rank 0 reads weights
-            source = _load_timm_weights(backbone, name, pretrained)
     strides, channels = backbone.feature_info.reduction(), backbone.feature_info.channels()
     channels_last = getattr(backbone, "output_fmt", "NCHW") == "NHWC"
     places = [len(strides) - 1 - strides[::-1].index(stride) for stride in PYRAMID]  # the last one of each stride
@@ -217,14 +218,19 @@ def _timm(name: str, pretrained: bool | str, options: Mapping[str, bool]) -> tup
             )
         elif not _recomputes(backbone):
             refused["activation_checkpointing"] = "timm cannot recompute its activations"
+    _refuse(name, refused, options)
+    maps = _maps_of_any_size(backbone, name, places=places, channels_last=channels_last)
+    source = None
+    if pretrained:
+        with torch.random.fork_rng(devices=[]):  # all processes draw alike, and only rank 0 reads weights
+            source = _load_timm_weights(backbone, name, pretrained)
     encoder = Encoder(
         names=("backbone",),
-        maps=_maps_of_any_size(backbone, name, places=places, channels_last=channels_last),
+        maps=maps,
         channels=tuple(channels[place] for place in places),
         strides=PYRAMID,
         mean=tuple(backbone.pretrained_cfg["mean"]),
         std=tuple(backbone.pretrained_cfg["std"]),
-        refused=refused,
         weights=source,
         exported_multiple=PYRAMID[-1],
     )
@@ -233,7 +239,10 @@ def _timm(name: str, pretrained: bool | str, options: Mapping[str, bool]) -> tup
 
 def _timm_maps(net: Any, images: Tensor, *, places: Sequence[int], channels_last: bool, multiple: int) -> list[Tensor]:
     height, width = images.shape[-2:]
-    maps = net.backbone(F.pad(images, (0, -width % multiple, 0, -height % multiple)) if multiple > 1 else images)
+    if multiple == 1 or compiler.is_exporting():  # for sides that are multiples
+        maps = net.backbone(images)
+    else:
+        maps = net.backbone(F.pad(images, (0, -width % multiple, 0, -height % multiple), mode="replicate"))
     maps = [maps[place].permute(0, 3, 1, 2) if channels_last else maps[place] for place in places]
     if multiple == 1:
         return maps
@@ -245,23 +254,23 @@ def _timm_maps(net: Any, images: Tensor, *, places: Sequence[int], channels_last
 def _maps_of_any_size(
     backbone: nn.Module, name: str, *, places: Sequence[int], channels_last: bool
 ) -> Callable[[Any, Tensor], list[Tensor]]:
-    """Return an Encoder's maps(), tried on odd sides. Where the model fails there, or leaves out what is beyond the
-    last multiple of a stride, photos are padded to multiples of the last stride; UserError where that is no help.
+    """Return an Encoder's maps(), tried on odd sides. Where a side of a map is not that of the photo by the stride,
+    rounded up, photos are padded to multiples of the last stride. Raises UserError where that is no help.
     """
     net: Any = SimpleNamespace(backbone=backbone.eval())
     reason = ""
-    expected = [(-(-33 // stride), -(-65 // stride)) for stride in PYRAMID]
-    for multiple in (1, PYRAMID[-1]):
+    for multiple, height, width in ((1, 33, 65), (PYRAMID[-1], 64, 96)):
         maps = partial(_timm_maps, places=places, channels_last=channels_last, multiple=multiple)
         try:
-            found = [x.shape[-2:] for x in maps(net, torch.zeros(1, 3, 33, 65))]
-        except (AssertionError, RuntimeError, ValueError) as error:
+            whole = partial(maps, multiple=1)(net, torch.zeros(1, 3, height, width))
+        except Exception as error:  # the models raise what they like
             reason = first_line(error)
-        else:
-            reason = f"maps of {found}"
-            if found == expected:
-                backbone.train()
-                return maps
+            continue
+        found = [tuple(x.shape[-2:]) for x in whole]
+        if found == [(-(-height // stride), -(-width // stride)) for stride in PYRAMID]:
+            backbone.train()
+            return maps
+        reason = f"of a photo of {height} x {width} its maps are {', '.join(f'{h} x {w}' for h, w in found)}"
     raise UserError(f'encoder "{name}" does not take photos of every size ({reason})')
 
 
@@ -271,10 +280,12 @@ def _timm_pyramid(name: str) -> Any:
     try:
         try:
             model = create(strict_img_size=False)  # Swin's size would be fixed otherwise
-        except TypeError:  # most models have no such argument
-            model = create()
+        except TypeError as error:
+            if "strict_img_size" not in str(error):
+                raise
+            model = create()  # most models have no such argument
         strides = model.feature_info.reduction()
-    except (AssertionError, AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError) as error:
+    except Exception as error:  # the models raise what they like
         raise UserError(f'encoder "{name}" gives no maps of several sizes ({first_line(error)})') from error
     if missing := [stride for stride in PYRAMID if stride not in strides]:
         raise UserError(
@@ -311,7 +322,7 @@ def _load_timm_weights(backbone: nn.Module, name: str, pretrained: bool | str) -
     timm, short = _timm_library(name), name.removeprefix(TIMM)
     file = pretrained if isinstance(pretrained, str) else installed_weights(short)
     cfg = timm.get_pretrained_cfg(short)
-    address = cfg.url or f"https://huggingface.co/{cfg.hf_hub_id}"
+    address = f"https://huggingface.co/{cfg.hf_hub_id}" if cfg.hf_hub_id else cfg.url
     try:
         whole = timm.create_model(short, pretrained=file is None)
     except Exception as error:  # huggingface_hub has errors of its own, and so have damaged files in its cache
@@ -326,22 +337,34 @@ def _load_timm_weights(backbone: nn.Module, name: str, pretrained: bool | str) -
         return tensor.removeprefix("model.").replace("_", ".")
 
     by_key = {key(tensor): value for tensor, value in state.items()}
+    if missing := [tensor for tensor in backbone.state_dict() if key(tensor) not in by_key]:
+        raise UserError(f'the weights of "{name}" cannot be told apart: timm calls {missing[0]} otherwise elsewhere')
     backbone.load_state_dict({tensor: by_key[key(tensor)] for tensor in backbone.state_dict()})
-    return file or address
+    return str(file or address)
 
 
 def pad_statically(model: nn.Module) -> None:
     """Let convolutions with TensorFlow's padding pad as for sides that are multiples of their stride, in place.
 
-    How much they pad depends on the photo's size otherwise, and torch.export would work at that for hours.
+    How much they pad depends on the photo's size otherwise, and torch.export would work at that for hours. Raises
+    UserError for other layers that pad so.
     """
-    convolutions = [(name, m) for name, m in model.named_modules() if type(m).__name__ == "Conv2dSame"]
-    for name, convolution in convolutions:
-        shapes = zip(convolution.kernel_size, convolution.stride, convolution.dilation, strict=True)
+    layers: list[tuple[str, Any]] = [*model.named_modules()]
+    for name, layer in layers:
+        if not type(layer).__name__.endswith("Same"):
+            continue
+        if type(layer).__name__ == "Conv2dSame":
+            layer.__class__ = nn.Conv2d  # whose own padding is 0
+        elif hasattr(layer, "same_pad") and isinstance(layer, nn.Conv2d):  # StdConv2dSame, ScaledStdConv2dSame
+            if not layer.same_pad:
+                continue
+            layer.same_pad = False
+        else:
+            raise UserError(f"{name} is {type(layer).__name__}, which cannot be exported; choose another encoder")
+        shapes = zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
         down, across = (max(0, (kernel - 1) * dilation + 1 - stride) for kernel, stride, dilation in shapes)
-        convolution.__class__ = nn.Conv2d  # whose own padding is 0
         pad = nn.ZeroPad2d((across // 2, across - across // 2, down // 2, down - down // 2))
-        model.set_submodule(name, nn.Sequential(pad, convolution))
+        model.set_submodule(name, nn.Sequential(pad, layer))
 
 
 # Folding

@@ -120,7 +120,7 @@ def is_plain_batch_norm(module: nn.Module) -> bool:
 def synchronize_batch_norm(model: nn.Module, device: torch.device) -> None:
     """Let batch norm be that over the batches of all processes; names and values of its tensors stay.
 
-    Raises UserError for a form of batch norm that is not known, unless it is in evaluation mode for good.
+    Raises UserError for a form of batch norm that is not known.
     """
     for name, module in model.named_modules():
         if is_plain_batch_norm(module):

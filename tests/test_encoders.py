@@ -118,6 +118,7 @@ def test_an_option_that_an_encoder_does_not_honour_is_refused_by_name(encoder, o
         ("timm/vit_tiny_patch16_224", "has no map of stride 4 but of 16, 16, 16; take one with a pyramid"),
         ("timm/levit_128s", "has no map of stride 4"),
         ("timm/maxvit_tiny_tf_224", "does not take photos of every size .*window"),
+        ("timm/legacy_xception", "does not take photos of every size .*its maps are 15 x 23"),
         ("timm/convnext_ato", "no model convnext_ato; did you mean convnext_atto"),
         ("timm/", "no model ; timm.list_models"),
         ("timm/hf-hub:timm/resnet18", "no model hf-hub:timm/resnet18"),
@@ -128,6 +129,11 @@ def test_an_encoder_that_cannot_be_is_refused_in_a_line_that_says_why(name, said
     with pytest.raises(UserError, match=said) as error:
         network(name)
     assert "\n" not in str(error.value)
+
+
+def test_an_option_is_refused_before_weights_are_looked_for():
+    with pytest.raises(UserError, match="stem_maxpool"):
+        network(LITE0, stem_maxpool=True, pretrained="absent.pth")
 
 
 def test_params_json_takes_any_name_of_timm_and_leaves_the_rest_to_the_network():
@@ -220,10 +226,19 @@ def step_in_float64(encoder: str, images: int, frozen: bool) -> dict:
     }
 
 
+@pytest.mark.parametrize("images", [3, 1])  # of which one of two processes has none
 @pytest.mark.parametrize(("encoder", "frozen"), [(LITE0, False), (LITE0, True), (CONVNEXT, False)])
-def test_two_processes_make_the_step_of_one(encoder, frozen):
-    one, several = of_one_and_of((2,), step_in_float64, encoder, 3, frozen)
+def test_two_processes_make_the_step_of_one(encoder, frozen, images):
+    one, several = of_one_and_of((2,), step_in_float64, encoder, images, frozen)
     assert_alike(several, one, 1e-8)
+
+
+def test_a_process_without_photos_is_refused_where_the_encoder_cannot_do_nothing(monkeypatch):
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
+    check_batches(network(SWIN), Params(encoder=SWIN, image_size=64, batch_size=4), 6)
+    check_batches(network(CONVNEXT), Params(encoder=CONVNEXT, image_size=64, batch_size=4), 5)
+    with pytest.raises(UserError, match="leaves a batch of 1 among 5 images, in which some of 2 processes have none"):
+        check_batches(network(SWIN), Params(encoder=SWIN, image_size=64, batch_size=4), 5)
 
 
 def test_a_batch_norm_that_processes_cannot_share_is_refused_by_name():
@@ -251,9 +266,19 @@ def test_a_resumed_run_ends_bit_for_bit_as_one_that_was_left_alone(data, tmp_pat
     assert states[0]["metrics"] == states[1]["metrics"] and torch.equal(states[0]["rng"], states[1]["rng"])
 
 
-@pytest.mark.parametrize(("encoder", "refused"), [("resnet18", True), (LITE0, True), (CONVNEXT, False)])
-def test_a_batch_of_one_image_is_refused_where_there_is_batch_norm(encoder, refused):
-    params = Params(encoder=encoder, image_size=32, batch_size=1, stem_maxpool=encoder == "resnet18")
+@pytest.mark.parametrize(
+    ("encoder", "size", "refused"),
+    [
+        ("resnet18", 32, True),
+        (LITE0, 32, True),
+        (LITE0, 64, False),
+        (CONVNEXT, 32, False),
+        ("timm/skresnet18", 64, True),
+    ],
+)
+def test_a_batch_of_one_image_is_refused_where_batch_norm_would_have_one_value(encoder, size, refused):
+    """As after a global pooling at any size."""
+    params = Params(encoder=encoder, image_size=size, batch_size=1, stem_maxpool=encoder == "resnet18")
     model = network(encoder, stem_maxpool=params.stem_maxpool)
     with pytest.raises(UserError, match="a single value a channel") if refused else nullcontext():
         check_batches(model, params, 5)
@@ -321,8 +346,18 @@ def test_photos_are_normalized_and_padded_as_the_weights_expect(tmp_path):
     assert checkpoint["normalization"] == [(0.5,) * 3, (0.5,) * 3]
     assert json.loads((experiment / "run.json").read_text())["versions"]["timm"] == timm.__version__
     torch.save(checkpoint | {"normalization": [(0.4,) * 3, (0.5,) * 3]}, experiment / "best.pth.tar")
-    failed = run_script("evaluate.py", *flags, check=2)
-    assert "normalized with mean and deviation [(0.4, 0.4, 0.4)" in failed.stderr and "timm" in failed.stderr
+    last = load_checkpoint(experiment / "last.pth.tar")
+    torch.save(last | {"normalization": [(0.4,) * 3, (0.5,) * 3]}, experiment / "last.pth.tar")
+    options = {"encoder": LITE0, "resize": "letterbox", "batch_size": 2}
+    other = make_experiment(tmp_path / "other", **options)
+    make_experiment(experiment, **options, num_epochs=3)
+    for command in (
+        ("evaluate.py", *flags),
+        ("train.py", *flags, "--resume"),
+        ("train.py", "--model_dir", other, "--data_dir", data, "--init_from", experiment / "best.pth.tar"),
+    ):
+        failed = run_script(*command, check=2)
+        assert "normalized with mean and deviation [(0.4, 0.4, 0.4)" in failed.stderr and "timm" in failed.stderr
 
 
 def test_training_scoring_and_prediction_normalize_a_photo_in_the_same_way(data):
@@ -379,7 +414,11 @@ def test_weights_of_a_file_are_found_by_name_or_else_in_order(tmp_path, encoder,
     if suffix == ".pth":
         torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}, file)
     else:
-        save_file({f"{i:05d}.{name}" if renamed else name: t for i, (name, t) in enumerate(state.items())}, file)
+        save_file(state, file)
+    if renamed and suffix == ".safetensors":  # where tensors are sorted by their names
+        with pytest.raises(UserError, match="does not fit the encoder: it has no "):
+            network(encoder, pretrained=str(file))
+        return
     model = network(encoder, pretrained=str(file)).eval()
     random_numbers = torch.get_rng_state()
     network(encoder)
@@ -400,9 +439,12 @@ def test_weights_of_a_file_are_found_by_name_or_else_in_order(tmp_path, encoder,
         (b"<!DOCTYPE html><html>Sign in", "is no file of weights, or damaged"),
         (pickle.dumps(print), "is no file of weights, or damaged"),
         (None, "there is no file"),
-        ({"conv1.weight": torch.zeros(64, 3, 7, 7)}, "it ends before bn1.weight"),
+        ({"conv1.weight": torch.zeros(64, 3, 7, 7)}, "it has no bn1.weight"),
+        ({"a.weight": torch.zeros(64, 3, 7, 7)}, "it has no bn1.weight"),
+        ({"conv1.weight": torch.zeros(64, 3, 7, 7, dtype=torch.int8)}, r"conv1.weight \(torch.int8\)"),
+        ({"conv1.weight": torch.full((64, 3, 7, 7), float("nan"))}, "something else than finite numbers"),
         ({"state_dict": {"a": 1}}, "something else than tensors"),
-        ("lite1", r"does not fit the encoder: its .* is \(64, 3, 7, 7\), .*|.*conv1.weight is \(64, 3, 7, 7\)"),
+        ("lite1", "it has no conv1.weight"),
         ("deeper", "does not fit the encoder: "),
     ],
     ids=str,
@@ -422,6 +464,32 @@ def test_a_file_that_does_not_fit_is_refused_by_its_first_tensor_that_differs(tm
     assert "weights.pth" in str(error.value) and "\n" not in str(error.value)
 
 
+def test_files_whose_order_says_nothing_are_refused(tmp_path):
+    """Of another order within batch norm, or with one name that differs and blocks that have changed places."""
+    state = moved(get_model("resnet18")).state_dict()
+    names = list(state)
+    alphabetical = sorted(names, key=lambda name: (names.index(f"{name.rsplit('.', 1)[0]}.weight"), name))
+    swapped = {
+        name: name.replace("layer1.0", "x").replace("layer1.1", "layer1.0").replace("x", "layer1.1") for name in names
+    }
+    files = {
+        "alphabetical": {f"renamed.{i}.{name.rsplit('.')[-1]}": state[name] for i, name in enumerate(alphabetical)},
+        "one": {("stem.weight" if name == "conv1.weight" else swapped[name]): state[name] for name in names},
+    }
+    for name, content in files.items():
+        torch.save(content, tmp_path / f"{name}.pth")
+        with pytest.raises(UserError, match=r"its renamed.* is \(64,\), bn1.weight is|it has no conv1.weight"):
+            network("resnet18", pretrained=str(tmp_path / f"{name}.pth"))
+
+
+@pytest.mark.parametrize("prefix", ["model.", "backbone.", "module."])
+def test_a_prefix_that_all_names_have_is_left_out(tmp_path, prefix):
+    state = timm.create_model("convnext_atto").half().state_dict()
+    save_file({prefix + name: tensor for name, tensor in state.items()}, tmp_path / "x.safetensors")
+    loaded = network(CONVNEXT, pretrained=str(tmp_path / "x.safetensors")).backbone.state_dict()
+    assert torch.equal(loaded["stem_0.weight"], state["stem.0.weight"].float())
+
+
 def test_installed_weights_are_found_and_are_those_of_the_package():
     for name, package in WEIGHTS_PACKAGES.items():
         module = importlib.import_module(package.replace("-", "_"))
@@ -429,7 +497,8 @@ def test_installed_weights_are_found_and_are_those_of_the_package():
         (file,) = Path(folder).rglob("*.pth")
         (first, *_) = torch.load(file, weights_only=True).values()
         if name != "tf_efficientnet_lite1":  # two suffice
-            assert torch.equal(network(f"timm/{name}", pretrained=True).backbone.conv_stem.weight, first)
+            found = network(f"timm/{name}.in1k", pretrained=True)  # as the hub calls it
+            assert torch.equal(found.backbone.conv_stem.weight, first) and found.encoder.weights == str(file)
 
 
 def test_with_installed_weights_photos_get_their_imagenet_classes(voc2012):

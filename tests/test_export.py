@@ -335,6 +335,7 @@ CHOICES = {
     "stem_maxpool": (False, True),
     "freeze_encoder_statistics": (False, True),
     "activation_checkpointing": (False, True),
+    "precision": ("fp32", "bf16"),
 }
 TIMM_MODELS = ("tf_efficientnet_lite0", "convnext_atto", "mobilenetv3_small_050", "hrnet_w18_small", "pvt_v2_b0")
 COMBINATIONS = [dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*CHOICES.values())]
