@@ -220,7 +220,7 @@ def check_batches(model: FCN_GCN, params: Params, count: int) -> None:
     if last < (processes := ranks.world_size()) and not _takes(model, 0, params):
         raise UserError(
             f'"batch_size" {params.batch_size} leaves a batch of {last} among {count} images, in which some of '
-            f'{processes} processes have none, and the encoder "{params.encoder}" cannot do nothing; change "batch_size"'
+            f'{processes} processes have none, as "{params.encoder}" cannot; change "batch_size"'
         )
 
 

@@ -343,7 +343,7 @@ def _load_timm_weights(backbone: nn.Module, name: str, pretrained: bool | str) -
     return str(file or address)
 
 
-def pad_statically(model: nn.Module) -> None:
+def pad_statically(model: Any) -> None:
     """Let convolutions with TensorFlow's padding pad as for sides that are multiples of their stride, in place.
 
     How much they pad depends on the photo's size otherwise, and torch.export would work at that for hours. Raises
@@ -358,7 +358,7 @@ def pad_statically(model: nn.Module) -> None:
         elif hasattr(layer, "same_pad") and isinstance(layer, nn.Conv2d):  # StdConv2dSame, ScaledStdConv2dSame
             if not layer.same_pad:
                 continue
-            layer.same_pad = False
+            layer.same_pad = False  # type: ignore[assignment]
         else:
             raise UserError(f"{name} is {type(layer).__name__}, which cannot be exported; choose another encoder")
         shapes = zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
