@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import ROOT, make_data, make_experiment, run_script
+from conftest import ROOT, as_network, make_data, make_experiment, run_script
 from PIL import Image
 from torch import nn
 
@@ -243,7 +243,7 @@ def test_an_onnxscript_older_than_pytorch_is_told_to_be_upgraded(tmp_path, monke
 
     monkeypatch.setattr(torch.onnx, "export", older)
     with pytest.raises(UserError, match=r"torch_3.*: pip install --upgrade onnxscript"):
-        export.write_onnx(nn.Identity(), tmp_path / "x.onnx", {})
+        export.write_onnx(as_network(nn.Identity()), tmp_path / "x.onnx", {})
 
 
 def test_without_the_packages_help_answers_and_one_line_says_what_to_install(tmp_path):
