@@ -116,7 +116,7 @@ class Params:
     cache: bool = _flag(
         True,
         "decode each split once, into `<data>/.cache` or, for read-only data, the user's cache folder; false: at every "
-        "access. On a GPU a split that needs at most a sixteenth of the free memory is kept in its memory",
+        "access",
     )
     train_split: str = _key(
         "train",

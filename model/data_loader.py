@@ -28,7 +28,7 @@ from model.parallel import shard
 from model.photos import read_example, read_mask, read_photo
 from model.transforms import PADDING, Colour, resize_tag, squares
 
-AT_ONCE = 256  # examples in the host's memory while a split is decoded or sent to a GPU
+AT_ONCE = 256  # examples in memory while a split is decoded
 CACHE_VERSION = 1  # part of every cache's name: raise it when files are decoded otherwise; resizing has its own tag
 
 
@@ -95,15 +95,6 @@ class SegmentationDataset(Dataset):
     def nbytes(self) -> int:
         """Bytes of the whole decoded split."""
         return len(self) * self.image_size**2 * 4
-
-    def on_device(self, device: torch.device) -> Tensor:
-        """Return the whole decoded split as uint8 (N, S, S, 4) on a device; needs the cache."""
-        assert self._examples is not None
-        examples = torch.empty(self._examples.shape, dtype=torch.uint8, device=device)
-        for start in range(0, len(self), AT_ONCE):
-            part = np.array(self._examples[start : start + AT_ONCE])
-            examples[start : start + AT_ONCE] = torch.from_numpy(part)
-        return examples
 
     def decode(self, index: int) -> np.ndarray:
         """Return uint8 (S, S, 4) from the files, see read_example."""
@@ -287,33 +278,7 @@ class DistributedBatchSampler(Sampler):
             yield batch[own.start : own.stop]
 
 
-class DeviceLoader:
-    """Batches of a split that lies on the device as a whole, so that the host has nothing to fetch and to send.
-
-    Stands in for a DataLoader of the same data set and batch_sampler, and gives the same batches.
-    """
-
-    def __init__(self, dataset: SegmentationDataset, *, batch_sampler: DistributedBatchSampler, device: torch.device):
-        self.dataset = dataset
-        self.batch_sampler = batch_sampler
-        self._examples = dataset.on_device(device)
-
-    def __len__(self) -> int:
-        return len(self.batch_sampler)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        if not (batches := list(self.batch_sampler)):  # of a split to score with fewer batches than processes
-            return
-        keys = [key if isinstance(key, tuple) else (key,) for batch in batches for key in batch]
-        order, *seeds = (torch.tensor(numbers) for numbers in zip(*keys, strict=True))
-        sizes = [len(batch) for batch in batches]
-        parts = [part.split(sizes) for part in (order.to(self._examples.device), *seeds)]
-        for batch, *seed in zip(*parts, strict=True):
-            examples = self._examples[batch]
-            yield examples[..., :3].permute(0, 3, 1, 2), examples[..., 3], *seed
-
-
-class HostLoader(DataLoader):
+class Loader(DataLoader):
     """Batches that loader processes, or this one, fetch from a data set."""
 
     dataset: SegmentationDataset
@@ -325,9 +290,6 @@ class OriginalLoader(DataLoader):
 
     dataset: OriginalDataset
     batch_sampler: DistributedBatchSampler
-
-
-Loader = HostLoader | DeviceLoader
 
 
 def make_loader(
@@ -344,21 +306,18 @@ def make_loader(
 
     With a seed in an order of its own every epoch (call loader.batch_sampler.set_epoch), and with int64 (B), a seed for
     each example, besides; else in the order of the list.
-    One of several processes gets its part of them, see DistributedBatchSampler. They lie on the device already if the
-    whole split fits there, otherwise in memory that it can copy from by itself.
+    One of several processes gets its part of them, see DistributedBatchSampler. For a GPU they lie in memory that it
+    can copy from by itself.
     """
-    device = torch.device(device)
     sampler = SequentialSampler(dataset) if seed is None else EpochSampler(len(dataset), seed=seed)
     batches = DistributedBatchSampler(sampler, batch_size, split=seed is not None, rank=rank, world_size=world_size)
-    if _fits(dataset, device):
-        return DeviceLoader(dataset, batch_sampler=batches, device=device)
     loading = _loading(batches, num_workers)
-    return HostLoader(
+    return Loader(
         dataset,
         **loading,
         collate_fn=partial(_collate, image_size=dataset.image_size),
         persistent_workers=loading["num_workers"] > 0,
-        pin_memory=device.type == "cuda",
+        pin_memory=torch.device(device).type == "cuda",
         generator=torch.Generator(),  # its own, so that fetching data does not advance the network's random numbers
     )
 
@@ -408,13 +367,6 @@ def _loading(batches: DistributedBatchSampler, num_workers: int) -> dict:
         "num_workers": min(num_workers, cores(), len(batches)),
         "worker_init_fn": _leave_signals_to_the_main_process,
     }
-
-
-def _fits(dataset: SegmentationDataset, device: torch.device) -> bool:
-    """Return whether a split is cached and takes no more than a sixteenth of a GPU's free memory."""
-    if device.type != "cuda" or dataset.cache_file is None:
-        return False
-    return dataset.nbytes <= torch.cuda.mem_get_info(device)[0] / 16
 
 
 def _leave_signals_to_the_main_process(worker: int) -> None:
