@@ -151,7 +151,7 @@ class Params:
         None,
         "from 0 to below 1",
         lambda v: 0 <= v < 1,
-        "evaluate an exponential moving average of the weights, for example 0.999",
+        "evaluate an exponential moving average of the weights, for example 0.999, of about the last 1,000 steps",
     )
     accumulation_steps: int = _integer(1, 1, meaning="batches per step of the optimizer")
     best_metric: str = _one_of(

@@ -162,7 +162,7 @@ def init_from(model: FCN_GCN, file: Path, params: Params) -> str:
     if class_count(given) != class_count(fresh):
         given = {name: tensor for name, tensor in given.items() if not is_of_score_layer(name)}
         given |= {name: tensor for name, tensor in fresh.items() if is_of_score_layer(name)}
-        layers = ", ".join(name for name, _ in model.named_children() if is_of_score_layer(name))
+        layers = ", ".join(n for n, part in model.named_children() if is_of_score_layer(n) and [*part.parameters()])
     load_weights(model, given, file)
     return layers
 

@@ -214,7 +214,7 @@ def _timm(name: str, pretrained: bool | str, options: Mapping[str, bool]) -> tup
     if options["activation_checkpointing"]:
         if has_batch_norm and not options["freeze_encoder_statistics"]:
             refused["activation_checkpointing"] = (
-                'its batch norm would count every batch twice, but for "freeze_encoder_statistics"'
+                'its batch norm would count every batch twice unless "freeze_encoder_statistics" is true'
             )
         elif not _recomputes(backbone):
             refused["activation_checkpointing"] = "timm cannot recompute its activations"

