@@ -271,8 +271,3 @@ def log_to_file(message: str) -> None:
         if isinstance(handler, _LogFile):
             with suppress(OSError):
                 handler.handle(logging.makeLogRecord({"levelname": "ERROR", "msg": message}))
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of what an error says, cut short."""
-    return str(error).strip().split("\n")[0][:160]

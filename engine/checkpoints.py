@@ -14,12 +14,12 @@ from torch import nn
 
 from engine import distributed
 from engine.devices import resolve_precision, to_device
-from model import UserError, refuse_irregular
+from model import UserError, first_line, refuse_irregular
 from model.encoders import built_without_memory
 from model.layouts import Split, class_names, default_class_names
 from model.net import FCN_GCN, class_count, is_of_score_layer, without_unused
 from params import ARCHITECTURE, INPUT, Params
-from utils import first_line, is_out_of_memory, replacing
+from utils import is_out_of_memory, replacing
 
 
 @dataclass(frozen=True)

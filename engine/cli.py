@@ -18,8 +18,8 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from engine import ranks
-from model import UserError
-from utils import RunFailed, discard, first_line, is_out_of_memory, say
+from model import UserError, first_line
+from utils import RunFailed, discard, is_out_of_memory, say
 
 T = TypeVar("T")
 

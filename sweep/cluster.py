@@ -9,9 +9,9 @@ from pathlib import Path
 import ray
 from ray.exceptions import RayError, TaskCancelledError
 
-from model import UserError
+from model import UserError, first_line
 from sweep.coordinator import start_train, wait_for_lock
-from utils import ROOT, first_line
+from utils import ROOT
 
 
 class Cluster:
