@@ -82,13 +82,17 @@ def other_networks(encoder: str) -> dict[str, nn.Module]:
     return networks
 
 
+def logits_of(found: Tensor | dict[str, Tensor]) -> Tensor:
+    """Return float32 logits; torchvision's networks return a dict."""
+    return (found["out"] if isinstance(found, dict) else found).float()
+
+
 @torch.inference_mode()
 def plain_class_map(model: nn.Module, file: Path, size: int, device: torch.device, context: Callable) -> Tensor:
     """Predict a photo as a short script would: squashed, through the network, upsampled to its own size, argmax."""
     photo = read_photo(file)
     with context():
-        found = model(to_input(squares([photo], [size], "squash")[0], device))
-    logits = (found["out"] if isinstance(found, dict) else found).float()  # torchvision's networks return a dict
+        logits = logits_of(model(to_input(squares([photo], [size], "squash")[0], device)))
     return F.interpolate(logits, (photo.height, photo.width), mode="bilinear").argmax(1)[0].to(torch.uint8).cpu()
 
 
@@ -101,8 +105,7 @@ def training_step(model: nn.Module, params: Params, device: torch.device) -> Cal
 
     def step() -> None:
         with autocast(device, params.precision):
-            found = model(images)
-        logits = (found["out"] if isinstance(found, dict) else found).float()
+            logits = logits_of(model(images))
         F.cross_entropy(logits, labels).backward()
         optimizer.step()
         optimizer.zero_grad()
