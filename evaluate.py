@@ -15,7 +15,6 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from engine import distributed, ranks
 from engine.checkpoints import agreed_class_names, checkpoint_path, load_network
 from engine.cli import (
     add_restore_file,
@@ -23,10 +22,9 @@ from engine.cli import (
     experiment_parser,
     positive,
     run_main,
-    stop_if_asked,
 )
-from engine.devices import autocast, input_options, loading_options
-from engine.folders import data_dir
+from engine.devices import autocast, bar_disabled, gather, input_options, is_main, loading_options, processes
+from engine.run import find_data_dir
 from engine.training import scalars
 from model import UserError
 from model.comparison import Counts, check_same_photos, photo_mIoU, read_counts, write_counts
@@ -53,7 +51,7 @@ from visualize import confusion_figure, error_picture
 
 
 def parse_args() -> argparse.Namespace:
-    parser = experiment_parser(__doc__, trained=True)
+    parser = experiment_parser(__doc__)
     add_restore_file(parser)
     parser.add_argument("--split", default="val", help="which list of the data set (default: %(default)s)")
     parser.add_argument(
@@ -107,8 +105,6 @@ def evaluate(
     loss_sum = torch.zeros((), dtype=exact_dtype(device), device=device)
     with progress(loader, "evaluating") as bar:
         for indices, (images, labels, *_) in zip(loader.batch_sampler, loader, strict=True):
-            if stop_if_asked():
-                break  # to where all processes stop together
             labels = labels.to(device, non_blocking=True)
             with autocast(device, params.precision):
                 logits = model(to_input(images, device, **input_options(model, params)))
@@ -127,7 +123,7 @@ def evaluate(
 def progress(loader: Loader | OriginalLoader, title: str) -> tqdm:
     """Return a bar over the images that are this process's part."""
     total = sum(loader.batch_sampler.sizes)
-    return tqdm(total=total, desc=title, unit="img", leave=False, disable=ranks.bar_disabled())
+    return tqdm(total=total, desc=title, unit="img", leave=False, disable=bar_disabled())
 
 
 def by_name(metrics: dict, names: Sequence[str]) -> dict:
@@ -165,7 +161,6 @@ def predictions(segmenter: Segmenter, loader: OriginalLoader) -> Iterator[tuple[
         for indices, sizes, inputs, masks in loader:
             looks = segmenter.logits(inputs, sizes)
             for index, (width, height), maps, mask in zip(indices, sizes, looks, masks, strict=True):
-                stop_if_asked()
                 prediction = class_map(maps, width=width, height=height)
                 yield index, prediction, mask if mask is None else mask.to(segmenter.device)
                 bar.update()
@@ -182,7 +177,7 @@ class Scores:
 
 def all_counts(counts: dict[int, np.ndarray], dataset: SegmentationDataset | OriginalDataset) -> list[np.ndarray]:
     """Return the counts of all processes, photo by photo in the order of the list."""
-    cells = {index: part for own in distributed.gather(counts) for index, part in own.items()}
+    cells = {index: part for own in gather(counts) for index, part in own.items()}
     return [cells[index] for index in range(len(dataset))]
 
 
@@ -206,8 +201,7 @@ def score_originals(
     boundary = BoundaryMetrics(params.num_classes, segmenter.device)
     folder = args.save_predictions and predictions_folder(args.save_predictions, split.name, names)
     if folder:
-        with distributed.together():
-            make_folder(folder, "--save_predictions")
+        make_folder(folder, "--save_predictions")
     for index, prediction, mask in predictions(segmenter, loader):
         if folder:
             save_picture(colour_mask(prediction.cpu().numpy(), names), folder / f"{split.ids[index]}.png")
@@ -215,9 +209,8 @@ def score_originals(
             counts[index] = sparse(matrix.update(prediction[None], mask[None])[0].cpu())
             boundary.update(prediction, mask)
     if split.masks is None:
-        distributed.gather(None)  # which has the patience for processes that are far behind
         return None
-    cells = all_counts(counts, dataset)  # first, as it has the patience for processes that are far behind
+    cells = all_counts(counts, dataset)
     matrix.reduce()
     boundary.reduce()
     metrics = {"images": len(dataset), **matrix.compute(), **boundary.compute()}
@@ -245,7 +238,6 @@ def draw_overlays(
     order = [index for index in np.argsort(rank, kind="stable") if np.isfinite(rank[index])][: args.save_overlays]
     earlier = set(folder.glob("*.png"))
     for place, index in enumerate(order, 1):
-        stop_if_asked()
         _, photo, mask = dataset[index]
         assert mask is not None  # it was scored
         prediction = segmenter.segment(photo).cpu().numpy()
@@ -283,7 +275,7 @@ def find_other(
             raise UserError(f"{file} is of another checkpoint, other --scales or --flip; score {args.against} again")
         return counts
 
-    return distributed.broadcast_from_main(read), make_segmenter(
+    return read(), make_segmenter(
         model, params, device, scales=args.scales, flip=args.flip
     )
 
@@ -311,14 +303,14 @@ def table(metrics: dict) -> str:
 
 
 def main(args: argparse.Namespace) -> None:
-    with distributed.processes(args.device) as device:
+    with processes(args.device) as device:
         score_checkpoint(device, args)
 
 
 def score_checkpoint(device: torch.device, args: argparse.Namespace) -> None:
     """Score a checkpoint, and write and print what was found."""
     model, params, checkpoint = load_network(args.model_dir, args.restore_file, device)
-    folder, split, names = distributed.local_rank0_first(lambda: find_data(params, checkpoint, args))
+    folder, split, names = find_data(params, checkpoint, args)
     where, name = f"{args.split} of {folder}", f"{args.split}_{args.restore_file}"
     record: dict[str, Any] = {"epoch": checkpoint.get("epoch")}
     if args.original_size:
@@ -326,10 +318,9 @@ def score_checkpoint(device: torch.device, args: argparse.Namespace) -> None:
         name += "_original_size" if scales == [1.0] and not args.flip else "_multi_scale"
         record |= {"scales": scales, "flip": args.flip}
         overlays = args.model_dir / f"overlays_{name}"
-        with distributed.together():
-            segmenter = make_segmenter(model, params, device, scales=args.scales, flip=args.flip)
-            if args.save_overlays and ranks.is_main():
-                make_folder(overlays, "--save_overlays")
+        segmenter = make_segmenter(model, params, device, scales=args.scales, flip=args.flip)
+        if args.save_overlays and is_main():
+            make_folder(overlays, "--save_overlays")
         other = find_other(name, record, device, args)
         originals = OriginalDataset(split, class_names=names)
         scores = score_originals(segmenter, originals, params, args)
@@ -338,9 +329,8 @@ def score_checkpoint(device: torch.device, args: argparse.Namespace) -> None:
         scores = score_squares(model, split, names, params, device)
     scored = scores is not None and scores.metrics["mIoU"] is not None  # not so for Cityscapes' test, all of it void
     if scores and not scored and not only_predicted(args):
-        with distributed.together():
-            raise UserError(f"split {where} has masks of nothing but void: it can be predicted, not scored")
-    if not ranks.is_main():
+        raise UserError(f"split {where} has masks of nothing but void: it can be predicted, not scored")
+    if not is_main():
         return
     if scores and scored:
         write_scores(scores, record, name, split, names, args)
@@ -367,7 +357,7 @@ def score_squares(model: FCN_GCN, split: Split, names: Sequence[str], params: Pa
         resize=params.resize,
         padding=model.encoder.padding,
     )
-    dataset = distributed.local_rank0_first(lambda: make_dataset(cache=params.cache))
+    dataset = make_dataset(cache=params.cache)
     loader = make_loader(dataset, batch_size=params.scoring_batch_size, device=device, **loading_options(params))
     matrix, counts = ConfusionMatrix(params.num_classes, device), dict[int, np.ndarray]()
     metrics = evaluate(model, loader, params, device, matrix=matrix, counts=counts)
@@ -394,7 +384,7 @@ def only_predicted(args: argparse.Namespace) -> bool:
 
 def find_data(params: Params, checkpoint: dict, args: argparse.Namespace) -> tuple[Path, Split, list[str]]:
     """Find the data folder, the split that is to be scored or predicted, and the names of the classes."""
-    folder = data_dir(args, params.dataset)
+    folder = find_data_dir(args, params.dataset)
     split = find_split(params.dataset, folder, args.split, masks_required=not only_predicted(args))
     file = checkpoint_path(args.model_dir, args.restore_file)
     return folder, split, agreed_class_names(checkpoint, file, split, params.num_classes)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from engine.checkpoints import agreed_class_names, checkpoint_path, load_network
 from engine.cli import add_restore_file, experiment_parser, run_main
-from engine.distributed import pick_device
-from engine.folders import data_dir, git_commit
+from engine.devices import pick_device
+from engine.run import find_data_dir, git_commit
 from model import UserError, cores
 from model.encoders import pad_statically
 from model.layouts import find_split
@@ -32,7 +32,7 @@ LARGEST = 1.5 * 2**30  # bytes of weights; beyond it PyTorch puts them into a se
 
 
 def parse_args() -> argparse.Namespace:
-    parser = experiment_parser(__doc__, trained=True)
+    parser = experiment_parser(__doc__)
     parser.set_defaults(device="cpu")  # where PyTorch computes what the file is held against
     add_restore_file(parser)
     parser.add_argument(
@@ -213,7 +213,7 @@ def main(args: argparse.Namespace) -> None:
     refuse_large(model)
     refuse_size(model, params)
 
-    split = find_split(params.dataset, data_dir(args, params.dataset), "val")
+    split = find_split(params.dataset, find_data_dir(args, params.dataset), "val")
     file = checkpoint_path(args.model_dir, args.restore_file)
     names = agreed_class_names(checkpoint, file, split, params.num_classes)
     metadata = onnx_metadata(model, params, names, checkpoint.get("epoch"))

@@ -5,7 +5,7 @@
 
 import difflib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -211,12 +211,15 @@ class Params:
     )
 
     @classmethod
-    def load(cls, path: str | Path) -> "Params":
-        """Read params.json. Raises UserError naming the file and, for each fault, key, value and what is allowed."""
+    def load(cls, path: str | Path, changes: Mapping[str, Any] | None = None) -> "Params":
+        """Read params.json, and let changes take the place of its values.
+
+        Raises UserError naming the file and, for each fault, key, value and what is allowed.
+        """
         values = read_json(path, if_absent="an experiment is a folder with a params.json, {} for the defaults")
         if not isinstance(values, dict):
             raise UserError(f'{path} must hold one JSON object, as {{"learning_rate": 0.01}}')
-        return cls.parse(values, path)
+        return cls.parse(values | dict(changes or {}), path)
 
     @classmethod
     def parse(cls, values: dict[str, Any], source: str | Path) -> "Params":

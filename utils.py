@@ -1,41 +1,23 @@
-"""What all scripts share: JSON, whole files, locks, history and logs."""
+"""What all scripts share: JSON, whole files, history and logs."""
 
 import errno
-import fcntl
 import json
 import logging
 import os
 import sys
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from model import UserError, refuse_irregular
+from model import UserError
 
 ROOT = Path(__file__).resolve().parent
 
 
 class RunFailed(RuntimeError):
     """A run that cannot go on through no fault of the input. Scripts print it as one line and exit with status 1."""
-
-
-def say(line: str, stream: TextIO) -> None:
-    """Print a line to stdout or stderr, or, where that takes nothing any more, to nobody."""
-    try:
-        print(line, file=stream, flush=True)
-    except OSError:
-        discard(stream)
-
-
-def discard(stream: TextIO) -> None:
-    """Send to /dev/null what is still to be written to a stdout or stderr that takes nothing any more."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, stream.fileno())
-    os.close(null)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -78,7 +60,6 @@ def table_text(text: str) -> str:
 def read_json(path: str | Path, *, if_absent: str) -> Any:
     """Read a JSON file. Raises UserError naming the file; if_absent says what to do where there is none."""
     path = Path(path)
-    refuse_irregular(path)
     try:
         return json.loads(
             path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique_keys, parse_constant=_no_constant
@@ -154,56 +135,9 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-@dataclass(frozen=True)
-class Lock:
-    """A locked file. The lock lasts until release(), or until every process that has inherited the descriptor has
-    ended, however it ended: there are no stale locks.
-    """
-
-    path: Path
-    descriptor: int
-
-    def release(self) -> None:
-        """Give the lock back and remove its file."""
-        self.path.unlink(missing_ok=True)
-        os.close(self.descriptor)
-
-
-def lock(path: Path, *, patience: float = 0.0) -> Lock | None:
-    """Lock a file, made if need be; None if another process holds it for patience seconds."""
-    deadline = time.monotonic() + patience
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                return Lock(path, descriptor)
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                os.close(descriptor)
-                return None
-            time.sleep(0.05)
-        except FileNotFoundError:  # the last owner has removed it in the meantime, or, above, replaced it
-            pass
-        os.close(descriptor)
-
-
-def is_locked(path: Path) -> bool:
-    """Return whether some process holds the lock; writes nothing."""
-    try:
-        with open(path, "rb") as stream:
-            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
-
-
 def read_history(model_dir: Path) -> list[dict]:
     """Read the epochs of history.jsonl, oldest first; [] where there is none. Raises UserError for a damaged one."""
     path = model_dir / "history.jsonl"
-    refuse_irregular(path)
     try:
         history = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except FileNotFoundError:
@@ -228,46 +162,15 @@ def write_history(model_dir: Path, history: list[dict]) -> None:
     write_text(model_dir / "history.jsonl", "".join(json.dumps(epoch, allow_nan=False) + "\n" for epoch in history))
 
 
-class _LogFile(logging.FileHandler):
-    """A log on a full disk ends the run like any other file, instead of a traceback for every line."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            super().emit(record)
-        except OSError as error:
-            error.filename = self.baseFilename
-            raise
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        raise  # what emit() has caught
-
-
-class _Terminal(logging.StreamHandler):
-    """Stdout. The run continues where that is gone, as after `| head`: train.log has every line."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        if not isinstance(sys.exception(), OSError):
-            raise  # what emit() has caught
-        discard(sys.stdout)
-
-
 def set_logger(log_file: Path) -> None:
     """Log to the terminal, and with times to log_file."""
+    logging.raiseExceptions = False  # a run goes on where stdout is gone, or its log cannot be written
     logger = logging.getLogger()
     logger.setLevel(logging.INFO)
     for handler in logger.handlers[:]:
         logger.removeHandler(handler)
         handler.close()
-    refuse_irregular(log_file)
-    to_file = _LogFile(log_file, encoding="utf-8", errors="backslashreplace")  # folders may have any name
+    to_file = logging.FileHandler(log_file, encoding="utf-8", errors="backslashreplace")  # folders may have any name
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(to_file)
-    logger.addHandler(_Terminal(sys.stdout))
-
-
-def log_to_file(message: str) -> None:
-    """Write an error to the log file only, for whom the terminal is gone; a full disk has been told already."""
-    for handler in logging.getLogger().handlers:
-        if isinstance(handler, _LogFile):
-            with suppress(OSError):
-                handler.handle(logging.makeLogRecord({"levelname": "ERROR", "msg": message}))
+    logger.addHandler(logging.StreamHandler(sys.stdout))

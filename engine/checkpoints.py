@@ -1,10 +1,11 @@
 """Checkpoints: written whole, read as plain data only, and refused where they do not fit."""
 
 import json
-import pickle
+import sys
+import textwrap
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -12,22 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine import distributed
-from engine.devices import resolve_precision, to_device
-from model import UserError, first_line, refuse_irregular
+from engine.devices import is_main, resolve_precision, to_device
+from model import UserError, first_line
 from model.encoders import built_without_memory
 from model.layouts import Split, class_names, default_class_names
 from model.net import FCN_GCN, class_count, is_of_score_layer, without_unused
-from params import ARCHITECTURE, INPUT, Params
+from params import Params
 from utils import is_out_of_memory, replacing
-
-
-@dataclass(frozen=True)
-class Restored:
-    """What a checkpoint holds, and the file that it was read from."""
-
-    file: Path
-    state: dict[str, Any]
 
 
 def save_checkpoint(state: dict[str, Any], path: Path) -> None:
@@ -50,92 +42,36 @@ def checkpoint_path(model_dir: Path, restore_file: str) -> Path:
     return model_dir / f"{restore_file}.pth.tar"
 
 
-def load_checkpoint(
-    path: str | Path, *, otherwise: str = "use {file}, as with --restore_file {name}"
-) -> dict[str, Any]:
-    """Read a checkpoint, tensors on the CPU. Raises UserError if it is absent, damaged or more than plain data.
-
-    otherwise is what to do with another checkpoint of the folder, should this one be damaged.
-    """
-    path = Path(path)
-    refuse_irregular(path)
-    existing = sorted(file for file in path.parent.glob("*.pth.tar") if file.exists())  # not links to nowhere
-    found = [file.name for file in existing if not (path.exists() and file.samefile(path))]
-    others = ""
-    if found:
-        others = f"; {otherwise.format(file=path.parent / found[0], name=found[0].removesuffix('.pth.tar'))}"
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint, tensors on the CPU. Raises UserError if it is absent, damaged or more than plain data."""
+    others = ", ".join(sorted(file.name for file in path.parent.glob("*.pth.tar") if file != path)) or "none"
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"no checkpoint {path}; in this folder: {', '.join(found) or 'none'}") from None
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} is refused: damaged, or holds more than tensors and plain values ({first_line(error)}){others}"
-        ) from None
-    except Exception as error:  # whatever torch.load makes of other bytes: RuntimeError, EOFError, KeyError, ...
+        raise UserError(f"no checkpoint {path}; in this folder: {others}") from None
+    except Exception as error:  # whatever torch.load makes of other bytes: UnpicklingError, EOFError, KeyError, ...
         if is_out_of_memory(error):
             raise
-        raise UserError(f"{path} is damaged or unreadable ({first_line(error)}){others}") from None
-    return checked(checkpoint, path, others)
-
-
-def checked(checkpoint: Any, path: Path, others: str = "") -> dict[str, Any]:
-    """Return a loaded checkpoint. Raises UserError, which others ends, if it cannot be one."""
-    if not isinstance(checkpoint, dict) or not _are_tensors(checkpoint.get("state_dict")):
-        raise UserError(f'{path} is not a checkpoint of this network: it has no "state_dict" of tensors')
-    averaged, epoch, names = (checkpoint.get(key) for key in ("ema_state_dict", "epoch", "class_names"))
-    sound = {
-        "params": _is_plain(checkpoint.setdefault("params", {})),
-        "ema_state_dict": averaged is None or _are_tensors(averaged),
-        "class_names": names is None or (isinstance(names, list) and all(isinstance(name, str) for name in names)),
-        "epoch": epoch is None or (type(epoch) is int and 0 <= epoch < 10**6),
-    }
-    if faults := [key for key, is_sound in sound.items() if not is_sound]:
         raise UserError(
-            f"{path} is not a checkpoint of this network, or damaged: {', '.join(faults)} cannot be as it is{others}"
-        )
+            f"{path} is refused: damaged, or more than tensors and plain values ({first_line(error)}); "
+            f"other checkpoints of this folder: {others}"
+        ) from None
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+        raise UserError(f'{path} is not a checkpoint of this network: it has no "state_dict"')
+    checkpoint.setdefault("params", {})
     return checkpoint
 
 
-def _are_tensors(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(name, str)
-        and isinstance(tensor, torch.Tensor)
-        # stored in full, and real numbers
-        and tensor.layout == torch.strided
-        and tensor.device.type == "cpu"
-        and not tensor.is_complex()
-        for name, tensor in value.items()
-    )
-
-
-def _is_plain(params: Any) -> bool:
-    try:
-        json.dumps(params)
-    except (TypeError, ValueError, RecursionError):
-        return False
-    return isinstance(params, dict)
-
-
 def load_weights(model: nn.Module, state_dict: dict[str, Any], source: str | Path) -> None:
-    """Load network weights, all of them and no others.
+    """Load network weights, all of them and no others, but for the unused brN.bn.* of the original implementation.
 
-    Checkpoints of the original implementation hold unused brN.bn.* tensors, which are ignored. Raises UserError naming
-    every other tensor that is surplus, missing or of another shape.
+    Raises UserError with what load_state_dict() says of those that are surplus, missing or of another shape.
     """
-    given = without_unused(state_dict)
-    wanted = model.state_dict()
-    faults = [f"missing {name}" for name in wanted if name not in given]
-    faults += [f"surplus {name}" for name in given if name not in wanted]
-    faults += [
-        f"{name} is {tuple(given[name].shape)} instead of {tuple(wanted[name].shape)}"
-        for name in wanted
-        if name in given and given[name].shape != wanted[name].shape
-    ]
-    if faults:
-        more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
-        raise UserError(f"{source} does not fit the network that params.json describes: {', '.join(faults[:8])}{more}")
-    model.load_state_dict(given)
+    try:
+        model.load_state_dict(without_unused(state_dict))
+    except (RuntimeError, AttributeError, TypeError) as error:
+        faults = textwrap.shorten(str(error).partition("\n")[2] or str(error), 300, placeholder=" ...")
+        raise UserError(f"{source} does not fit the network that params.json describes: {faults}") from None
 
 
 def check_normalization(model: FCN_GCN, checkpoint: dict[str, Any], file: Path) -> None:
@@ -154,8 +90,8 @@ def check_normalization(model: FCN_GCN, checkpoint: dict[str, Any], file: Path) 
 
 def init_from(model: FCN_GCN, file: Path, params: Params) -> str:
     """Load weights only. Score layers stay as initialised if their class count differs; returns which those are."""
-    checkpoint = load_checkpoint(file, otherwise="use --init_from {file}")
-    check_compatible(("encoder", "head", "kernel_size", "boundary_refinement"), checkpoint, params, file)
+    checkpoint = load_checkpoint(file)
+    check_unchanged(("encoder", "head", "kernel_size", "boundary_refinement"), checkpoint, params, file)
     check_normalization(model, checkpoint, file)
     given, fresh = predicting_weights(checkpoint), model.state_dict()
     layers = ""
@@ -175,27 +111,57 @@ def predicting_weights(checkpoint: dict[str, Any]) -> dict[str, Any]:
 def load_network(model_dir: Path, restore_file: str, device: torch.device) -> tuple[FCN_GCN, Params, dict[str, Any]]:
     """Return the network of an experiment with the weights of a checkpoint, on device, its params, and the checkpoint.
 
-    Raises UserError for a faulty params.json, a faulty checkpoint, or two that do not belong together.
+    The params are those that it was trained with; keys of params.json that have been changed since are named on
+    stderr. Raises UserError for a faulty params.json, a faulty checkpoint, or two that do not belong together.
     """
-
-    def read() -> tuple[Params, Path, dict[str, Any]]:
-        params = resolve_precision(Params.load(model_dir / "params.json"), device)
-        file = checkpoint_path(model_dir, restore_file)
-        checkpoint = load_checkpoint(file)
-        check_compatible((*ARCHITECTURE, *INPUT), checkpoint, params, file)
-        return params, file, checkpoint
-
-    params, file, checkpoint = distributed.broadcast_from_main(read)
+    file = checkpoint_path(model_dir, restore_file)
+    checkpoint = load_checkpoint(file)
+    now = Params.load(model_dir / "params.json", checkpoint.get("set"))
+    params = resolve_precision(trained_params(checkpoint, now, file), device)
     on_meta = built_without_memory(params.encoder)  # without random weights, which take longer than the checkpoint's
     with torch.device("meta") if on_meta else nullcontext():
         model = FCN_GCN(**params.network_options(), pretrained=False)
     if on_meta:
         model.to_empty(device="cpu")
-    with distributed.together():
-        check_normalization(model, checkpoint, file)
-        load_weights(model, predicting_weights(checkpoint), file)
+    check_normalization(model, checkpoint, file)
+    load_weights(model, predicting_weights(checkpoint), file)
     to_device(model, params, device)
     return model.eval(), params, checkpoint
+
+
+HOW_TO_COMPUTE = ("batch_size", "num_workers", "cache", "precision", "channels_last")  # and nothing of the result
+
+
+def trained_params(checkpoint: dict[str, Any], now: Params, file: Path) -> Params:
+    """Return what a checkpoint was trained with, and of params.json, now, only how to compute.
+
+    Says on stderr, in rank 0, which other keys have been changed since.
+    """
+    if not checkpoint["params"]:  # of the original implementation
+        return now
+    trained = replace(Params.parse(checkpoint["params"], file), **{key: getattr(now, key) for key in HOW_TO_COMPUTE})
+    if (changes := changed_keys(trained, now)) and is_main():
+        text = ", ".join(f'"{key}" {json.dumps(then)} -> {json.dumps(value)}' for key, (then, value) in changes.items())
+        print(
+            f"params.json has been changed since {file} was trained, and counts as it was: {text}", file=sys.stderr
+        )
+    return trained
+
+
+def changed_keys(then: Params, now: Params) -> dict[str, tuple[Any, Any]]:
+    """Return the keys in which params differ, with both values."""
+    before, after = asdict(then), asdict(now)
+    return {key: (before[key], after[key]) for key in before if before[key] != after[key]}
+
+
+def check_unchanged(keys: Iterable[str], checkpoint: dict[str, Any], params: Params, file: Path) -> None:
+    """Raise UserError if params.json has since changed a key without which the checkpoint means something else."""
+    if not checkpoint["params"]:
+        return
+    changes = changed_keys(Params.parse(checkpoint["params"], file), params)
+    for key in changes.keys() & {*keys}:
+        then, now = map(json.dumps, changes[key])
+        raise UserError(f'{file} was trained with "{key}": {then}, params.json says {now}; set it back')
 
 
 def agreed_class_names(checkpoint: dict[str, Any], file: Path, split: Split | None, num_classes: int) -> list[str]:
@@ -222,13 +188,3 @@ def agreed_class_names(checkpoint: dict[str, Any], file: Path, split: Split | No
                 "give the data that the run was trained on with --data_dir, or correct the names there"
             )
     return trained
-
-
-def check_compatible(keys: Iterable[str], checkpoint: dict[str, Any], params: Params, source: str | Path) -> None:
-    """Raise UserError if params.json has since changed a key without which the checkpoint means something else."""
-    trained_with = checkpoint["params"] and asdict(Params()) | checkpoint["params"]  # older ones lack some keys
-    for key in keys if trained_with else ():
-        now = getattr(params, key)
-        if trained_with[key] != now:
-            then, now = json.dumps(trained_with[key]), json.dumps(now)
-            raise UserError(f'{source} was trained with "{key}": {then}, params.json says {now}; set it back')

@@ -1,21 +1,139 @@
-"""Where and how exactly a network computes: device, memory format, precision, random numbers."""
+"""Where a network computes: its device and precision, and the processes that torchrun starts.
+
+Without torchrun a process is alone, with rank 0.
+"""
 
 import ctypes
 import os
+import socket
 import sys
-from contextlib import AbstractContextManager, nullcontext
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, TypedDict
+from datetime import timedelta
+from functools import cache
+from typing import Any, TypedDict, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from engine import ranks
-from model import cores
+from model import UserError, cores
 from params import Params
 
+T = TypeVar("T")
+PATIENCE = timedelta(hours=1)  # that a process waits for the others, one of which may be decoding its photos
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 MALLOC_VARIABLES = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES"}
+
+
+def rank() -> int:
+    """Return the number of this process, from 0."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """Return how many processes there are, on all machines."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_world_size() -> int:
+    """Return how many processes this machine has."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def is_main() -> bool:
+    """Return whether this is the process that writes and speaks: rank 0."""
+    return rank() == 0
+
+
+def bar_disabled() -> bool | None:
+    """Return what tqdm calls disable: one progress bar is enough, and that only on a terminal."""
+    return None if is_main() else True
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the torch.device of that kind, or for "auto" of the accelerator that PyTorch finds, else the CPU.
+
+    Raises UserError for one that is not here.
+    """
+    here = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if name not in ("auto", "cpu", here.type):
+        raise UserError(f"--device {name}: PyTorch sees no {name.upper()} device here; use --device cpu or auto")
+    return torch.device(here.type if name == "auto" else name)
+
+
+@contextmanager
+def processes(name: str) -> Iterator[torch.device]:
+    """Connect the processes of torchrun while the block runs; gives the device of this one, of a GPU its local rank's.
+
+    Raises UserError if the device is absent or if there are too few of them.
+    """
+    device = pick_device(name)
+    if world_size() == 1:
+        yield device
+        return
+    if device.type == "cuda":
+        if local_world_size() > torch.cuda.device_count():
+            raise UserError(
+                f"{local_world_size()} processes on {socket.gethostname()}, which has {torch.cuda.device_count()} "
+                "GPUs; lower --nproc_per_node, or train on the CPU with --device cpu"
+            )
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    elif device.type != "cpu":
+        raise UserError(f"several processes run on CUDA devices or CPUs, not on {device.type}; give --device cpu")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=_store(), timeout=PATIENCE, rank=rank(), world_size=world_size())
+    yield device
+    dist.barrier()  # rank 0 holds the addresses of all
+    dist.destroy_process_group()
+
+
+@cache
+def _torchrun_store() -> dist.Store:
+    return next(dist.rendezvous("env://", rank(), world_size(), timeout=PATIENCE))[0]
+
+
+def _store() -> dist.Store:
+    """Return where processes leave their addresses for each other: in rank 0, whose own address torchrun's store has.
+
+    Torchrun's store itself keeps the addresses of an earlier attempt, so after a restart some would be found that
+    nobody answers any more (https://github.com/pytorch/pytorch/issues/135712). Of an old address of rank 0 this is seen
+    at once, and it is asked for again.
+    """
+    host, key = os.environ["MASTER_ADDR"], "port of rank 0"
+    if is_main():
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=PATIENCE)
+        _torchrun_store().set(key, str(store.port))
+        return store
+    deadline = time.monotonic() + PATIENCE.total_seconds()
+    while True:
+        try:
+            port = int(_torchrun_store().get(key))
+            store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=2))
+            store.set_timeout(PATIENCE)
+            return store
+        except dist.DistError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+
+
+def gather(value: T) -> list[T]:
+    """Return the values of all processes, by rank, in every process."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def visible_gpus() -> list[str]:
+    """Return each GPU as CUDA_VISIBLE_DEVICES calls it, or by its number where that is not set."""
+    count, listed = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return listed.split(",")[:count] if listed else [str(number) for number in range(count)]
 
 
 def to_device(model: nn.Module, params: Params, device: torch.device) -> None:
@@ -62,16 +180,16 @@ def resolve_precision(params: Params, device: torch.device) -> Params:
     return replace(params, precision="bf16" if fast else "fp32")
 
 
-def input_options(model: nn.Module, params: Params) -> dict[str, Any]:
-    """Return the keywords of model.transforms.to_input for a network."""
-    return {"mean": model.mean, "std": model.std, "channels_last": params.channels_last}
-
-
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """Return the context in which a network computes in "fp32", "bf16" or "fp16"."""
     if precision == "fp32":
         return nullcontext()
     return torch.autocast(device.type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+
+
+def input_options(model: nn.Module, params: Params) -> dict[str, Any]:
+    """Return the keywords of model.transforms.to_input for a network."""
+    return {"mean": model.mean, "std": model.std, "channels_last": params.channels_last}
 
 
 def seed_everything(seed: int, *, deterministic: bool) -> None:
@@ -93,8 +211,8 @@ class LoadingOptions(TypedDict):
 
 def loading_options(params: Params) -> LoadingOptions:
     """Return the keywords of the loaders of this process."""
-    workers = min(params.num_workers, max(1, cores() // ranks.local_world_size()))
-    return LoadingOptions(num_workers=workers, rank=ranks.rank(), world_size=ranks.world_size())
+    workers = min(params.num_workers, max(1, cores() // local_world_size()))
+    return LoadingOptions(num_workers=workers, rank=rank(), world_size=world_size())
 
 
 def device_name(device: torch.device) -> str:
@@ -106,7 +224,7 @@ def device_name(device: torch.device) -> str:
 
 def device_summary(device: torch.device) -> str:
     """Return the device, or how many there are, for people."""
-    if ranks.world_size() == 1:
+    if world_size() == 1:
         return str(device)
-    here = f", {ranks.local_world_size()} on each machine" if ranks.world_size() > ranks.local_world_size() else ""
-    return f"{device.type} by {ranks.world_size()} processes{here}"
+    here = f", {local_world_size()} on each machine" if world_size() > local_world_size() else ""
+    return f"{device.type} by {world_size()} processes{here}"

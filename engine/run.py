@@ -1,4 +1,7 @@
-"""How a run begins in its folder, is resumed, and explains its end."""
+"""The folder of an experiment: what lies in it, how a run begins or resumes there, and what an epoch leaves.
+
+A run is its last.pth.tar: everything else of an epoch is written after it and follows from it.
+"""
 
 import argparse
 import copy
@@ -6,189 +9,152 @@ import hashlib
 import logging
 import os
 import platform
-import shlex
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy
-import PIL
+import numpy as np
 import torch
-import torchvision
+from filelock import FileLock, Timeout
+from PIL import Image
+from tqdm import tqdm
 
-from engine import distributed, ranks
-from engine.checkpoints import Restored, check_compatible, checkpoint_path, load_checkpoint
-from engine.cli import Terminated, ignore_signals, stop_if_asked
-from engine.devices import device_name, device_summary
-from engine.folders import (
-    FIRST_OUTPUTS,
-    WHOLE_FILES,
-    Finished,
-    best_epoch,
-    existing_outputs,
-    git_commit,
-    recorded_starts,
-    remove_outputs,
-    sole_run,
-    why_finished,
-)
-from engine.outputs import EpochOutputs, TensorBoard
-from engine.training import RESUME_NEEDS, Training
+from engine import devices
+from engine.checkpoints import changed_keys, check_unchanged, load_checkpoint, save_checkpoint
+from engine.devices import autocast, device_name, input_options
+from engine.training import Training, scalars, why_finished
 from model import UserError
-from model.data_loader import Split
+from model.data_loader import SegmentationDataset
+from model.layouts import Split
 from model.net import FCN_GCN
-from params import Params
-from utils import RunFailed, is_out_of_memory, log_to_file, read_history, read_json, say, set_logger, write_json
+from model.transforms import photo_edges, to_input
+from params import ARCHITECTURE, INPUT, Params
+from utils import (
+    ROOT,
+    read_history,
+    read_json,
+    save_figure,
+    save_picture,
+    set_logger,
+    write_history,
+    write_json,
+)
+from visualize import comparison, training_curves
+
+BEGINNINGS = ("train.log", "run.json", "trial.json")  # what a run writes before its first epoch ends, or a sweep
+RESULTS = (
+    *("last.pth.tar", "best.pth.tar", "history.jsonl", "samples.png", "curves.png", "tensorboard/events.*"),
+    *("last.onnx", "best.onnx"),  # of these checkpoints; an export under a name of the user's is the user's
+    *("metrics_*.json", "metrics_*.png", "counts_*.npz", "overlays_*/*.png"),
+)
+RUN_LOCK = ".lock"  # held while train.py works in a folder
+LOCK_PATIENCE = 8.0  # seconds; loader processes of a killed run, which inherit its lock, end within five
+RESUME_NEEDS = (*ARCHITECTURE, *INPUT, "optimizer", "dataset", "best_metric")  # as they were
+LINE_INTERVAL = 30.0  # seconds at least between two lines about an epoch, where no progress bar is drawn
+DRAWING_INTERVAL = 10.0  # seconds between two drawings of curves.png, or short epochs would wait for it
 
 
-def provenance(device: torch.device, params: Params, data_dir: Path) -> dict[str, Any]:
-    """Return what run.json holds: what was run, from which code, with which versions, on what."""
-    return {
-        "git_commit": git_commit(),
-        "argv": sys.argv,
-        "data_dir": os.path.abspath(data_dir),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "numpy": numpy.__version__,
-            "pillow": PIL.__version__,
-            **({"timm": version("timm")} if "timm" in sys.modules else {}),
-        },
-        "device": device_name(device),
-        "platform": platform.platform(),
-        "processes": ranks.world_size(),
-        "job": distributed.job(),
-        "seed": params.seed,
-        "params": asdict(params),
-    }
+def existing_results(model_dir: Path) -> list[Path]:
+    """Return what finished epochs and later scripts have left in an experiment folder."""
+    return sorted({path for pattern in RESULTS for path in model_dir.glob(pattern)})
 
 
-def write_provenance(model_dir: Path, device: torch.device, params: Params, data_dir: Path, *, resumed: bool) -> None:
-    """Write run.json; what a resume was run with is added under "resumed"."""
-    path, record = model_dir / "run.json", provenance(device, params, data_dir)
-    if resumed and path.exists():
-        with suppress(UserError, TypeError, AttributeError):  # damaged, and then written anew
-            first = read_json(path, if_absent="")
-            record = first | {"resumed": [*first.get("resumed", []), record]}
-    write_json(path, record)
+def remove_outputs(model_dir: Path) -> None:
+    """Delete what earlier runs have left in an experiment folder."""
+    for path in (*existing_results(model_dir), *(model_dir / name for name in BEGINNINGS)):
+        path.unlink(missing_ok=True)
+        if path.parent != model_dir:
+            with suppress(OSError):  # not empty yet
+                path.parent.rmdir()
 
 
-@dataclass(frozen=True)
-class Start:
-    """How a run begins in its folder: what the flags say, or what --resume or a restart by torchrun comes to."""
-
-    restore_file: str | None
-    init_from: Path | None
-    overwrite: bool
-
-
-FROM_LAST = Start("last", None, False)
+@contextmanager
+def sole_run(folder: Path, script: str = "train.py") -> Iterator[None]:
+    """Hold the folder of a run or a sweep. Raises UserError if another run of the script is at work in it."""
+    try:
+        with FileLock(folder / RUN_LOCK, timeout=LOCK_PATIENCE):
+            yield
+    except Timeout:
+        raise UserError(f"another {script} is at work in {folder}; wait for it, or stop it first") from None
 
 
-def take_folder(params: Params, args: argparse.Namespace, held: ExitStack) -> tuple[Start, Finished | None]:
-    """Hold model_dir for this run. Returns how it begins there, and why all is done already, if it is.
-
-    Raises UserError for a folder that another train.py works in, or with which the flags do not say what to do.
-    """
-    given, resuming = Start(args.restore_file, args.init_from, args.overwrite), args.resume or is_restart(args)
-    if not resuming:
-        check_existing_run(given, args.model_dir)
-    held.enter_context(sole_run(args.model_dir))
-    if (resuming or given == FROM_LAST) and (finished := finished_without_last(params, args.model_dir)):
-        return FROM_LAST, finished
-    start = resume_or_start(given, args.model_dir) if resuming else given
-    check_existing_run(start, args.model_dir)  # again: another run may have ended just before
-    return start, None
-
-
-def check_existing_run(start: Start, model_dir: Path) -> None:
-    """Raise UserError unless the flags say what is to become of an earlier run in the folder."""
-    earlier = existing_outputs(model_dir)
-    traces = [path.name for path in earlier if path.name != "train.log"]  # which a sweep opens before its trial starts
-    if traces and start.restore_file is None and not start.overwrite:
-        way_on = "continue it with --restore_file last, or " if "last.pth.tar" in traces else ""
-        raise UserError(f"{model_dir} already holds a run ({traces[0]}); {way_on}delete it with --overwrite")
-    if start.overwrite and start.init_from and os.path.realpath(start.init_from) in map(os.path.realpath, earlier):
-        raise UserError(f"--overwrite would delete {start.init_from}; move it to another folder first")
-
-
-def is_restart(args: argparse.Namespace) -> bool:
-    """Return whether torchrun has started this very job before, so that it is to be resumed.
-
-    What the job has done says so itself: its name is in run.json and in its checkpoints. Where no flag says otherwise,
-    the same --rdzv_id is the same job.
-    """
-    by_id = not (args.restore_file or args.init_from or args.overwrite)
-    if not any(distributed.is_this_job(start.get("job"), by_id=by_id) for start in recorded_starts(args.model_dir)):
+def is_running(folder: Path) -> bool:
+    """Return whether a run or a sweep is at work in a folder; writes nothing."""
+    if not (folder / RUN_LOCK).exists():
         return False
-    last = args.model_dir / "last.pth.tar"
-    if last.exists():
-        return distributed.is_this_job(load_checkpoint(last).get("job"), by_id=by_id)
-    return not args.restore_file
+    try:
+        with FileLock(folder / RUN_LOCK, timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
-def finished_without_last(params: Params, model_dir: Path) -> Finished | None:
-    """Return why a run that has not kept last.pth.tar has nothing left to train, if it has nothing left."""
-    best = model_dir / "best.pth.tar"
-    if (model_dir / "last.pth.tar").exists() or not best.exists() or not (history := read_history(model_dir)):
+def recorded_data_dir(model_dir: Path) -> Path | None:
+    """Return the data folder that a run was last trained on; None where run.json does not say."""
+    if not (model_dir / "run.json").exists():
         return None
-    number = best_epoch(history, params.best_metric)["epoch"]
-    return why_finished(history, params) if load_checkpoint(best).get("epoch") == number else None
+    record = read_json(model_dir / "run.json", if_absent="")
+    with suppress(TypeError, KeyError, IndexError):
+        return Path([record, *record.get("resumed", [])][-1]["data_dir"])
+    return None
 
 
-def resume_or_start(given: Start, model_dir: Path) -> Start:
-    """Resume from last.pth.tar, or else start over what a run killed in its first epoch has left.
+def find_data_dir(args: argparse.Namespace, dataset: str) -> Path:
+    """Return --data_dir; else the folder that the run was trained on; "data" where run.json does not say which.
 
-    Raises UserError where a start would delete more than that.
+    Raises UserError if the run's folder is gone, unless it held the built-in sample, which can be drawn anew.
     """
-    if (model_dir / "last.pth.tar").exists():
-        return FROM_LAST
-    left = {path.relative_to(model_dir).parts[0] for path in existing_outputs(model_dir)}
-    epochs = len(read_history(model_dir))
-    if epochs > 1 or "best.pth.tar" in left:
-        raise UserError(
-            f"{model_dir} holds {epochs} epochs and no last.pth.tar to continue from; start over with "
-            "--overwrite, or from the weights of its best.pth.tar with --init_from, in another --model_dir"
-        )
-    no_checkpoint_yet = left <= {Path(output).parts[0] for output in FIRST_OUTPUTS}
-    if no_checkpoint_yet and (left <= {"train.log", "trial.json"} or "run.json" in left):
-        return replace(given, overwrite=bool(left))
-    return given
+    recorded = args.data_dir or recorded_data_dir(args.model_dir)
+    if recorded is None or (args.data_dir is None and dataset == "sample" and not recorded.is_dir()):
+        return Path("data")
+    if args.data_dir is None and not recorded.is_dir():
+        raise UserError(f"{args.model_dir} was trained on {recorded}, which is not there; give --data_dir")
+    return recorded
 
 
-def say_finished(finished: Finished, model_dir: Path) -> None:
-    """Print why there is nothing left to train."""
-    if ranks.is_main():
-        kept = (model_dir / "last.pth.tar").exists()
-        advice = f"raise {finished.limit} to train on" if kept else "last.pth.tar was not kept to train on from"
-        say(f"nothing to do in {model_dir}: {finished.reason}; {advice}", sys.stdout)
+def read_last(model_dir: Path, *, resume: bool) -> dict[str, Any] | None:
+    """Return last.pth.tar where a run is to be resumed and has one. Raises UserError if it is damaged."""
+    file = model_dir / "last.pth.tar"
+    return load_checkpoint(file) if resume and file.exists() else None
 
 
-def read_checkpoint(params: Params, start: Start, model_dir: Path) -> Restored | None:
-    """Return what to continue from, if anything. Raises UserError if params.json does not allow it."""
-    if start.restore_file is None:
-        return None
-    file = checkpoint_path(model_dir, start.restore_file)
-    if start == FROM_LAST and not file.exists() and not params.keep_last:
-        raise UserError(
-            f'{file} was not kept ("keep_last": false); start from the weights of best.pth.tar with --init_from, '
-            "in another --model_dir"
-        )
-    checkpoint = load_checkpoint(
-        file, otherwise="the weights of another can start a new run: --init_from {file}, in another --model_dir"
-    )
-    check_compatible(RESUME_NEEDS, checkpoint, params, file)
-    return Restored(file, checkpoint)
+def check_folder(state: dict[str, Any] | None, params: Params, args: argparse.Namespace) -> None:
+    """Raise UserError unless the flags say what is to become of an earlier run in the folder.
+
+    state is the checkpoint that is resumed. A run without a finished epoch is none: it starts anew.
+    """
+    last = args.model_dir / "last.pth.tar"
+    if state is not None:
+        check_unchanged(RESUME_NEEDS, state, params, last)
+    elif args.overwrite:
+        if args.init_from and args.init_from.resolve() in {file.resolve() for file in existing_results(args.model_dir)}:
+            raise UserError(f"--overwrite would delete {args.init_from}; move it to another folder first")
+    elif earlier := existing_results(args.model_dir):
+        way_on = "continue it with --resume" if last.exists() else "without last.pth.tar it cannot be resumed"
+        raise UserError(f"{args.model_dir} already holds a run ({earlier[0].name}); {way_on}, or --overwrite it")
+
+
+def finished_without_last(model_dir: Path, params: Params) -> str | None:
+    """Return why a run that has not kept last.pth.tar has nothing left to train, None if it has."""
+    return why_finished(read_history(model_dir), params) if (model_dir / "best.pth.tar").exists() else None
+
+
+def changes_since(state: dict[str, Any], training: Training) -> str:
+    """Return what has changed in params.json and in the list of training images since a checkpoint."""
+    keys = [*changed_keys(Params.parse(state["params"], "last.pth.tar"), training.params)]
+    keys += ["the list of training images"] if state.get("images") != training.list_digest else []
+    return ", ".join(keys) or "nothing"
 
 
 def check_trainable(params: Params, count: int) -> None:
     """Raise UserError unless these processes can train with params on a list of count images."""
-    processes = ranks.world_size()
+    processes = devices.world_size()
     if params.batch_size % processes:
         below = params.batch_size // processes * processes
         nearest = f"{below} or {below + processes}" if below else f"{processes}"
@@ -217,7 +183,7 @@ def check_batches(model: FCN_GCN, params: Params, count: int) -> None:
             f'"batch_size" {params.batch_size} leaves a batch of one among {count} images, and at "image_size" '
             f"{params.image_size} it gives batch norm a single value a channel; change one of the two"
         )
-    if last < (processes := ranks.world_size()) and not _takes(model, 0, params):
+    if last < (processes := devices.world_size()) and not _takes(model, 0, params):
         raise UserError(
             f'"batch_size" {params.batch_size} leaves a batch of {last} among {count} images, in which some of '
             f'{processes} processes have none, as "{params.encoder}" cannot; change "batch_size"'
@@ -241,163 +207,197 @@ def list_digest(split: Split) -> str:
     return hashlib.sha256("\n".join(split.ids).encode()).hexdigest()
 
 
-def check_same_lists(train_split: Split, val_split: Split) -> None:
-    """Raise UserError unless the lists of all machines are the same."""
-    for split in (train_split, val_split):
-        if len(set(distributed.gather(list_digest(split)))) > 1:
-            with distributed.together():
-                raise UserError(f"{split.name}.txt is not the same on all machines; copy one data set to all of them")
+def check_same_list(split: Split) -> None:
+    """Raise UserError unless the list of a split is the same for all processes, on whatever machine."""
+    if len(set(devices.gather(list_digest(split)))) > 1:
+        raise UserError(f"{split.name}.txt is not the same on all machines; copy one data set to all of them")
 
 
-def unfinished_files(model_dir: Path) -> list[Path]:
-    """Return what a run that was killed had begun to write."""
-    names = (*WHOLE_FILES, "last.pth.tar", "best.pth.tar")
-    return [path for name in names for path in model_dir.glob(f".{name}.*.tmp")]
-
-
-@contextmanager
-def report_interruption(args: argparse.Namespace, start: Start) -> Iterator[None]:
-    """Say how to go on when a signal, a full disk or a lost process cuts a run short; leave nothing of one that never
-    fitted memory. Of several processes rank 0 does so.
-    """
-    last = args.model_dir / "last.pth.tar"
-
-    def version() -> int:
-        return last.stat().st_mtime_ns if last.exists() else 0
-
-    before, earlier = version(), existing_outputs(args.model_dir)
+def git_commit() -> str | None:
+    """Return the commit this code is at, with "-dirty" when tracked files differ from it; None outside a repository."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
-        try:
-            yield
-        except RuntimeError as error:
-            stop_if_asked()  # a loader process, or another of the run, may have felt the signal first
-            distributed.raise_if_lost(error)
-            never_fitted = is_out_of_memory(error) and start.restore_file is None and version() == before
-            if never_fitted and ranks.is_main():
-                for path in set(existing_outputs(args.model_dir)) - set(earlier):
-                    path.unlink()
-            raise
-    except RunFailed as error:
-        log_to_file(str(error))
-        raise
-    except (KeyboardInterrupt, OSError) as error:
-        ignore_signals()  # torchrun sends some when a process of several has ended
-        what = str(error) or ("terminated" if isinstance(error, Terminated) else "interrupted")
-        command = continuing_command(args, start, saved=version() not in (0, before))
-        again = "resume" if {"--resume", "--restore_file"} & {*command} else "start again"
-        log_to_file(message := f"{what}; {again} with: {shlex.join(command)}")
-        raise type(error)(message) from None
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
-def continuing_command(args: argparse.Namespace, start: Start, *, saved: bool) -> list[str]:
-    """Return the command line that resumes this run; saved says whether it has written a checkpoint."""
-    folders = ["--model_dir", str(args.model_dir), "--data_dir", str(args.data_dir)]
-    command = [*ranks.launcher(), "train.py", *folders]
-    if args.device != "auto":
-        command += ["--device", args.device]
-    if args.tensorboard:
-        command += ["--tensorboard"]
-    if args.resume:
-        return [*command, "--resume"]
-    if restore_file := "last" if saved else start.restore_file:
-        return [*command, "--restore_file", restore_file]
-    if start.init_from:
-        command += ["--init_from", str(start.init_from)]
-    return [*command, "--overwrite"] if start.overwrite or existing_outputs(args.model_dir) else command
+def write_provenance(model_dir: Path, device: torch.device, params: Params, data_dir: Path, *, resumed: bool) -> None:
+    """Write run.json: what was run, from which code, with which versions, on what; a resume adds to "resumed"."""
+    packages = ("torchvision", "numpy", "pillow", *(["timm"] if "timm" in sys.modules else []))
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    record = {
+        "git_commit": git_commit(),
+        "argv": sys.argv,
+        "data_dir": os.path.abspath(data_dir),
+        "versions": versions | {name: version(name) for name in packages},
+        "device": device_name(device),
+        "platform": platform.platform(),
+        "processes": devices.world_size(),
+        "seed": params.seed,
+        "params": asdict(params),
+    }
+    path = model_dir / "run.json"
+    if resumed and path.exists():
+        first = read_json(path, if_absent="")
+        record = first | {"resumed": [*first.get("resumed", []), record]}
+    write_json(path, record)
+
+
+class EpochProgress:
+    """A bar over the images of an epoch; without a terminal a line for every tenth of a long one.
+
+    Args:
+        training: whose next epoch this is.
+        sizes: images per batch.
+    """
+
+    def __init__(self, training: Training, sizes: list[int]):
+        self.title = f"epoch {training.epoch + 1}/{training.params.num_epochs}"
+        self.steps, self.said = len(sizes), time.monotonic()
+        self.bar = tqdm(total=sum(sizes), desc=self.title, unit="img", leave=False, disable=devices.bar_disabled())
+
+    def update(self, images: int, losses: torch.Tensor) -> None:
+        """Count a batch; losses has one value per step so far, and is read only where it is shown."""
+        if self.bar.update(images):
+            self.bar.set_postfix(loss=f"{losses.mean():.4f}", refresh=False)
+        elif self.bar.disable and devices.is_main() and self._is_due(len(losses)):
+            self.said = time.monotonic()
+            logging.info(f"{self.title}: {len(losses) / self.steps:.0%}, train loss {losses.mean():.4f}")
+
+    def _is_due(self, step: int) -> bool:
+        ends_a_tenth = 10 * (step - 1) // self.steps < 10 * step // self.steps < 10
+        return ends_a_tenth and time.monotonic() - self.said > LINE_INTERVAL
+
+
+class EpochOutputs:
+    """Writes what the end of an epoch leaves in an experiment folder; trackers, such as TensorBoard, come on top."""
+
+    def __init__(self, model_dir: Path):
+        self.model_dir = model_dir
+        self.trackers: list[TensorBoard] = []
+        self.drawn = time.monotonic()  # as if just now: the first epoch of a short run does not wait for a drawing
+
+    def write_epoch(self, training: Training, val_set: SegmentationDataset) -> None:
+        """Write last.pth.tar, which decides that the epoch has ended, and then all that follows from it."""
+        record, picture = training.history[-1], sample_predictions(training, val_set)
+        for tracker in self.trackers:  # first: a resume drops what they know of epochs that it repeats
+            tracker.log(record, picture)
+        save_checkpoint(training.state_dict(), self.model_dir / "last.pth.tar")
+        logging.info(epoch_line(record, training.params, is_best=training.is_best))
+        draws_curves = training.finished is not None or time.monotonic() - self.drawn > DRAWING_INTERVAL
+        self.write_rest(training, picture, curves=draws_curves)
+
+    def write_rest(self, training: Training, picture: Image.Image, *, curves: bool = True) -> None:
+        """Write what follows from last.pth.tar: the best weights, history, validation metrics and pictures."""
+        if training.is_best:
+            save_checkpoint(training.eval_state_dict(), self.model_dir / "best.pth.tar")
+        write_history(self.model_dir, training.history)
+        for name, metrics in training.metrics.items():
+            write_json(self.model_dir / f"metrics_val_{name}_weights.json", metrics)
+        save_picture(picture, self.model_dir / "samples.png")
+        if curves:
+            save_figure(training_curves(training.history), self.model_dir / "curves.png")
+            self.drawn = time.monotonic()
+
+    def close(self, training: Training) -> None:
+        """End the trackers, and delete last.pth.tar of a finished run where params.json asks for that."""
+        for tracker in self.trackers:
+            tracker.close(training.params, training.metrics["best"])
+        if not training.params.keep_last:
+            (self.model_dir / "last.pth.tar").unlink()
 
 
 def open_outputs(
-    training: Training,
-    args: argparse.Namespace,
-    start: Start,
-    *,
-    sizes: str,
-    fresh_layers: str,
-    restored: Restored | None,
+    training: Training, val_set: SegmentationDataset, args: argparse.Namespace, data_dir: Path, notes: list[str]
 ) -> EpochOutputs:
-    """Begin the log and run.json of a run that is about to train, in rank 0, and return what writes its epochs.
+    """Begin, in rank 0, the log and run.json of a run that is about to train; return what writes its epochs.
 
-    restored is what the run continues from, if anything.
+    A resume writes anew whatever a kill may have kept the last epoch from writing. notes are lines for the log.
     """
-    outputs = EpochOutputs(args.model_dir)
-    if not ranks.is_main():
+    outputs, resumed = EpochOutputs(args.model_dir), training.epoch > 0
+    if not devices.is_main():
         return outputs
-    params, device = training.params, training.device
-    if start.overwrite:
-        remove_outputs(args.model_dir, keep_log=args.resume)  # which a sweep writes to already
-    for path in unfinished_files(args.model_dir):
-        path.unlink()
+    if args.overwrite:
+        remove_outputs(args.model_dir)
+    for unfinished in args.model_dir.glob(".*.tmp"):  # of a run that was killed
+        unfinished.unlink()
     set_logger(args.model_dir / "train.log")
-    write_provenance(args.model_dir, device, params, args.data_dir, resumed=restored is not None)
-    count = sum(parameter.numel() for parameter in training.model.parameters()) / 1e6
-    where = f"{params.encoder}, {count:.1f} million parameters, on {device_summary(device)} in {params.precision}"
-    logging.info(f"{args.model_dir}: {sizes}; {where}")
-    if training.model.encoder.weights:
-        logging.info(f"the encoder begins with the weights of {training.model.encoder.weights}")
-    if params.num_channels is not None:
-        logging.info('"num_channels" is accepted for old params.json files; this network has no use for it')
-    if params.freeze_encoder_statistics and not params.pretrained and not (start.init_from or restored):
-        logging.info('"freeze_encoder_statistics" without weights to start from: the encoder is not normalized at all')
-    if fresh_layers:
-        logging.info(f"{start.init_from} has another number of classes; these layers start afresh: {fresh_layers}")
-    if restored:
-        restore_outputs(outputs, training, restored)
+    write_provenance(args.model_dir, training.device, training.params, data_dir, resumed=resumed)
+    for line in notes:
+        logging.info(line)
     if args.tensorboard:
         outputs.trackers.append(TensorBoard(args.model_dir, epoch=training.epoch))
+    if resumed:
+        outputs.write_rest(training, sample_predictions(training, val_set))
     return outputs
 
 
-def mend_finished(training: Training, file: Path, model_dir: Path) -> None:
-    """Write, in rank 0, what a finished run lacks that was cut short after its last epoch; a sound one stays as it is.
+class TensorBoard:
+    """Writes events for TensorBoard; a resume starts after an epoch."""
 
-    file is the checkpoint that was loaded; from another than last.pth.tar nothing is written.
-    """
-    if not ranks.is_main() or file.name != "last.pth.tar":
-        return
-    for path in unfinished_files(model_dir):
-        path.unlink()
-    outputs = EpochOutputs(model_dir)
-    if not _holds(lambda: read_history(model_dir) == training.history):
-        outputs.write_metrics(training)
-    mend_best(outputs, training)
-    outputs.close(training)
+    def __init__(self, model_dir: Path, *, epoch: int):
+        from torch.utils.tensorboard import SummaryWriter
 
+        self.writer = SummaryWriter(model_dir / "tensorboard", purge_step=epoch + 1)
 
-def mend_best(outputs: EpochOutputs, training: Training) -> None:
-    """Write best.pth.tar if the last epoch is the best one and a kill has come between that and the file."""
-    best = outputs.model_dir / "best.pth.tar"
-    if training.is_best and not _holds(lambda: load_checkpoint(best)["epoch"] == training.epoch):
-        outputs.save_best(training)
+    def log(self, record: dict, picture: Image.Image) -> None:
+        """Write an epoch of history.jsonl and samples.png."""
+        epoch = record["epoch"]
+        values = {f"{metric}/{part}": value for part in ("train", "val") for metric, value in record[part].items()}
+        values |= {key: record[key] for key in ("learning_rate", "images_per_second")}
+        for name, value in values.items():
+            if value is not None:
+                self.writer.add_scalar(name, value, epoch)
+        self.writer.add_image("samples", np.array(picture), epoch, dataformats="HWC")
+        self.writer.flush()
 
-
-def _holds(condition: Callable[[], bool]) -> bool:
-    """Return whether a condition holds; where its file is absent or damaged it does not."""
-    try:
-        return condition()
-    except (UserError, KeyError):
-        return False
+    def close(self, params: Params, best: dict) -> None:
+        """Write the hyperparameters beside the metrics of the best epoch, for TensorBoard's HPARAMS page."""
+        values = {
+            key: value if isinstance(value, int | float | str) else str(value) for key, value in asdict(params).items()
+        }
+        found = {f"best/{key}": value for key, value in scalars(best).items() if value is not None}
+        self.writer.add_hparams(values, found, run_name=".")  # in this folder, not in one below it
+        self.writer.close()
 
 
-def restore_outputs(outputs: EpochOutputs, training: Training, restored: Restored) -> None:
-    """Bring the other outputs to where a checkpoint is, from which a kill or a full disk may have parted them.
+@torch.inference_mode()
+def sample_predictions(training: Training, dataset: SegmentationDataset, count: int = 6) -> Image.Image:
+    """Draw validation photos spread evenly over the list, always the same ones, with truth and prediction."""
+    params = training.params
+    number = min(count, len(dataset))
+    # Not neighbours, which may be frames of a video.
+    examples = [dataset[place * len(dataset) // number] for place in range(number)]
+    images, labels = (torch.stack(part) for part in zip(*examples, strict=True))
+    with autocast(training.device, params.precision):
+        logits = training.eval_model.eval()(to_input(images, training.device, **input_options(training.model, params)))
+    parts = zip(images.permute(0, 2, 3, 1), labels, logits.argmax(1).cpu(), strict=True)
+    photos = zip(parts, photo_edges(images, labels, dataset.padding).tolist(), strict=True)
+    shown = [
+        [part[top:bottom, left:right].numpy() for part in example] for example, (left, top, right, bottom) in photos
+    ]
+    return comparison(shown, dataset.class_names)
 
-    After another checkpoint than last.pth.tar, best.pth.tar stays only where it is known to be of the same epochs.
-    """
-    then = asdict(Params()) | restored.state["params"]  # what an older program did not know was as it is by default
-    changed = [key for key, value in asdict(training.params).items() if then[key] != value]
-    if restored.state.get("images") != training.list_digest:
-        changed.append("the list of training images")
-    if training.params.augment and "resize" not in restored.state["params"]:
-        changed.append("augmentation, which has another form in this version")
-    logging.info(f"continuing after epoch {training.epoch}; changed since: {', '.join(changed) or 'nothing'}")
-    number, best = training.best_epoch, outputs.model_dir / "best.pth.tar"
-    same = _holds(lambda: read_history(outputs.model_dir)[:number] == training.history[:number])
-    outputs.write_metrics(training)
-    outputs.draw_curves(training)
-    if restored.file.name == "last.pth.tar":
-        mend_best(outputs, training)
-    elif training.is_best:
-        outputs.save_best(training)
-    elif best.exists() and not (same and _holds(lambda: load_checkpoint(best)["epoch"] == number)):
-        best.unlink()
-        logging.info(f"{best} was of epochs that this run does not have, and is deleted")
+
+def epoch_line(record: dict, params: Params, *, is_best: bool) -> str:
+    """Return an epoch in one line for people."""
+    shown = dict.fromkeys(("mIoU", "pixel_accuracy", params.best_metric))
+    values = [f"{key} {decimal(record['val'][key])}".replace("_", " ") for key in shown if key != "loss"]
+    return (
+        f"epoch {record['epoch']}/{params.num_epochs}: "
+        f"train loss {record['train']['loss']:.4f}, val loss {record['val']['loss']:.4f}, "
+        f"{', '.join(values)}, lr {record['learning_rate']:.3g}, "
+        f"{record['seconds']:.1f} s, {record['images_per_second']:.1f} images/s{' (best)' if is_best else ''}"
+    )
+
+
+def best_line(training: Training) -> str:
+    """Return the best epoch in a few words for people."""
+    metric = training.params.best_metric
+    return f"best {metric} {decimal(training.metrics['best'][metric])} at epoch {training.best_epoch}"
+
+
+def decimal(value: float | None) -> str:
+    """Return a metric for people; "-" where it is undefined."""
+    return "-" if value is None else f"{value:.4f}"

@@ -3,33 +3,32 @@
 import copy
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from engine import distributed, ranks
 from engine.checkpoints import check_normalization, load_weights
-from engine.devices import rng_states, set_rng_states
-from engine.folders import Finished, best_epoch, why_finished
+from engine.devices import rank, rng_states, set_rng_states, world_size
 from model import UserError
 from model.net import FCN_GCN
 from model.parallel import Dropout2d, copy_to_all, shard, synchronize_batch_norm
-from params import ARCHITECTURE, INPUT, Params
-from utils import RunFailed, is_epoch, is_out_of_memory
-
-RESUME_NEEDS = (*ARCHITECTURE, *INPUT, "optimizer", "dataset", "best_metric")  # as they were
+from params import METRICS, Params
+from utils import RunFailed
 
 
 class Training:
     """All that changes while a network is trained, and nothing else: state_dict() is what a resume needs.
 
-    Several processes each have one, and all are alike: the network begins as that of rank 0, and batch norm, dropout
-    and the loss are those of the whole batch, of which each process has its share.
+    The network has four handles: model is itself, forward what a training step calls (compiled, or ddp), ddp its
+    DistributedDataParallel where there are several processes, and eval_model what is scored and kept (the average of
+    the weights, where there is one). Several processes each have a Training, and all are alike: the network begins as
+    that of rank 0, and batch norm, dropout and the loss are those of the whole batch, of which each has its share.
 
     Args:
         model: the network, on its device.
@@ -37,6 +36,7 @@ class Training:
         steps_per_epoch: optimizer steps, that is batches divided by accumulation_steps, rounded up.
         list_digest: of the ids that are trained on, so that a resume can say whether they have changed.
         class_names: one for each class index.
+        changes: the values of --set, which a resume sets again.
     """
 
     def __init__(
@@ -47,17 +47,18 @@ class Training:
         *,
         list_digest: str = "",
         class_names: Sequence[str] = (),
+        changes: Mapping[str, Any] | None = None,
     ):
         self.params = params
         self.steps_per_epoch = steps_per_epoch
         self.device = next(model.parameters()).device
         self.model = model
         self.forward: Callable[[torch.Tensor], torch.Tensor] = model
-        self.distributed: DistributedDataParallel | None = None
-        if ranks.world_size() > 1:
+        self.ddp: DistributedDataParallel | None = None
+        if world_size() > 1:
             synchronize_batch_norm(model, self.device)
             copy_to_all(self.model)
-            self.distributed = self.forward = distribute(self.model, self.device)
+            self.ddp = self.forward = distribute(self.model, self.device)
         if params.compile:
             self.forward = torch.compile(self.forward, mode=compile_mode(self.device, params), dynamic=False)
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if params.ema_decay is not None else None
@@ -68,10 +69,10 @@ class Training:
         self._set_steps(0)
         self.history: list[dict] = []  # what history.jsonl holds
         self.metrics: dict[str, dict] = {}  # of validation, at the "last" and at the "best" epoch
-        self.list_digest, self.class_names = list_digest, list(class_names)
+        self.list_digest, self.class_names, self.changes = list_digest, list(class_names), dict(changes or {})
 
     @property
-    def finished(self) -> Finished | None:
+    def finished(self) -> str | None:
         """Why there is nothing left to train, None if there is."""
         return why_finished(self.history, self.params)
 
@@ -109,12 +110,12 @@ class Training:
 
         Gradients are summed over the processes after the last batch of a group only.
         """
-        if self.distributed is None:
+        if self.ddp is None:
             return nullcontext()
-        first = shard(batch_size, ranks.rank(), ranks.world_size()).start
+        first = shard(batch_size, rank(), world_size()).start
         if isinstance(self.model.dropout, Dropout2d):
             self.model.dropout.whole = first, batch_size
-        return nullcontext() if ends_group else self.distributed.no_sync()
+        return nullcontext() if ends_group else self.ddp.no_sync()
 
     def step(self, loss: torch.Tensor, *, ends_group: bool) -> None:
         """Accumulate the gradient of loss; with the last loss of a group, update the weights."""
@@ -213,6 +214,7 @@ class Training:
             "state_dict": self.eval_model.state_dict(),
             "class_names": self.class_names,
             "normalization": [self.model.mean, self.model.std],
+            "set": self.changes,
             "params": asdict(self.params),
         }
 
@@ -232,7 +234,7 @@ class Training:
             "images": self.list_digest,
             "class_names": self.class_names,
             "normalization": [self.model.mean, self.model.std],
-            "job": distributed.job(),
+            "set": self.changes,
             "rng": torch.get_rng_state(),  # the same in every process
             "rng_cuda": rng_states(self.device),  # of any accelerator; the name is that of the first
             "params": asdict(self.params),
@@ -253,46 +255,30 @@ class Training:
 
         Raises UserError when the checkpoint is damaged, or holds weights only, or those of another network.
         """
-        if "rng" not in state:
-            other = "continue with --restore_file last, or " if (source.parent / "last.pth.tar").exists() else ""
-            raise UserError(
-                f"{source} holds weights to predict with and no training state; {other}start from these weights with "
-                "--init_from, in another --model_dir"
-            )
         check_normalization(self.model, state, source)
         load_weights(self.model, state["state_dict"], source)
         if self.ema is not None:  # begins with the weights themselves where there was no average before
             load_weights(self.ema, state.get("ema_state_dict") or state["state_dict"], source)
         try:
             self._load_rest(state)
-        except UserError as error:
-            raise UserError(f"{source}: {error}") from None
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            if is_out_of_memory(error):
-                raise
-            raise UserError(f"{source} is damaged: its training state cannot be what it says ({error!r})") from None
+        except (LookupError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{source} holds no sound training state ({type(error).__name__}: {error}); start from its weights "
+                "with --init_from, in another --model_dir"
+            ) from None
+        if not self.is_finite():
+            raise UserError(
+                f"{source}: weights, or what the optimizer knows of them, are not finite: the run has diverged; start "
+                'anew with a lower "learning_rate" or with "clip_grad_norm"'
+            )
 
     def _load_rest(self, state: dict) -> None:
-        """Whatever of the state is not weights; any error means that it is not sound."""
+        """Load all that is not weights."""
         self.epoch, self.history = state["epoch"], [dict(record) for record in state["history"]]
         self.metrics = dict(state["metrics"])
-        if not all(is_epoch(record, number) for number, record in enumerate(self.history, 1)):
-            raise ValueError("history")
-        if len(self.history) != self.epoch or set(self.metrics) != {"last", "best"}:
-            raise ValueError(f"epoch {self.epoch}")
         saved = state["optim_dict"]["state"]
         own = {place: saved[number] for place, number in enumerate(self._parameter_numbers()) if number in saved}
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": own})
-        for weight, buffers in self.optimizer.state.items():
-            for name, buffer in buffers.items():
-                # A number, one per weight, or, as Adafactor has it, one per row or column.
-                if buffer is not None and torch.broadcast_shapes(buffer.shape, weight.shape) != weight.shape:
-                    raise ValueError(f"optimizer {name}")
-        if not self.is_finite():
-            raise UserError(
-                "weights, or what the optimizer knows of them, are not finite: the run has diverged; start anew with a "
-                'lower "learning_rate" or with "clip_grad_norm"'
-            )
         if self.ema is not None and state.get("ema_state_dict") is not None:
             self.ema_updates = int(state["ema_updates"])
         if self.scaler.is_enabled() and state["scaler"]:
@@ -300,6 +286,33 @@ class Training:
         self._set_steps(self.epoch * self.steps_per_epoch)
         torch.set_rng_state(state["rng"])
         set_rng_states(state["rng_cuda"], self.device)
+
+
+def why_finished(history: list[dict], params: Params) -> str | None:
+    """Return why a run with the epochs of history.jsonl has nothing left to train, None if it has."""
+    epoch, patience = len(history), params.early_stopping_patience
+    if epoch >= params.num_epochs:
+        return f"trained {epoch} of {params.num_epochs} epochs"
+    if patience is not None and history and epoch - best_epoch(history, params.best_metric)["epoch"] >= patience:
+        return f"stopped early after epoch {epoch}: no better {params.best_metric} in {patience} epochs"
+    return None
+
+
+def best_epoch(history: list[dict], metric: str) -> dict:
+    """Return the first of the epochs with the best value of a validation metric."""
+    return better_of(metric)(history, key=lambda epoch: score(epoch, metric))
+
+
+def score(epoch: dict, metric: str) -> float:
+    """Return a validation metric of an epoch of history.jsonl; where it is undefined, what is worse than any value."""
+    value = epoch["val"].get(metric)
+    worst = -math.inf if better_of(metric) is max else math.inf
+    return worst if value is None else value
+
+
+def better_of(metric: str) -> Callable:
+    """Return max or min, which chooses the better of two values."""
+    return METRICS.get(metric, max)
 
 
 def scalars(metrics: dict) -> dict[str, float | None]:
@@ -331,7 +344,7 @@ def compile_mode(device: torch.device, params: Params) -> str:
     Not where gradients are accumulated: they would lie in memory that the next batch's graph writes to. Nor where
     processes exchange them, which would have to be in the graph.
     """
-    alone = params.accumulation_steps == 1 and ranks.world_size() == 1
+    alone = params.accumulation_steps == 1 and world_size() == 1
     return "reduce-overhead" if device.type == "cuda" and alone else "default"
 
 
