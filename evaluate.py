@@ -275,9 +275,7 @@ def find_other(
             raise UserError(f"{file} is of another checkpoint, other --scales or --flip; score {args.against} again")
         return counts
 
-    return read(), make_segmenter(
-        model, params, device, scales=args.scales, flip=args.flip
-    )
+    return read(), make_segmenter(model, params, device, scales=args.scales, flip=args.flip)
 
 
 def predictions_folder(folder: Path, split: str, names: Sequence[str]) -> Path:

@@ -54,7 +54,7 @@ class Example(NamedTuple):
 
 
 def parse_args() -> argparse.Namespace:
-    parser = experiment_parser(__doc__, trained=True, data="data set whose class names must be the checkpoint's")
+    parser = experiment_parser(__doc__, data="data set whose class names must be the checkpoint's")
     parser.add_argument(
         "photos",
         nargs="+",

@@ -192,6 +192,8 @@ def build_model(params: Params, weights: Path | None, *, resumed: bool) -> tuple
     pretrained = params.pretrained if is_main() and not resumed and weights is None else False
     model = FCN_GCN(**params.network_options(), pretrained=pretrained)
     notes = []
+    if params.num_channels is not None:
+        notes.append('"num_channels" is accepted for old params.json files; this network has no use for it')
     if model.encoder.weights:
         notes.append(f"the encoder begins with the weights of {model.encoder.weights}")
     if weights and is_main() and (fresh := init_from(model, weights, params)):
@@ -248,7 +250,8 @@ def build_and_train(params: Params, device: torch.device, args: argparse.Namespa
         f"{args.model_dir}: {len(train_split.ids)} images of {params.train_split}, {len(val_split.ids)} of val; "
         f"{params.encoder}, {count:.1f} million parameters, on {device_summary(device)} in {params.precision}",
     )
-    train(training, train_loader, val_loader, open_outputs(training, val_loader.dataset, args, data_dir, notes))
+    outputs = open_outputs(training, val_loader.dataset, args, data_dir, state=state, notes=notes)
+    train(training, train_loader, val_loader, outputs)
 
 
 @contextmanager

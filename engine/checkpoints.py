@@ -108,6 +108,12 @@ def predicting_weights(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return checkpoint.get("ema_state_dict") or checkpoint["state_dict"]
 
 
+def to_predict_with(state: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of a last.pth.tar that prediction needs, which is a best.pth.tar."""
+    kept = {key: state[key] for key in ("epoch", "class_names", "normalization", "set", "params") if key in state}
+    return kept | {"state_dict": predicting_weights(state)}
+
+
 def load_network(model_dir: Path, restore_file: str, device: torch.device) -> tuple[FCN_GCN, Params, dict[str, Any]]:
     """Return the network of an experiment with the weights of a checkpoint, on device, its params, and the checkpoint.
 
@@ -142,9 +148,7 @@ def trained_params(checkpoint: dict[str, Any], now: Params, file: Path) -> Param
     trained = replace(Params.parse(checkpoint["params"], file), **{key: getattr(now, key) for key in HOW_TO_COMPUTE})
     if (changes := changed_keys(trained, now)) and is_main():
         text = ", ".join(f'"{key}" {json.dumps(then)} -> {json.dumps(value)}' for key, (then, value) in changes.items())
-        print(
-            f"params.json has been changed since {file} was trained, and counts as it was: {text}", file=sys.stderr
-        )
+        print(f"params.json has been changed since {file} was trained, and counts as it was: {text}", file=sys.stderr)
     return trained
 
 

@@ -26,7 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from engine import devices
-from engine.checkpoints import changed_keys, check_unchanged, load_checkpoint, save_checkpoint
+from engine.checkpoints import changed_keys, check_unchanged, load_checkpoint, save_checkpoint, to_predict_with
 from engine.devices import autocast, device_name, input_options
 from engine.training import Training, scalars, why_finished
 from model import UserError
@@ -283,21 +283,21 @@ class EpochOutputs:
         record, picture = training.history[-1], sample_predictions(training, val_set)
         for tracker in self.trackers:  # first: a resume drops what they know of epochs that it repeats
             tracker.log(record, picture)
-        save_checkpoint(training.state_dict(), self.model_dir / "last.pth.tar")
+        save_checkpoint(state := training.state_dict(), self.model_dir / "last.pth.tar")
         logging.info(epoch_line(record, training.params, is_best=training.is_best))
         draws_curves = training.finished is not None or time.monotonic() - self.drawn > DRAWING_INTERVAL
-        self.write_rest(training, picture, curves=draws_curves)
+        self.write_rest(state, picture, curves=draws_curves)
 
-    def write_rest(self, training: Training, picture: Image.Image, *, curves: bool = True) -> None:
+    def write_rest(self, state: dict[str, Any], picture: Image.Image, *, curves: bool = True) -> None:
         """Write what follows from last.pth.tar: the best weights, history, validation metrics and pictures."""
-        if training.is_best:
-            save_checkpoint(training.eval_state_dict(), self.model_dir / "best.pth.tar")
-        write_history(self.model_dir, training.history)
-        for name, metrics in training.metrics.items():
+        if state["metrics"]["best"]["epoch"] == state["epoch"]:
+            save_checkpoint(to_predict_with(state), self.model_dir / "best.pth.tar")
+        write_history(self.model_dir, state["history"])
+        for name, metrics in state["metrics"].items():
             write_json(self.model_dir / f"metrics_val_{name}_weights.json", metrics)
         save_picture(picture, self.model_dir / "samples.png")
         if curves:
-            save_figure(training_curves(training.history), self.model_dir / "curves.png")
+            save_figure(training_curves(state["history"]), self.model_dir / "curves.png")
             self.drawn = time.monotonic()
 
     def close(self, training: Training) -> None:
@@ -309,13 +309,19 @@ class EpochOutputs:
 
 
 def open_outputs(
-    training: Training, val_set: SegmentationDataset, args: argparse.Namespace, data_dir: Path, notes: list[str]
+    training: Training,
+    val_set: SegmentationDataset,
+    args: argparse.Namespace,
+    data_dir: Path,
+    *,
+    state: dict[str, Any] | None,
+    notes: list[str],
 ) -> EpochOutputs:
     """Begin, in rank 0, the log and run.json of a run that is about to train; return what writes its epochs.
 
-    A resume writes anew whatever a kill may have kept the last epoch from writing. notes are lines for the log.
+    A resume from state writes anew all that follows from it. notes are lines for the log.
     """
-    outputs, resumed = EpochOutputs(args.model_dir), training.epoch > 0
+    outputs = EpochOutputs(args.model_dir)
     if not devices.is_main():
         return outputs
     if args.overwrite:
@@ -323,13 +329,13 @@ def open_outputs(
     for unfinished in args.model_dir.glob(".*.tmp"):  # of a run that was killed
         unfinished.unlink()
     set_logger(args.model_dir / "train.log")
-    write_provenance(args.model_dir, training.device, training.params, data_dir, resumed=resumed)
+    write_provenance(args.model_dir, training.device, training.params, data_dir, resumed=state is not None)
     for line in notes:
         logging.info(line)
     if args.tensorboard:
         outputs.trackers.append(TensorBoard(args.model_dir, epoch=training.epoch))
-    if resumed:
-        outputs.write_rest(training, sample_predictions(training, val_set))
+    if state is not None:
+        outputs.write_rest(state, sample_predictions(training, val_set))
     return outputs
 
 

@@ -205,19 +205,6 @@ class Training:
         tensors = [*self.model.state_dict().values(), *(value for state in states for value in state.values())]
         return all(torch.stack([tensor.isfinite().all() for tensor in tensors if tensor is not None]).tolist())
 
-    def eval_state_dict(self) -> dict:
-        """Return what evaluation, prediction and export need: the weights, averaged where there is an average, and what
-        they stand for.
-        """
-        return {
-            "epoch": self.epoch,
-            "state_dict": self.eval_model.state_dict(),
-            "class_names": self.class_names,
-            "normalization": [self.model.mean, self.model.std],
-            "set": self.changes,
-            "params": asdict(self.params),
-        }
-
     def state_dict(self) -> dict:
         """Return all that a resume needs, as tensors and plain values; epoch, state_dict and optim_dict have the names
         that the original implementation gives them.

@@ -10,7 +10,6 @@ import sys
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +20,7 @@ from torch import nn
 
 import train
 import utils
-from engine import checkpoints, folders, outputs, run, training
+from engine import checkpoints, run, training
 from engine.devices import M_MMAP_MAX, M_TRIM_THRESHOLD, reuse_memory
 from engine.training import Training, build_optimizer, learning_rate_at, parameter_groups
 from evaluate import evaluate
@@ -104,7 +103,7 @@ def finished(tmp_path_factory):
 
 def test_a_run_leaves_every_output_and_nothing_else(finished):
     experiment, _, stdout = finished
-    assert {path.name for path in experiment.iterdir()} == OUTPUTS
+    assert {path.name for path in experiment.iterdir()} == OUTPUTS | {".lock"}
     assert [epoch["epoch"] for epoch in history(experiment)] == [1, 2]
     assert set(history(experiment)[0]) == {"epoch", "train", "val", "learning_rate", "seconds", "images_per_second"}
     metrics = json.loads((experiment / "metrics_val_last_weights.json").read_text())
@@ -137,7 +136,7 @@ def test_run_json_names_the_data_folder(finished):
 def test_best_holds_what_prediction_needs_and_last_what_a_resume_needs(finished):
     experiment, _, _ = finished
     best, last = (torch.load(experiment / f"{name}.pth.tar", weights_only=True) for name in ("best", "last"))
-    assert best.keys() == {"epoch", "state_dict", "class_names", "normalization", "params"} < last.keys()
+    assert best.keys() == {"epoch", "state_dict", "class_names", "normalization", "set", "params"} < last.keys()
     assert best["epoch"] == best_epoch(experiment)
     if best["epoch"] == last["epoch"]:
         assert same(best["state_dict"], last["ema_state_dict"])  # what validation has scored
@@ -173,17 +172,8 @@ def test_a_folder_with_a_run_is_refused_until_told_which_is_meant(finished):
     before = {path: path.stat().st_mtime_ns for path in experiment.iterdir()}
     result = run_train(experiment, data, check=2)
     assert "already holds a run" in result.stderr
-    assert "--restore_file last" in result.stderr
-    assert "--overwrite" in result.stderr
+    assert "--resume" in result.stderr and "--overwrite" in result.stderr
     assert {path: path.stat().st_mtime_ns for path in experiment.iterdir()} == before
-
-
-def test_a_run_that_left_no_checkpoint_is_not_offered_to_be_continued(data, tmp_path):
-    experiment = make_experiment(tmp_path / "run")
-    (experiment / "run.json").write_text("{}")
-    result = run_train(experiment, data, check=2)
-    assert "--restore_file" not in result.stderr
-    assert "--overwrite" in result.stderr
 
 
 def test_overwrite_does_not_delete_the_weights_to_start_from(finished, tmp_path):
@@ -195,119 +185,99 @@ def test_overwrite_does_not_delete_the_weights_to_start_from(finished, tmp_path)
     assert (experiment / "best.pth.tar").exists()
 
 
-def test_a_finished_run_says_so_and_changes_nothing(finished):
-    experiment, data, _ = finished
-    before = {path: path.stat().st_mtime_ns for path in experiment.iterdir()}
-    assert (
-        "trained 2 of 2 epochs; raise num_epochs to train on"
-        in run_train(experiment, data, "--restore_file", "last").stdout
-    )
-    assert {path: path.stat().st_mtime_ns for path in experiment.iterdir()} == before
-
-
-def test_resume_starts_and_goes_on_and_says_when_there_is_nothing_left(data, tmp_path, monkeypatch):
+def test_resume_starts_and_continues_and_says_when_there_is_nothing_left(data, tmp_path, monkeypatch):
     experiment = make_experiment(tmp_path / "run", num_epochs=1)
+    (experiment / "run.json").write_text("{}")  # of a run that was killed in its first epoch
+    (experiment / "train.log").write_text("the first try\n")
     run_train(experiment, data, "--resume")
+    assert (experiment / "train.log").read_text().startswith("the first try\n")
     make_experiment(experiment, num_epochs=2, keep_last=False)
     assert "continuing after epoch 1" in run_train(experiment, data, "--resume").stdout
     assert [epoch["epoch"] for epoch in history(experiment)] == [1, 2]
-    assert {path.name for path in experiment.iterdir()} == OUTPUTS - {"last.pth.tar"}
-    before = {path: path.stat().st_mtime_ns for path in experiment.iterdir()}
-    for flags in (["--resume"], ["--restore_file", "last"]):
-        stdout = run_train(experiment, data, *flags).stdout
-        finished = f"nothing to do in {experiment}: trained 2 of 2 epochs"
-        assert stdout == f"{finished}; last.pth.tar was not kept to train on from\n"
-    said = mistake(monkeypatch, experiment, data, "--restore_file", "best")
-    assert "best.pth.tar holds weights to predict with and no training state; start from these weights" in said
+    assert {path.name for path in experiment.iterdir()} == (OUTPUTS | {".lock"}) - {"last.pth.tar"}
+    stdout = run_train(experiment, data, "--restore_file", "last").stdout
+    finished = f"nothing to do in {experiment}: trained 2 of 2 epochs"
+    assert stdout == f"{finished}; last.pth.tar was not kept to train on from\n"
     make_experiment(experiment, num_epochs=3, keep_last=False)
-    said = mistake(monkeypatch, experiment, data, "--restore_file", "last")
-    assert 'last.pth.tar was not kept ("keep_last": false)' in said and "--init_from" in said
-    assert "2 epochs and no last.pth.tar" in mistake(monkeypatch, experiment, data, "--resume")
-    del before[experiment / "params.json"]
-    assert {path: path.stat().st_mtime_ns for path in before} == before
-    metrics = json.loads((experiment / "metrics_val_best_weights.json").read_text())
-    run_script("evaluate.py", "--model_dir", experiment, "--data_dir", data)
-    assert metrics.items() <= json.loads((experiment / "metrics_val_best.json").read_text()).items()
+    assert "without last.pth.tar it cannot be resumed" in mistake(monkeypatch, experiment, data, "--resume")
 
 
-def test_resume_starts_over_what_was_killed_in_its_first_epoch(data, tmp_path, monkeypatch):
-    experiment = make_experiment(tmp_path / "run", num_epochs=1)
-    (experiment / "run.json").write_text("{}")
-    (experiment / "train.log").write_text("the first try\n")
-    (experiment / "history.jsonl").write_text('{"epoch": 1, "val": {"mIoU": 0.5}}\n')  # and no checkpoint yet
-    (experiment / "params.json").write_text(json.dumps(TINY | {"num_epochs": 2}))
-    run_train(experiment, data, "--resume")
-    assert [epoch["epoch"] for epoch in history(experiment)] == [1, 2] and history(experiment)[0]["seconds"] > 0
-    assert (experiment / "train.log").read_text().startswith("the first try\n")
-    for flags in (["--overwrite"], ["--init_from", experiment / "best.pth.tar"], ["--restore_file", "last"]):
-        assert run_train(experiment, data, "--resume", *flags, check=2).stderr.count("error: ") == 1
-
-
-def test_resume_deletes_nothing_but_what_a_first_epoch_leaves(data, tmp_path, monkeypatch):
-    experiment = make_experiment(tmp_path / "run", num_epochs=1)
-    for names in (["metrics_val_original_original_size.json"], ["run.json", "metrics_test_best.json"], ["best.onnx"]):
-        for name in names:
-            (experiment / name).write_text("{}")
-        assert "already holds a run" in mistake(monkeypatch, experiment, data, "--resume")
-        for name in names:
-            (experiment / name).unlink()
-
-
-def test_history_alone_is_no_finished_run(data, tmp_path):
-    """The disk was full when last.pth.tar was to be written."""
-    experiment = make_experiment(tmp_path / "run", num_epochs=1)
-    (experiment / "run.json").write_text("{}")
-    (experiment / "history.jsonl").write_text('{"epoch": 1, "val": {"mIoU": 0.5}}\n')
-    assert "trained 1 of 1 epochs; best mIoU" in run_train(experiment, data, "--resume").stdout
-    assert {"last.pth.tar", "best.pth.tar"} <= {path.name for path in experiment.iterdir()}
-
-
-@pytest.mark.parametrize("flags", [["--restore_file", "last"], ["--resume"]])
-def test_a_run_cut_short_after_its_last_epoch_gets_its_best_checkpoint(finished, tmp_path, flags):
+def test_what_an_epoch_leaves_is_written_anew_from_the_checkpoint(finished, tmp_path):
     experiment, data, _ = finished
     cut = shutil.copytree(experiment, tmp_path / "run")
     last = torch.load(cut / "last.pth.tar", weights_only=True)
+    last["metrics"]["best"] = last["metrics"]["last"]
     last["history"][1]["val"]["mIoU"] = 1.0
     torch.save(last, cut / "last.pth.tar")
-    utils.write_history(cut, last["history"])
-    for left in ("nothing", "an older one", "a damaged one"):
-        (cut / "best.pth.tar").unlink()
-        if left == "an older one":
-            torch.save({"epoch": 1, "state_dict": last["state_dict"], "params": last["params"]}, cut / "best.pth.tar")
-        elif left == "a damaged one":
-            (cut / "best.pth.tar").write_text("junk")
-            (cut / "history.jsonl").write_text("junk")
-        (cut / ".best.pth.tar.1.tmp").touch()
-        assert "nothing to do" in run_train(cut, data, *flags).stdout
-        best = torch.load(cut / "best.pth.tar", weights_only=True)
-        assert best["epoch"] == 2 and same(best["state_dict"], last["ema_state_dict"])
-        assert not list(cut.glob(".*")) and history(cut) == last["history"]
+    (cut / "best.pth.tar").write_text("junk")
+    (cut / "history.jsonl").write_text("junk")
+    for name in ("samples.png", "curves.png", "metrics_val_best_weights.json"):
+        (cut / name).unlink()
+    (cut / ".best.pth.tar.1.tmp").touch()
+    assert "trained 2 of 2 epochs; best mIoU" in run_train(cut, data, "--resume").stdout
+    best = torch.load(cut / "best.pth.tar", weights_only=True)
+    assert best["epoch"] == 2 and same(best["state_dict"], last["ema_state_dict"])
+    assert OUTPUTS <= {path.name for path in cut.iterdir()} and history(cut) == last["history"]
+    assert not list(cut.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("begins", [False, True], ids=["ends", "begins"])
+def test_the_best_weights_stay_those_that_were_scored_where_averaging_begins_or_ends(finished, tmp_path, begins):
+    experiment, data, _ = finished
+    cut = shutil.copytree(experiment, tmp_path / "run")
+    state = torch.load(cut / "last.pth.tar", weights_only=True)
+    state["metrics"]["best"] = state["metrics"]["last"]
+    if begins:
+        state |= {"ema_state_dict": None, "params": state["params"] | {"ema_decay": None}}
+    torch.save(state, cut / "last.pth.tar")
+    params = state["params"] | {"ema_decay": 0.9 if begins else None}
+    (cut / "params.json").write_text(json.dumps(params))
+    run_train(cut, data, "--resume")
+    assert same(weights(cut, "best"), state["state_dict"] if begins else state["ema_state_dict"])
+
+
+@pytest.mark.parametrize("line", ["{}", "null", '{"epoch": 1, "val": {"mIoU": "x"}}', '{"epoch": 2, "val": {}}'])
+def test_a_history_that_is_none_is_named_by_its_line(tmp_path, line):
+    (tmp_path / "history.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError, match=r"history\.jsonl is damaged in line 1; mend or remove the line"):
+        utils.read_history(tmp_path)
+
+
+def test_set_takes_the_place_of_params_json_also_in_a_resume_and_in_prediction(data, tmp_path):
+    experiment = make_experiment(tmp_path / "run", num_epochs=1, best_metric="mIoU")
+    run_train(experiment, data, "--set", "image_size=48", "best_metric=loss", 'loss_weights={"bce": 1}')
+    assert json.loads((experiment / "run.json").read_text())["params"]["image_size"] == 48
+    result = run_train(experiment, data, "--resume", "--set", "num_epochs=2")
+    assert "changed since: num_epochs" in result.stdout
+    state = checkpoints.load_checkpoint(experiment / "last.pth.tar")
+    given = {"image_size": 48, "best_metric": "loss", "loss_weights": {"bce": 1}, "num_epochs": 2}
+    assert state["set"] == given and given.items() <= state["params"].items()
+    result = run_script("evaluate.py", "--model_dir", experiment, "--restore_file", "last")
+    assert json.loads((experiment / "metrics_val_last.json").read_text())["image_size"] == 48 and not result.stderr
 
 
 @pytest.mark.parametrize(
-    "line",
-    [
-        "{}",
-        "5",
-        "[]",
-        "null",
-        '{"epoch": 1}',
-        '{"epoch": "a", "val": {"mIoU": 0.1}}',
-        '{"epoch": 1, "val": {"mIoU": "x"}}',
-        '{"epoch": 2, "val": {"mIoU": 0.1}}',
-    ],
+    ("value", "said"), [("image_size=3", '"image_size" is 3'), ("size=3", 'unknown key "size"'), ("x", "key=value")]
 )
-def test_a_history_that_is_none_is_named_by_its_line(data, tmp_path, monkeypatch, line):
-    experiment = make_experiment(tmp_path / "run")
-    (experiment / "history.jsonl").write_text(line + "\n")
-    said = mistake(monkeypatch, experiment, data, "--resume")
-    assert said == f"{experiment / 'history.jsonl'} is damaged in line 1; mend or remove the line"
+def test_a_mistake_in_set_is_named(data, tmp_path, monkeypatch, value, said):
+    assert said in mistake(monkeypatch, make_experiment(tmp_path / "run"), data, "--set", value)
 
 
-def test_a_log_that_is_a_fifo_is_refused(data, tmp_path, monkeypatch):
-    experiment = make_experiment(tmp_path / "run")
-    os.mkfifo(experiment / "train.log")
-    assert "train.log is not a regular file (a FIFO)" in mistake(monkeypatch, experiment, data)
+def test_params_that_were_edited_after_the_training_count_as_they_were_and_are_named(finished, tmp_path):
+    experiment, _, _ = finished
+    edited = shutil.copytree(experiment, tmp_path / "run")
+    params = json.loads((edited / "params.json").read_text())
+    (edited / "params.json").write_text(json.dumps(params | {"image_size": 64, "num_workers": 1}))
+    stderr = run_script("evaluate.py", "--model_dir", edited).stderr
+    assert '"image_size" 32 -> 64' in stderr and "num_workers" not in stderr and stderr.count("\n") == 1
+    assert json.loads((edited / "metrics_val_best.json").read_text())["image_size"] == 32
+
+
+def test_a_resume_takes_the_data_of_the_run(finished, tmp_path):
+    experiment, data, _ = finished
+    again = shutil.copytree(experiment, tmp_path / "run")
+    run_script("train.py", "--model_dir", again, "--resume", "--set", "num_epochs=3")
+    assert json.loads((again / "run.json").read_text())["resumed"][0]["data_dir"] == str(data)
 
 
 def test_overwrite_leaves_nothing_of_the_earlier_run(data, tmp_path):
@@ -315,7 +285,7 @@ def test_overwrite_leaves_nothing_of_the_earlier_run(data, tmp_path):
     for name in ("history.jsonl", "metrics_test_best.json", "best.pth.tar", "notes.txt"):
         (experiment / name).write_text("old\n")
     run_train(experiment, data, "--overwrite")
-    assert {path.name for path in experiment.iterdir()} == OUTPUTS | {"notes.txt"}
+    assert {path.name for path in experiment.iterdir()} == OUTPUTS | {".lock", "notes.txt"}
     assert len(history(experiment)) == 1
     assert (experiment / "notes.txt").read_text() == "old\n"
 
@@ -326,7 +296,7 @@ def test_without_data_one_line_names_the_two_ways_on(tmp_path):
     assert len(result.stderr.splitlines()) == 1
     assert "python build_dataset.py" in result.stderr
     assert "experiments/quickstart" in result.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["params.json"]
+    assert {path.name for path in tmp_path.iterdir()} == {"params.json", ".lock"}
 
 
 @pytest.mark.parametrize(
@@ -334,13 +304,10 @@ def test_without_data_one_line_names_the_two_ways_on(tmp_path):
     [
         ({"batch_size": 7}, [], '"batch_size" is 7, but train has 6 images'),
         ({"train_split": "trainaug"}, [], "trainaug.txt; splits here: train, val"),
-        ({}, ["--restore_file", "last"], "no checkpoint"),
         ({}, ["--init_from", "nowhere.pth.tar"], "no checkpoint nowhere.pth.tar"),
         ({"image_size": 32, "stem_maxpool": True, "batch_size": 5}, [], "leaves a batch of one among 6 images"),
         ({"image_size": 32, "stem_maxpool": True, "batch_size": 1}, [], "leaves a batch of one among 6 images"),
         ({"batch_size": 1, "cutmix": 0.5}, [], '"batch_size" 1 gives each of 1 a single one; raise "batch_size"'),
-        ({}, ["--restore_file", "../run/last"], "give the name of a checkpoint"),
-        ({}, ["--restore_file", ""], "give the name of a checkpoint"),
     ],
 )
 def test_a_mistake_is_said_in_one_line_with_nothing_written(data, tmp_path, monkeypatch, params, args, said):
@@ -348,7 +315,7 @@ def test_a_mistake_is_said_in_one_line_with_nothing_written(data, tmp_path, monk
     message = mistake(monkeypatch, experiment, data, *args)
     assert said in message
     assert "\n" not in message
-    assert [path.name for path in experiment.iterdir()] == ["params.json"]
+    assert {path.name for path in experiment.iterdir()} == {"params.json", ".lock"}
 
 
 def test_a_mistake_ends_with_status_2(data, tmp_path):
@@ -390,17 +357,6 @@ def test_photos_of_your_own_need_no_setting_but_their_classes(tmp_path):
     result = run_script("evaluate.py", "--model_dir", experiment, "--data_dir", data, "--split", "test")
     assert "| floor " in result.stdout
     assert set(json.loads((experiment / "metrics_test_best.json").read_text())["IoU"]) == {"floor", "thing"}
-
-
-def test_evaluate_refuses_a_changed_architecture_by_name(finished, tmp_path):
-    experiment, data, _ = finished
-    changed = tmp_path / "changed"
-    changed.mkdir()
-    (changed / "best.pth.tar").symlink_to(experiment / "best.pth.tar")
-    params = json.loads((experiment / "params.json").read_text())
-    make_experiment(changed, **params | {"gcn_padding": "same"})
-    result = run_script("evaluate.py", "--model_dir", changed, "--data_dir", data, check=2)
-    assert '"gcn_padding": "swapped", params.json says "same"' in result.stderr
 
 
 # ---------------------------------------------------------------------------------------- one key at a time
@@ -487,7 +443,7 @@ def test_momentum_finds_its_weights_again_where_the_groups_have_changed(tmp_path
     first = training()
     first.step(sum((parameter**3).sum() for parameter in first.model.parameters()), ends_group=True)
     for options in ({"encoder_learning_rate_factor": 0.5}, {"decay_norms_and_biases": False}, {}):
-        state = scored(first.state_dict() | {"history": [{}]}, 0.1) | {"metrics": {"last": {}, "best": {}}}
+        state = first.state_dict() | {"epoch": 1, "history": [{"epoch": 1, "val": {}}]}
         first = training(**options)
         first.load_state_dict(copy.deepcopy(state), tmp_path / "last.pth.tar")
         torch.manual_seed(0)
@@ -661,13 +617,12 @@ def test_a_long_epoch_says_every_tenth_where_there_is_no_terminal(data, monkeypa
     training = Training(network(), Params(**TINY | {"batch_size": 1}), 6)
     train_epoch(training, loader)
     assert caplog.messages == []  # a short one
-    monkeypatch.setattr(outputs, "LINE_INTERVAL", 0)
+    monkeypatch.setattr(run, "LINE_INTERVAL", 0)
     train_epoch(training, loader)
     assert [message.split(",")[0] for message in caplog.messages] == [
         f"epoch 1/2: {share}%" for share in (17, 33, 50, 67, 83)
     ]
     assert all(re.search(r"train loss \d\.\d{4}$", message) for message in caplog.messages)
-    assert [step for step in range(1, 1001) if outputs.ends_a_tenth(step, 1000)] == list(range(100, 1000, 100))
 
 
 @pytest.mark.parametrize(
@@ -679,7 +634,7 @@ def test_the_samples_are_spread_evenly_over_the_list(tmp_path, length, shown):
         Image.new("RGB", (32, 32), (10 * index,) * 3).save(photo)
     split = Split("val", [photo.stem for photo in photos], photos, None)
     dataset = SegmentationDataset(split, class_names=["a", "b"], image_size=32, cache=False)
-    picture = outputs.sample_predictions(Training(network(2), Params(**TINY | {"num_classes": 2}), 1), dataset)
+    picture = run.sample_predictions(Training(network(2), Params(**TINY | {"num_classes": 2}), 1), dataset)
     tiles = [picture.getpixel((90 + 80 + column * 168, 80))[0] for column in range(len(shown))]
     assert tiles == [10 * index for index in shown]
 
@@ -714,9 +669,9 @@ def test_the_metric_of_params_json_chooses_the_best_epoch():
         found[key, patience] = (
             training.best_epoch,
             training.metrics["best"]["epoch"],
-            training.finished and training.finished.reason,
+            training.finished,
         )
-        assert outputs.best_line(training) == f"best {key} {values[training.best_epoch - 1][key]:.4f} at epoch " + str(
+        assert run.best_line(training) == f"best {key} {values[training.best_epoch - 1][key]:.4f} at epoch " + str(
             training.best_epoch
         )
     stopped = "stopped early after epoch 3: no better loss in 1 epochs"
@@ -726,7 +681,7 @@ def test_the_metric_of_params_json_chooses_the_best_epoch():
 def test_an_undefined_metric_is_worse_than_any_value():
     for metric in ("mIoU", "loss"):
         history = [{"epoch": 1, "val": {metric: None}}, {"epoch": 2, "val": {metric: 0.0}}, {"epoch": 3, "val": {}}]
-        assert folders.best_epoch(history, metric)["epoch"] == 2
+        assert training.best_epoch(history, metric)["epoch"] == 2
 
 
 def test_every_metric_that_can_choose_the_best_epoch_is_in_the_history(finished):
@@ -739,64 +694,6 @@ def test_metrics_of_one_number_are_in_the_history_whatever_their_type():
     assert training.scalars(metrics) == {"mIoU": 0.5, "classes_missed": 3, "undefined": None}
 
 
-def test_a_checkpoint_that_knows_of_no_best_metric_was_chosen_by_mIoU(finished, tmp_path, monkeypatch):
-    experiment, data, _ = finished
-    params = json.loads((experiment / "params.json").read_text())
-    for metric in ("mIoU", "loss"):
-        old = make_experiment(tmp_path / metric, **params | {"best_metric": metric})
-        state = torch.load(experiment / "last.pth.tar", weights_only=True)
-        del state["params"]["best_metric"]
-        torch.save(state | {"best_epoch": 1, "best_mIoU": 0.1}, old / "last.pth.tar")
-    assert "nothing to do" in run_train(tmp_path / "mIoU", data, "--resume").stdout
-    assert 'was trained with "best_metric": "mIoU", params.json says "loss"' in mistake(
-        monkeypatch, tmp_path / "loss", data, "--resume"
-    )
-
-
-def scored(state: dict, *mIoUs: float) -> dict:
-    """A checkpoint whose epochs had these scores."""
-    records = [state["history"][0] | {"epoch": n, "val": {"mIoU": mIoU}} for n, mIoU in enumerate(mIoUs, 1)]
-    return state | {"epoch": len(records), "history": records}
-
-
-def restore(folder: Path, state: dict, file: str = "last.pth.tar", **changes) -> None:
-    """Resume from a checkpoint in this process, as far as the other outputs are brought to where it is."""
-    torch.save(state, folder / file)
-    params = Params(**state["params"] | changes)
-    training = Training(train.FCN_GCN(**params.network_options(), pretrained=False), params, 2)
-    training.load_state_dict(state, folder / file)
-    run.restore_outputs(outputs.EpochOutputs(folder), training, checkpoints.Restored(folder / file, state))
-
-
-@pytest.mark.parametrize("begins", [False, True], ids=["ends", "begins"])
-@pytest.mark.parametrize("kept", [True, False], ids=["best", "no_best"])
-def test_the_best_weights_stay_those_that_were_scored_where_averaging_begins_or_ends(finished, tmp_path, begins, kept):
-    folder = shutil.copytree(finished[0], tmp_path / "run")
-    state = scored(torch.load(folder / "last.pth.tar", weights_only=True), 0.1, 0.2)
-    if begins:
-        state |= {"ema_state_dict": None, "params": state["params"] | {"ema_decay": None}}
-    was_scored = state["state_dict"] if begins else state["ema_state_dict"]
-    (folder / "best.pth.tar").unlink()
-    if kept:
-        torch.save({"epoch": 2, "state_dict": was_scored, "params": state["params"]}, folder / "best.pth.tar")
-    restore(folder, state, ema_decay=0.9 if begins else None)
-    if kept or begins:  # else the average is in last.pth.tar only, and is to be given up
-        assert same(weights(folder, "best"), was_scored)
-
-
-def test_after_another_checkpoint_the_best_weights_are_those_of_its_epochs(finished, tmp_path):
-    folder = shutil.copytree(finished[0], tmp_path / "run")
-    state = torch.load(folder / "last.pth.tar", weights_only=True)
-    utils.write_history(folder, scored(state, 0.1, 0.3)["history"])  # and best.pth.tar is of epoch 1 or 2
-    restore(folder, scored(state, 0.1), "middle.pth.tar")
-    assert checkpoints.load_checkpoint(folder / "best.pth.tar")["epoch"] == 1
-
-    restore(folder, scored(state, 0.1, 0.0), "middle.pth.tar")  # of the same first epoch
-    assert checkpoints.load_checkpoint(folder / "best.pth.tar")["epoch"] == 1
-    restore(folder, scored(state, 0.2, 0.0), "middle.pth.tar")
-    assert not (folder / "best.pth.tar").exists()
-
-
 def test_resume_takes_its_options_from_params_json(finished):
     experiment, _, _ = finished
     file = experiment / "last.pth.tar"
@@ -807,26 +704,6 @@ def test_resume_takes_its_options_from_params_json(finished):
     group = resumed.optimizer.param_groups[0]
     assert group["weight_decay"] == 0.25
     assert group["lr"] == pytest.approx(0.5 * (1 + math.cos(math.pi * 2 / 40)) / 2)
-
-
-def test_an_optimizer_whose_state_has_other_shapes_than_its_weights_resumes(tmp_path):
-    def adafactor(model: nn.Module) -> Training:
-        result = Training(model, Params(num_epochs=3), 1)
-        result.optimizer = torch.optim.Adafactor(model.parameters())
-        return result
-
-    def step(run: Training) -> None:
-        run.step(run.model(torch.ones(2, 3, 8, 8)).square().sum(), ends_group=True)
-
-    layers = as_network(nn.Conv2d(3, 4, 3)), as_network(nn.Conv2d(3, 4, 3))
-    first, second = map(adafactor, layers)
-    step(first)
-    first.epoch, first.history, first.metrics = 1, [{"epoch": 1, "val": {}}], {"last": {}, "best": {}}
-    second.load_state_dict(copy.deepcopy(first.state_dict()), tmp_path / "last.pth.tar")
-    assert {buffer.shape for buffer in second.optimizer.state[layers[1].weight].values()} > {(4, 3, 3, 1), (4, 3, 1, 3)}
-    for each in (first, second):
-        step(each)
-    assert torch.equal(layers[0].weight, layers[1].weight)
 
 
 @pytest.mark.parametrize(
@@ -864,8 +741,7 @@ def test_weights_alone_can_start_a_run_but_not_continue_one(finished, tmp_path):
     state = weights(experiment) | {"br1.bn.weight": torch.ones(21), "br9.bn.num_batches_tracked": torch.tensor(3)}
     old = make_experiment(tmp_path / "old")
     torch.save({"epoch": 7, "state_dict": state, "optim_dict": {}}, old / "best.pth.tar")
-    result = run_train(old, data, "--restore_file", "best", check=2)
-    assert "--init_from" in result.stderr
+    assert "--init_from" in run_train(old, data, "--restore_file", "best", check=2).stderr
     run_script("evaluate.py", "--model_dir", old, "--data_dir", data)
     assert json.loads((old / "metrics_val_best.json").read_text())["epoch"] == 7
     new = make_experiment(tmp_path / "new", num_epochs=1, learning_rate=1e-12)
@@ -897,7 +773,7 @@ def test_init_from_refuses_any_other_misfit_by_name(tmp_path):
     torch.save(
         {"state_dict": train.FCN_GCN(encoder=TINY["encoder"], kernel_size=9, pretrained=False).state_dict()}, file
     )
-    with pytest.raises(UserError, match=r"gcn1\.conv_l1\.weight is \(21, 64, 9, 1\) instead of \(21, 64, 7, 1\)"):
+    with pytest.raises(UserError, match=r"gcn1\.conv_l1\.weight.*\[21, 64, 9, 1\].*\[21, 64, 7, 1\]"):
         checkpoints.init_from(network(), file, Params())
     torch.save({"state_dict": network().state_dict(), "params": {"kernel_size": 9}}, file)
     with pytest.raises(UserError, match=r'was trained with "kernel_size": 9, params\.json says 7; set it back'):
