@@ -1,0 +1,1 @@
+from engine.devices import *  # noqa
