@@ -61,7 +61,8 @@ def test_every_run_is_in_a_table():
 
 
 def test_the_readme_has_the_scores_of_this_page():
-    (said,) = [line for line in (ROOT / "README.md").read_text().splitlines() if "`best_96px`" in line and "|" in line]
+    _, results = table((ROOT / "README.md").read_text().split("## Results\n")[1])
+    (said,) = [row for row in results if "`best_96px`" in row[0]]
     _, rows = table(BLOCKS[0][1])
     _, _, minutes, _, first, second, *_ = next(row for row in rows if "best_96px" in row[1])
-    assert said.endswith(f"| {first.split()[0]}, {second.split()[0]} | {minutes} min |")
+    assert said[2:] == [f"{first.split()[0]}, {second.split()[0]}", f"{minutes} min"]
