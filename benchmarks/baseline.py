@@ -1,4 +1,4 @@
-"""The original recipe, to measure against: fp32, NCHW, one-hot targets filled pixel by pixel, metrics in NumPy.
+"""The original recipe, to measure against: fp32, NCHW, one-hot targets filled pixel by pixel.
 
 Written from its description, as plainly as such code usually is; nothing here is slowed down on purpose.
 """
@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as TF
 
 from model.net import FCN_GCN
@@ -29,23 +28,6 @@ def load(photo: Path, mask: Path, size: int) -> tuple[Tensor, Tensor]:
             index = indices[x, y]
             target[0 if index == VOID else index, y, x] = 1
     return image, torch.from_numpy(target)
-
-
-class Photos(Dataset):
-    """Pairs of files, decoded at every access."""
-
-    def __init__(self, pairs: list[tuple[Path, Path]], size: int):
-        self.pairs, self.size = pairs, size
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return load(*self.pairs[index], self.size)
-
-
-def loader(pairs: list[tuple[Path, Path]], size: int, batch_size: int, num_workers: int) -> DataLoader:
-    return DataLoader(Photos(pairs, size), batch_size=batch_size, shuffle=True, num_workers=num_workers)
 
 
 def network() -> nn.Module:
@@ -77,33 +59,3 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tenso
     value.backward()
     optimizer.step()
     return value.item()
-
-
-def evaluate_batch(model: nn.Module, images: Tensor, target: Tensor) -> tuple[float, float]:
-    """Loss and mean IoU of a batch."""
-    with torch.no_grad():
-        logits = model(images)
-        value = loss(logits, target).item()
-    predicted, true = logits.cpu().numpy().argmax(1), target.cpu().numpy().argmax(1)
-    ious = []
-    for index in range(CLASSES):
-        union = ((predicted == index) | (true == index)).sum()
-        if union:
-            ious.append(((predicted == index) & (true == index)).sum() / union)
-    return value, float(np.mean(ious))
-
-
-def epoch(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    train_loader: DataLoader,
-    val_loader: DataLoader,
-    device: torch.device,
-) -> float:
-    """One pass over the training data and one over the validation data; the mean of the batches' mIoU."""
-    model.train()
-    for images, target in train_loader:
-        train_step(model, optimizer, images.to(device), target.to(device))
-    model.eval()
-    scores = [evaluate_batch(model, images.to(device), target.to(device))[1] for images, target in val_loader]
-    return float(np.mean(scores))

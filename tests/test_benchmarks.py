@@ -1,6 +1,5 @@
-"""Both sides of the benchmarks compute the same, or their times could not be compared."""
+"""Both sides of the benchmarks compute the same, or their times could not be compared; and the script for a GPU."""
 
-import copy
 import os
 import subprocess
 import sys
@@ -9,17 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_data, run_script
+from conftest import ROOT, make_data
 from PIL import Image
 
-from benchmarks import baseline, prediction, roofline
-from engine.devices import input_options
-from engine.training import Training
-from evaluate import evaluate
+from benchmarks import baseline, prediction, run, steps
+from benchmarks.common import build, train_step
 from model.data_loader import SegmentationDataset, make_loader
 from model.layouts import find_split
 from model.losses import SegmentationLoss
-from model.net import FCN_GCN
 from model.transforms import to_input
 from model.voc import CLASS_NAMES
 from params import Params
@@ -38,74 +34,76 @@ def split(tmp_path):
     return find_split("voc", data, "train")
 
 
-def test_one_training_step_of_both_sides_gives_the_same_weights_and_the_same_score(split):
+def test_one_training_step_of_both_sides_gives_the_same_weights(split):
     params = Params(pretrained=False, precision="fp32", normalize=False, batch_size=4, image_size=32)
     dataset = SegmentationDataset(split, class_names=CLASS_NAMES, image_size=32)
-    loader = make_loader(dataset, batch_size=4, num_workers=0)
-    images, labels = next(iter(loader))
+    images, labels = next(iter(make_loader(dataset, batch_size=4, num_workers=0)))
     pairs = zip(split.images, split.masks, strict=True)
     plain_images, targets = map(torch.stack, zip(*(baseline.load(*pair, 32) for pair in pairs), strict=True))
     torch.testing.assert_close(to_input(images, "cpu", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)), plain_images)
     assert torch.equal(targets.argmax(1), labels.long())
 
     torch.manual_seed(0)
-    model = FCN_GCN(**params.network_options(), pretrained=False)
-    plain = copy.deepcopy(model)
-    model.to(memory_format=torch.channels_last)
-    training = Training(model, params, steps_per_epoch=1)
-    logits = model(to_input(images, "cpu", **input_options(model, params)))
-    loss = SegmentationLoss(**params.loss_options())(logits, labels)
-    training.step(loss, ends_group=True)
-    plain_loss = baseline.train_step(plain, baseline.optimizer(plain), plain_images, targets)
-    assert loss.item() == pytest.approx(plain_loss, rel=1e-5)
+    training, plain = build(params, torch.device("cpu")), baseline.network()
+    plain.load_state_dict(training.model.state_dict())
+    losses = []
+    criterion = SegmentationLoss(**params.loss_options())
+    criterion.register_forward_hook(lambda module, inputs, loss: losses.append(loss.item()))
+    train_step(training, criterion, images, labels)
+    losses.append(baseline.train_step(plain, baseline.optimizer(plain), plain_images, targets))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     for name, weight in plain.state_dict().items():
-        torch.testing.assert_close(model.state_dict()[name], weight, rtol=1e-3, atol=1e-5, msg=name)
-
-    plain.load_state_dict(model.state_dict())
-    ours = evaluate(model, loader, params, torch.device("cpu"))
-    plain_loss, plain_mIoU = baseline.evaluate_batch(plain.eval(), plain_images, targets)
-    assert ours["loss"] == pytest.approx(plain_loss, rel=1e-4)
-    assert ours["mIoU"] == pytest.approx(plain_mIoU, abs=1e-3)
+        torch.testing.assert_close(training.model.state_dict()[name], weight, rtol=1e-3, atol=1e-5)
 
 
-def test_the_roofline_counts_what_an_operation_reads_and_writes():
-    a, b = torch.ones(10, 20), torch.ones(20, 30)
-
-    def step():
-        (a @ b).view(-1)  # 4 x (200 + 600 + 300) bytes
-        a.add_(1.0)  # 2 x 800
-        b.copy_(torch.ones(1).expand(20, 30))  # ones: 4, then 4 + 2400
-        torch._foreach_add_([a], [a])  # reads a once, writes it
-
-    with roofline.Operations() as operations:
-        step()
-    seen = {operation.name: operation[1:] for operation in operations.seen}
-    assert seen["mm"] == (2 * 10 * 20 * 30, 4400)
-    assert seen["add_"] == (0, 1600)
-    assert seen["copy_"] == (0, 2404)
-    assert seen["_foreach_add_"] == (0, 1600)
-    assert "view" not in seen
-    bound = roofline.bound(step, peak=12_000, bandwidth=1600)
-    assert bound.by_operation["mm"] == pytest.approx(4400 / 1600)  # longer than its second of operations
-    assert bound.seconds == pytest.approx(sum(size for _, size in seen.values()) / 1600)
-    assert roofline.bound(step, peak=1200, bandwidth=1600).by_operation["mm"] == pytest.approx(10)
+def table(capsys) -> dict[str, list[str]]:
+    """Return the cells of the table that was printed, by the first of each row."""
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {name: cells for name, *cells in rows}
 
 
-@pytest.mark.slow
-def test_the_benchmark_prints_its_tables():
-    stdout = run_script("benchmarks/run.py", "--repeats", "1").stdout
-    for row in (
-        "training step, batch 5",
-        "evaluation, batch 5",
-        "an epoch, 20 + 10 images",
-        "input, first pass",
-        "input, cached",
-        "peak memory",
-        "10000",
-        "operation by operation",
-        "train.py has its first batch after",
-    ):
-        assert row in stdout
+def flags(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--device", "cpu", "--repeats", "1", *map(str, words)])
+
+
+def test_the_original_recipe_is_compared(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "SIZE", 32)
+    flags(monkeypatch, "--data_dir", make_data(tmp_path / "data", val=5))
+    monkeypatch.setattr(run, "memory_row", lambda args: ("peak memory, two steps", "2 MiB", "1 MiB", "2.00"))
+    run.main(run.parse_args())
+    assert {"training step, batch 5", "input, cached, an image, one core", "peak memory, two steps"} <= table(
+        capsys
+    ).keys()
+    flags(monkeypatch, "--data_dir", tmp_path / "data", "--peak_memory_of", "ours")
+    run.main(run.parse_args())
+    assert float(capsys.readouterr().out) >= 0
+
+
+def test_other_networks_are_compared(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prediction, "other_networks", lambda encoder: {"another": torch.nn.Conv2d(3, 21, 1)})
+    data = make_data(tmp_path / "data")
+    flags(monkeypatch, "--data_dir", data, "--image_size", "32", "--batch_size", "2", "--encoder", "resnet18")
+    prediction.main(prediction.parse_args())
+    rows = table(capsys)
+    assert rows["this program"][1::2] == ["1.00"] * 2 and all(float(cell) > 0 for cell in rows["another"])
+
+
+def test_a_step_that_fails_is_a_row(monkeypatch, capsys):
+    flags(monkeypatch, "--encoders", "resnet18", "--sizes", "32", "--checkpointing", "off")
+    found = {}
+    monkeypatch.setattr(
+        steps, "measured_apart", lambda options, args: found.setdefault("options", options) and "1 s | 2 GiB"
+    )
+    steps.main(steps.parse_args())
+    assert table(capsys)["resnet18"] == ["32", "2", "auto", "off", "off", "1 s", "2 GiB"]
+    args = steps.parse_args()
+    args.one = found["options"]
+    steps.main(args)
+    assert capsys.readouterr().out.split()[1::3] == ["s", "GiB"]
+    monkeypatch.setattr(steps, "build", lambda *_: torch.empty(10**15))
+    steps.main(args)
+    assert capsys.readouterr().out == "out of memory |\n"
 
 
 @pytest.mark.slow
@@ -115,7 +113,7 @@ def test_what_is_to_be_measured_on_a_gpu_can_be_rehearsed_without_one(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     tables = (tmp_path / "out" / "tables.md").read_text()
-    for words in ("## steps", "| resnet18", "training step, batch 5", "| predict.py", "| best224 | 1 2 "):
+    for words in ("## steps", "| resnet18", "training step, batch 5", "| this program", "| best224 | 1 2 "):
         assert words in tables
     assert "val_original_size_mIoU" in tables
 
@@ -142,7 +140,6 @@ def test_a_part_that_fails_on_a_gpu_is_named_and_the_others_are_kept(tmp_path):
     ("flags", "words"),
     [
         (("out", "--rehearsal"), "gpu.sh OUT DATA_DIR"),
-        (("out",), "gpu.sh OUT DATA_DIR"),
         pytest.param(("out", "absent"), "gpu.sh: error: ", marks=pytest.mark.slow),
     ],
 )
@@ -152,26 +149,3 @@ def test_what_cannot_be_measured_on_a_gpu_is_refused_before_anything_is_written(
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert result.returncode == 2 and words in result.stderr and "Traceback" not in result.stderr
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.slow
-def test_the_scaling_table_is_printed():
-    flags = ("--steps", 1, "--repeats", 1, "--image_size", 32, "--batch_size", 4, "--device", "cpu")
-    command = [sys.executable, ROOT / "benchmarks" / "scaling.py", *map(str, flags)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0 and "1 process" in result.stdout, result.stderr
-
-
-def test_photos_per_second_are_compared(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(prediction, "other_networks", lambda encoder: {"another": torch.nn.Conv2d(3, 21, 1)})
-    data = make_data(tmp_path / "data")
-    flags = ("--image_size", "32", "--batch_size", "2", "--photos", "2", "--repeats", "1", "--device", "cpu")
-    monkeypatch.setattr(sys, "argv", ["prediction.py", "--data_dir", str(data), *flags])
-    monkeypatch.setattr(prediction, "run_command", lambda command: run_script(Path(command[1]).name, *command[2:]))
-    prediction.main(prediction.parse_args())
-    table = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    rows = {cells[1].strip(): [cell.strip() for cell in cells[2:-1]] for cells in table}
-    assert rows["this program"][1::2] == ["1.00"] * 3 and float(rows["another"][0]) > 0
-    for name in ("predict.py", "evaluate.py --original_size"):
-        count, seconds, rate = map(float, rows[name])
-        assert count == 2 and rate == pytest.approx(2 / seconds, rel=0.02)
