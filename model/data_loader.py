@@ -248,7 +248,7 @@ class DistributedBatchSampler(Sampler):
 
     def __init__(
         self,
-        sampler: "EpochSampler | SequentialSampler",
+        sampler: EpochSampler | SequentialSampler,
         batch_size: int,
         *,
         split: bool,
@@ -303,10 +303,9 @@ def make_loader(
 ) -> Loader:
     """Return batches of uint8 (B, 3, S, S) and (B, S, S), the last one smaller where the data set ends.
 
-    With a seed in an order of its own every epoch (call loader.batch_sampler.set_epoch), and with int64 (B), a seed for
-    each example, besides; else in the order of the list.
-    One of several processes gets its part of them, see DistributedBatchSampler. For a GPU they lie in memory that it
-    can copy from by itself.
+    With a seed every epoch has its own order (call loader.batch_sampler.set_epoch), and a batch also int64 (B), a seed
+    for each example; without, they come in the order of the list. One of several processes gets its part of them, see
+    DistributedBatchSampler. For a GPU they lie in pinned memory.
     """
     sampler = SequentialSampler(dataset) if seed is None else EpochSampler(len(dataset), seed=seed)
     batches = DistributedBatchSampler(sampler, batch_size, split=seed is not None, rank=rank, world_size=world_size)
@@ -324,9 +323,8 @@ def make_loader(
 def _collate(examples: list[tuple], image_size: int) -> Sequence[Tensor]:
     if examples:
         return default_collate(examples)
-    square = (image_size, image_size)  # of a share of nothing
-    images, masks = (torch.empty(0, *shape, dtype=torch.uint8) for shape in ((3, *square), square))
-    return images, masks, torch.empty(0, dtype=torch.int64)
+    images = torch.empty(0, 3, image_size, image_size, dtype=torch.uint8)  # of a share of nothing
+    return images, images[:, 0], torch.empty(0, dtype=torch.int64)
 
 
 def make_original_loader(
@@ -344,9 +342,8 @@ def make_original_loader(
 
     Masks are uint8 (H, W) or None. One of n processes gets every n-th batch.
     """
-    batches = DistributedBatchSampler(
-        SequentialSampler(dataset), batch_size, split=False, rank=rank, world_size=world_size
-    )
+    sampler = SequentialSampler(dataset)
+    batches = DistributedBatchSampler(sampler, batch_size, split=False, rank=rank, world_size=world_size)
     collate = partial(_collate_originals, sizes=sizes, resize=resize, padding=padding)
     return OriginalLoader(dataset, **_loading(batches, num_workers), collate_fn=collate)
 
@@ -361,11 +358,8 @@ def _collate_originals(
 
 def _loading(batches: DistributedBatchSampler, num_workers: int) -> dict:
     """Return the keywords of every DataLoader: no more processes than cores or batches."""
-    return {
-        "batch_sampler": batches,
-        "num_workers": min(num_workers, cores(), len(batches)),
-        "worker_init_fn": _leave_signals_to_the_main_process,
-    }
+    workers = min(num_workers, cores(), len(batches))
+    return {"batch_sampler": batches, "num_workers": workers, "worker_init_fn": _leave_signals_to_the_main_process}
 
 
 def _leave_signals_to_the_main_process(worker: int) -> None:
