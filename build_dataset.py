@@ -1,42 +1,37 @@
 """Get a data set ready: VOC2012, with SBD if wanted, the built-in sample, or lists for your own photos."""
 
 import argparse
-import gzip
 import io
 import math
 import os
 import random
 import re
-import sys
 import tarfile
-import zlib
 from bisect import bisect_right
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
 from http.client import HTTPException
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from pathlib import Path, PurePosixPath
 
-from PIL import Image, ImageChops, ImageStat
+from PIL import Image
 from torchvision.datasets import SBDataset
-from torchvision.datasets.utils import download_url
+from torchvision.datasets.utils import check_integrity, download_url
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 from tqdm import tqdm
 
 from engine.cli import require, run_main
 from model import UserError
 from model.layouts import VOCFolders, find_split, ids_in, photos_by_id
-from model.photos import read_photo
 from model.sample import draw_sample
-from utils import RunFailed, replacing, write_text
+from utils import RunFailed, write_text
 
 ARCHIVE = "VOCtrainval_11-May-2012.tar"
 MIRROR = f"http://pjreddie.com/media/files/{ARCHIVE}"
 DOWNLOAD = object()  # what stands for the file of --sbd where none is given
 SBD_ARCHIVE = "benchmark.tgz"
-SBD_MEMBER = re.compile(r"benchmark_RELEASE/dataset/(?P<kind>img|cls)/(?P<id>[^/\\]+)\.(jpg|mat)")
+SBD_MEMBER = re.compile(r"benchmark_RELEASE/dataset/(img|cls)/([^/]+)\.(?:jpg|mat)")
 MEMBER = re.compile(
-    r"VOCdevkit/VOC2012/(?P<kind>JPEGImages|SegmentationClass|ImageSets/Segmentation)/(?P<id>[^/\\]+)\.(jpg|png|txt)"
+    r"VOCdevkit/VOC2012/(JPEGImages/[^/]+\.jpg|SegmentationClass/[^/]+\.png|ImageSets/Segmentation/[^/]+\.txt)"
 )
 
 
@@ -95,53 +90,39 @@ def unpack(archive: Path, data_dir: Path) -> None:
     """Write the segmentation lists of an archive in the official layout, and the photos and masks that they name.
 
     Files that are there at their full size are left alone, and the lists are written last: once they are there,
-    so is all the rest. Raises UserError for an archive that is not one, is cut short, lacks files that its lists name,
-    holds links, or paths that would leave the folder.
+    so is all the rest. Raises UserError for an archive that is not one, is cut short, or lacks files that its lists
+    name, before anything is written.
     """
     if not archive.is_file():
         raise UserError(f"no archive {archive}")
     try:
         with tarfile.open(archive, "r:") as tar:
-            found = _members(tar, archive)
-            texts = found["ImageSets/Segmentation"]
-            lists = {name: _content(tar, member).decode() for name, member in texts.items()}
-            wanted = sorted({id_ for text in lists.values() for id_ in text.split()})
+            matches = [(MEMBER.fullmatch(PurePosixPath(member.name).as_posix()), member) for member in tar]
+            found = {match[1]: member for match, member in matches if match and member.isreg()}
+            lists = {
+                Path(name).stem: _content(tar, found[name]).decode() for name in found if name.startswith("ImageSets/")
+            }
             if not {"train", "val"} <= lists.keys():
                 raise UserError(
                     f"{archive} holds no VOCdevkit/VOC2012/ImageSets/Segmentation/; is it {ARCHIVE}, whole?"
                 )
-            for id_ in wanted:
-                if id_ not in found["JPEGImages"] or id_ not in found["SegmentationClass"]:
-                    raise UserError(f"{archive} lists {id_} without its photo or mask; is it {ARCHIVE}, whole?")
-            _refuse_other_lists(data_dir, lists)
-            for kind, suffix in (("JPEGImages", "jpg"), ("SegmentationClass", "png")):
-                (data_dir / kind).mkdir(parents=True, exist_ok=True)
-                for id_ in tqdm(wanted, desc=f"unpacking {kind}", unit="file", disable=None, leave=False):
-                    member, target = found[kind][id_], data_dir / kind / f"{id_}.{suffix}"
-                    if not target.exists() or target.stat().st_size != member.size:
-                        target.write_bytes(_content(tar, member))
+            ids = sorted({id_ for text in lists.values() for id_ in text.split()})
+            wanted = [f"JPEGImages/{id_}.jpg" for id_ in ids] + [f"SegmentationClass/{id_}.png" for id_ in ids]
+            if missing := [name for name in wanted if name not in found]:
+                raise UserError(f"{archive} lists {missing[0]} without having it; is it {ARCHIVE}, whole?")
+            for name, text in lists.items():
+                path = data_dir / f"{name}.txt"
+                if path.exists() and path.read_bytes().split() != text.encode().split():
+                    raise UserError(f"{path} belongs to another data set; choose another --data_dir")
+            for name in tqdm(wanted, desc="unpacking", unit="file", disable=None, leave=False):
+                if not (data_dir / name).exists() or (data_dir / name).stat().st_size != found[name].size:
+                    _write_whole(data_dir / name, _content(tar, found[name]))
     except (tarfile.TarError, EOFError, UnicodeDecodeError) as error:
         raise UserError(f"{archive} cannot be read as a tar archive ({error}); download it again") from None
     for name in sorted(lists, key=lambda name: name == "trainval"):  # whose presence says that all is there
         write_text(data_dir / f"{name}.txt", lists[name])
     counts = ", ".join(f"{len(text.split())} {name}" for name, text in sorted(lists.items()))
-    print(f"{len(wanted)} photos with masks in {data_dir}: {counts}")
-
-
-def _members(tar: tarfile.TarFile, archive: Path) -> dict[str, dict[str, tarfile.TarInfo]]:
-    """Return the files of the official archive by kind and name. Raises UserError for links, and paths out of it."""
-    found: dict[str, dict[str, tarfile.TarInfo]] = {
-        kind: {} for kind in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation")
-    }
-    for member in tqdm(tar, desc="reading the archive", unit="file", disable=None, leave=False):
-        name = PurePosixPath(member.name)
-        if name.is_absolute() or ".." in name.parts or not (member.isreg() or member.isdir()):
-            raise UserError(
-                f"{archive}: member {member.name} is a link or leads out of the folder; use the official archive"
-            )
-        if (match := MEMBER.fullmatch(name.as_posix())) and member.isreg():
-            found[match["kind"]][match["id"]] = member
-    return found
+    print(f"{len(ids)} photos with masks in {data_dir}: {counts}")
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
@@ -149,13 +130,6 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     stream = tar.extractfile(member)
     assert stream is not None
     return stream.read()
-
-
-def _refuse_other_lists(data_dir: Path, lists: dict[str, str]) -> None:
-    for name, text in lists.items():
-        path = data_dir / f"{name}.txt"
-        if path.exists() and path.read_bytes().split() != text.encode().split():
-            raise UserError(f"{path} belongs to another data set; choose another --data_dir")
 
 
 def get_voc(data_dir: Path, archive: Path | None) -> None:
@@ -179,70 +153,55 @@ def get_sbd(data_dir: Path, archive: Path | None) -> None:
     """Bring the photos of SBD into a VOC2012 that is in data_dir, downloading them if no archive is given."""
     require("scipy", "masks of SBD")
     folders = VOCFolders.find(data_dir)
-    if (folders.lists / "trainaug.txt").exists():
-        count = len(find_split("voc", data_dir, "trainaug").ids)
-        print(f"{folders.lists / 'trainaug.txt'} is complete: {count} photos")
+    trainaug = folders.lists / "trainaug.txt"
+    if trainaug.exists():
+        print(f"{trainaug} is complete: {len(find_split('voc', data_dir, 'trainaug').ids)} photos")
         return
     train, val = (find_split("voc", data_dir, name).ids for name in ("train", "val"))
     source = archive or download([SBDataset.url], data_dir, SBDataset.md5, filename=SBD_ARCHIVE, flag="--sbd")
     added = unpack_sbd(source, folders.images, folders.masks, here={*train, *val})
-    write_text(folders.lists / "trainaug.txt", "".join(f"{id_}\n" for id_ in sorted({*train, *added})))
-    print(f"{len(train)} photos of train and {len(added)} of SBD -> {folders.lists / 'trainaug.txt'}")
+    write_text(trainaug, "".join(f"{id_}\n" for id_ in sorted({*train, *added})))
+    print(f"{len(train)} photos of train and {len(added)} of SBD -> {trainaug}")
     if archive is None:
         print(f"{source} is no longer needed")
 
 
 def unpack_sbd(archive: Path, images: Path, masks: Path, *, here: set[str]) -> set[str]:
-    """Write the photos of an SBD archive that are not here, and their masks as grey PNGs, and return their ids.
+    """Write the photos of SBD's archive that are not here, and their masks as grey PNGs, and return their ids.
 
-    Files that are there are left alone. Raises UserError, before anything is written, for an archive that is not one,
-    is damaged or cut short, and for one that holds photos without masks or masks without photos.
+    Files that are there are left alone. Raises UserError, before anything is written, for any other file.
     """
     if not archive.is_file():
         raise UserError(f"no archive {archive}")
-    found: dict[str, set[str]] = {"img": set(), "cls": set()}
-    try:
-        with gzip.open(archive) as stream:
-            while stream.read(2**24):  # to the end, where a checksum says whether all was right
-                pass
-        with tarfile.open(archive, "r|gz") as tar:
-            for member in tqdm(tar, desc="unpacking SBD", unit="file", disable=None, leave=False):
-                match = SBD_MEMBER.fullmatch(PurePosixPath(member.name).as_posix())
-                if not match or not member.isreg() or match["id"] in here:
-                    continue
-                found[match["kind"]].add(match["id"])
-                is_photo = match["kind"] == "img"
-                target = images / f"{match['id']}.jpg" if is_photo else masks / f"{match['id']}.png"
-                if not target.exists():
-                    content = _content(tar, member)
-                    _write_whole(target, content if is_photo else _mask_of_sbd(content, member.name))
-    except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{archive} cannot be read as a .tgz archive ({error}); download it again") from None
-    if not found["img"] | found["cls"]:
-        raise UserError(f"{archive} adds no photo; is it SBD's {SBD_ARCHIVE}, whole?")
-    if unpaired := found["img"] ^ found["cls"]:
-        raise UserError(f"{archive} has {min(unpaired)} without its photo or mask; is it SBD's {SBD_ARCHIVE}, whole?")
-    return found["img"]
+    if not check_integrity(str(archive), SBDataset.md5):
+        raise UserError(f"{archive} is not SBD's {SBD_ARCHIVE}, or is damaged (another MD5); download it again")
+    added = set()
+    with tarfile.open(archive, "r|gz") as tar:
+        for member in tqdm(tar, desc="unpacking SBD", unit="file", disable=None, leave=False):
+            match = SBD_MEMBER.fullmatch(member.name)
+            if not match or match[2] in here:
+                continue
+            added.add(match[2])
+            is_photo = match[1] == "img"
+            target = images / f"{match[2]}.jpg" if is_photo else masks / f"{match[2]}.png"
+            if not target.exists():
+                content = _content(tar, member)
+                _write_whole(target, content if is_photo else _mask_of_sbd(content))
+    return added
 
 
-def _mask_of_sbd(content: bytes, name: str) -> bytes:
+def _mask_of_sbd(content: bytes) -> bytes:
     """Turn a MATLAB file's class indices into a PNG. SBD has no void."""
     from scipy.io import loadmat  # needed for SBD only
 
     stream = io.BytesIO()
-    try:
-        mask = loadmat(io.BytesIO(content))["GTcls"][0]["Segmentation"][0]
-        if mask.dtype != "uint8" or mask.ndim != 2:
-            raise TypeError(f"{mask.dtype} of shape {mask.shape}")
-        Image.fromarray(mask).save(stream, format="PNG")
-    except Exception as error:  # whatever SciPy and Pillow make of other bytes
-        raise UserError(f"{name} is no mask of SBD ({error}); download the archive again") from None
+    Image.fromarray(loadmat(io.BytesIO(content))["GTcls"][0]["Segmentation"][0]).save(stream, format="PNG")
     return stream.getvalue()
 
 
 def _write_whole(path: Path, content: bytes) -> None:
     """Write a file whole, without waiting for the disk, which for 18,000 files would take minutes."""
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(content)
     os.replace(temporary, path)
@@ -258,28 +217,26 @@ def write_lists(data_dir: Path, shares: list[float], seed: int, group: str | Non
     """
     images, masks, lists = _folders_to_deal(data_dir, shares)
     photos = photos_by_id(images)
-    ids = sorted(id_ for id_, photo in photos.items() if photo.is_file() and (masks / f"{id_}.png").is_file())
-    _refuse_unreadable_names(images, ids)
+    ids = sorted(id_ for id_ in photos if (masks / f"{id_}.png").is_file())
+    if bad := [id_ for id_ in ids if ids_in(f"{id_}\n".encode(errors="replace")) != [id_]]:
+        raise UserError(
+            f"{images} has names that a list cannot hold, {_some(bad)}; rename these photos and their masks: UTF-8, no "
+            "blank at either end, no line separator"
+        )
     groups = [[id_] for id_ in ids] if group is None else grouped(ids, group)
     parts = deal(groups, shares, seed)
-    filled = SPLITS if shares[2] and group is not None else SPLITS[:2]
-    if empty := [name for name in filled if not parts[name]]:
-        if group is None:
-            raise UserError(f"{len(ids)} photos of {images} have a mask in {masks}: too few for train and val")
-        raise UserError(
-            f"--group {group!r} makes too few groups ({len(groups)} of {len(ids)} photos): none is left for "
-            f"{' and '.join(empty)}; give one that makes more groups, or a share of 0 for test"
-        )
-    listed = {name: sorted(id_ for members in part for id_ in members) for name, part in parts.items()}
-    _write_all({lists / f"{name}.txt": "".join(f"{id_}\n" for id_ in part) for name, part in listed.items() if part})
-    counts = {name: f"{len(part)} {name}" for name, part in listed.items()}
-    if group is not None:
-        counts = {name: f"{count} (groups: {len(parts[name])})" for name, count in counts.items()}
-    whole = "" if group is None else " (groups stay whole, so the shares are approximate)"
-    print(f"{', '.join(counts.values())} -> {lists}{whole}")
+    if empty := [name for name in (SPLITS if shares[2] and group else SPLITS[:2]) if not parts[name]]:
+        kind = f"with a mask in {masks}" if group is None else f"make {len(groups)} groups by --group {group!r}"
+        raise UserError(f"{len(ids)} photos of {images} {kind}: too few, none is left for {' and '.join(empty)}")
+    counts = []
+    for name, part in parts.items():
+        listed = sorted(id_ for members in part for id_ in members)
+        if part:
+            write_text(lists / f"{name}.txt", "".join(f"{id_}\n" for id_ in listed))
+        counts.append(f"{len(listed)} {name}" + (f" (groups: {len(part)})" if group else ""))
+    print(f"{', '.join(counts)} -> {lists}" + (" (groups stay whole, so the shares are approximate)" if group else ""))
     if len(photos) > len(ids):
         print(f"{len(photos) - len(ids)} photos without a mask are in no list")
-    _warn_of_frames({id_: photos[id_] for id_ in ids}, listed, shares)
 
 
 def _folders_to_deal(data_dir: Path, shares: list[float]) -> tuple[Path, Path, Path]:
@@ -302,22 +259,6 @@ def _folders_to_deal(data_dir: Path, shares: list[float]) -> tuple[Path, Path, P
         if (lists / f"{name}.txt").exists():
             raise UserError(f"{lists / name}.txt is already there; delete the lists to deal them anew")
     return images, masks, lists
-
-
-def _refuse_unreadable_names(images: Path, ids: list[str]) -> None:
-    """Raise UserError naming those that would not come back from a list."""
-
-    def comes_back(id_: str) -> bool:
-        try:
-            return ids_in(f"{id_}\n".encode()) == [id_]
-        except UnicodeError:  # a name of bytes that are not UTF-8
-            return False
-
-    if bad := [id_ for id_ in ids if not comes_back(id_)]:
-        raise UserError(
-            f"{images} has names that a list cannot hold, {_some(bad)}; rename these photos and their masks: UTF-8, no "
-            "blank at either end, no line separator"
-        )
 
 
 def _some(names: list[str]) -> str:
@@ -362,65 +303,6 @@ def deal(groups: list[list[str]], shares: Sequence[float], seed: int) -> dict[st
     first = min(max(splits.count(0), train), len(groups) - val - test)
     second = min(max(splits.count(0) + splits.count(1), first + val), len(groups) - test)
     return dict(zip(SPLITS, (groups[:first], groups[first:second], groups[second:]), strict=True))
-
-
-def _write_all(texts: dict[Path, str]) -> None:
-    """Write files that are not there yet, all of them or none."""
-    try:
-        with ExitStack() as stack:  # at whose end they take their places
-            for path, text in texts.items():
-                stack.enter_context(replacing(path)).write_text(text, encoding="utf-8")
-    except BaseException:  # a full disk, or Ctrl-C when some are there already
-        for path in texts:
-            with suppress(OSError):
-                path.unlink()
-        raise
-
-
-NUMBERED = re.compile(r"(.*?)(\d+)")
-PAIRS = 50
-# The mean difference of two thumbnails, of 255 grey levels. Neighbours in VOC2012 (980 photos, no frames) differ by 27
-# or more. A photo, with noise, differs from itself moved by 5 pixels by 16 or less, and by 10 pixels by 18 (median).
-ALIKE = 15
-KEEP_TOGETHER = (r"(.*?)\d*$", r"(.*?)\d{0,2}$", r"(.*?)\d?$")  # whole videos; hundreds of frames; tens
-
-
-def _warn_of_frames(photos: dict[str, Path], lists: dict[str, list[str]], shares: Sequence[float]) -> None:
-    """Print a line where neighbours in different lists look like frames of a video, naming the --group that helps.
-
-    A quarter of the pairs is enough, for a camera may move fast, and bursts hold two photos of a scene.
-    """
-    where = {id_: name for name, ids in lists.items() for id_ in ids}
-    matches = [match for id_ in photos if (match := NUMBERED.fullmatch(id_))]
-    row = sorted((match[1], int(match[2]), match[0]) for match in matches)
-    pairs = [(one[2], other[2]) for one, other in pairwise(row) if one[0] == other[0]]
-    pairs = [pair for pair in pairs if where[pair[0]] != where[pair[1]]]
-    sample = pairs[:: math.ceil(len(pairs) / PAIRS) or 1]
-    alike = [pair for pair in sample if _are_alike(photos[pair[0]], photos[pair[1]])]
-    if not alike or len(alike) < len(sample) / 4:
-        return
-    (one, other), count = alike[0], round(len(pairs) * len(alike) / len(sample))
-    splits = sum(share > 0 for share in shares)
-    groups = {pattern: len(grouped(list(photos), pattern)) for pattern in KEEP_TOGETHER}
-    pattern = next((pattern for pattern in KEEP_TOGETHER if groups[pattern] >= splits), None)
-    advice = f"delete the lists and add --group '{pattern}'" if pattern else ""
-    if pattern != KEEP_TOGETHER[0]:  # one video, or too few of them
-        advice += ", which leaves the ends of each piece alike; better" if advice else ""
-        advice += " take val from another scene"
-    print(
-        f"warning: about {count} neighbours in different lists, as {one!r} in {where[one]} and {other!r} in "
-        f"{where[other]}, are nearly the same, like frames of a video, so that the scores will say little; "
-        f"{advice.strip()}",
-        file=sys.stderr,
-    )
-
-
-def _are_alike(*paths: Path) -> bool:
-    try:
-        first, second = (read_photo(path).convert("L").resize((32, 32)) for path in paths)
-    except UserError:  # which training will name
-        return False
-    return ImageStat.Stat(ImageChops.difference(first, second)).mean[0] < ALIKE
 
 
 def main(args: argparse.Namespace) -> None:

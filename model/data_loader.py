@@ -2,7 +2,6 @@
 
 import glob
 import hashlib
-import io
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -36,20 +35,10 @@ class SegmentationDataset(Dataset):
     """One split as squares of image_size: photo and mask, and the seed of the example where an order comes with seeds.
 
     dataset[index] is uint8 (3, S, S) and uint8 (S, S), dataset[index, seed] the same and the seed, for
-    transforms.augment. All files are decoded and checked when the data set is made: into a memory-mapped file under
-    <data>/.cache (the user's cache folder when the data are read-only) that every process shares, or, with cache False,
-    to be decoded again at each access.
-
-    Args:
-        split: the photos and masks.
-        class_names: one for each class index; higher indices in a mask, but for void, are an error.
-        image_size: S, in pixels.
-        resize: one of transforms.RESIZES.
-        padding: the colour beside a photo in its square.
-        cache: keep the decoded split on disk, 4 S^2 bytes per image.
-
-    Raises:
-        UserError: lists every faulty file of the split.
+    transforms.augment. All files are decoded and checked when the data set is made: into a memory-mapped file that
+    all processes share, see build_cache(), or, with cache False, to be decoded again at each access.
+    class_names has a name for each class index; a higher index in a mask, but for void, is an error.
+    Raises UserError listing every faulty file of the split.
     """
 
     def __init__(
@@ -67,7 +56,7 @@ class SegmentationDataset(Dataset):
         self.image_size = image_size
         self.resize = resize
         self.padding = padding
-        self.cache_file = _cached(self) if cache else None
+        self.cache_file = build_cache(self) if cache else None
         self._examples = self._map()
         if not cache:
             for _ in self.decode_all():  # to find every faulty file now
@@ -91,17 +80,11 @@ class SegmentationDataset(Dataset):
         self.__dict__.update(state)
         self._examples = self._map()
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the whole decoded split."""
-        return len(self) * self.image_size**2 * 4
-
     def decode(self, index: int) -> np.ndarray:
         """Return uint8 (S, S, 4) from the files, see read_example."""
-        mask = self.split.masks[index] if self.split.masks else None
         return read_example(
             self.split.images[index],
-            mask,
+            self.split.masks[index] if self.split.masks else None,
             image_size=self.image_size,
             num_classes=len(self.class_names),
             resize=self.resize,
@@ -120,7 +103,7 @@ class SegmentationDataset(Dataset):
                 return error
 
         bar = tqdm(total=len(self), desc=f"reading {self.split.name}", unit="img", leave=False, disable=None)
-        # Not concurrent.futures, at whose end, and the interpreter's, a thread is waited for that a file never answers.
+        # Not concurrent.futures, which at its end would wait for a thread whose file never answers.
         with bar, ThreadPool(cores()) as pool:
             for start in range(0, len(self), AT_ONCE):  # imap() would read ahead without bound
                 for result in pool.imap(attempt, range(start, min(start + AT_ONCE, len(self)))):
@@ -133,33 +116,26 @@ class SegmentationDataset(Dataset):
             raise list_faults(f"split {self.split.name}", faults)
 
 
-def _cached(dataset: SegmentationDataset) -> Path:
-    """Return the cache file of a data set, built now unless one of the same files, size and classes is there."""
-    split, size, resize = dataset.split, dataset.image_size, dataset.resize
+def build_cache(dataset: SegmentationDataset) -> Path:
+    """Return the cache file of a data set, uint8 (N, S, S, 4), built now unless it is there, whole.
+
+    Its name changes with the files, the size, the way of resizing and the number of classes; those that it replaces are
+    deleted. One process builds, others wait for it.
+    """
+    split, size = dataset.split, dataset.image_size
     root = split.root or split.images[0].parent.parent
-    tag = resize_tag(size, resize, dataset.padding)
-    digest = hashlib.sha256(repr((CACHE_VERSION, tag, len(dataset.class_names))).encode())
-    if split.label_map is not None:
-        digest.update(repr(sorted(split.label_map.items())).encode())
-    for path in [*split.images, *(split.masks or [])]:
-        with suppress(OSError):  # a link to nowhere, which decoding will name
-            status = path.stat()
-            name = os.path.relpath(path, root)
-            digest.update(repr((name, status.st_size, status.st_mtime_ns)).encode(errors="surrogateescape"))
-    folder = _cache_folder(root)
-    shape = f"{size}px" if resize == "squash" else f"{size}px-{resize}"
+    folder = cache_folder(root)
+    shape = f"{size}px" if dataset.resize == "squash" else f"{size}px-{dataset.resize}"
     prefix = f"{split.name}-{shape}-{len(dataset.class_names)}classes"
-    file = folder / f"{prefix}-{digest.hexdigest()[:16]}.npy"
-    header = io.BytesIO()
-    np.lib.format.write_array_header_2_0(
-        header, {"descr": "|u1", "fortran_order": False, "shape": (len(dataset), size, size, 4)}
-    )
-    with FileLock(folder / f"{prefix}.lock"):  # one process builds, the others wait
-        if not file.exists() or file.stat().st_size != header.tell() + dataset.nbytes:  # as after half a copy
+    file = folder / f"{prefix}-{_digest(dataset, root)}.npy"
+    whole = (len(dataset), size, size, 4)
+    with FileLock(folder / f"{prefix}.lock"):
+        if not _holds(file, whole):
             temporary = file.with_suffix(".tmp")
             try:
                 with open(temporary, "wb") as stream:  # not a writable map: a full disk would end that with SIGBUS
-                    stream.write(header.getvalue())
+                    header = {"descr": "|u1", "fortran_order": False, "shape": whole}
+                    np.lib.format.write_array_header_2_0(stream, header)
                     stream.writelines(example.data for example in dataset.decode_all())
                     stream.flush()
                     os.fsync(stream.fileno())
@@ -169,29 +145,52 @@ def _cached(dataset: SegmentationDataset) -> Path:
                 raise
             finally:
                 temporary.unlink(missing_ok=True)
-            for stale in {path for path in folder.glob(f"{glob.escape(prefix)}-*") if path.suffix != ".lock"} - {file}:
+            for stale in {*folder.glob(f"{glob.escape(prefix)}-*")} - {file}:
                 stale.unlink(missing_ok=True)
     return file
 
 
-def _cache_folder(root: Path) -> Path:
-    # A folder without a write bit is meant to stay as it is, also by root, who could write there.
+def _digest(dataset: SegmentationDataset, root: Path) -> str:
+    """Return what the name of a cache says of its content."""
+    split = dataset.split
+    tag = resize_tag(dataset.image_size, dataset.resize, dataset.padding)
+    digest = hashlib.sha256(repr((CACHE_VERSION, tag, len(dataset.class_names))).encode())
+    if split.label_map is not None:
+        digest.update(repr(sorted(split.label_map.items())).encode())
+    for path in [*split.images, *(split.masks or [])]:
+        with suppress(OSError):  # a file that is away, which decoding will name
+            status = path.stat()
+            name = os.path.relpath(path, root)
+            digest.update(repr((name, status.st_size, status.st_mtime_ns)).encode(errors="surrogateescape"))
+    return digest.hexdigest()[:16]
+
+
+def _holds(file: Path, shape: tuple[int, ...]) -> bool:
+    try:
+        return np.load(file, mmap_mode="r").shape == shape
+    except (OSError, ValueError, EOFError):  # absent, or cut short, as after half a copy
+        return False
+
+
+def cache_folder(root: Path) -> Path:
+    """Return <root>/.cache or, for data that are read-only, a folder in the user's cache. Raises UserError for neither.
+
+    A folder without a write bit is meant to stay as it is, also by root, who could write there.
+    """
+    folder = root / ".cache"
     if root.stat().st_mode & 0o222:
-        folder = root / ".cache"
         with suppress(OSError):
             folder.mkdir(exist_ok=True)
-            if os.access(folder, os.W_OK):
-                return folder
+        if os.access(folder, os.W_OK):
+            return folder
     try:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         folder = base / "global_convolutional_network" / hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]
         folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(f"{folder} belongs to somebody else")
     except (OSError, RuntimeError) as error:  # RuntimeError: a user without HOME and without an entry in passwd
         raise UserError(
-            f"{root} is read-only, and there is no other place for the decoded photos ({str(error).rstrip('.')}); "
-            'set XDG_CACHE_HOME to a folder that can be written to, or "cache": false in params.json'
+            f"{root} is read-only, and there is no other place for the decoded photos ({error}); set XDG_CACHE_HOME to "
+            'a folder that can be written to, or "cache": false in params.json'
         ) from None
     return folder
 
@@ -249,7 +248,7 @@ class DistributedBatchSampler(Sampler):
 
     def __init__(
         self,
-        sampler: "EpochSampler | SequentialSampler",
+        sampler: EpochSampler | SequentialSampler,
         batch_size: int,
         *,
         split: bool,
@@ -304,10 +303,9 @@ def make_loader(
 ) -> Loader:
     """Return batches of uint8 (B, 3, S, S) and (B, S, S), the last one smaller where the data set ends.
 
-    With a seed in an order of its own every epoch (call loader.batch_sampler.set_epoch), and with int64 (B), a seed for
-    each example, besides; else in the order of the list.
-    One of several processes gets its part of them, see DistributedBatchSampler. For a GPU they lie in memory that it
-    can copy from by itself.
+    With a seed every epoch has its own order (call loader.batch_sampler.set_epoch), and a batch also int64 (B), a seed
+    for each example; without, they come in the order of the list. One of several processes gets its part of them, see
+    DistributedBatchSampler. For a GPU they lie in pinned memory.
     """
     sampler = SequentialSampler(dataset) if seed is None else EpochSampler(len(dataset), seed=seed)
     batches = DistributedBatchSampler(sampler, batch_size, split=seed is not None, rank=rank, world_size=world_size)
@@ -325,9 +323,8 @@ def make_loader(
 def _collate(examples: list[tuple], image_size: int) -> Sequence[Tensor]:
     if examples:
         return default_collate(examples)
-    square = (image_size, image_size)  # of a share of nothing
-    images, masks = (torch.empty(0, *shape, dtype=torch.uint8) for shape in ((3, *square), square))
-    return images, masks, torch.empty(0, dtype=torch.int64)
+    images = torch.empty(0, 3, image_size, image_size, dtype=torch.uint8)  # of a share of nothing
+    return images, images[:, 0], torch.empty(0, dtype=torch.int64)
 
 
 def make_original_loader(
@@ -345,9 +342,8 @@ def make_original_loader(
 
     Masks are uint8 (H, W) or None. One of n processes gets every n-th batch.
     """
-    batches = DistributedBatchSampler(
-        SequentialSampler(dataset), batch_size, split=False, rank=rank, world_size=world_size
-    )
+    sampler = SequentialSampler(dataset)
+    batches = DistributedBatchSampler(sampler, batch_size, split=False, rank=rank, world_size=world_size)
     collate = partial(_collate_originals, sizes=sizes, resize=resize, padding=padding)
     return OriginalLoader(dataset, **_loading(batches, num_workers), collate_fn=collate)
 
@@ -362,11 +358,8 @@ def _collate_originals(
 
 def _loading(batches: DistributedBatchSampler, num_workers: int) -> dict:
     """Return the keywords of every DataLoader: no more processes than cores or batches."""
-    return {
-        "batch_sampler": batches,
-        "num_workers": min(num_workers, cores(), len(batches)),
-        "worker_init_fn": _leave_signals_to_the_main_process,
-    }
+    workers = min(num_workers, cores(), len(batches))
+    return {"batch_sampler": batches, "num_workers": workers, "worker_init_fn": _leave_signals_to_the_main_process}
 
 
 def _leave_signals_to_the_main_process(worker: int) -> None:

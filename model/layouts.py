@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from model import UserError, refuse_irregular
+from torchvision.datasets import Cityscapes
+
+from model import UserError
 from model.photos import IMAGE_SUFFIXES
 from model.sample import draw_sample
 from model.voc import CLASS_NAMES, VOID
@@ -57,7 +59,7 @@ def voc(data_dir: Path, name: str) -> Split:
     has_masks = len(without_mask) < len(ids)
     if missing := missing + without_mask * has_masks:
         raise list_faults(f"{folders.lists / name}.txt", missing)
-    names = read_list(source) if source.exists() or source.is_symlink() else None
+    names = read_list(source) if source.exists() else None
     return Split(
         name,
         ids,
@@ -74,27 +76,8 @@ def sample(data_dir: Path, name: str) -> Split:
     return voc(draw_sample(data_dir / "sample"), name)
 
 
-CITYSCAPES = {  # train ids by name, in their order, and the labelIds of the masks, as in cityscapesScripts' labels.py
-    "road": 7,
-    "sidewalk": 8,
-    "building": 11,
-    "wall": 12,
-    "fence": 13,
-    "pole": 17,
-    "traffic light": 19,
-    "traffic sign": 20,
-    "vegetation": 21,
-    "terrain": 22,
-    "sky": 23,
-    "person": 24,
-    "rider": 25,
-    "car": 26,
-    "truck": 27,
-    "bus": 28,
-    "train": 31,
-    "motorcycle": 32,
-    "bicycle": 33,
-}
+# The train ids by name, in their order, and the labelIds of the masks.
+CITYSCAPES = {label.name: label.id for label in Cityscapes.classes if 0 <= label.train_id < VOID}
 
 
 def cityscapes(data_dir: Path, name: str) -> Split:
@@ -151,16 +134,13 @@ class VOCFolders:
 
 
 def read_list(path: Path) -> list[str]:
-    """Return the ids of a list file, one per line. Raises UserError if it is absent, empty, no text, or repeats one."""
-    refuse_irregular(path)
+    """Return the lines of a list file. Raises UserError if it is absent, empty, no text, or repeats one."""
     try:
         ids = ids_in(path.read_bytes())
     except FileNotFoundError:
         found = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt") if p.name != "classes.txt"))
         found = found or "none; `python build_dataset.py --split 0.8 0.1 0.1` deals photos into lists"
         raise UserError(f"no list {path}; splits here: {found}") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not a UTF-8 text file ({error.reason})") from None
     if not ids:

@@ -1,18 +1,19 @@
 """Photos and masks as files: decoded, checked, and brought to one size."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from functools import cache
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image, ImageOps
 
-from model import UserError, refuse_irregular
+from model import UserError
 from model.transforms import PADDING, Colour, to_square
 from model.voc import VOID
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # whatever the suffix; for EPS Pillow runs a program
+STRETCHED = {"1": 255, "L;2": 85, "L;4": 17}  # what Pillow multiplies grey values of fewer than 8 bits by
 
 
 def read_example(
@@ -43,7 +44,9 @@ def read_example(
 def read_photo(path: Path) -> Image.Image:
     """Return an upright RGB photo. Raises UserError naming the file and what is wrong with it."""
     with _naming(path):
-        image = _upright(_decode(path)[0])
+        image, _ = _decode(path)
+        with suppress(Exception):  # a damaged EXIF block; the pixels are whole, and turned before it is written anew
+            ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I;16"):  # convert() would clip
             image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
         if image.mode in ("I", "F"):
@@ -51,21 +54,45 @@ def read_photo(path: Path) -> Image.Image:
         return image if image.mode == "RGB" else image.convert("RGB")  # which copies, whatever the mode
 
 
-def _decode(path: Path) -> tuple[Image.Image, object]:
-    """Return an image as it is stored, and how its pixels were stored, which shows only before they are decoded."""
-    refuse_irregular(path)
-    with Image.open(path, formats=_formats()) as image:
-        stored_as = image.tile[0].args if image.tile else None
+def read_mask(
+    path: Path, size: tuple[int, int], num_classes: int, label_map: Mapping[int, int] | None = None
+) -> Image.Image:
+    """Return the mask of a photo of that size (width, height), its pixel values class indices.
+
+    label_map has the class index, or void, of every value that the file may hold; None: they are class indices already.
+    Raises UserError naming the file and what is wrong with it.
+    """
+    with _naming(path):
+        mask, stored_as = _decode(path)
+        if mask.mode in ("1", "L") and stored_as in STRETCHED:
+            mask = mask.convert("L").point(lambda value: value // STRETCHED[stored_as])
+    if mask.mode not in ("P", "L"):
+        raise UserError(
+            f"{path}: the mask is {mask.mode}, not a palette or grey PNG of class indices; "
+            "model.voc.indices_from_colours converts masks painted in VOC's colours"
+        )
+    if mask.size != size:
+        raise UserError(f"{path}: the mask is {mask.width}x{mask.height}, its photo {size[0]}x{size[1]}")
+    if label_map is not None:
+        if unknown := [value for value, count in enumerate(mask.histogram()) if count and value not in label_map]:
+            raise UserError(
+                f"{path}: {unknown[0]} is not in the data set's label_map (model/layouts.py); correct one of them"
+            )
+        mask = mask.point([label_map.get(value, VOID) for value in range(256)])
+    if bad := [index for index, count in enumerate(mask.histogram()) if count and num_classes <= index != VOID]:
+        raise UserError(
+            f"{path}: class index {bad[0]} is neither below num_classes = {num_classes} nor void ({VOID}); "
+            "raise num_classes in params.json or correct the mask"
+        )
+    return mask
+
+
+def _decode(path: Path) -> tuple[Image.Image, str]:
+    """Return an image, and how its pixels are stored, which shows only before they are decoded."""
+    with Image.open(path, formats=FORMATS) as image:
+        stored_as = str(image.tile[0].args) if image.tile else ""
         image.load()
         return image, stored_as
-
-
-@cache
-def _formats() -> tuple[str, ...]:
-    """Return Pillow's formats without EPS, for which it starts Ghostscript: a photo must not run a program."""
-    Image.preinit()  # so that the common formats come first, as Image.open has it by itself
-    Image.init()
-    return tuple(name for name in Image.ID if name != "EPS")
 
 
 @contextmanager
@@ -80,64 +107,3 @@ def _naming(path: Path) -> Iterator[None]:
     except Exception as error:  # by format OSError, SyntaxError, ValueError, RuntimeError, struct.error, KeyError, ...
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path}: cannot be read as an image ({reason})") from None
-
-
-TURNS = {  # of EXIF orientations; not ImageOps.exif_transpose, which fails on any fault in the rest of the block
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # whatever Pillow makes of other bytes; the pixels are whole all the same
-        turn = None
-    return image if turn is None else image.transpose(turn)
-
-
-STRETCHED = {"1": 255, "L;2": 85, "L;4": 17}  # what Pillow multiplies grey values of fewer than 8 bits by
-
-
-def read_mask(
-    path: Path, size: tuple[int, int], num_classes: int, label_map: Mapping[int, int] | None = None
-) -> Image.Image:
-    """Return the mask of a photo of that size (width, height), its pixel values class indices.
-
-    label_map has the class index, or void, of every value that the file may hold; None: they are class indices already.
-    Raises UserError naming the file and what is wrong with it.
-    """
-    with _naming(path):
-        mask, stored_as = _decode(path)
-        if mask.mode in ("1", "L") and isinstance(stored_as, str) and stored_as in STRETCHED:
-            mask = mask.convert("L").point(lambda value: value // STRETCHED[stored_as])
-    if mask.mode not in ("P", "L"):
-        raise UserError(
-            f"{path}: the mask is {mask.mode}, not a palette or grey PNG of class indices; "
-            "model.voc.indices_from_colours converts masks painted in VOC's colours"
-        )
-    if mask.size != size:
-        raise UserError(f"{path}: the mask is {mask.width}x{mask.height}, its photo {size[0]}x{size[1]}")
-    if label_map is not None:
-        mask = _mapped(mask, label_map, path)
-    if bad := [index for index, count in enumerate(mask.histogram()) if count and num_classes <= index != VOID]:
-        raise UserError(
-            f"{path}: class index {bad[0]} is neither below num_classes = {num_classes} nor void ({VOID}); "
-            "raise num_classes in params.json or correct the mask"
-        )
-    return mask
-
-
-def _mapped(mask: Image.Image, label_map: Mapping[int, int], path: Path) -> Image.Image:
-    if unknown := [value for value, count in enumerate(mask.histogram()) if count and value not in label_map]:
-        raise UserError(
-            f"{path}: {unknown[0]} is not in the data set's label_map (model/layouts.py); correct one of them"
-        )
-    table = np.full(256, VOID, dtype=np.uint8)
-    table[list(label_map)] = list(label_map.values())
-    return Image.fromarray(table[np.array(mask)])

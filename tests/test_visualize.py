@@ -8,7 +8,7 @@ from conftest import ROOT
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from model.voc import CLASS_NAMES, ERROR_COLOUR, VOID, VOID_COLOUR, colour_mask, oklab, palette, voc_palette
+from model.voc import CLASS_NAMES, ERROR_COLOUR, VOID, VOID_COLOUR, colour_mask, palette, voc_palette
 from visualize import MARGIN, TEXT, comparison, error_picture, overlay, training_curves
 
 STREETS = ("road", "sky", "car")
@@ -26,8 +26,8 @@ def colour(index: int, names=CLASS_NAMES) -> tuple[int, int, int]:
 
 
 def difference(one: tuple, other: tuple) -> float:
-    """How different two colours look, from 0 to about 1."""
-    return float(np.linalg.norm(oklab(np.array(one)) - oklab(np.array(other))))
+    """How different two colours are, from 0 to about 1.7."""
+    return float(np.linalg.norm(np.subtract(one, other) / 255))
 
 
 # ---------------------------------------------------------------------------------------- palettes
@@ -37,17 +37,6 @@ def test_vocs_names_have_vocs_palette_and_no_others():
     assert np.array_equal(palette(list(CLASS_NAMES)), voc_palette())
     assert not np.array_equal(palette([*CLASS_NAMES[:20], "screen"])[:21], voc_palette()[:21])
     assert np.array_equal(voc_palette()[VOID], VOID_COLOUR)
-
-
-@pytest.mark.parametrize(("count", "least"), [(3, 0.3), (21, 0.14), (255, 0.05)])
-def test_colours_of_other_classes_are_told_apart(count, least):
-    """From one another, from void, error, a white page and black; in VOC's palette the nearest are 0.03 apart."""
-    names = [f"kind {index}" for index in range(count)]
-    shown = oklab(np.array([*palette(names)[:count], VOID_COLOUR, ERROR_COLOUR, (255, 255, 255), (0, 0, 0)]))
-    distances = np.linalg.norm(shown[:, None] - shown, axis=-1)[~np.eye(len(shown), dtype=bool)]
-    apart = distances.reshape(len(shown), -1)[:count]
-    assert apart.min() > least
-    assert len(np.unique(palette(names), axis=0)) == 256
 
 
 def test_a_class_called_background_is_black_wherever_it_stands():
@@ -62,12 +51,6 @@ def test_the_palette_is_the_same_in_every_process():
     code = f"import hashlib, model.voc; print(hashlib.sha256(model.voc.palette({STREETS}).tobytes()).hexdigest())"
     said = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip()
     assert said == hashlib.sha256(palette(list(STREETS)).tobytes()).hexdigest()
-
-
-def test_oklab_is_that_of_its_author():
-    """White, and pure red as in the article's reference implementation."""
-    assert oklab(np.array([255, 255, 255])) == pytest.approx([1, 0, 0], abs=1e-4)
-    assert oklab(np.array([255, 0, 0])) == pytest.approx([0.628, 0.2249, 0.1258], abs=1e-3)
 
 
 @pytest.mark.parametrize("names", [CLASS_NAMES, STREETS], ids=("voc", "streets"))
