@@ -12,6 +12,7 @@ from torch import nn
 
 from engine import ranks
 from model import cores
+from optimization import PRECISIONS
 from params import Params
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -68,10 +69,9 @@ def input_options(model: nn.Module, params: Params) -> dict[str, Any]:
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """Return the context in which a network computes in "fp32", "bf16" or "fp16"."""
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+    """Return the context in which a network computes in one of PRECISIONS."""
+    dtype = PRECISIONS[precision]
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
 def seed_everything(seed: int, *, deterministic: bool) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from model import UserError
-from params import METRICS, Params
+from model.metrics import BETTER
+from params import Params
 from utils import ROOT, lock, read_json
 
 WHOLE_FILES = (  # what train.py writes whole or not at all, beside the checkpoints
@@ -128,5 +129,5 @@ def score(epoch: dict, metric: str) -> float:
 
 
 def better_of(metric: str) -> Callable:
-    """Return max or min, which chooses the better of two values; max for a metric that params.METRICS lacks."""
-    return METRICS.get(metric, max)
+    """Return max or min, which chooses the better of two values; max for one that is unknown, of an older run say."""
+    return BETTER.get(metric, max)
