@@ -33,8 +33,8 @@ from benchmarks.run import in_turn, machine, make_scenes
 from engine.checkpoints import save_checkpoint
 from engine.devices import autocast, resolve_precision, reuse_memory, to_device
 from engine.distributed import pick_device
-from evaluate import make_segmenter
-from model import ENCODERS, TIMM
+from engine.evaluation import make_segmenter
+from model.encoders import ENCODERS, TIMM
 from model.layouts import find_split
 from model.net import FCN_GCN
 from model.photos import read_photo

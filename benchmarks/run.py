@@ -34,8 +34,8 @@ from tqdm import tqdm
 from benchmarks import baseline, roofline
 from engine import distributed
 from engine.devices import autocast, input_options, resolve_precision, seed_everything, to_device
+from engine.evaluation import evaluate
 from engine.training import Training
-from evaluate import evaluate
 from model.data_loader import Loader, SegmentationDataset, make_loader
 from model.layouts import Split, find_split
 from model.losses import SegmentationLoss

@@ -29,7 +29,7 @@ from benchmarks.run import own_memory
 from engine.devices import autocast, resolve_precision, reuse_memory, to_device
 from engine.distributed import pick_device
 from engine.training import Training
-from model import ENCODERS
+from model.encoders import ENCODERS
 from model.losses import SegmentationLoss
 from model.net import FCN_GCN
 from params import Params

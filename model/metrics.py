@@ -6,7 +6,8 @@ class like BoundaryMetrics, in ACCUMULATORS.
 
 import copy
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, ClassVar
@@ -220,12 +221,20 @@ def _rim(classes: Tensor, reach: int) -> Tensor:
 
 
 ACCUMULATORS: tuple[type[Accumulator], ...] = (ConfusionMatrix, BoundaryMetrics)
-METRICS = {name: about for kind in ACCUMULATORS for name, about in kind.metrics.items()}
+
+
+def registered(kinds: Sequence[type[Accumulator]]) -> dict[str, Metric]:
+    """Return all metrics by name. Raises TypeError where one would take the place of another, or of the loss."""
+    names = ["loss", "images", "epoch", *(name for kind in kinds for name in kind.metrics)]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise TypeError(f"two metrics have the same name: {', '.join(twice)}")
+    return {name: about for kind in kinds for name, about in kind.metrics.items()}
+
+
+METRICS = registered(ACCUMULATORS)
 AT_ORIGINAL_SIZE = {name for kind in ACCUMULATORS if kind.original_size for name in kind.metrics}
 BETTER = {name: about.better for name, about in METRICS.items() if not about.column} | {"loss": min}
 CHOOSING = [name for name in BETTER if name not in AT_ORIGINAL_SIZE]  # what every validation has, as one number
-if len(METRICS) < sum(len(kind.metrics) for kind in ACCUMULATORS) or METRICS.keys() & {"loss", "images", "epoch"}:
-    raise TypeError(f"two metrics have the same name, or one is called loss, images or epoch: {[*METRICS]}")
 
 
 class Metrics:

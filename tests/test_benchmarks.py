@@ -14,8 +14,8 @@ from PIL import Image
 
 from benchmarks import baseline, prediction, roofline
 from engine.devices import input_options
+from engine.evaluation import evaluate
 from engine.training import Training
-from evaluate import evaluate
 from model.data_loader import SegmentationDataset, make_loader
 from model.layouts import find_split
 from model.losses import SegmentationLoss

@@ -25,8 +25,8 @@ from PIL import Image
 
 import utils
 from engine import checkpoints, cli
+from engine.evaluation import evaluate
 from engine.training import Training
-from evaluate import evaluate
 from model import UserError
 from model.data_loader import SegmentationDataset, make_loader
 from model.layouts import find_split
