@@ -75,24 +75,25 @@ def draw_overlays(
 
     They take the place of those of an earlier evaluation.
     """
-    mIoU, theirs, ids = photo_mIoU(counts), None, dataset.split.ids
+    mIoU = theirs = rank = photo_mIoU(counts)
     if other:
         check_same_photos(counts, other[0], (str(args.model_dir), str(args.against)))
         theirs = photo_mIoU(other[0])
-    rank = mIoU if theirs is None else -abs(mIoU - theirs)
+        rank = -abs(mIoU - theirs)
     order = [index for index in np.argsort(rank, kind="stable") if np.isfinite(rank[index])][: args.save_overlays]
     earlier = {*folder.glob("*.png")}
     for place, index in enumerate(order, 1):
         stop_if_asked()
         _, photo, mask = dataset[index]
         assert mask is not None  # it was scored
-        title, second = f"{ids[index]}, mIoU {mIoU[index]:.3f}", None
-        if other and theirs is not None:
+        id_, second = dataset.split.ids[index], None
+        title = f"{id_}, mIoU {mIoU[index]:.3f}"
+        if other:
             title += f"; the other, {args.against.name}, {theirs[index]:.3f}"
             second = other[1].segment(photo).cpu().numpy()
         prediction = segmenter.segment(photo).cpu().numpy()
         picture = error_picture(photo, mask, prediction, dataset.class_names, title=title, other=second)
-        file = folder / f"{place:0{len(str(len(order)))}d}_{ids[index]}.png"
+        file = folder / f"{place:0{len(str(len(order)))}d}_{id_}.png"
         save_picture(picture, file)
         earlier.discard(file)
     for outdated in earlier:
