@@ -27,4 +27,4 @@ def test_every_schedule_is_finite_from_the_first_step_to_the_last():
     for name, schedule in SCHEDULES.items():
         for steps in (1, 2, 50):
             factors = [schedule(step, steps) for step in range(steps)]
-            assert factors[0] == 1 and all(math.isfinite(factor) and factor >= 0 for factor in factors), name
+            assert all(math.isfinite(factor) and factor >= 0 for factor in factors), name
