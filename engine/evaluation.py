@@ -82,10 +82,10 @@ def score(model: nn.Module, loader: Loader, params: Params, device: torch.device
             bar.update(len(images))
     all_reduce_sum(loss_sum)
     loss = loss_sum.item() / len(loader.dataset)
-    return scores(metrics, own, loader.dataset, loss=loss if math.isfinite(loss) else None)
+    return add_up(metrics, own, loader.dataset, loss=loss if math.isfinite(loss) else None)
 
 
-def scores(metrics: Metrics, own: dict[int, np.ndarray] | None, dataset: Any, **others: float | None) -> Scores:
+def add_up(metrics: Metrics, own: dict[int, np.ndarray] | None, dataset: Any, **others: float | None) -> Scores:
     """Add up what all processes have counted; own has the cells of a process's own photos by index."""
     # First the cells: that has the patience for processes that are far behind.
     parts = [] if own is None else distributed.gather(own)
@@ -174,7 +174,7 @@ def score_originals(
                     counts = metrics.update(prediction[None], mask.to(segmenter.device)[None])
                     own[index] = sparse(counts[0].cpu())
                 bar.update()
-    result = scores(metrics, own, dataset)
+    result = add_up(metrics, own, dataset)
     return None if dataset.split.masks is None else result
 
 
