@@ -231,8 +231,8 @@ class Params:
         return max(1, min(self.batch_size, SCORED_AT_ONCE // self.image_size**2))
 
 
-if _undeclared := constants().keys() - Params.__dataclass_fields__:
-    raise TypeError(f"constants of the loss that are no fields of Params: {', '.join(_undeclared)}")
+if _missing := sorted(constants().keys() - Params.__dataclass_fields__):
+    raise TypeError(f'Params lacks {_missing}; add a line as {_missing[0]}: float = _constant("{_missing[0]}")')
 
 
 def _warmup_ends(p: Params, processes: int) -> str | None:

@@ -178,7 +178,7 @@ def test_a_term_may_begin_with_the_name_of_another_and_its_sums_and_constants_ar
 
 def test_a_constant_that_params_lacks_is_an_error_at_import(monkeypatch):
     monkeypatch.setitem(losses.TERMS, "tversky", Tversky)
-    with pytest.raises(TypeError, match=r"no fields of Params: .*tversky_alpha"):
+    with pytest.raises(TypeError, match=r"Params lacks .*; add a line as tversky_alpha: float = "):
         runpy.run_path(str(ROOT / "params.py"))
 
 
