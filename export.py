@@ -14,13 +14,13 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from engine.checkpoints import agreed_class_names, checkpoint_path, load_network
+from engine.checkpoints import load_network
 from engine.cli import add_restore_file, experiment_parser, run_main
 from engine.devices import pick_device
-from engine.run import find_data_dir, git_commit
+from engine.evaluation import find_data
+from engine.run import git_commit
 from model import UserError, cores
 from model.encoders import pad_statically
-from model.layouts import find_split
 from model.net import FCN_GCN
 from model.photos import read_example
 from model.transforms import to_input
@@ -213,9 +213,7 @@ def main(args: argparse.Namespace) -> None:
     refuse_large(model)
     refuse_size(model, params)
 
-    split = find_split(params.dataset, find_data_dir(args, params.dataset), "val")
-    file = checkpoint_path(args.model_dir, args.restore_file)
-    names = agreed_class_names(checkpoint, file, split, params.num_classes)
+    _, split, names = find_data(params, checkpoint, args)
     metadata = onnx_metadata(model, params, names, checkpoint.get("epoch"))
     batches = photo_batches(split.images[0], model, params)
 

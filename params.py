@@ -4,25 +4,22 @@
 """
 
 import difflib
+import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from model import ENCODERS, GCN_PADDINGS, HEADS, TIMM, UserError
+from model import UserError
+from model.encoders import ENCODERS, TIMM
+from model.layouts import LAYOUTS
+from model.losses import TERMS, constants
+from model.metrics import CHOOSING
+from model.net import FCN_GCN, GCN_PADDINGS, HEADS
+from model.transforms import RESIZES
+from optimization import OPTIMIZERS, PRECISIONS, SCHEDULES
 from utils import is_number, read_json
-
-LOSS_TERMS = ("bce", "dice", "inverse_dice", "cross_entropy", "balanced_cross_entropy", "focal", "lovasz")
-METRICS = {  # of validation, that can choose the best epoch, and which of two values is better
-    "mIoU": max,
-    "pixel_accuracy": max,
-    "mean_accuracy": max,
-    "frequency_weighted_IoU": max,
-    "mean_dice": max,
-    "loss": min,
-}
-LOSS_CONSTANTS = ("focal_gamma",)  # called after a term and the keyword that it takes
 
 
 def _key(default: Any, allowed: str, check: Callable[[Any], bool], meaning: str) -> Any:
@@ -32,10 +29,26 @@ def _key(default: Any, allowed: str, check: Callable[[Any], bool], meaning: str)
     return field(default=default, metadata=metadata)
 
 
-def _number(default: float | None, allowed: str, check: Callable[[float], bool], meaning: str) -> Any:
-    nullable = default is None
-    allowed = f"a number {allowed}" + (" or null" if nullable else "")
+RANGES: dict[str, Callable[[float], bool]] = {
+    "above 0": lambda v: v > 0,
+    "of at least 0": lambda v: v >= 0,
+    "from 0 to below 1": lambda v: 0 <= v < 1,
+    "from 0 to 1": lambda v: 0 <= v <= 1,
+}
+
+
+def _number(default: float | None, range_: str, meaning: str) -> Any:
+    nullable, check = default is None, RANGES[range_]
+    allowed = f"a number {range_}" + (" or null" if nullable else "")
     return _key(default, allowed, lambda v: (nullable and v is None) or (is_number(v) and check(v)), meaning)
+
+
+def _constant(key: str) -> Any:
+    """Return the field of a constant that a term of the loss declares."""
+    declared = constants()[key][1]
+    low, high, meaning = declared.metadata.values()
+    allowed = f"a number from {low} to {high}"
+    return _key(declared.default, allowed, lambda v: is_number(v) and low <= v <= high, meaning)
 
 
 def _integer(
@@ -58,18 +71,17 @@ def _integer(
     )
 
 
-def _one_of(default: str, *others: str, meaning: str) -> Any:
-    options = (default, *others)
-    allowed = " or ".join(json.dumps(option) for option in options)
-    return _key(default, allowed, lambda v: isinstance(v, str) and v in options, meaning)
+def _one_of(default: str, registry: Iterable[str], meaning: str) -> Any:
+    options = list(registry)
+    return _key(default, ", ".join(map(json.dumps, options)), lambda v: isinstance(v, str) and v in options, meaning)
 
 
 def _flag(default: bool, meaning: str) -> Any:
-    return _key(default, "true or false", lambda v: isinstance(v, bool), meaning)
+    return _key(default, "true, false", lambda v: isinstance(v, bool), meaning)
 
 
 def _are_loss_weights(value: Any) -> bool:
-    if not isinstance(value, dict) or not set(value) <= set(LOSS_TERMS):
+    if not isinstance(value, dict) or not set(value) <= set(TERMS):
         return False
     return all(is_number(w) and w >= 0 for w in value.values()) and any(value.values())
 
@@ -78,136 +90,98 @@ def _are_loss_weights(value: Any) -> bool:
 class Params:
     """The hyperparameters of one experiment: every key that params.json may hold, its default and what is allowed."""
 
-    learning_rate: float = _number(0.001, "above 0", lambda v: v > 0, "before schedule and warm-up")
+    learning_rate: float = _number(0.001, "above 0", "before schedule and warm-up")
     batch_size: int = _integer(5, 1, meaning="images per step, over all processes")
     num_epochs: int = _integer(35, 1, meaning="passes over the training images")
-    dropout_rate: float = _number(
-        0.0, "from 0 to below 1", lambda v: 0 <= v < 1, "Dropout2d on the encoder features that enter each head"
-    )
-    save_summary_steps: int = _integer(100, 1, meaning="how many batches apart the loss is checked for NaN")
-    num_workers: int = _integer(4, 0, meaning="loader processes of each process, at most one per core")
-    num_channels: int | None = _integer(
-        None, 1, meaning="accepted because old files have it; this network has no use for it"
-    )
+    dropout_rate: float = _number(0.0, "from 0 to below 1", "Dropout2d before each head")
+    save_summary_steps: int = _integer(100, 1, meaning="batches between two checks for NaN")
+    num_workers: int = _integer(4, 0, meaning="loader processes, at most one per core")
+    num_channels: int | None = _integer(None, 1, meaning="unused; old files have it")
 
-    dataset: str = _one_of(
-        "voc",
-        "sample",
-        "cityscapes",
-        meaning="layout of `--data_dir`: VOC's, Cityscapes'; `sample`: the built-in scenes, drawn there on first use",
-    )
-    image_size: int = _integer(224, 32, 16384, meaning="side of the square that the network reads, in pixels")
-    resize: str = _one_of(
-        "squash",
-        "letterbox",
-        meaning="how a photo gets into it: `squash` changes its aspect ratio; `letterbox` pads it with the mean colour",
-    )
+    dataset: str = _one_of("voc", LAYOUTS, "layout of `--data_dir`; `sample`: built-in scenes, drawn on first use")
+    image_size: int = _integer(224, 32, 16384, meaning="side of the network's square input, in pixels")
+    resize: str = _one_of("squash", RESIZES, "`squash` changes the aspect ratio; `letterbox` pads with the mean colour")
     num_classes: int = _integer(21, 2, 255, meaning="background included")
     augment: bool = _flag(False, "random scale of 0.5-2x and crop, flip, colour jitter")
     cutmix: float = _number(
         0.0,
         "from 0 to 1",
-        lambda v: 0 <= v <= 1,
-        "CutMix: probability that a box of a photo, and of its mask, is replaced by that of another of the batch",
+        "probability that a box of a photo and its mask is replaced by another photo's",
     )
-    normalize: bool = _flag(
-        True, "with the mean and deviation that the encoder's weights were trained with; false: values in [0, 1]"
-    )
+    normalize: bool = _flag(True, "by the mean and deviation of the encoder's weights; false: values in [0, 1]")
     cache: bool = _flag(
         True,
-        "decode each split once, into `<data>/.cache` or, for read-only data, the user's cache folder; false: at every "
-        "access",
+        "decode each split once, into `<data>/.cache` or the user's cache folder; false: at every access",
     )
     train_split: str = _key(
         "train",
         "the name of a list",
         lambda v: isinstance(v, str) and v.isprintable() and v == Path(v).name != "",
-        "what to train on, for example `trainaug`; validation is on `val`",
+        "what to train on, as `trainaug`; validation is on `val`",
     )
 
     loss_weights: dict[str, float] = _key(
         {"bce": 0.4, "dice": 0.4, "inverse_dice": 0.2},
-        f"an object of weights of at least 0, not all of them 0, for {', '.join(LOSS_TERMS)}",
+        f"weights of at least 0, not all of them 0, for {', '.join(TERMS)}",
         _are_loss_weights,
-        "terms of the loss; replaces the default as a whole. In `balanced_cross_entropy` a pixel of a class with n "
-        "pixels in the batch weighs 1/√n",
+        "replaces the default as a whole. `balanced_cross_entropy`: pixels of a class of n in the batch weigh 1/√n",
     )
-    focal_gamma: float = _number(
-        2.0, "from 0 to 100", lambda v: 0 <= v <= 100, "the larger, the less well-classified pixels count"
-    )
-    optimizer: str = _one_of("sgd", "adamw", meaning="SGD with momentum, or AdamW")
-    momentum: float = _number(0.99, "from 0 to below 1", lambda v: 0 <= v < 1, "SGD's")
-    weight_decay: float = _number(0.0005, "of at least 0", lambda v: v >= 0, "of the weights")
-    decay_norms_and_biases: bool = _flag(True, "false: no `weight_decay` for norms, biases and scales of layers")
-    encoder_learning_rate_factor: float = _number(
-        1.0, "of at least 0", lambda v: v >= 0, "what the learning rate is multiplied by for the encoder"
-    )
-    schedule: str = _one_of(
-        "constant", "poly", "cosine", meaning="`poly` (power 0.9) and `cosine` fall towards 0 with every step"
-    )
+    focal_gamma: float = _constant("focal_gamma")
+    optimizer: str = _one_of("sgd", OPTIMIZERS, "SGD with momentum, or AdamW")
+    momentum: float = _number(0.99, "from 0 to below 1", "SGD's")
+    weight_decay: float = _number(0.0005, "of at least 0", "of the weights")
+    decay_norms_and_biases: bool = _flag(True, "false: no `weight_decay` for norms, biases, scales of layers")
+    encoder_learning_rate_factor: float = _number(1.0, "of at least 0", "times the learning rate, for the encoder")
+    schedule: str = _one_of("constant", SCHEDULES, "`poly` (power 0.9) and `cosine` fall towards 0 with every step")
     warmup_epochs: int = _integer(0, 0, meaning="linear rise of the learning rate; fewer than `num_epochs`")
-    clip_grad_norm: float | None = _number(None, "above 0", lambda v: v > 0, "largest norm of the gradient")
+    clip_grad_norm: float | None = _number(None, "above 0", "largest norm of the gradient")
     ema_decay: float | None = _number(
         None,
         "from 0 to below 1",
-        lambda v: 0 <= v < 1,
-        "evaluate an exponential moving average of the weights, for example 0.999, of about the last 1,000 steps",
+        "evaluate a moving average of the weights; 0.999: of about 1,000 steps",
     )
     accumulation_steps: int = _integer(1, 1, meaning="batches per step of the optimizer")
     best_metric: str = _one_of(
-        *METRICS,
-        meaning="of validation: chooses the best epoch, and so `best.pth.tar`, the early stop and the results table",
+        "mIoU", CHOOSING, "of validation: chooses `best.pth.tar`, the early stop, the order of results"
     )
     early_stopping_patience: int | None = _integer(None, 1, meaning="epochs without a better `best_metric`")
-    keep_last: bool = _flag(
-        True, "false: a finished run deletes its `last.pth.tar`, and cannot be trained on for more epochs"
-    )
+    keep_last: bool = _flag(True, "false: a finished run deletes `last.pth.tar` and cannot train on")
 
     precision: str = _one_of(
-        "auto", "fp32", "bf16", "fp16", meaning="auto: bf16 on GPUs from Ampere on and on CPUs with AMX, otherwise fp32"
+        "auto", ["auto", *PRECISIONS], "auto: bf16 on GPUs from Ampere on and CPUs with AMX, otherwise fp32"
     )
     channels_last: bool = _flag(True, "memory format of the convolutions")
-    compile: bool = _flag(False, "torch.compile for the training step, with CUDA graphs on a GPU")
+    compile: bool = _flag(False, "torch.compile, on a GPU with CUDA graphs")
     seed: int = _integer(230, 0, 2**63 - 1, also=" and below 2^63", meaning="of weights, order, augmentation, dropout")
-    deterministic: bool = _flag(
-        False, "only algorithms that give the same result every time: two runs on one machine agree bit for bit"
-    )
+    deterministic: bool = _flag(False, "only deterministic algorithms: two runs on one machine agree bit for bit")
 
     encoder: str = _key(
-        ENCODERS[0],
-        f'{" or ".join(map(json.dumps, ENCODERS))}, or "{TIMM}NAME"',
+        "resnet50",
+        f'{", ".join(map(json.dumps, ENCODERS))}, "{TIMM}NAME"',
         lambda v: isinstance(v, str) and (v in ENCODERS or v.startswith(TIMM)),
-        "a ResNet of torchvision; the paper's tables are from `resnet152`. Or any model of timm, by its name there, "
-        "with maps of strides 4, 8, 16 and 32",
+        "a ResNet of torchvision, or a model of timm with maps of strides 4 to 32",
     )
-    kernel_size: int = _integer(
-        7, 3, 255, also=" that is odd", check=lambda v: v % 2 == 1, meaning="k of the heads, in cells of their maps"
-    )
-    head: str = _one_of(*HEADS, meaning="or the paper's comparisons: 1 x 1, k x k, a stack of 3 x 3 convolutions")
+    kernel_size: int = _integer(7, 3, 255, also=" that is odd", check=lambda v: v % 2 == 1, meaning="k of the heads")
+    head: str = _one_of("gcn", HEADS, "or the paper's comparisons: 1 x 1, k x k, a stack of 3 x 3")
     boundary_refinement: bool = _flag(True, "the BR blocks")
-    stem_maxpool: bool = _flag(False, "true: output stride 32 as in the paper, at less than a third of the operations")
-    gcn_padding: str = _one_of(
-        *GCN_PADDINGS, meaning="`swapped`: as in the original implementation and its checkpoints; `same`: the paper's"
-    )
+    stem_maxpool: bool = _flag(False, "true: output stride 32 as in the paper, under a third of the operations")
+    gcn_padding: str = _one_of("swapped", GCN_PADDINGS, "`swapped`: the original implementation's; `same`: the paper's")
     zero_init_residual: bool = _flag(
-        False, "every residual block begins as its shortcut: those of an encoder without `pretrained`, and BR"
+        False, "residual blocks begin as their shortcuts: BR's, and those of an encoder without `pretrained`"
     )
     zero_init_heads: bool = _flag(
         False,
-        "the last convolutions of the heads begin at 0: for encoders whose maps are large, as EfficientNet's",
+        "the heads' last convolutions begin at 0: for encoders with large activations, as EfficientNet",
     )
     pretrained: bool | str = _key(
         True,
         "true, false or the name of a file",
         lambda v: isinstance(v, bool) or (isinstance(v, str) and v.isprintable() and v.strip() != ""),
-        "ImageNet weights for the encoder: true finds them in an installed package or downloads them; or a file of "
-        "weights, `.pth` or `.safetensors`",
+        "ImageNet weights for the encoder, installed or downloaded; or a file, `.pth` or `.safetensors`",
     )
-    freeze_encoder_statistics: bool = _flag(
-        False, "batch norm of the encoder uses its running statistics in training too, and leaves them as they are"
-    )
+    freeze_encoder_statistics: bool = _flag(False, "the encoder's batch norm keeps its running statistics in training")
     activation_checkpointing: bool = _flag(
-        False, "less memory for more time: what the encoder's stages have computed is computed again for the gradient"
+        False, "less memory for more time: the encoder's stages are computed again for the gradient"
     )
 
     @classmethod
@@ -227,11 +201,8 @@ class Params:
         if faults := [fault for key, value in values.items() if (fault := cls.fault(key, value))]:
             raise UserError(f"{source}: {'; '.join(faults)}")
         params = cls(**values)
-        if params.warmup_epochs >= params.num_epochs:
-            raise UserError(
-                f'{source}: "warmup_epochs" is {params.warmup_epochs}; '
-                f'allowed: fewer than "num_epochs", {params.num_epochs}'
-            )
+        if broken := params.broken_rules():
+            raise UserError(f"{source}: {'; '.join(broken)}")
         return params
 
     @classmethod
@@ -245,13 +216,17 @@ class Params:
         rule = known[key].metadata
         return None if rule["check"](value) else f'"{key}" is {json.dumps(value)}; allowed: {rule["allowed"]}'
 
+    def broken_rules(self, processes: int = 1) -> list[str]:
+        """Say what is wrong with several keys together, in that many processes."""
+        return [fault for rule in RULES if (fault := rule(self, processes))]
+
     def network_options(self) -> dict[str, Any]:
         """Return the keywords of model.net.FCN_GCN but for pretrained."""
-        return {key: getattr(self, key) for key in (*ARCHITECTURE, *TRAINING_OPTIONS, "normalize")}
+        return {key: getattr(self, key) for key in NETWORK}
 
     def loss_options(self) -> dict[str, Any]:
         """Return the keywords of model.losses.SegmentationLoss but for over_processes."""
-        return {"weights": self.loss_weights, **{key: getattr(self, key) for key in LOSS_CONSTANTS}}
+        return {"weights": self.loss_weights, **{key: getattr(self, key) for key in constants()}}
 
     @property
     def scoring_batch_size(self) -> int:
@@ -259,22 +234,57 @@ class Params:
         return max(1, min(self.batch_size, SCORED_AT_ONCE // self.image_size**2))
 
 
+if _missing := sorted(constants().keys() - Params.__dataclass_fields__):
+    raise TypeError(f'Params lacks {_missing}; add a line as {_missing[0]}: float = _constant("{_missing[0]}")')
+
+
+def _warmup_ends(p: Params, processes: int) -> str | None:
+    fault = f'"warmup_epochs" is {p.warmup_epochs}; allowed: fewer than "num_epochs", {p.num_epochs}'
+    return fault if p.warmup_epochs >= p.num_epochs else None
+
+
+def _batch_divides(p: Params, processes: int) -> str | None:
+    below = p.batch_size // processes * processes
+    nearest = f"{below} or {below + processes}" if below else f"{processes}"
+    fault = (
+        f'"batch_size" is {p.batch_size}, the images of a step in all processes together, and cannot be divided among '
+        f"{processes}; use {nearest}"
+    )
+    return fault if p.batch_size % processes else None
+
+
+def _compile_is_alone(p: Params, processes: int) -> str | None:
+    fault = '"compile" and "activation_checkpointing" together are for one process; set one of them to false'
+    return fault if p.compile and p.activation_checkpointing and processes > 1 else None
+
+
+def _cutmix_has_photos(p: Params, processes: int) -> str | None:
+    fault = (
+        f'"cutmix" mixes the photos of a process, and "batch_size" {p.batch_size} gives each of {processes} a single '
+        'one; raise "batch_size", or set "cutmix" to 0'
+    )
+    return fault if p.cutmix and p.batch_size // processes < 2 else None
+
+
+RULES = (_warmup_ends, _batch_divides, _compile_is_alone, _cutmix_has_photos)  # over several keys
+
 SCORED_AT_ONCE = 32 * 224**2  # pixels
-# Options of the network on which its weights do not depend.
+# Options of the network: its keywords. Weights depend on all but TRAINING_OPTIONS and what they were trained to read.
+NETWORK = tuple(key for key in inspect.signature(FCN_GCN).parameters if key != "pretrained")
 TRAINING_OPTIONS = (
     *("dropout_rate", "zero_init_residual", "zero_init_heads"),
     *("freeze_encoder_statistics", "activation_checkpointing"),
 )
 INPUT = ("normalize", "resize")  # what the weights were trained to read
-ARCHITECTURE = ("num_classes", "encoder", "kernel_size", "head", "boundary_refinement", "stem_maxpool", "gcn_padding")
+ARCHITECTURE = tuple(key for key in NETWORK if key not in (*TRAINING_OPTIONS, *INPUT))
 
 
 def table() -> str:
     """Return the table of docs/PARAMS.md."""
-    rows = ["| key | default | allowed | meaning |", "|---|---|---|---|"]
+    rows = ["key | default | allowed | meaning", "---|---|---|---"]
     for key, value in asdict(Params()).items():
         about = Params.__dataclass_fields__[key].metadata
-        rows.append(f"| `{key}` | `{json.dumps(value)}` | {about['allowed']} | {about['meaning']} |")
+        rows.append(f"`{key}` | `{json.dumps(value)}` | {about['allowed']} | {about['meaning']}")
     return "\n".join(rows)
 
 

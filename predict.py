@@ -29,8 +29,8 @@ from engine.cli import (
     stop_if_asked,
 )
 from engine.distributed import pick_device
+from engine.evaluation import make_segmenter
 from engine.folders import recorded_data_dir
-from evaluate import make_segmenter
 from model.inference import Segmenter
 from model.layouts import find_split
 from model.photos import IMAGE_SUFFIXES, read_photo

@@ -27,6 +27,7 @@ from engine.devices import (
     seed_everything,
     to_device,
 )
+from engine.evaluation import evaluate
 from engine.run import (
     EpochOutputs,
     EpochProgress,
@@ -44,12 +45,11 @@ from engine.run import (
     sole_run,
 )
 from engine.training import Training
-from evaluate import evaluate
 from model import UserError
 from model.data_loader import Loader, SegmentationDataset, make_loader
 from model.layouts import Split, class_names, find_split
 from model.losses import SegmentationLoss
-from model.metrics import ConfusionMatrix
+from model.metrics import Metrics
 from model.net import FCN_GCN
 from model.transforms import augment, cutmix, to_input
 from params import Params
@@ -118,7 +118,7 @@ def train_epoch(training: Training, loader: Loader) -> dict:
     training.model.train()
     params, device = training.params, training.device
     criterion = SegmentationLoss(**params.loss_options(), over_processes=True)
-    matrix = ConfusionMatrix(params.num_classes, device)
+    metrics = Metrics(params.num_classes, device)
     sizes = loader.batch_sampler.sizes  # images per batch, over all processes
     losses = torch.zeros(len(loader), device=device)  # stays on the device: reading it at every step would wait for it
     rates = []
@@ -134,15 +134,15 @@ def train_epoch(training: Training, loader: Loader) -> dict:
         losses[step], logits = train_step(
             training, criterion, images, labels, batch_size=sizes[step], group=group, ends_group=ends_group
         )
-        matrix.update(logits.argmax(1), labels)
+        metrics.update(logits.argmax(1), labels)
         if step % params.save_summary_steps == 0:
             training.check_losses(losses[: step + 1], rates)
         progress.update(sizes[step], losses[: step + 1])
     progress.bar.close()
     training.check_losses(losses, rates)
-    matrix.reduce()
+    metrics.reduce()
     mean = (losses.cpu().double() @ torch.tensor(sizes, dtype=torch.float64)).item() / sum(sizes)
-    return {"loss": mean, "learning_rate": rates[-1], **matrix.compute()}
+    return {"loss": mean, "learning_rate": rates[-1], **metrics.compute()}
 
 
 def train_step(

@@ -176,7 +176,16 @@ def set_logger(log_file: Path) -> None:
     logger.addHandler(logging.StreamHandler(sys.stdout))
 
 
-def is_locked(path): return False  # TEMP
-def lock(path, patience=0): return None  # TEMP
-def say(line, stream): print(line, file=stream)  # TEMP
+def is_locked(path):
+    return False  # TEMP
+
+
+def lock(path, patience=0):
+    return None  # TEMP
+
+
+def say(line, stream):
+    print(line, file=stream)  # TEMP
+
+
 Lock = object  # TEMP

@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from torchvision.models.segmentation import deeplabv3_resnet50, fcn_resnet50
 
 from benchmarks.common import in_turn, machine, make_parser
-from engine.devices import autocast, resolve_precision, reuse_memory, to_device
-from engine.distributed import pick_device
-from evaluate import make_segmenter
-from model import ENCODERS, TIMM
+from engine.devices import autocast, pick_device, resolve_precision, reuse_memory, to_device
+from engine.evaluation import make_segmenter
+from model.encoders import ENCODERS, TIMM
 from model.layouts import find_split
 from model.net import FCN_GCN
 from model.photos import read_photo

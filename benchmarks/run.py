@@ -20,8 +20,7 @@ from tabulate import tabulate
 
 from benchmarks import baseline
 from benchmarks.common import build, in_turn, machine, make_parser, own_memory, peak_memory, train_step
-from engine.devices import resolve_precision, seed_everything
-from engine.distributed import pick_device
+from engine.devices import pick_device, resolve_precision, seed_everything
 from model.data_loader import Loader, SegmentationDataset, make_loader
 from model.layouts import Split, find_split
 from model.losses import SegmentationLoss

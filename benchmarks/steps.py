@@ -18,9 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks.common import build, in_turn, machine, make_parser, own_memory, peak_memory, train_step
-from engine.devices import resolve_precision, reuse_memory
-from engine.distributed import pick_device
-from model import ENCODERS
+from engine.devices import pick_device, resolve_precision, reuse_memory
+from model.encoders import ENCODERS
 from model.losses import SegmentationLoss
 from params import Params
 from utils import is_out_of_memory

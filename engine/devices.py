@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from model import UserError, cores
+from optimization import PRECISIONS
 from params import Params
 
 T = TypeVar("T")
@@ -181,10 +182,9 @@ def resolve_precision(params: Params, device: torch.device) -> Params:
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """Return the context in which a network computes in "fp32", "bf16" or "fp16"."""
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+    """Return the context in which a network computes in one of PRECISIONS."""
+    dtype = PRECISIONS[precision]
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
 def input_options(model: nn.Module, params: Params) -> dict[str, Any]:

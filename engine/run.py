@@ -154,25 +154,10 @@ def changes_since(state: dict[str, Any], training: Training) -> str:
 
 def check_trainable(params: Params, count: int) -> None:
     """Raise UserError unless these processes can train with params on a list of count images."""
-    processes = devices.world_size()
-    if params.batch_size % processes:
-        below = params.batch_size // processes * processes
-        nearest = f"{below} or {below + processes}" if below else f"{processes}"
-        raise UserError(
-            f'"batch_size" is {params.batch_size}, the images of a step in all processes together, and cannot be '
-            f"divided among {processes}; use {nearest}"
-        )
+    if broken := params.broken_rules(devices.world_size()):
+        raise UserError("; ".join(broken))
     if params.batch_size > count:
         raise UserError(f'"batch_size" is {params.batch_size}, but {params.train_split} has {count} images; lower it')
-    if params.compile and params.activation_checkpointing and processes > 1:
-        raise UserError(
-            '"compile" and "activation_checkpointing" together are for one process; set one of them to false'
-        )
-    if params.cutmix and params.batch_size // processes < 2:
-        raise UserError(
-            f'"cutmix" mixes the photos of a process, and "batch_size" {params.batch_size} gives each of {processes} a '
-            'single one; raise "batch_size", or set "cutmix" to 0'
-        )
 
 
 def check_batches(model: FCN_GCN, params: Params, count: int) -> None:

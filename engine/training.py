@@ -16,9 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 from engine.checkpoints import check_normalization, load_weights
 from engine.devices import rank, rng_states, set_rng_states, world_size
 from model import UserError
+from model.metrics import BETTER
 from model.net import FCN_GCN
 from model.parallel import Dropout2d, copy_to_all, shard, synchronize_batch_norm
-from params import METRICS, Params
+from optimization import build_optimizer, learning_rate_at
+from params import Params
 from utils import RunFailed
 
 
@@ -298,8 +300,8 @@ def score(epoch: dict, metric: str) -> float:
 
 
 def better_of(metric: str) -> Callable:
-    """Return max or min, which chooses the better of two values."""
-    return METRICS.get(metric, max)
+    """Return max or min, which chooses the better of two values; max for one that is unknown, of an older run say."""
+    return BETTER.get(metric, max)
 
 
 def scalars(metrics: dict) -> dict[str, float | None]:
@@ -333,48 +335,3 @@ def compile_mode(device: torch.device, params: Params) -> str:
     """
     alone = params.accumulation_steps == 1 and world_size() == 1
     return "reduce-overhead" if device.type == "cuda" and alone else "default"
-
-
-def build_optimizer(model: FCN_GCN, params: Params) -> torch.optim.Optimizer:
-    """Return SGD with momentum, or AdamW, over all parameters, in PyTorch's fused form."""
-    groups = parameter_groups(model, params)
-    if params.optimizer == "adamw":
-        return torch.optim.AdamW(groups, fused=True)
-    optimizer = torch.optim.SGD(groups, momentum=params.momentum, fused=True)
-    if params.momentum and params.precision == "fp16":
-        # PyTorch makes the buffers in the first step and fills them there, unless the scaler skips that step.
-        for weight in model.parameters():
-            optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
-    return optimizer
-
-
-def parameter_groups(model: FCN_GCN, params: Params) -> list[dict]:
-    """Return the parameters by what their learning rate is multiplied by and by their weight decay.
-
-    What is neither norm nor bias is a tensor called "weight" of two axes or more, in whatever encoder: scales of layers
-    and tables of positions have names of their own.
-    """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        factor = params.encoder_learning_rate_factor if model.encoder.owns(name) else 1.0
-        decays = params.decay_norms_and_biases or (name.endswith("weight") and parameter.ndim > 1)
-        groups.setdefault((factor, params.weight_decay if decays else 0.0), []).append(parameter)
-    return [
-        {"params": parameters, "factor": factor, "lr": factor * params.learning_rate, "weight_decay": decay}
-        for (factor, decay), parameters in groups.items()
-    ]
-
-
-SCHEDULES = {  # what the learning rate is multiplied by, of the share of the steps after the warm-up that is done
-    "constant": lambda share: 1.0,
-    "poly": lambda share: (1 - share) ** 0.9,
-    "cosine": lambda share: (1 + math.cos(math.pi * share)) / 2,
-}
-
-
-def learning_rate_at(step: int, params: Params, steps_per_epoch: int) -> float:
-    """Return the learning rate of an optimizer step, counted from 0: a linear rise, then the schedule."""
-    warmup, steps = params.warmup_epochs * steps_per_epoch, params.num_epochs * steps_per_epoch
-    if step < warmup:
-        return params.learning_rate * (step + 1) / (warmup + 1)
-    return params.learning_rate * SCHEDULES[params.schedule](min(1, (step - warmup) / (steps - warmup)))

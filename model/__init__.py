@@ -39,16 +39,6 @@ def refuse_irregular(path: str | Path) -> None:
         raise UserError(f"{path} is not a regular file ({kind}); put a regular file in its place")
 
 
-# The choices that params.json offers, here because reading it must not wait for torch.
-ENCODERS = (  # of torchvision's ResNet family
-    *("resnet50", "resnet18", "resnet34", "resnet101", "resnet152"),
-    *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2"),
-)
-TIMM = "timm/"  # begins the name of an encoder that is a model of timm
-HEADS = ("gcn", "conv1x1", "conv", "stack")
-GCN_PADDINGS = ("swapped", "same")
-
-
 def cores() -> int:
     """Return the CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

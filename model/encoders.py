@@ -24,11 +24,16 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models import get_model, get_model_weights
 from torchvision.ops import StochasticDepth
 
-from model import ENCODERS, TIMM, UserError, first_line
+from model import UserError, first_line
 from model.parallel import is_plain_batch_norm
 from model.transforms import IMAGENET_MEAN, IMAGENET_STD
 from model.weights import installed_weights, matched, no_weights, read_weights
 
+ENCODERS = (  # of torchvision's ResNet family
+    *("resnet50", "resnet18", "resnet34", "resnet101", "resnet152"),
+    *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2"),
+)
+TIMM = "timm/"  # begins the name of an encoder that is a model of timm
 # Options of the network that are about its encoder. One that an encoder does not honour is refused.
 OPTIONS = ("stem_maxpool", "zero_init_residual", "freeze_encoder_statistics", "activation_checkpointing")
 PYRAMID = (4, 8, 16, 32)  # strides that a timm model must have maps of

@@ -1,7 +1,6 @@
 """Where data sets keep their photos, masks and lists: one function for each layout.
 
-For a new one, write a function from the folder and the name of a list to a Split, and give it a name in LAYOUTS and in
-the key "dataset" of params.py.
+For a new one, write a function from the folder and the name of a list to a Split, and give it a name in LAYOUTS.
 """
 
 import os

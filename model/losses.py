@@ -1,11 +1,13 @@
 """The training loss: a weighted sum of terms over the pixels that are not void.
 
-A new term is a class here, in TERMS, and its name in params.py's LOSS_TERMS.
+A new term is a class here and its name in TERMS. A number that it takes is a field of the class, declared by
+constant(), and a field of Params under the name of the term and its own: focal_gamma.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,7 @@ class Batch:
         self.labels, self.over_processes = labels.long(), over_processes
         self.num_classes = logits.shape[1]
         self.valid = self.labels != VOID  # (B, H, W)
+        self.pixels = self.valid.sum()
         index = self.labels.where(self.valid, 0).unsqueeze(1)
         self.at_label = self.logits.gather(1, index).squeeze(1)  # (B, H, W), x where t = 1
 
@@ -48,10 +51,18 @@ class Batch:
 
 
 class Term(Protocol):
-    """A term of the loss: sums over the pixels of a batch, and the term from those of all processes."""
+    """A term of the loss: sums over the pixels of a batch, and the term from those of all processes.
+
+    value() gets what sums() has returned, summed over the processes, and "pixels", how many are not void.
+    """
 
     def sums(self, batch: Batch) -> dict[str, Tensor]: ...
     def value(self, sums: Mapping[str, Tensor], num_classes: int) -> Tensor: ...
+
+
+def constant(default: float, low: float, high: float, meaning: str) -> Any:
+    """Declare a constant of a term, a number from low to high, as a field of a dataclass."""
+    return field(default=default, metadata={"low": low, "high": high, "meaning": meaning})
 
 
 class BinaryCrossEntropy:
@@ -83,14 +94,18 @@ class InverseDice(Dice):
         return _dice(both, 2 * entries - sums["p"] - pixels)
 
 
-class CrossEntropy:
+class PixelMean:
+    """A term that is the mean of something over the pixels."""
+
+    def value(self, sums: Mapping[str, Tensor], num_classes: int) -> Tensor:
+        return sums["total"] / sums["pixels"].clamp(min=1)
+
+
+class CrossEntropy(PixelMean):
     """Mean over pixels of -log softmax(x) at the label."""
 
     def sums(self, batch: Batch) -> dict[str, Tensor]:
-        return {"cross_entropy": batch.sum(batch.cross_entropy)}
-
-    def value(self, sums: Mapping[str, Tensor], num_classes: int) -> Tensor:
-        return sums["cross_entropy"] / sums["pixels"].clamp(min=1)
+        return {"total": batch.sum(batch.cross_entropy)}
 
 
 class BalancedCrossEntropy:
@@ -111,22 +126,19 @@ class BalancedCrossEntropy:
         return sums["balanced"] / sums["balance"].clamp(min=1)
 
 
-class Focal:
+@dataclass(frozen=True)
+class Focal(PixelMean):
     """Mean over pixels of (1 - q)^gamma (-log q), q = softmax(x) at the label (Lin et al., arXiv 1708.02002, eq. 4)."""
 
-    def __init__(self, gamma: float = 2.0):
-        self.gamma = float(gamma)
+    gamma: float = constant(2.0, 0, 100, "the larger, the less well-classified pixels count")
 
     def sums(self, batch: Batch) -> dict[str, Tensor]:
         wrong = -torch.expm1(-batch.cross_entropy)  # 1 - q, without the loss of digits
         wrong = wrong.clamp(min=1e-12)  # where every power has a finite slope
-        return {"focal": batch.sum(wrong.pow(self.gamma) * batch.cross_entropy)}
-
-    def value(self, sums: Mapping[str, Tensor], num_classes: int) -> Tensor:
-        return sums["focal"] / sums["pixels"].clamp(min=1)
+        return {"total": batch.sum(wrong.pow(self.gamma) * batch.cross_entropy)}
 
 
-class Lovasz:
+class Lovasz(PixelMean):
     """The Lovász-softmax loss (Berman et al., arXiv 1705.08790): a convex surrogate of 1 - IoU, mean over the classes
     that occur in the labels of the batch.
 
@@ -146,10 +158,7 @@ class Lovasz:
             occurs.append(true.any())
         present = torch.stack(occurs)
         mean = torch.stack(losses).where(present, 0).sum() / present.sum().clamp(min=1)
-        return {"lovasz": mean * valid.sum()}
-
-    def value(self, sums: Mapping[str, Tensor], num_classes: int) -> Tensor:
-        return sums["lovasz"] / sums["pixels"].clamp(min=1)
+        return {"total": mean * valid.sum()}
 
 
 TERMS: dict[str, Callable[..., Term]] = {
@@ -161,6 +170,12 @@ TERMS: dict[str, Callable[..., Term]] = {
     "focal": Focal,
     "lovasz": Lovasz,
 }
+
+
+def constants() -> dict[str, tuple[str, Field]]:
+    """Return the term and the field of every constant by its key, as focal_gamma."""
+    declared = {term: getattr(kind, "__dataclass_fields__", {}) for term, kind in TERMS.items()}
+    return {f"{term}_{name}": (term, own) for term, all_ in declared.items() for name, own in all_.items()}
 
 
 class SegmentationLoss(nn.Module):
@@ -176,37 +191,37 @@ class SegmentationLoss(nn.Module):
         over_processes: the batch is shared by all processes of torch.distributed, each of which gives its part (of any
             size, also none) and gets the loss of the whole; gradients are to be averaged over the processes, see
             parallel.differentiable_sum.
-        constants: what else the terms take, under names as focal_gamma: term, keyword.
+        chosen: constants by key, as focal_gamma; the default of the term for those that are left out.
 
-    Raises:
-        UserError: an unknown term.
+    Raises UserError for an unknown term, TypeError for a constant that no term has.
     """
 
-    def __init__(self, weights: Mapping[str, float], *, over_processes: bool = False, **constants: float):
+    def __init__(self, weights: Mapping[str, float], *, over_processes: bool = False, **chosen: float):
         super().__init__()
         if unknown := set(weights) - set(TERMS):
             raise UserError(f"unknown loss terms {sorted(unknown)}; allowed: {', '.join(TERMS)}")
-        if surplus := [key for key in constants if not any(key.startswith(f"{term}_") for term in TERMS)]:
+        known = constants()
+        if surplus := set(chosen) - set(known):
             raise TypeError(f"no term of the loss takes {', '.join(surplus)}")
         self.weights = {term: float(weights[term]) for term in TERMS if weights.get(term)}
-        self.terms = {term: TERMS[term](**_constants_of(term, constants)) for term in self.weights}
+        self.terms: dict[str, Term] = {}
+        for term in self.weights:
+            own = {known[key][1].name: float(value) for key, value in chosen.items() if known[key][0] == term}
+            self.terms[term] = TERMS[term](**own)
         self.over_processes = over_processes
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the loss, a scalar. labels may have any integer dtype."""
         batch = Batch(logits, labels, over_processes=self.over_processes)
-        sums = {"pixels": batch.valid.sum()}
-        for term in self.terms.values():
-            sums |= term.sums(batch)
-        values = torch.stack([value.to(exact_dtype(value.device)) for value in sums.values()])
-        sums = dict(zip(sums, differentiable_sum(values) if self.over_processes else values, strict=True))
-        terms = [self.weights[name] * term.value(sums, batch.num_classes) for name, term in self.terms.items()]
+        sums = {name: {"pixels": batch.pixels} | term.sums(batch) for name, term in self.terms.items()}
+        # A tensor that several terms share is one entry, with one gradient.
+        distinct = {id(value): value for own in sums.values() for value in own.values()}
+        values = torch.stack([value.to(exact_dtype(value.device)) for value in distinct.values()])
+        totals = dict(zip(distinct, differentiable_sum(values) if self.over_processes else values, strict=True))
+        own = {name: {key: totals[id(value)] for key, value in of.items()} for name, of in sums.items()}
+        terms = [self.weights[name] * term.value(own[name], batch.num_classes) for name, term in self.terms.items()]
         loss = sum(terms, start=values.new_zeros(()))
         return loss.to(logits.dtype if logits.dtype == torch.float64 else torch.float32)
-
-
-def _constants_of(term: str, constants: Mapping[str, float]) -> dict[str, float]:
-    return {key.removeprefix(f"{term}_"): value for key, value in constants.items() if key.startswith(f"{term}_")}
 
 
 def _dice(intersection: Tensor, total: Tensor) -> Tensor:

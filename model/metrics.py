@@ -1,7 +1,16 @@
-"""Segmentation metrics from one confusion matrix per data set."""
+"""Metrics of segmentation: what is counted, and what follows from the counts of a whole data set.
 
+A new metric that follows from the confusion matrix is a line of ConfusionMatrix.metrics. One that needs the maps is a
+class like BoundaryMetrics, in ACCUMULATORS.
+"""
+
+import copy
 import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import groupby
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -12,29 +21,80 @@ from model.parallel import all_reduce_sum
 from model.voc import VOID
 
 
-class ConfusionMatrix:
-    """Counts pixels by label (rows) and prediction (columns), int64 (C, C), on the device of the predictions.
+@dataclass(frozen=True)
+class Metric:
+    """A metric and what is to be known of it.
 
-    update() once per batch, reduce() once if several processes share the data set, compute() at the end. Sums are
-    divided once per data set, never averaged over batches.
+    Attributes:
+        value: a number or, by class, (C), of an Accumulator whose sums are float64 on the CPU; NaN is undefined.
+        better: max or min, which chooses the better of two values.
+        column: what its values by class are called in evaluate.py's table; "" for a metric of one number.
     """
+
+    value: Callable[[Any], Tensor]
+    better: Callable = max
+    column: str = ""
+
+
+class Accumulator:
+    """Counts what some metrics follow from: each of its tensors is a sum over pixels, int64, on the device."""
+
+    metrics: ClassVar[dict[str, Metric]]
+    original_size = False  # True: only where photos are scored at their own size
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu"):
         self.num_classes = num_classes
+
+    def update(self, predictions: Tensor, labels: Tensor) -> Any:
+        """Add a batch of class indices, both (B, H, W) and of any integer dtype; labels of 255 are void."""
+        raise NotImplementedError
+
+    def _sums(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def reduce(self) -> None:
+        """Sum over all processes of torch.distributed; nothing to do where there is one."""
+        all_reduce_sum(*self._sums().values())
+
+    def compute(self) -> dict[str, Any]:
+        """Return every metric by name: a number or a list with one value per class, None for what is undefined."""
+        on_host = copy.copy(self)
+        vars(on_host).update({name: value.cpu().double() for name, value in self._sums().items()})
+        return {name: _plain(about.value(on_host).tolist()) for name, about in self.metrics.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return None if math.isnan(value) else value
+
+
+class ConfusionMatrix(Accumulator):
+    """Counts pixels by label (rows) and prediction (columns), int64 (C, C).
+
+    Definitions of Long et al., arXiv 1411.4038, section 5. Means are over the classes that occur in the labels;
+    frequency_weighted_IoU weighs each IoU with the class's share of the label pixels.
+    """
+
+    metrics: ClassVar = {
+        "mIoU": Metric(lambda c: c.mean(c.iou)),
+        "pixel_accuracy": Metric(lambda c: c.hits.sum() / c.labelled.sum()),
+        "mean_accuracy": Metric(lambda c: c.mean(c.recall)),
+        "frequency_weighted_IoU": Metric(lambda c: (c.frequency * c.iou.nan_to_num()).sum()),
+        "mean_dice": Metric(lambda c: c.mean(2 * c.hits / (c.labelled + c.predicted))),
+        "IoU": Metric(lambda c: c.iou, column="IoU"),
+        "accuracy": Metric(lambda c: c.recall, column="accuracy"),
+        "frequency": Metric(lambda c: c.frequency, column="share of pixels"),
+    }
+
+    def __init__(self, num_classes: int, device: torch.device | str = "cpu"):
+        super().__init__(num_classes)
         # One bin more than cells: void pixels go there, which costs no boolean mask and so no wait for the device.
         self._counts = torch.zeros(num_classes**2 + 1, dtype=torch.int64, device=device)
 
-    @property
-    def matrix(self) -> Tensor:
-        """int64 (C, C): label, prediction."""
-        return self._counts[:-1].view(self.num_classes, self.num_classes)
-
     @torch.no_grad()
     def update(self, predictions: Tensor, labels: Tensor) -> Tensor:
-        """Add a batch of class indices, both (B, H, W) and of any integer dtype; labels of 255 are skipped.
-
-        Returns the counts of each image, int64 (B, C, C).
-        """
+        """Add a batch. Returns the counts of each image, int64 (B, C, C)."""
         void = self.num_classes**2
         cells = (labels.long() * self.num_classes + predictions).where(labels != VOID, void).flatten(1)
         counts = torch.zeros(len(cells), void + 1, dtype=torch.int64, device=cells.device)
@@ -42,33 +102,21 @@ class ConfusionMatrix:
         self._counts += counts.sum(0)
         return counts[:, :-1].unflatten(1, (self.num_classes, self.num_classes))
 
-    def reduce(self) -> None:
-        """Sum over all processes of torch.distributed; nothing to do where there is one."""
-        all_reduce_sum(self._counts)
+    @property
+    def matrix(self) -> Tensor:
+        """(C, C): label, prediction."""
+        return self._counts[:-1].view(self.num_classes, self.num_classes)
 
-    def compute(self) -> dict:
-        """Return the metrics, all in [0, 1].
+    hits = property(lambda self: self.matrix.diag())
+    labelled = property(lambda self: self.matrix.sum(1))
+    predicted = property(lambda self: self.matrix.sum(0))
+    iou = property(lambda self: self.hits / (self.labelled + self.predicted - self.hits))
+    recall = property(lambda self: self.hits / self.labelled)
+    frequency = property(lambda self: self.labelled / self.labelled.sum())
 
-        mIoU and mean_dice are means over classes with a nonzero union, mean_accuracy over classes that occur in the
-        labels; frequency_weighted_IoU weighs each IoU with the class's share of label pixels (definitions of Long et
-        al., arXiv 1411.4038, section 5). IoU, accuracy (per-class recall) and frequency (share of the label pixels)
-        list one value per class. What is undefined, as the IoU of a class that occurs nowhere, is None.
-        """
-        matrix = self.matrix.cpu().double()
-        hits, labelled, predicted = matrix.diag(), matrix.sum(1), matrix.sum(0)
-        union = labelled + predicted - hits
-        total = labelled.sum()
-        iou, recall = hits / union, hits / labelled
-        return {
-            "mIoU": _mean(iou),
-            "pixel_accuracy": _or_none(hits.sum() / total),
-            "mean_accuracy": _mean(recall),
-            "frequency_weighted_IoU": _or_none((labelled / total * iou.nan_to_num()).sum()),
-            "mean_dice": _mean(2 * hits / (labelled + predicted)),
-            "IoU": [_or_none(value) for value in iou],
-            "accuracy": [_or_none(value) for value in recall],
-            "frequency": [_or_none(value) for value in labelled / total],
-        }
+    def mean(self, by_class: Tensor) -> Tensor:
+        """Return the mean over the classes that occur in the labels."""
+        return by_class.where(self.labelled > 0, math.nan).nanmean()
 
 
 def sparse(counts: Tensor) -> np.ndarray:
@@ -84,7 +132,7 @@ BAND = 7  # pixels
 RIM = 0.02  # of a photo's diagonal
 
 
-class BoundaryMetrics:
+class BoundaryMetrics(Accumulator):
     """How well boundaries are met, at the photos' own size.
 
     Accuracy near boundaries and inside (Peng et al., arXiv 1703.02719, table 5): of the pixels whose distance to the
@@ -99,43 +147,41 @@ class BoundaryMetrics:
     Void pixels count in neither, and what is predicted for them makes no difference.
     """
 
+    original_size = True
+    metrics: ClassVar = {
+        "boundary_accuracy": Metric(lambda b: b.pixels[0, 0] / b.pixels[0, 1]),
+        "interior_accuracy": Metric(lambda b: b.pixels[1, 0] / b.pixels[1, 1]),
+        "boundary_mIoU": Metric(lambda b: b.iou.where(b.rims[0] > 0, math.nan).nanmean()),
+        "boundary_IoU": Metric(lambda b: b.iou, column="boundary IoU"),
+    }
+
     def __init__(self, num_classes: int, device: torch.device | str = "cpu"):
-        self._pixels = torch.zeros(2, 2, dtype=torch.int64, device=device)  # boundary, interior: right, all
-        self._rims = torch.zeros(2, num_classes, dtype=torch.int64, device=device)  # intersection, union
+        super().__init__(num_classes)
+        self.pixels = torch.zeros(2, 2, dtype=torch.int64, device=device)  # boundary, interior: right, all
+        self.rims = torch.zeros(3, num_classes, dtype=torch.int64, device=device)  # of the labels, common, all
 
     @torch.no_grad()
-    def update(self, prediction: Tensor, labels: Tensor) -> None:
-        """Add one photo's class indices, both (H, W) and of any integer dtype; labels of 255 are void."""
-        prediction, labels = prediction.long(), labels.long()
+    def update(self, predictions: Tensor, labels: Tensor) -> None:
+        for photo in zip(predictions.long(), labels.long(), strict=True):
+            self._add(*photo)
+
+    def _add(self, prediction: Tensor, labels: Tensor) -> None:
         valid = labels != VOID
         near = _near(_boundary(labels))
         right = prediction == labels
         for row, region in enumerate((near & valid, ~near & valid)):
-            self._pixels[row] += torch.stack([(right & region).sum(), region.sum()])
+            self.pixels[row] += torch.stack([(right & region).sum(), region.sum()])
 
         prediction = prediction.where(valid, VOID)  # or its contour would run on through the void, unlike the label's
         reach = max(1, round(RIM * math.hypot(*labels.shape)))
         rims = [_rim(classes, reach) & valid for classes in (prediction, labels)]
         predicted, true, both = (
-            torch.bincount(classes[rim], minlength=self._rims.shape[1])
+            torch.bincount(classes[rim], minlength=self.rims.shape[1])
             for classes, rim in ((prediction, rims[0]), (labels, rims[1]), (labels, rims[0] & rims[1] & right))
         )
-        self._rims += torch.stack([both, predicted + true - both])
+        self.rims += torch.stack([true, both, predicted + true - both])
 
-    def reduce(self) -> None:
-        """Sum over all processes of torch.distributed; nothing to do where there is one."""
-        all_reduce_sum(self._pixels, self._rims)
-
-    def compute(self) -> dict:
-        """Return boundary_accuracy, interior_accuracy, boundary_mIoU and, by class, boundary_IoU, or None."""
-        (right, pixels), (intersection, union) = self._pixels.cpu().double().T, self._rims.cpu().double()
-        accuracy, iou = right / pixels, intersection / union
-        return {
-            "boundary_accuracy": _or_none(accuracy[0]),
-            "interior_accuracy": _or_none(accuracy[1]),
-            "boundary_mIoU": _mean(iou),
-            "boundary_IoU": [_or_none(value) for value in iou],
-        }
+    iou = property(lambda self: self.rims[1] / self.rims[2])
 
 
 def _boundary(labels: Tensor) -> Tensor:
@@ -174,9 +220,45 @@ def _rim(classes: Tensor, reach: int) -> Tensor:
     return table[side:, side:] - table[:-side, side:] - table[side:, :-side] + table[:-side, :-side] > 0
 
 
-def _mean(values: Tensor) -> float | None:
-    return _or_none(values.nanmean())
+ACCUMULATORS: tuple[type[Accumulator], ...] = (ConfusionMatrix, BoundaryMetrics)
 
 
-def _or_none(value: Tensor) -> float | None:
-    return None if value.isnan() else value.item()
+def registered(kinds: Sequence[type[Accumulator]]) -> dict[str, Metric]:
+    """Return all metrics by name. Raises TypeError where one would take the place of another, or of the loss."""
+    names = ["loss", "images", "epoch", *(name for kind in kinds for name in kind.metrics)]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise TypeError(f"two metrics have the same name: {', '.join(twice)}")
+    return {name: about for kind in kinds for name, about in kind.metrics.items()}
+
+
+METRICS = registered(ACCUMULATORS)
+AT_ORIGINAL_SIZE = {name for kind in ACCUMULATORS if kind.original_size for name in kind.metrics}
+BETTER = {name: about.better for name, about in METRICS.items() if not about.column} | {"loss": min}
+CHOOSING = [name for name in BETTER if name not in AT_ORIGINAL_SIZE]  # what every validation has, as one number
+
+
+class Metrics:
+    """All metrics of a data set; those for photos at their own size only where original_size says so.
+
+    update() once per batch, reduce() once if several processes share the data set, compute() at the end. Sums are
+    divided once per data set, never averaged over batches.
+    """
+
+    def __init__(self, num_classes: int, device: torch.device | str = "cpu", *, original_size: bool = False):
+        self.confusion = ConfusionMatrix(num_classes, device)
+        others = [kind for kind in ACCUMULATORS if kind is not ConfusionMatrix]
+        self.others = [kind(num_classes, device) for kind in others if original_size or not kind.original_size]
+
+    def update(self, predictions: Tensor, labels: Tensor) -> Tensor:
+        """Add a batch as every Accumulator does. Returns the confusion counts of each image, int64 (B, C, C)."""
+        for part in self.others:
+            part.update(predictions, labels)
+        return self.confusion.update(predictions, labels)
+
+    def reduce(self) -> None:
+        for part in (self.confusion, *self.others):
+            part.reduce()
+
+    def compute(self) -> dict[str, Any]:
+        parts = [part.compute() for part in (self.confusion, *self.others)]
+        return {name: value for part in parts for name, value in part.items()}

@@ -5,13 +5,14 @@
 
 import argparse
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, compiler, nn, sym_max
 
-from model import ENCODERS, GCN_PADDINGS, HEADS, UserError, encoders
+from model import UserError, encoders
+from model.encoders import ENCODERS
 from model.parallel import Dropout2d
 
 
@@ -35,6 +36,9 @@ class Conv2d(nn.Conv2d):
         return y if self.bias is None else y + self.bias.to(y.dtype).view(1, -1, 1, 1)
 
 
+GCN_PADDINGS = ("swapped", "same")
+
+
 class GCN(nn.Module):
     """A dense k x k kernel at the price of four one-dimensional ones (paper, section 3.1 and figure 2B).
 
@@ -49,6 +53,8 @@ class GCN(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, *, kernel_size: int = 7, padding: str = "swapped"):
         super().__init__()
         k, half = kernel_size, kernel_size // 2
+        if padding not in GCN_PADDINGS:
+            raise UserError(f"gcn_padding is {padding!r}; allowed: {', '.join(GCN_PADDINGS)}")
         along, across = ((0, half), (half, 0)) if padding == "same" else ((half, 0), (0, half))
         self.conv_l1 = nn.Conv2d(in_channels, out_channels, (k, 1), padding=(half, 0))
         self.conv_l2 = nn.Conv2d(out_channels, out_channels, (1, k), padding=(0, half))
@@ -83,6 +89,20 @@ class BR(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
         return x + self.conv2(self.relu(self.conv1(x)))
+
+
+def _stack(in_channels: int, num_classes: int, kernel_size: int, padding: str) -> nn.Module:
+    widths = [in_channels] * ((kernel_size - 1) // 2) + [num_classes]
+    return nn.Sequential(*(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(widths)))
+
+
+# What makes a score map of an encoder's: of its channels, the classes, k, and GCN's padding.
+HEADS: dict[str, Callable[[int, int, int, str], nn.Module]] = {
+    "gcn": lambda channels, classes, k, padding: GCN(channels, classes, kernel_size=k, padding=padding),
+    "conv1x1": lambda channels, classes, k, padding: nn.Conv2d(channels, classes, 1),
+    "conv": lambda channels, classes, k, padding: nn.Conv2d(channels, classes, k, padding="same"),
+    "stack": _stack,
+}
 
 
 class FCN_GCN(nn.Module):
@@ -136,11 +156,11 @@ class FCN_GCN(nn.Module):
         super().__init__()
         if kernel_size < 3 or kernel_size % 2 == 0:
             raise UserError(f"kernel_size is {kernel_size}; allowed: an odd number of at least 3")
-        if gcn_padding not in GCN_PADDINGS:
-            raise UserError(f"gcn_padding is {gcn_padding!r}; allowed: {', '.join(GCN_PADDINGS)}")
+        if head not in HEADS:
+            raise UserError(f"head is {head!r}; allowed: {', '.join(HEADS)}")
 
         def score(in_channels: int) -> nn.Module:
-            layer = _head(head, in_channels, num_classes, kernel_size, gcn_padding)
+            layer = HEADS[head](in_channels, num_classes, kernel_size, gcn_padding)
             if zero_init_heads:
                 last = (layer.conv_l2, layer.conv_r2) if isinstance(layer, GCN) else [*layer.modules()][-1:]
                 _zero(last)
@@ -209,19 +229,6 @@ def _upsample(x: Tensor, *, size: Sequence[int], always: bool = False) -> Tensor
     if not always and x.shape[-2:] == tuple(size):
         return x
     return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
-
-
-def _head(name: str, in_channels: int, num_classes: int, kernel_size: int, gcn_padding: str) -> nn.Module:
-    if name == "gcn":
-        return GCN(in_channels, num_classes, kernel_size=kernel_size, padding=gcn_padding)
-    if name == "conv1x1":
-        return nn.Conv2d(in_channels, num_classes, 1)
-    if name == "conv":
-        return nn.Conv2d(in_channels, num_classes, kernel_size, padding="same")
-    if name == "stack":
-        widths = [in_channels] * ((kernel_size - 1) // 2) + [num_classes]
-        return nn.Sequential(*(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(widths)))
-    raise UserError(f"head is {name!r}; allowed: {', '.join(HEADS)}")
 
 
 def without_unused(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

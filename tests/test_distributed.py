@@ -31,11 +31,11 @@ from engine.devices import loading_options
 from engine.training import Training
 from model.data_loader import DistributedBatchSampler, EpochSampler, SegmentationDataset, make_loader
 from model.layouts import class_names, find_split
-from model.losses import SegmentationLoss
-from model.metrics import BoundaryMetrics, ConfusionMatrix
+from model.losses import TERMS, SegmentationLoss
+from model.metrics import Metrics
 from model.net import FCN_GCN
 from model.parallel import Dropout2d, differentiable_sum, shard, synchronize_batch_norm
-from params import LOSS_TERMS, Params
+from params import Params
 from train import train_epoch
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
@@ -108,7 +108,7 @@ def step_in_float64(images: int) -> dict:
         synchronize_batch_norm(model, torch.device("cpu"))
         model[2].whole = own.start, images
         model = training.distribute(model, torch.device("cpu"))
-    sums = {term: 1 for term in LOSS_TERMS if term != "lovasz"}  # which differs with the shards
+    sums = {term: 1 for term in TERMS if term != "lovasz"}  # which differs with the shards
     criterion = SegmentationLoss(sums, over_processes=True)
     loss = criterion(model(x[rows]), labels[rows])
     loss.backward()
@@ -176,15 +176,12 @@ def test_processes_split_training_batches_and_deal_out_those_for_scoring(length,
 
 
 def counts_of_rank() -> tuple:
-    matrix, boundary = ConfusionMatrix(3), BoundaryMetrics(3)
-    labels = torch.arange(64).view(8, 8) % 3
+    metrics, labels = Metrics(3, original_size=True), torch.arange(64).view(1, 8, 8) % 3
     for index in range(5)[devices.rank() :: devices.world_size()]:
-        prediction = (labels + (torch.arange(64).view(8, 8) % (index + 2) == 0)) % 3
-        matrix.update(prediction, labels)
-        boundary.update(prediction, labels)
-    matrix.reduce()
-    boundary.reduce()
-    return matrix.matrix.tolist(), boundary.compute()
+        prediction = (labels + (torch.arange(64).view(1, 8, 8) % (index + 2) == 0)) % 3
+        metrics.update(prediction, labels)
+    metrics.reduce()
+    return metrics.confusion.matrix.tolist(), metrics.compute()
 
 
 def test_metrics_count_what_all_processes_have_seen():

@@ -26,9 +26,9 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from engine import ranks
 from engine.checkpoints import load_checkpoint
+from engine.evaluation import evaluate, make_segmenter
 from engine.run import check_batches
-from engine.training import Training, parameter_groups
-from evaluate import evaluate, make_segmenter
+from engine.training import Training
 from model import UserError, encoders
 from model.data_loader import SegmentationDataset, make_loader
 from model.encoders import fold_batch_norm
@@ -38,6 +38,7 @@ from model.net import FCN_GCN
 from model.parallel import shard, synchronize_batch_norm
 from model.transforms import to_input
 from model.weights import WEIGHTS_PACKAGES, matched, read_weights
+from optimization import parameter_groups
 from params import Params
 from train import train_epoch
 

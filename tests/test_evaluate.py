@@ -2,6 +2,8 @@ import json
 import math
 import re
 import shutil
+from argparse import Namespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +15,8 @@ from torchvision.io import ImageReadMode, decode_image
 
 import utils
 from engine import checkpoints, folders
-from evaluate import table
+from evaluate import draw_overlays, find_other, table
+from model import UserError
 from model.comparison import photo_mIoU, read_counts
 from model.photos import read_photo
 from model.transforms import squares, to_input
@@ -64,8 +67,8 @@ def test_the_official_score_is_that_of_the_predictions_in_the_files(experiment, 
         assert len(np.unique(prediction)) > 2
         valid = mask != 255
         np.add.at(counts, (mask[valid], prediction[valid]), 1)
-    hits, union = counts.diagonal(), counts.sum(0) + counts.sum(1) - counts.diagonal()
-    assert metrics["mIoU"] == pytest.approx(np.mean(hits[union > 0] / union[union > 0]))
+    hits, union, occurs = counts.diagonal(), counts.sum(0) + counts.sum(1) - counts.diagonal(), counts.sum(1) > 0
+    assert metrics["mIoU"] == pytest.approx(np.mean(hits[occurs] / union[occurs]))
     assert metrics["pixel_accuracy"] == pytest.approx(hits.sum() / counts.sum())
     assert metrics["images"] == 3
     assert metrics["epoch"] in (1, 2)
@@ -73,11 +76,37 @@ def test_the_official_score_is_that_of_the_predictions_in_the_files(experiment, 
     for text in ("their own size", "boundary IoU", f"{metrics['mIoU']:.4f}", str(tmp_path / "out")):
         assert text in stdout
     assert not (experiment / "metrics_val_best.json").exists()
+    check_counts(experiment, data, metrics, "val_best_original_size")
+
+
+def check_counts(experiment, data, metrics: dict, name: str) -> None:
+    """The counts of the photos add up to the metrics."""
+    counts = read_counts(experiment / f"counts_{name}.npz")
+    hits, union = counts.hits.sum(0), (counts.labelled + counts.predicted - counts.hits).sum(0)
+    expected = [hit / total if total else None for hit, total in zip(hits, union, strict=True)]
+    assert list(metrics["IoU"].values()) == pytest.approx(expected)
+    assert counts.ids == (data / "val.txt").read_text().split() and counts.class_names == list(metrics["IoU"])
+    assert experiment / f"counts_{name}.npz" in folders.existing_outputs(experiment)
+
+
+def test_the_score_at_the_size_of_the_network_is_that_of_validation(experiment, trained):
+    _, data = trained
+    run_evaluate(experiment, data)
+    metrics = json.loads((experiment / "metrics_val_best.json").read_text())
+    then = json.loads((experiment / "metrics_val_best_weights.json").read_text())
+    assert (metrics["image_size"], metrics["resize"]) == (32, "squash") and "boundary_mIoU" not in metrics
+    assert {key: metrics[key] for key in ("epoch", "mIoU", "frequency")} == {
+        key: then[key] for key in ("epoch", "mIoU", "frequency")
+    }
+    assert metrics["loss"] == pytest.approx(then["loss"], rel=1e-5)
+    check_counts(experiment, data, metrics, "val_best")
+    assert Image.open(experiment / "metrics_val_best.png").size > (1000, 500)
 
 
 def test_scales_and_flip_reach_the_predictions(experiment, trained, tmp_path):
     _, data = trained
-    run_evaluate(experiment, data, "--scales", "1", "2", "--flip", "--save_predictions", tmp_path / "out")
+    flags = "--scales", 1, 2, "--flip", "--save_predictions", tmp_path / "out", "--save_overlays", 1
+    run_evaluate(experiment, data, *flags)
     for id_ in masks_of(data, "val"):
         prediction = np.array(Image.open(tmp_path / "out" / SERVER_FOLDER.format("val") / f"{id_}.png"))
         photo = read_photo(data / "JPEGImages" / f"{id_}.jpg")
@@ -85,25 +114,8 @@ def test_scales_and_flip_reach_the_predictions(experiment, trained, tmp_path):
     assert not (experiment / "metrics_val_best_original_size.json").exists()
     metrics = json.loads((experiment / "metrics_val_best_multi_scale.json").read_text())
     assert (metrics["scales"], metrics["flip"]) == ([1.0, 2.0], True)
-
-
-def test_names_that_leave_no_room_are_cut_and_a_link_in_the_way_of_overlays_is_said_first(
-    experiment, trained, tmp_path
-):
-    data = shutil.copytree(trained[1], tmp_path / "data")
-    for folder, suffix in (("JPEGImages", "jpg"), ("SegmentationClass", "png")):
-        (data / folder / f"val0.{suffix}").rename(data / folder / f"{'v' * 251}.{suffix}")
-    (data / "val.txt").write_text("v" * 251 + "\n")
-    run_evaluate(experiment, data, "--save_overlays", 1, "--save_predictions", tmp_path / "out")
-    (overlay,) = (experiment / "overlays_val_best_original_size").iterdir()
-    assert overlay.name == f"1_{'v' * 249}.png"
-    assert len(list((tmp_path / "out").rglob("*.png"))) == 1
-    shutil.rmtree(experiment / "overlays_val_best_original_size")
-    (experiment / "overlays_val_best_original_size").symlink_to("nowhere")
-    (experiment / "metrics_val_best_original_size.json").unlink()
-    stderr = run_evaluate(experiment, data, "--save_overlays", 1, check=2).stderr
-    assert "--save_overlays: " in stderr and "a link leads nowhere or in a circle" in stderr
-    assert not (experiment / "metrics_val_best_original_size.json").exists()
+    (overlay,) = (experiment / "overlays_val_best_multi_scale").iterdir()
+    assert overlay in folders.existing_outputs(experiment)  # --overwrite deletes it
 
 
 def test_overlays_show_the_worst_photos_first(experiment, trained):
@@ -122,10 +134,12 @@ def test_overlays_show_the_worst_photos_first(experiment, trained):
         scores.append(mean_iou(expected_prediction(experiment, photo), mask))
         assert Image.open(picture).width > 4 * 300  # photo, truth, prediction, error
     assert scores == sorted(scores)
-    run_evaluate(experiment, data, "--save_overlays", 1, "--flip")
-    (other,) = (experiment / "overlays_val_best_multi_scale").iterdir()
-    assert sorted(folder.iterdir()) == pictures
-    assert {*pictures, other} <= {*folders.existing_outputs(experiment)}  # --overwrite deletes them
+    shutil.rmtree(folder)
+    folder.symlink_to("nowhere")
+    (experiment / "metrics_val_best_original_size.json").unlink()
+    stderr = run_evaluate(experiment, data, "--save_overlays", 1, check=2).stderr
+    assert "--save_overlays: " in stderr and "a link leads nowhere or in a circle" in stderr
+    assert not (experiment / "metrics_val_best_original_size.json").exists(), "said before anything is scored"
 
 
 def mean_iou(prediction: np.ndarray, mask: np.ndarray) -> float:
@@ -151,35 +165,16 @@ def test_photos_on_which_two_experiments_differ_most_are_drawn_with_both(experim
     ours, theirs = (read_counts(run / absent.name) for run in (experiment, other))
     order = np.argsort(-abs(photo_mIoU(ours) - photo_mIoU(theirs)), kind="stable")[:2]
     assert [path.stem.split("_", 1)[1] for path in sorted(folder.iterdir())] == [ours.ids[index] for index in order]
-    (data_of := tmp_path / "data").mkdir()
-    for path in data.iterdir():
-        (data_of / path.name).symlink_to(path)
-    (data_of / "val.txt").unlink()
-    (data_of / "val.txt").write_text("val0\nval1\n")
-    assert "were scored on different photos" in run_evaluate(experiment, data_of, *flags, check=2).stderr
-    assert "goes with --save_overlays" in run_evaluate(experiment, data, "--against", other, check=2).stderr
-    run_evaluate(other, data, "--flip")
-    again = run_evaluate(experiment, data, "--scales", 1, 1.5, *flags, check=2).stderr
-    assert f"is of another checkpoint, other --scales or --flip; score {other} again" in again
+    with pytest.raises(UserError, match="were scored on different photos"):
+        fewer = replace(ours, **{key: getattr(ours, key)[:2] for key in ("ids", "labelled", "predicted", "hits")})
+        draw_overlays(None, None, fewer, (theirs, None), folder, Namespace(model_dir=experiment, against=other))
+    stale = rf"is of another checkpoint, other --scales or --flip; score {other} again"
+    args = Namespace(against=other, restore_file="best", scales=None, flip=False)
+    with pytest.raises(UserError, match=stale):
+        find_other("val_best_original_size", {"scales": [1.0, 1.5], "flip": False}, torch.device("cpu"), args)
     shutil.copy(experiment / absent.name, absent)
-    assert (
-        f"is of another checkpoint, other --scales or --flip; score {other} again"
-        in run_evaluate(experiment, data, *flags, check=2).stderr
-    )
-
-
-@pytest.mark.parametrize("flags", [[], ["--original_size"]], ids=str)
-def test_the_counts_of_the_photos_add_up_to_the_metrics(experiment, trained, flags):
-    _, data = trained
-    run_evaluate(experiment, data, *flags)
-    name = "val_best" + "_original_size" * len(flags)
-    counts = read_counts(experiment / f"counts_{name}.npz")
-    metrics = json.loads((experiment / f"metrics_{name}.json").read_text())
-    hits, union = counts.hits.sum(0), (counts.labelled + counts.predicted - counts.hits).sum(0)
-    expected = [hit / total if total else None for hit, total in zip(hits, union, strict=True)]
-    assert list(metrics["IoU"].values()) == pytest.approx(expected)
-    assert counts.ids == (data / "val.txt").read_text().split() and counts.class_names == list(metrics["IoU"])
-    assert experiment / f"counts_{name}.npz" in folders.existing_outputs(experiment)
+    assert stale in run_evaluate(experiment, data, *flags, check=2).stderr
+    assert "goes with --save_overlays" in run_evaluate(experiment, data, "--against", other, check=2).stderr
 
 
 def test_a_split_without_masks_is_predicted_and_not_scored(experiment, trained, tmp_path):
@@ -205,7 +200,7 @@ def test_a_split_whose_masks_are_all_void_is_predicted_and_not_scored(experiment
         Image.fromarray(np.full_like(mask, 255)).save(target / "SegmentationClass" / f"{id_}.png")
     before = set(experiment.iterdir())
     save = ("--save_predictions", tmp_path / "out")
-    for flags in ((), ("--original_size",), (*save, "--save_overlays", 1)):
+    for flags in ((), (*save, "--save_overlays", 1)):
         stderr = run_evaluate(experiment, target, *flags, check=2).stderr
         assert f"split val of {target} has masks of nothing but void: it can be predicted, not scored" in stderr
     stdout = run_evaluate(experiment, target, *save).stdout
@@ -235,13 +230,7 @@ def test_names_cannot_break_the_table():
     assert [row[1].strip() for row in rows] == ["0.5000", "-", "0.2500", "1.0000"]
 
 
-def test_evaluation_draws_what_it_has_counted(experiment, trained):
-    _, data = trained
-    run_evaluate(experiment, data)
-    assert Image.open(experiment / "metrics_val_best.png").size > (1000, 500)
-
-
-def test_tensorboard_gets_every_epoch(trained):
+def test_tensorboard_gets_every_epoch_and_the_hyperparameters_beside_the_best_metrics(trained):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     experiment, _ = trained
     events = accumulator.EventAccumulator(str(experiment / "tensorboard"))
@@ -254,13 +243,6 @@ def test_tensorboard_gets_every_epoch(trained):
             for (_, value), record in zip(logged, history, strict=True):
                 assert math.isclose(value, record[part][metric], rel_tol=1e-5)
     assert [event.step for event in events.Images("samples")] == [1, 2]
-
-
-def test_tensorboard_has_the_hyperparameters_beside_the_best_metrics(trained):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    experiment, _ = trained
-    events = accumulator.EventAccumulator(str(experiment / "tensorboard"))
-    events.Reload()
     assert "_hparams_/session_start_info" in events.PluginTagToContent("hparams")
     best = json.loads((experiment / "metrics_val_best_weights.json").read_text())
     assert events.Scalars("best/mIoU")[0].value == pytest.approx(best["mIoU"])

@@ -20,9 +20,10 @@ from torch import nn
 
 import export
 from engine import checkpoints, folders
-from model import ENCODERS, HEADS, UserError
+from model import UserError
+from model.encoders import ENCODERS
 from model.inference import Segmenter
-from model.net import FCN_GCN
+from model.net import FCN_GCN, HEADS
 from model.photos import read_photo
 from model.transforms import IMAGENET_MEAN, IMAGENET_STD, PADDING, RESIZES, squares
 from params import Params
@@ -330,7 +331,7 @@ def test_every_architecture_is_exported(tmp_path, options):
 CHOICES = {
     "resize": tuple(RESIZES),
     "augment": (False, True),
-    "head": HEADS,
+    "head": tuple(HEADS),
     "boundary_refinement": (False, True),
     "stem_maxpool": (False, True),
     "freeze_encoder_statistics": (False, True),

@@ -11,9 +11,8 @@ from PIL import Image
 
 from model import UserError, layouts
 from model.data_loader import SegmentationDataset
-from model.layouts import CITYSCAPES, LAYOUTS, class_names, find_split
+from model.layouts import CITYSCAPES, class_names, find_split
 from model.voc import VOID
-from params import Params
 
 CITIES = {"train": {"aachen": 4, "bochum": 2}, "val": {"munster": 2}, "test": {"berlin": 1}}
 
@@ -43,11 +42,6 @@ def streets(tmp_path) -> Path:
 def load(folder: Path, split: str = "train", **options) -> SegmentationDataset:
     names = list(CITYSCAPES)
     return SegmentationDataset(find_split("cityscapes", folder, split), class_names=names, image_size=64, **options)
-
-
-def test_params_allow_every_layout():
-    assert all(Params.fault("dataset", name) is None for name in LAYOUTS)
-    assert all(f'"{name}"' in Params.fault("dataset", "nonesuch") for name in LAYOUTS)
 
 
 def test_photos_and_masks_are_found_in_every_city(streets):

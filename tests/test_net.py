@@ -7,9 +7,9 @@ from torch import nn
 from torchvision.models.resnet import Bottleneck
 
 from engine.checkpoints import load_weights
-from model import ENCODERS, HEADS, UserError
-from model.encoders import fold_batch_norm
-from model.net import BR, FCN_GCN, GCN, _upsample
+from model import UserError
+from model.encoders import ENCODERS, fold_batch_norm
+from model.net import BR, FCN_GCN, GCN, HEADS, _upsample
 
 
 def network(**options) -> FCN_GCN:

@@ -11,14 +11,15 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from engine.evaluation import evaluate
 from engine.training import Training
-from evaluate import evaluate
 from model import parallel
 from model.inference import Segmenter
+from model.losses import TERMS
 from model.net import FCN_GCN
 from model.transforms import IMAGENET_MEAN, IMAGENET_STD, PADDING, _colour, _times_255
 from model.voc import CLASS_NAMES
-from params import LOSS_TERMS, Params
+from params import Params
 from train import train_epoch
 
 META = torch.device("meta")
@@ -115,7 +116,7 @@ class WithoutFloat64(TorchDispatchMode):
 
 def test_no_float64_comes_to_a_device_that_has_none(monkeypatch):
     monkeypatch.setattr(parallel, "WITHOUT_FLOAT64", {"meta"})
-    terms = dict.fromkeys(LOSS_TERMS, 1.0)
+    terms = dict.fromkeys(TERMS, 1.0)
     training = Training(
         FCN_GCN(encoder="resnet18", pretrained=False),
         Params(**TINY, augment=True, cutmix=0.5, ema_decay=0.9, loss_weights=terms),

@@ -1,0 +1,182 @@
+"""Scoring: a network at the size that it reads, and at the photos' own size."""
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from engine.checkpoints import agreed_class_names, checkpoint_path
+from engine.devices import autocast, bar_disabled, gather, input_options, loading_options
+from engine.run import find_data_dir
+from model.data_loader import (
+    Loader,
+    OriginalDataset,
+    OriginalLoader,
+    SegmentationDataset,
+    make_loader,
+    make_original_loader,
+)
+from model.encoders import fold_batch_norm
+from model.inference import Segmenter, class_map
+from model.layouts import Split, find_split
+from model.losses import SegmentationLoss
+from model.metrics import Metrics, sparse
+from model.net import FCN_GCN
+from model.parallel import all_reduce_sum, exact_dtype
+from model.transforms import to_input
+from model.voc import colour_mask
+from params import Params
+from utils import save_picture
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What was counted over a split, in every process.
+
+    metrics for JSON, those by class as {name: value}; matrix, the confusion counts, (C, C); cells, metrics.sparse() of
+    every photo in the order of the list, [] where that was not asked for.
+    """
+
+    metrics: dict[str, Any]
+    matrix: np.ndarray
+    cells: list[np.ndarray]
+
+
+def evaluate(model: nn.Module, loader: Loader, params: Params, device: torch.device) -> dict[str, Any]:
+    """Return the metrics of score()."""
+    return score(model, loader, params, device).metrics
+
+
+@torch.inference_mode()
+def score(model: nn.Module, loader: Loader, params: Params, device: torch.device, *, by_photo: bool = False) -> Scores:
+    """Score a network on every image of a loader, at the loader's image size; each process on its part of them.
+
+    "loss" is its mean over images. by_photo: keep the counts of each, for which a GPU has to be waited for. Leaves the
+    network in evaluation mode.
+    """
+    model.eval()
+    criterion, metrics = SegmentationLoss(**params.loss_options()), Metrics(params.num_classes, device)
+    loss_sum = torch.zeros((), dtype=exact_dtype(device), device=device)
+    own: dict[int, np.ndarray] | None = {} if by_photo else None
+    with progress(loader, "evaluating") as bar:
+        for indices, (images, labels, *_) in zip(loader.batch_sampler, loader, strict=True):
+            labels = labels.to(device, non_blocking=True)
+            with autocast(device, params.precision):
+                logits = model(to_input(images, device, **input_options(model, params)))
+            loss_sum += criterion(logits, labels) * len(images)
+            of_images = metrics.update(logits.argmax(1), labels)
+            if own is not None:
+                own |= zip(indices, map(sparse, of_images.cpu()), strict=True)
+            bar.update(len(images))
+    all_reduce_sum(loss_sum)
+    loss = loss_sum.item() / len(loader.dataset)
+    return add_up(metrics, own, loader.dataset, loss=loss if math.isfinite(loss) else None)
+
+
+def add_up(metrics: Metrics, own: dict[int, np.ndarray] | None, dataset: Any, **others: float | None) -> Scores:
+    """Add up what all processes have counted; own has the cells of a process's own photos by index."""
+    parts = [] if own is None else gather(own)
+    found = {index: cells for part in parts for index, cells in part.items()}
+    metrics.reduce()
+    values = {
+        name: dict(zip(dataset.class_names, value, strict=True)) if isinstance(value, list) else value
+        for name, value in metrics.compute().items()
+    }
+    cells = [found[index] for index in sorted(found)]
+    return Scores({**others, "images": len(dataset), **values}, metrics.confusion.matrix.cpu().numpy(), cells)
+
+
+def progress(loader: Loader | OriginalLoader, title: str) -> tqdm:
+    """Return a bar over the images that are this process's part."""
+    total = sum(loader.batch_sampler.sizes)
+    return tqdm(total=total, desc=title, unit="img", leave=False, disable=bar_disabled())
+
+
+def score_squares(model: FCN_GCN, split: Split, names: Sequence[str], params: Params, device: torch.device) -> Scores:
+    """Score a network, and each photo, at the size that it reads."""
+    make_dataset = partial(
+        SegmentationDataset,
+        split,
+        class_names=names,
+        image_size=params.image_size,
+        resize=params.resize,
+        padding=model.encoder.padding,
+        cache=params.cache,
+    )
+    dataset = make_dataset()
+    loader = make_loader(dataset, batch_size=params.scoring_batch_size, device=device, **loading_options(params))
+    return score(model, loader, params, device, by_photo=True)
+
+
+def make_segmenter(
+    model: FCN_GCN, params: Params, device: torch.device, *, scales: Sequence[float] | None = None, flip: bool = False
+) -> Segmenter:
+    """Return what segments photos, at several scales and mirrored if asked. Raises UserError for unusable scales.
+
+    The network gets its batch norm folded and is of no other use then.
+    """
+    fold_batch_norm(model)
+    return Segmenter(
+        model,
+        device,
+        image_size=params.image_size,
+        resize=params.resize,
+        padding=model.encoder.padding,
+        scales=scales or (1.0,),
+        flip=flip,
+        autocast=partial(autocast, device, params.precision),
+        **input_options(model, params),
+    )
+
+
+def score_originals(
+    segmenter: Segmenter,
+    dataset: OriginalDataset,
+    params: Params,
+    save_to: Path | None = None,
+) -> Scores | None:
+    """Predict every photo at its own size, and save it in a folder if given; each process does its part.
+
+    Returns None where the split has no masks.
+    """
+    loader = make_original_loader(
+        dataset,
+        segmenter.sizes,
+        resize=params.resize,
+        padding=segmenter.padding,
+        batch_size=params.scoring_batch_size,
+        **loading_options(params),
+    )
+    metrics, own = Metrics(params.num_classes, segmenter.device, original_size=True), dict[int, np.ndarray]()
+    with progress(loader, "predicting") as bar:
+        for indices, sizes, inputs, masks in loader:
+            looks = segmenter.logits(inputs, sizes)
+            for index, (width, height), maps, mask in zip(indices, sizes, looks, masks, strict=True):
+                prediction = class_map(maps, width=width, height=height)  # uint8 (H, W) on the device
+                if save_to:
+                    picture = colour_mask(prediction.cpu().numpy(), dataset.class_names)
+                    save_picture(picture, save_to / f"{dataset.split.ids[index]}.png")
+                if mask is not None:
+                    counts = metrics.update(prediction[None], mask.to(segmenter.device)[None])
+                    own[index] = sparse(counts[0].cpu())
+                bar.update()
+    result = add_up(metrics, own, dataset)
+    return None if dataset.split.masks is None else result
+
+
+def find_data(
+    params: Params, checkpoint: dict, args: argparse.Namespace, split: str = "val", *, masks_required: bool = False
+) -> tuple[Path, Split, list[str]]:
+    """Return the data folder, a split of it, and the names of the classes, which must be those of a checkpoint."""
+    folder = find_data_dir(args, params.dataset)
+    found = find_split(params.dataset, folder, split, masks_required=masks_required)
+    file = checkpoint_path(args.model_dir, args.restore_file)
+    return folder, found, agreed_class_names(checkpoint, file, found, params.num_classes)
