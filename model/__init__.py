@@ -10,7 +10,7 @@ class UserError(ValueError):
     """A mistake that the user can mend. Scripts print it as one line on stderr and exit with status 2."""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of what an error says, cut short; its kind where it says nothing."""
     line = next(iter(str(error).strip().splitlines()), type(error).__name__)
     return textwrap.shorten(line, 160, placeholder=" ...")
