@@ -15,6 +15,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from comparing import Counts, check_same_photos, mIoU, read_counts, write_counts
 from engine import distributed, ranks
 from engine.checkpoints import agreed_class_names, checkpoint_path, load_network
 from engine.cli import (
@@ -29,7 +30,6 @@ from engine.devices import autocast, input_options, loading_options
 from engine.folders import data_dir
 from engine.training import scalars
 from model import UserError
-from model.comparison import Counts, check_same_photos, photo_mIoU, read_counts, write_counts
 from model.data_loader import (
     Loader,
     OriginalDataset,
@@ -236,11 +236,11 @@ def draw_overlays(
 
     They take the place of those of an earlier evaluation.
     """
-    score, names = photo_mIoU(counts), dataset.class_names
+    score, names = mIoU(counts.pixels), dataset.class_names
     theirs, rank = None, score
     if other:
         check_same_photos(counts, other[0], (str(args.model_dir), str(args.against)))
-        theirs = photo_mIoU(other[0])
+        theirs = mIoU(other[0].pixels)
         rank = -abs(score - theirs)
     order = [index for index in np.argsort(rank, kind="stable") if np.isfinite(rank[index])][: args.save_overlays]
     earlier = set(folder.glob("*.png"))

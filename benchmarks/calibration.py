@@ -1,7 +1,7 @@
 """How often a comparison errs, in experiments that are put together from real ones. docs/COMPARING.md has the table.
 
-A run of a recipe has for each class the pixels of one of the recipe's real runs, drawn by lot, on photos that are drawn
-from the real ones. So it is known what the recipe reaches over all seeds and photos: the mean of the real runs.
+A run of a recipe has for each class what one of the recipe's real runs, drawn by lot, predicts for its pixels, on
+photos that are drawn from the real ones. So it is known what the recipe reaches: the mean of many such runs.
 """
 
 import argparse
@@ -17,9 +17,9 @@ sys.path.insert(0, str(ROOT))
 from tabulate import tabulate
 from tqdm import tqdm
 
+from comparing import Counts, between_seeds, check_same_photos, difference, mIoU, read_counts, resample
 from engine.cli import run_main
 from model import UserError
-from model.comparison import Counts, between_seeds, check_same_photos, compare, mIoU, read_counts, resample
 
 
 def parse_args() -> argparse.Namespace:
@@ -36,33 +36,25 @@ def parse_args() -> argparse.Namespace:
 
 
 def draw_run(rng: np.random.Generator, recipe: Sequence[Counts]) -> Counts:
-    """Take each class from one of a recipe's runs."""
+    """Take the pixels of each label from one of a recipe's runs."""
     first, classes = recipe[0], np.arange(len(recipe[0].class_names))
     taken = rng.integers(len(recipe), size=len(classes))
-    predicted, hits = (
-        np.stack([getattr(run, part) for run in recipe])[taken, :, classes].T for part in ("predicted", "hits")
-    )
-    return Counts(first.ids, first.class_names, first.labelled, predicted, hits)
+    pixels = np.stack([run.pixels for run in recipe])[taken, :, classes]  # (C, N, C)
+    return Counts(first.ids, first.class_names, pixels.swapaxes(0, 1))
 
 
 def on_photos(run: Counts, places: np.ndarray) -> Counts:
-    return Counts(
-        [run.ids[place] for place in places],
-        run.class_names,
-        run.labelled[places],
-        run.predicted[places],
-        run.hits[places],
-    )
+    return Counts([run.ids[place] for place in places], run.class_names, run.pixels[places])
 
 
 def exchanged(rng: np.random.Generator, first: Counts, other: Counts) -> list[Counts]:
     """Let chance decide, photo by photo, which of two runs is which: then neither is better."""
-    swap = rng.random((len(first.ids), 1)) < 0.5
-    parts = [(getattr(first, part), getattr(other, part)) for part in ("predicted", "hits")]
-    return [
-        Counts(first.ids, first.class_names, first.labelled, *(np.where(mask, b, a) for a, b in parts))
-        for mask in (swap, ~swap)
-    ]
+    swap = rng.random((len(first.ids), 1, 1)) < 0.5
+    return [Counts(first.ids, first.class_names, np.where(mask, other.pixels, first.pixels)) for mask in (swap, ~swap)]
+
+
+def reached(run: Counts) -> float:
+    return float(mIoU(run.pixels.sum(0)))
 
 
 def simulate(
@@ -78,7 +70,8 @@ def simulate(
 
     others is the number of further runs of each recipe, from which it is known what seeds change.
     """
-    truth = np.mean([mIoU(run) for run in ours]) - np.mean([mIoU(run) for run in baseline])
+    many = [np.mean([reached(draw_run(rng, recipe)) for _ in range(1000)]) for recipe in (ours, baseline)]
+    truth = many[0] - many[1]
     without_0 = without_truth = width = 0.0
     for _ in range(args.experiments):
         places = rng.integers(len(ours[0].ids), size=photos)
@@ -88,7 +81,7 @@ def simulate(
         resampled = iter(resample([*drawn[0], *drawn[1]], resamples=args.resamples, seed=int(rng.integers(2**32))))
         sides = [[next(resampled) for _ in side] for side in drawn]
         spread = between_seeds([side[seeds:] for side in sides])
-        found, _ = compare(*(side[:seeds] for side in sides), others=spread, seed=int(rng.integers(2**32)))
+        found, _ = difference(*(side[:seeds] for side in sides), others=spread, seed=int(rng.integers(2**32)))
         without_0 += not found.low <= 0 <= found.high
         without_truth += not found.low <= truth <= found.high
         width += found.high - found.low
@@ -102,7 +95,7 @@ def simulate_photos(rng: np.random.Generator, runs: Sequence[Counts], photos: in
         places = rng.integers(len(runs[0].ids), size=photos)
         pair = exchanged(rng, *(on_photos(draw_run(rng, runs), places) for _ in range(2)))
         resampled = resample(pair, resamples=args.resamples, seed=int(rng.integers(2**32)))
-        found, _ = compare(resampled[:1], resampled[1:])
+        found, _ = difference(resampled[:1], resampled[1:])
         missed += not found.low <= 0 <= found.high
     return missed / args.experiments
 
@@ -114,7 +107,7 @@ def main() -> int:
         raise UserError("a recipe needs two runs at least, for what a seed changes")
     for path, run in zip([*args.ours, *args.baseline], [*ours, *baseline], strict=True):
         check_same_photos(ours[0], run, (str(args.ours[0]), str(path)))
-    levels = [[mIoU(run) for run in recipe] for recipe in (ours, baseline)]
+    levels = [[reached(run) for run in recipe] for recipe in (ours, baseline)]
     for name, level in zip(("ours", "baseline"), levels, strict=True):
         print(f"{name}: mIoU {np.mean(level):.4f} ± {np.std(level, ddof=1):.4f}, {len(level)} runs")
     rows: list[list] = []

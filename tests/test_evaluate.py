@@ -12,9 +12,9 @@ from PIL import Image
 from torchvision.io import ImageReadMode, decode_image
 
 import utils
+from comparing import class_IoU, mIoU, read_counts
 from engine import checkpoints, folders
 from evaluate import table
-from model.comparison import photo_mIoU, read_counts
 from model.photos import read_photo
 from model.transforms import squares, to_input
 from model.voc import palette
@@ -149,7 +149,7 @@ def test_photos_on_which_two_experiments_differ_most_are_drawn_with_both(experim
     folder = experiment / "overlays_val_best_original_size"
     assert f"those that differ most -> {folder}" in stdout
     ours, theirs = (read_counts(run / absent.name) for run in (experiment, other))
-    order = np.argsort(-abs(photo_mIoU(ours) - photo_mIoU(theirs)), kind="stable")[:2]
+    order = np.argsort(-abs(mIoU(ours.pixels) - mIoU(theirs.pixels)), kind="stable")[:2]
     assert [path.stem.split("_", 1)[1] for path in sorted(folder.iterdir())] == [ours.ids[index] for index in order]
     (data_of := tmp_path / "data").mkdir()
     for path in data.iterdir():
@@ -175,9 +175,9 @@ def test_the_counts_of_the_photos_add_up_to_the_metrics(experiment, trained, fla
     name = "val_best" + "_original_size" * len(flags)
     counts = read_counts(experiment / f"counts_{name}.npz")
     metrics = json.loads((experiment / f"metrics_{name}.json").read_text())
-    hits, union = counts.hits.sum(0), (counts.labelled + counts.predicted - counts.hits).sum(0)
-    expected = [hit / total if total else None for hit, total in zip(hits, union, strict=True)]
-    assert list(metrics["IoU"].values()) == pytest.approx(expected)
+    expected = class_IoU(counts.pixels.sum(0))  # NaN for a class in no label, whose IoU is 0 or None in the metrics
+    values = [value or 0 for value in metrics["IoU"].values()]
+    assert values == pytest.approx(np.nan_to_num(expected))
     assert counts.ids == (data / "val.txt").read_text().split() and counts.class_names == list(metrics["IoU"])
     assert experiment / f"counts_{name}.npz" in folders.existing_outputs(experiment)
 
