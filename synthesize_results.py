@@ -92,7 +92,7 @@ class Run:
 
     def task(self, metric: str) -> str:
         """Return what is the same for experiments that a metric can rank among each other."""
-        keys = DATA if metric.endswith(OWN_SIZE) else TASK
+        keys = DATA if metric.endswith((OWN_SIZE, "_difference")) else TASK
         return json.dumps([self.data_dir, *(self.params.get(key) for key in keys)])
 
     def curve(self, metric: str) -> list[float]:
@@ -205,10 +205,8 @@ def read_published(path: Path) -> dict[str, Any]:
 
 def published_columns(published: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
     """Return the published figures of an experiment as columns of the table, {} if there are none."""
-    found: dict[str, Any] = next(
-        (result for result in published["results"] if result["params"].items() <= params.items()), {}
-    )
-    return {f"published_{key}": value for key, value in found.items() if key != "params"}
+    found = [result for result in published["results"] if result["params"].items() <= params.items()]
+    return {f"published_{key}": value for result in found for key, value in result.items() if key != "params"}
 
 
 # ---------------------------------------------------------------------------------------- the table
@@ -234,50 +232,48 @@ def metric_order(column: str) -> tuple:
     return ours == "loss", ours != "mIoU", not ours.endswith(OWN_SIZE), ours, column != ours
 
 
-def names_without_seed(runs: list[Run], parent_dir: Path) -> list[str]:
-    """Return for each run a name that it shares with those that differ from it in nothing but their seed.
+def by_seed(runs: list[Run], parent_dir: Path) -> dict[str, list[Run]]:
+    """Return the runs that differ in nothing but their seed, under the name that they have without it.
 
-    That is the name of the first of them without its seed; with it where others would have that name too.
+    Where several groups would have the same name, each has that of its first run.
     """
-    keys = [json.dumps([run.params | {"seed": None}, run.data_dir], sort_keys=True) for run in runs]
-    alike = pd.Series([key if run.params else run.name for run, key in zip(runs, keys, strict=True)])
-    first = pd.Series([run.name for run in runs]).groupby(alike).transform("first")
-    short = first.map(lambda name: without_seed(name) or parent_dir.resolve().name)
-    short = short.where([bool(run.params) for run in runs], first)
-    return list(short.mask(alike.groupby(short).transform("nunique") > 1, first))
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        alike = json.dumps([run.params | {"seed": None}, run.data_dir], sort_keys=True)
+        groups.setdefault(alike if run.params else run.name, []).append(run)
+    first = [group[0] for group in groups.values()]
+    short = [(run.params and without_seed(run.name, parent_dir.resolve().name)) or run.name for run in first]
+    names = [name if short.count(name) == 1 else run.name for name, run in zip(short, first, strict=True)]
+    return dict(zip(names, groups.values(), strict=True))
 
 
-def differ_in_seed(runs: list[Run]) -> bool:
-    """Return whether runs that are alike have each its own seed: if not, they differ in what they were begun from."""
-    return len({run.params.get("seed") for run in runs}) == len(runs)
-
-
-def without_seed(name: str) -> str:
-    """Return batch_size_8 for a trial called batch_size_8__seed_1, "" for one called seed_1."""
+def without_seed(name: str, parent: str) -> str:
+    """Return batch_size_8 for a trial called batch_size_8__seed_1, and the folder's name for one called seed_1."""
     parts = [re.sub(r"(?:^|__)seed_\d+(?=__|$)", "", part).removeprefix("__") for part in name.split("/")]
-    return "/".join(filter(None, parts))
+    return "/".join(filter(None, parts)) or parent
 
 
-def over_seeds(table: pd.DataFrame, runs: list[Run], shared: list[str]) -> pd.DataFrame:
-    """Return a row for every name that runs share: means over those that have finished, deviations of every mIoU.
+def over_seeds(table: pd.DataFrame, groups: dict[str, list[Run]]) -> pd.DataFrame:
+    """Return a row for every group of runs: means over those that have finished, and the deviation of every mIoU.
 
     A mean is empty where a run has no value: it would pass for one over all.
     """
-    names, done = pd.Series(shared, name="name"), table["state"] == "finished"
-    seeds = pd.Series([str(run.params.get("seed")) for run in runs])
+    names = table["name"].map({run.name: name for name, runs in groups.items() for run in runs})
+    done = table["state"] == "finished"
+    seeds = table["name"].map({run.name: str(run.params.get("seed")) for runs in groups.values() for run in runs})
     merged = table.drop(columns=["name", "seed"], errors="ignore").groupby(names, sort=False).first()
     measured = [key for key in merged if key in COUNTED or (is_metric(key) and not key.startswith("published_"))]
     values = table.loc[done, measured].apply(pd.to_numeric).groupby(names[done])
     merged[measured] = values.mean(skipna=False)
     for column in [column for column in measured if column.endswith("mIoU")]:
         merged.insert(merged.columns.get_loc(column) + 1, f"{column}_std", values[column].std(skipna=False))
+    merged["state"] = table["state"].groupby(names).agg(count_states)
     merged.insert(0, "seeds", seeds[done].groupby(names[done]).agg(" ".join))
-    merged["state"] = (
-        table["state"]
-        .groupby(names)
-        .agg(lambda states: ", ".join(f"{count} {state}" for state, count in states.value_counts(sort=False).items()))
-    )
     return merged.reset_index()
+
+
+def count_states(states: pd.Series) -> str:
+    return ", ".join(f"{count} {state}" for state, count in states.value_counts(sort=False).items())
 
 
 def sort(table: pd.DataFrame, column: str, tasks: list[str]) -> pd.DataFrame:
@@ -320,22 +316,22 @@ def markdown(table: pd.DataFrame) -> str:
 
 def compare(
     rows: dict[str, list[Run]], baseline: str, families: list[list[Run]]
-) -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:
+) -> list[tuple[pd.DataFrame, pd.DataFrame]]:
     """Compare the rows with the baseline, on each split on which all its finished runs were scored photo by photo.
 
-    Returns what compare_on() does, by split. Raises UserError if there is no such row or nothing to compare, or if
-    photos differ between two runs.
+    families has the runs that differ in their seed only. Returns what compare_on() does. Raises UserError if there is
+    no such row or nothing to compare, or if photos differ between two runs.
     """
     if baseline not in rows:
         raise UserError(f"--baseline {baseline}: the table has no row of that name")
     finished = {name: [run for run in runs if run.state == "finished"] for name, runs in rows.items()}
     data = {name: [runs[0].params[key] for key in DATA] for name, runs in finished.items() if runs}
-    found: dict[str, tuple[pd.DataFrame, pd.DataFrame]] = {}
+    found = []
     for split in sorted({split for run in finished[baseline] for split in run.own_size}):
         scored = [name for name in data if all(run.counts_file(split).exists() for run in finished[name])]
         if baseline in scored:
             alike = {name: finished[name] for name in scored if data[name] == data[baseline]}
-            found[split] = compare_on(split, alike, baseline, families)
+            found.append(compare_on(split, alike, baseline, families))
     if not found:
         remedy = "score each of them with `python evaluate.py --model_dir … --original_size`"
         raise UserError(f"--baseline {baseline}: it needs finished runs with counts of their photos; {remedy}")
@@ -353,18 +349,18 @@ def compare_on(
     drawn = dict(zip(counts, comparing.resample(list(counts.values())), strict=True))
     spread = comparing.between_seeds([[drawn[run.name] for run in runs if run.name in drawn] for runs in families])
     sides = {name: [drawn[run.name] for run in runs] for name, runs in rows.items()}
-    baseline_side, photos = sides.pop(baseline), (counts[first].labelled > 0).sum(0)
-    found = {name: comparing.difference(side, baseline_side, others=spread) for name, side in sides.items()}
+    ours, photos = sides.pop(baseline), (counts[first].labelled > 0).sum(0)
+    found = {name: comparing.difference(side, ours, others=spread) for name, side in sides.items()}
     words = comparing.verdicts({name: whole for name, (whole, _) in found.items()})
-    for name in [name for name, word in words.items() if word != "open"]:
-        one_seed = spread is None and 1 in (len(sides[name]), len(baseline_side))
-        if doubts := ["optimistic"] * (split == "val") + ["one seed"] * one_seed:
-            words[name] += f" ({', '.join(doubts)})"
-    lines = {name: [*whole[:3], words[name]] for name, (whole, _) in found.items()}
+    lines: dict[str, list] = {baseline: [None, None, None, "baseline"]}
+    for name, (whole, _) in found.items():
+        one_seed = spread is None and 1 in (len(sides[name]), len(ours))
+        doubts = ", ".join(["optimistic"] * (split == "val") + ["one seed"] * one_seed)
+        lines[name] = [*whole[:3], f"{words[name]} ({doubts})" if doubts and words[name] != "open" else words[name]]
     columns = [f"{split}_{column}" for column in DIFFERENCE]
-    table = pd.DataFrame.from_dict(lines | {baseline: [None, None, None, "baseline"]}, orient="index", columns=columns)
     by_class = {f"IoU on {split}": counts[first].class_names, "photos": photos.tolist()}
-    return table, pd.DataFrame(by_class | {name: class_words(each, photos) for name, (_, each) in found.items()})
+    by_class |= {name: class_words(classes, photos) for name, (_, classes) in found.items()}
+    return pd.DataFrame.from_dict(lines, orient="index", columns=columns), pd.DataFrame(by_class)
 
 
 def class_words(classes: Sequence[Difference | None], photos: Sequence[int]) -> list[str]:
@@ -426,20 +422,22 @@ def main(args: argparse.Namespace) -> None:
     folders, published = find(args.parent_dir), read_published(args.parent_dir / "published.json")
     runs = [read(folder, args.parent_dir) for folder in folders]
     rows, table = {run.name: [run] for run in runs}, tabulate_runs(runs, published)
-    shared, families = names_without_seed(runs, args.parent_dir), dict[str, list[Run]]()
-    for name, run in zip(shared, runs, strict=True):
-        families.setdefault(name, []).append(run)
+    groups = by_seed(runs, args.parent_dir)
     if args.over_seeds:
-        rows, table = families, over_seeds(table, runs, shared)
-    found = compare(rows, args.baseline, [*filter(differ_in_seed, families.values())]) if args.baseline else {}
-    for columns, _ in found.values():
+        rows, table = groups, over_seeds(table, groups)
+    found = []
+    if args.baseline:
+        # Runs that are alike in their seed too differ in what they were begun from.
+        families = [runs for runs in groups.values() if len({run.params.get("seed") for run in runs}) == len(runs)]
+        found = compare(rows, args.baseline, families)
+    for columns, _ in found:
         table = table.join(columns, on="name")
     chosen_by = {run.params["best_metric"] for run in runs if run.history}
     column = args.sort or (chosen_by.pop() if len(chosen_by) == 1 else "mIoU")
     table = sort(table, column, [rows[name][0].task(column) for name in table["name"]])
     paragraphs = [markdown(table), *notes(args)]
     if args.by_class:
-        paragraphs += [markdown(by_class) for _, by_class in found.values()]
+        paragraphs += [markdown(by_class) for _, by_class in found]
     if published["results"]:
         paragraphs.append(f"Published: {published['source']}")
     text = "\n\n".join(paragraphs)
