@@ -34,20 +34,24 @@ DIFFERENCE = ("difference", "low", "high", "verdict")  # columns of a comparison
 COUNTED = ("best_epoch", "epochs", "minutes")
 KEYS = [key.name for key in fields(Params)]
 FEW = 10  # photos: of a class that is in fewer nothing is said
+NOTE = """Metrics are of each run's best epoch, on val at the size that the network reads where no split is named.
+mIoU is the mean over the classes in the labels. Metrics rank only rows of the same data_dir, num_classes, image_size
+and resize.
+"""
+SEEDS_NOTE = "A row has the means over its finished seeds, and in _std the standard deviation of a run.\n"
+DIFFERENCES_NOTE = """
+Differences are in mIoU, with 95 % intervals (docs/COMPARING.md). Open: not decided, which is not equal. Optimistic:
+val chose the epochs, which favours rows with more of them, or with noisier ones. One seed: another seed may change the
+word. The words of a split are corrected for their number (Holm), the intervals are not.
+"""
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add_folder(parser, "--parent_dir", "experiments", "where to look")
     parser.add_argument("--sort", metavar="COLUMN", help="any column (default: the metric that chose the best epochs)")
-    parser.add_argument(
-        "--over_seeds", action="store_true", help="one row for runs that differ in their seed only: mean and deviation"
-    )
-    parser.add_argument(
-        "--baseline",
-        metavar="NAME",
-        help="a row: compare every other one with it in mIoU at the photos' own size, and say how sure that is",
-    )
+    parser.add_argument("--over_seeds", action="store_true", help="one row for runs that differ in their seed only")
+    parser.add_argument("--baseline", metavar="NAME", help="a row: how the others differ in mIoU, and how sure that is")
     parser.add_argument("--by_class", action="store_true", help="with --baseline, also in the IoU of each class")
     args = parser.parse_args()
     if args.by_class and not args.baseline:
@@ -194,12 +198,12 @@ def read_published(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or content.keys() != {"source", "results"}:
         raise UserError(f'{path} must hold one object with "source" and "results"')
     for result in content["results"]:
-        if not isinstance(result, dict) or not isinstance(result.get("params"), dict):
+        if not isinstance(result, dict) or not isinstance(params := result.get("params"), dict):
             raise UserError(f'{path}: {json.dumps(result)}; allowed: an object with "params" and figures')
-        Params.parse(result["params"], path)
-        figures = {key: value for key, value in result.items() if key != "params"}
-        if not all(key in PUBLISHABLE and is_number(value) and 0 <= value <= 1 for key, value in figures.items()):
-            raise UserError(f"{path}: {json.dumps(figures)}; allowed: from 0 to 1 {', '.join(PUBLISHABLE)}")
+        Params.parse(params, path)
+        for key in result.keys() - {"params"}:
+            if key not in PUBLISHABLE or not is_number(result[key]) or not 0 <= result[key] <= 1:
+                raise UserError(f'{path}: "{key}": {result[key]}; allowed: from 0 to 1 {", ".join(PUBLISHABLE)}')
     return content
 
 
@@ -376,25 +380,6 @@ def class_words(classes: Sequence[Difference | None], photos: Sequence[int]) -> 
 # ---------------------------------------------------------------------------------------- the files
 
 
-def notes(args: argparse.Namespace) -> list[str]:
-    """Return what stands below the table about its columns."""
-    lines = [
-        "Metrics are of each run's best epoch, on val at the size that the network reads where no split is named. mIoU "
-        "is the mean over the classes in the labels. Metrics rank only rows of the same data_dir, num_classes, "
-        "image_size and resize."
-    ]
-    if args.over_seeds:
-        lines.append("A row has the means over its finished seeds, and in _std the standard deviation of a run.")
-    if args.baseline:
-        lines.append(
-            f"Differences are in mIoU from {table_text(args.baseline)}, with 95 % intervals (docs/COMPARING.md). Open: "
-            "not decided, which is not equal. Optimistic: val chose the epochs, which favours rows with more of them, "
-            "or with noisier ones. One seed: another seed may change the word. The words of a split are corrected for "
-            "their number (Holm), the intervals are not."
-        )
-    return lines
-
-
 def draw(rows: dict[str, list[Run]], table: pd.DataFrame, metric: str, args: argparse.Namespace) -> Figure | None:
     """Return the curves of a metric and its best values, rows in the table's order; None where no run has any."""
     begun = {name: [run for run in rows[name] if run.curve(metric)] for name in table["name"]}
@@ -435,7 +420,8 @@ def main(args: argparse.Namespace) -> None:
     chosen_by = {run.params["best_metric"] for run in runs if run.history}
     column = args.sort or (chosen_by.pop() if len(chosen_by) == 1 else "mIoU")
     table = sort(table, column, [rows[name][0].task(column) for name in table["name"]])
-    paragraphs = [markdown(table), *notes(args)]
+    note = NOTE + SEEDS_NOTE * args.over_seeds + DIFFERENCES_NOTE * bool(args.baseline)
+    paragraphs = [markdown(table), note.strip()]
     if args.by_class:
         paragraphs += [markdown(by_class) for _, by_class in found]
     if published["results"]:

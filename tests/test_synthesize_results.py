@@ -469,7 +469,7 @@ def test_every_row_is_compared_with_the_baseline_on_every_split(tmp_path):
     difference = mIoU(better.pixels.sum(0)) - mIoU(first.pixels.sum(0))
     assert float(rows["good"]["test_difference"]) == pytest.approx(difference, abs=1e-4)
     assert 0 < float(rows["good"]["test_low"]) < difference < float(rows["good"]["test_high"])
-    assert "Differences are in mIoU from old, with 95 % intervals" in result.out
+    assert "Differences are in mIoU, with 95 % intervals" in result.out
     classes = table(result.out.split("\n\n")[-1])
     assert [row["IoU on val"] for row in classes] == NAMES
     assert [row["good"].partition(") ")[2] for row in classes] == ["better", "better", "better", "few photos"]
