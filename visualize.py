@@ -258,25 +258,23 @@ def results_figure(
     """
     colours = {name: COLOURS[rank] if rank < len(COLOURS) else "lightgrey" for rank, name in enumerate(curves)}
     best = {name: [better(run) for run in runs] for name, runs in curves.items()}
-    panels: list[Callable[[Axes], None]] = [partial(_curves, curves=curves, colours=colours)]
-    labels, of_best = (
-        [("epoch", f"validation {metric}")],
-        f"best validation {metric}{'; rings: published' * bool(published)}",
-    )
+    of_best = f"best validation {metric}{'; rings: published' * bool(published)}"
+    of_all: dict[str, Any] = {"best": best, "colours": colours, "published": published}
+    panels: list[tuple[Callable, str, str]] = [
+        (partial(_curves, curves=curves, colours=colours), "epoch", f"validation {metric}")
+    ]
     if hyperparameters is None:
-        panels.append(partial(_best_by_name, best=best, colours=colours, published=published))
-        labels.append((of_best, ""))
+        panels.append((partial(_best_by_name, **of_all), of_best, ""))
     for key, values in list((hyperparameters or {}).items())[: PANELS - 1]:
-        panels.append(partial(_best_by_value, values=values, best=best, colours=colours, published=published))
-        labels.append((key, of_best))
+        panels.append((partial(_best_by_value, values=values, **of_all), key, of_best))
     for title, found in differences.items():
-        panels.append(partial(_intervals, differences=found, colours=colours))
-        labels.append((f"{title}\nwith its 95 % interval; hollow: open", ""))
+        label = f"{title}\nwith its 95 % interval; hollow: open"
+        panels.append((partial(_intervals, differences=found, colours=colours), label, ""))
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(5 * columns, 3.6 * rows + 0.2 * len(curves)), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flat
-    for axis, draw, (x, y) in zip(axes, panels, labels, strict=False):
+    for axis, (draw, x, y) in zip(axes, panels, strict=False):
         draw(axis)
         axis.set(xlabel=x, ylabel=y)
     for axis in axes[len(panels) :]:
