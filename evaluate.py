@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from tabulate import tabulate
 
+from comparing import Counts, check_same_photos, mIoU, read_counts, write_counts
 from engine.checkpoints import load_network
 from engine.cli import add_restore_file, add_testing_flags, experiment_parser, positive, run_main
 from engine.devices import is_main, processes
 from engine.evaluation import Scores, find_data, make_segmenter, score_originals, score_squares
 from model import UserError
-from model.comparison import Counts, check_same_photos, photo_mIoU, read_counts, write_counts
 from model.data_loader import OriginalDataset
 from model.inference import Segmenter
 from model.layouts import Split
@@ -75,18 +75,18 @@ def draw_overlays(
 
     They take the place of those of an earlier evaluation.
     """
-    mIoU = theirs = rank = photo_mIoU(counts)
+    ours = theirs = rank = mIoU(counts.pixels)
     if other:
         check_same_photos(counts, other[0], (str(args.model_dir), str(args.against)))
-        theirs = photo_mIoU(other[0])
-        rank = -abs(mIoU - theirs)
+        theirs = mIoU(other[0].pixels)
+        rank = -abs(ours - theirs)
     order = [index for index in np.argsort(rank, kind="stable") if np.isfinite(rank[index])][: args.save_overlays]
     earlier = {*folder.glob("*.png")}
     for place, index in enumerate(order, 1):
         _, photo, mask = dataset[index]
         assert mask is not None  # it was scored
         id_, second = dataset.split.ids[index], None
-        title = f"{id_}, mIoU {mIoU[index]:.3f}"
+        title = f"{id_}, mIoU {ours[index]:.3f}"
         if other:
             title += f"; the other, {args.against.name}, {theirs[index]:.3f}"
             second = other[1].segment(photo).cpu().numpy()

@@ -1,14 +1,13 @@
 """Pictures of what a network makes of photos, and of how it got there."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
@@ -235,75 +234,58 @@ def confusion_figure(counts: np.ndarray, iou: Mapping[str, float | None]) -> Fig
     return figure
 
 
-def learning_curves(
+def results_figure(
     curves: Mapping[str, Sequence[Sequence[float]]],
     hyperparameters: Mapping[str, Mapping[str, Any]] | None,
-    published: Mapping[str, float] | None = None,
+    published: Mapping[str, float],
     *,
-    metric: str = "mIoU",
-    better: Callable = max,
-    differences: Mapping[str, Mapping[str, tuple[float, float, float, bool]]] | None = None,
+    metric: str,
+    better: Callable,
+    differences: Mapping[str, Mapping[str, Sequence]],
 ) -> Figure:
     """Return a validation metric by epoch, and its best value against every hyperparameter, or by name.
 
     Args:
         curves: by name, the most important first, the metric of each epoch in each of the runs that differ in their
             seed only. The line is their mean, in a band from the lowest to the highest.
-        hyperparameters: for every key that varies its value by name; at most PANELS of them are shown, those between
-            whose values the best ones differ most. None: one plot by name instead, of every run and their mean.
-        published: the values to compare the best one with, where there are some; a ring in the colour of its name.
+        hyperparameters: for every key that varies its value by name, of which the first PANELS - 1 are shown. None: one
+            plot by name instead, of every run and their mean.
+        published: by name, values to compare the best ones with, drawn as rings.
         metric: what it is called.
         better: max or min, which chooses the better of two values.
-        differences: by title, for each name a difference, the ends of its interval, and whether it is decided, or open
-            and drawn hollow; a plot for each title.
+        differences: by title, for each name a difference, the ends of its interval, and a verdict; where that is "open"
+            the mark is hollow.
     """
-    differences = {title: found for title, found in (differences or {}).items() if found}
     colours = {name: COLOURS[rank] if rank < len(COLOURS) else "lightgrey" for rank, name in enumerate(curves)}
     best = {name: [better(run) for run in runs] for name, runs in curves.items()}
-    means = {name: float(np.mean(values)) for name, values in best.items()}
-    by_name = hyperparameters is None
-    shown = _widest(hyperparameters or {}, means)
-    plots = (2 if by_name else 1 + len(shown)) + len(differences)
-    columns = min(3, plots)
-    rows = -(-plots // columns)
-    room_for_names = (
-        0.2 * max(len(curves) - 12, 0) if by_name or differences else 0.25 * min(len(curves), len(COLOURS) + 1)
-    )
-    figure = Figure(figsize=(5 * columns, 3.6 * rows + room_for_names), layout="constrained")
+    of_best = f"best validation {metric}{'; rings: published' * bool(published)}"
+    of_all: dict[str, Any] = {"best": best, "colours": colours, "published": published}
+    panels: list[tuple[Callable, str, str]] = [
+        (partial(_curves, curves=curves, colours=colours), "epoch", f"validation {metric}")
+    ]
+    if hyperparameters is None:
+        panels.append((partial(_best_by_name, **of_all), of_best, ""))
+    for key, values in list((hyperparameters or {}).items())[: PANELS - 1]:
+        panels.append((partial(_best_by_value, values=values, **of_all), key, of_best))
+    for title, found in differences.items():
+        label = f"{title}\nwith its 95 % interval; hollow: open"
+        panels.append((partial(_intervals, differences=found, colours=colours), label, ""))
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(5 * columns, 3.6 * rows + 0.2 * len(curves)), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flat
-    _curves(axes[0], curves, colours)
-    axes[0].set(xlabel="epoch", ylabel=f"validation {metric}")
-    _curves_legend(figure, axes[0], len(curves), named=not by_name, ringed=bool(published))
-    for axis, (key, values) in zip(axes[1:], shown.items(), strict=False):
-        _best_by_value(axis, values, means, colours, published or {}, joined=plots == 2)
-        axis.set(xlabel=key, ylabel=f"best validation {metric}")
-    if by_name:
-        _best_by_name(axes[1], best, colours, published or {})
-        axes[1].set(xlabel=f"best validation {metric}")
-    for axis, (title, found) in zip(axes[plots - len(differences) :], differences.items(), strict=False):
-        _intervals(axis, {name: found[name] for name in curves if name in found}, colours)
-        axis.set(xlabel=f"{title}\nwith its 95 % interval; hollow: open")
-    for axis in axes[plots:]:
+    for axis, (draw, x, y) in zip(axes, panels, strict=False):
+        draw(axis)
+        axis.set(xlabel=x, ylabel=y)
+    for axis in axes[len(panels) :]:
         axis.remove()
+    if hyperparameters is not None:
+        lines, names = (part[: -len(COLOURS) - 1 : -1] for part in axes[0].get_legend_handles_labels())
+        figure.legend(lines, names, loc="outside lower left", fontsize="small", ncols=columns)
     return figure
 
 
-def _widest(
-    hyperparameters: Mapping[str, Mapping[str, Any]], means: Mapping[str, float]
-) -> dict[str, Mapping[str, Any]]:
-    """Return the keys of which the plots fit, those first between whose values the mean of the best differs most."""
-    spread: dict[str, float] = {}
-    for key, values in hyperparameters.items():
-        by_value: dict[str, list[float]] = {}
-        for name, value in values.items():
-            by_value.setdefault(_spelling(value), []).append(means[name])
-        of_values = [np.mean(found) for found in by_value.values()]
-        spread[key] = float(max(of_values) - min(of_values))
-    widest = sorted(spread, key=lambda key: -spread[key])[: PANELS - 1]
-    return {key: hyperparameters[key] for key in widest}
-
-
-def _curves(axis: Axes, curves: Mapping[str, Sequence[Sequence[float]]], colours: Mapping[str, str]) -> None:
+def _curves(axis: Axes, *, curves: Mapping[str, Sequence[Sequence[float]]], colours: Mapping[str, str]) -> None:
     """Plot the mean of each name's runs by epoch, in a band from the lowest to the highest."""
     for name in reversed(list(curves)):  # the best on top
         epochs = max(map(len, curves[name]))
@@ -316,43 +298,24 @@ def _curves(axis: Axes, curves: Mapping[str, Sequence[Sequence[float]]], colours
     axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
 
 
-def _curves_legend(figure: Figure, axis: Axes, count: int, *, named: bool, ringed: bool) -> None:
-    """Name the curves below the plots, the best first, and the rings of published values."""
-    lines, labels = axis.get_legend_handles_labels()
-    handles: list[Artist] = lines[::-1][: len(COLOURS) * named]
-    names: list[str] = labels[::-1][: len(COLOURS) * named]
-    if named and count > len(COLOURS):
-        handles.append(Line2D([], [], marker=".", color="lightgrey"))
-        names.append(f"the other {count - len(COLOURS)}")
-    if ringed:
-        handles.append(Line2D([], [], linestyle="none", marker="o", color="grey", markerfacecolor="none"))
-        names.append("published")
-    if names:
-        figure.legend(handles, names, loc="outside lower left", fontsize="small")
-
-
 def _best_by_value(
     axis: Axes,
+    *,
     values: Mapping[str, Any],
-    means: Mapping[str, float],
+    best: Mapping[str, Sequence[float]],
     colours: Mapping[str, str],
     published: Mapping[str, float],
-    *,
-    joined: bool,
 ) -> None:
-    """Plot the best value of every name against its value of a hyperparameter."""
-    positions = dict(zip(values, _positions(axis, list(values.values())), strict=True))
-    if joined:
-        axis.plot(
-            *zip(*sorted((positions[name], means[name]) for name in values), strict=True), color="lightgrey", zorder=0
-        )
-    axis.scatter(list(positions.values()), [means[name] for name in values], c=[colours[name] for name in values])
-    for name, value in published.items():
-        axis.plot(positions[name], value, "o", color=colours[name], markerfacecolor="none")
+    """Plot the mean of every name's best values against its value of a hyperparameter, with rings at published ones."""
+    positions = dict(zip(best, _positions(axis, [values[name] for name in best]), strict=True))
+    for name, position in positions.items():
+        axis.plot(position, np.mean(best[name]), "o", color=colours[name])
+        if name in published:
+            axis.plot(position, published[name], "o", color=colours[name], markerfacecolor="none")
 
 
 def _best_by_name(
-    axis: Axes, best: Mapping[str, Sequence[float]], colours: Mapping[str, str], published: Mapping[str, float]
+    axis: Axes, *, best: Mapping[str, Sequence[float]], colours: Mapping[str, str], published: Mapping[str, float]
 ) -> None:
     """Plot a line of points for every name, the first on top."""
     for position, (name, values) in enumerate(best.items()):
@@ -360,22 +323,24 @@ def _best_by_name(
         axis.plot(np.mean(values), position, marker="|", markersize=12, color=colours[name])
         if name in published:
             axis.plot(published[name], position, "o", color=colours[name], markerfacecolor="none")
-    axis.set_yticks(range(len(best)), [_spelling(name) for name in best], fontsize="small")
-    axis.xaxis.set_major_locator(MaxNLocator(5))
-    axis.invert_yaxis()
+    _name_rows(axis, best)
 
 
-def _intervals(
-    axis: Axes, differences: Mapping[str, tuple[float, float, float, bool]], colours: Mapping[str, str]
-) -> None:
+def _intervals(axis: Axes, *, differences: Mapping[str, Sequence], colours: Mapping[str, str]) -> None:
     """Plot a difference and its interval for every name, the first on top, beside a line at 0; hollow: it is open."""
     axis.axvline(0, color="grey", linewidth=0.8)
-    for position, (name, (value, low, high, decided)) in enumerate(differences.items()):
-        colour = "grey" if colours[name] == "lightgrey" else colours[name]
+    for position, (name, (value, low, high, verdict)) in enumerate(differences.items()):
+        colour = colours[name]
         axis.plot([low, high], [position] * 2, color=colour)
-        axis.plot(value, position, "o", color=colour, markerfacecolor=colour if decided else "white")
+        axis.plot(value, position, "o", color=colour, markerfacecolor="white" if verdict == "open" else colour)
+    _name_rows(axis, differences)
+
+
+def _name_rows(axis: Axes, names: Iterable[str]) -> None:
+    """Write names beside the rows of a plot, the first on top."""
+    texts = [_spelling(name) for name in names]
+    axis.set_yticks(range(len(texts)), texts, fontsize="small")
     axis.xaxis.set_major_locator(MaxNLocator(5))
-    axis.set_yticks(range(len(differences)), [_spelling(name) for name in differences], fontsize="small")
     axis.invert_yaxis()
 
 

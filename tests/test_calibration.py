@@ -1,7 +1,7 @@
 """How often an interval errs, in experiments that are put together from real runs. docs/COMPARING.md has the table.
 
-A run of a recipe has, for each class, the pixels of one of the recipe's real runs, drawn by lot, on photos drawn from
-the real ones. So it is known what the recipe reaches over all seeds and photos: the mean of the real runs.
+A run of a recipe has, for each label, the predictions of one of the recipe's real runs, drawn by lot, on photos drawn
+from the real ones. So what the recipe reaches over all seeds and photos is known: the mean of many such runs.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from model.comparison import Counts, between_seeds, compare, mIoU, read_counts, resample
+from comparing import Counts, between_seeds, difference, mIoU, read_counts, resample
 
 RUNS = ROOT / "docs" / "runs" / "recipes"
 EXPERIMENTS, RESAMPLES = 200, 300
@@ -22,15 +22,17 @@ def recipe(name: str) -> list[Counts]:
 
 
 def draw_run(rng: np.random.Generator, runs: Sequence[Counts], places: np.ndarray) -> Counts:
-    """Take each class from one of a recipe's runs, on some of the photos."""
+    """Take each label from one of a recipe's runs, on some of the photos."""
     classes = np.arange(len(runs[0].class_names))
     taken = rng.integers(len(runs), size=len(classes))
-    predicted, hits = (
-        np.stack([getattr(run, part) for run in runs])[taken, :, classes].T for part in ("predicted", "hits")
-    )
-    return Counts(
-        list(map(str, places)), runs[0].class_names, runs[0].labelled[places], predicted[places], hits[places]
-    )
+    pixels = np.stack([run.pixels for run in runs])[taken, :, classes]  # (C, N, C)
+    return Counts(list(map(str, places)), runs[0].class_names, pixels.swapaxes(0, 1)[places])
+
+
+def reached(rng: np.random.Generator, runs: Sequence[Counts]) -> float:
+    """Return the mIoU of a recipe on all photos, the mean over seeds."""
+    places = np.arange(len(runs[0].ids))
+    return float(np.mean([mIoU(draw_run(rng, runs, places).pixels.sum(0)) for _ in range(EXPERIMENTS)]))
 
 
 def share_missed(ours: list[Counts], baseline: list[Counts], *, photos: int, seeds: int, others: int = 0) -> float:
@@ -39,14 +41,14 @@ def share_missed(ours: list[Counts], baseline: list[Counts], *, photos: int, see
     others is the number of further runs of each recipe, from which it is known what seeds change.
     """
     rng, missed = np.random.default_rng(0), 0
-    truth = np.mean([mIoU(run) for run in ours]) - np.mean([mIoU(run) for run in baseline])
+    truth = reached(rng, ours) - reached(rng, baseline)
     for _ in range(EXPERIMENTS):
         places = rng.integers(len(ours[0].ids), size=photos)
         runs = [draw_run(rng, side, places) for side in (ours, baseline) for _ in range(seeds + others)]
         drawn = resample(runs, resamples=RESAMPLES, seed=int(rng.integers(2**32)))
         sides = drawn[: seeds + others], drawn[seeds + others :]
         spread = between_seeds([side[seeds:] for side in sides])
-        found, _ = compare(*(side[:seeds] for side in sides), others=spread, seed=int(rng.integers(2**32)))
+        found, _ = difference(*(side[:seeds] for side in sides), others=spread, seed=int(rng.integers(2**32)))
         missed += not found.low <= truth <= found.high
     return missed / EXPERIMENTS
 

@@ -14,10 +14,10 @@ from PIL import Image
 from torchvision.io import ImageReadMode, decode_image
 
 import utils
+from comparing import mIoU, read_counts
 from engine import checkpoints, folders
 from evaluate import draw_overlays, find_other, table
 from model import UserError
-from model.comparison import photo_mIoU, read_counts
 from model.photos import read_photo
 from model.transforms import squares, to_input
 from model.voc import palette
@@ -163,7 +163,7 @@ def test_photos_on_which_two_experiments_differ_most_are_drawn_with_both(experim
     folder = experiment / "overlays_val_best_original_size"
     assert f"those that differ most -> {folder}" in stdout
     ours, theirs = (read_counts(run / absent.name) for run in (experiment, other))
-    order = np.argsort(-abs(photo_mIoU(ours) - photo_mIoU(theirs)), kind="stable")[:2]
+    order = np.argsort(-abs(mIoU(ours.pixels) - mIoU(theirs.pixels)), kind="stable")[:2]
     assert [path.stem.split("_", 1)[1] for path in sorted(folder.iterdir())] == [ours.ids[index] for index in order]
     with pytest.raises(UserError, match="were scored on different photos"):
         fewer = replace(ours, **{key: getattr(ours, key)[:2] for key in ("ids", "labelled", "predicted", "hits")})

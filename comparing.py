@@ -1,0 +1,233 @@
+"""How sure a difference is: a paired bootstrap over photos and seeds. docs/COMPARING.md says how and why."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from model import UserError
+
+RESAMPLES = 10_000
+AT_ONCE = 500  # resamples in memory
+LEVEL = 0.95
+
+
+# ---------------------------------------------------------------------------------------- counts of every photo
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The confusion counts of every photo of a split: pixels, int64 (N, C, C), by label and prediction."""
+
+    ids: list[str]
+    class_names: list[str]
+    pixels: np.ndarray
+
+    @property
+    def labelled(self) -> np.ndarray:
+        """Pixels of each photo that are labelled with each class, int64 (N, C)."""
+        return self.pixels.sum(2)
+
+    def are_of(self, accuracy: float | None) -> bool:
+        """Return whether metrics with this pixel_accuracy come from these counts."""
+        return accuracy is not None and bool(abs(accuracy - pixel_accuracy(self.pixels.sum(0))) < 1e-9)
+
+
+def write_counts(path: Path, ids: Sequence[str], class_names: Sequence[str], cells: Sequence[np.ndarray]) -> None:
+    """Write the confusion counts of every photo: cells has, for each, (K, 2) of label * C + prediction and its pixels.
+
+    The same file, byte for byte, for the same counts.
+    """
+    photo = np.repeat(np.arange(len(cells)), [len(part) for part in cells])
+    cell, count = np.concatenate([np.empty((0, 2), np.int64), *cells]).T
+    with open(path, "wb") as stream:
+        np.savez_compressed(
+            stream,
+            ids=np.array(ids, dtype=np.str_),
+            class_names=np.array(class_names, dtype=np.str_),
+            photo=photo.astype(np.int32),
+            cell=cell.astype(np.int32),
+            count=count.astype(np.int64),
+        )
+
+
+def read_counts(path: Path) -> Counts:
+    """Read what write_counts() has written. Raises UserError naming a file that is absent or damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            ids, names = file["ids"].tolist(), file["class_names"].tolist()
+            pixels = np.zeros((len(ids), len(names), len(names)), dtype=np.int64)
+            pixels.reshape(len(ids), -1)[file["photo"], file["cell"]] = file["count"]
+    except FileNotFoundError:
+        raise UserError(f"no {path}; evaluate.py writes it beside the metrics") from None
+    except Exception as error:  # zipfile, zlib and NumPy raise of all kinds
+        why = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{path} is damaged ({why}); write it anew with evaluate.py") from None
+    return Counts(ids, names, pixels)
+
+
+def check_same_photos(first: Counts, other: Counts, names: tuple[str, str]) -> None:
+    """Raise UserError unless two evaluations are of the same photos, labels and classes."""
+    both = " and ".join(names)
+    if first.class_names != other.class_names:
+        raise UserError(f"{both} have different classes and cannot be compared")
+    if first.ids != other.ids:
+        alone = sorted({*first.ids} ^ {*other.ids})
+        how = f"different photos ({alone[0]} in one of them only)" if alone else "the same photos in another order"
+        raise UserError(f"{both} were scored on {how}; evaluate both on the same list")
+    if (differs := (first.labelled != other.labelled).any(1)).any():
+        photo = first.ids[int(differs.argmax())]
+        raise UserError(f"{both} were scored against different masks of {photo}; evaluate both with the same data")
+
+
+# ---------------------------------------------------------------------------------------- metrics of summed counts
+
+
+def class_IoU(counts: np.ndarray) -> np.ndarray:
+    """Return the IoU of each class, (…, C, C) -> (…, C); NaN where no label is of it.
+
+    So two networks on the same photos are compared over the same classes, whatever they predict.
+    """
+    labelled, predicted, hits = counts.sum(-1), counts.sum(-2), np.diagonal(counts, axis1=-2, axis2=-1)
+    return np.divide(hits, labelled + predicted - hits, out=np.full(hits.shape, np.nan), where=labelled > 0)
+
+
+def mIoU(counts: np.ndarray) -> np.ndarray:
+    """Return the mean IoU over the classes that occur in the labels, (…, C, C) -> (…); NaN where all is void."""
+    iou = class_IoU(counts)
+    known = np.isfinite(iou).sum(-1)
+    return np.divide(np.nansum(iou, -1), known, out=np.full(known.shape, np.nan), where=known > 0)
+
+
+def pixel_accuracy(counts: np.ndarray) -> np.ndarray:
+    """Return the share of the labelled pixels that are predicted right, (…, C, C) -> (…); NaN where all is void."""
+    total, hits = counts.sum((-1, -2)), np.trace(counts, axis1=-2, axis2=-1)
+    return np.divide(hits, total, out=np.full(total.shape, np.nan), where=total > 0)
+
+
+METRICS = {"mIoU": mIoU, "pixel_accuracy": pixel_accuracy}  # what resample() can compare; the table shows mIoU
+
+
+# ---------------------------------------------------------------------------------------- the bootstrap
+
+
+class Resampled(NamedTuple):
+    """What a run reaches, float64: the metric first and then the IoU of each class.
+
+    observed (1 + C) on the photos as they are, drawn (R, 1 + C) on resamples of them, the same for all runs.
+    """
+
+    observed: np.ndarray
+    drawn: np.ndarray
+
+
+class Spread(NamedTuple):
+    """How runs vary that differ in their seed only: the variance, float64 (1 + C), and its degrees of freedom."""
+
+    variance: np.ndarray
+    freedom: int
+
+
+class Difference(NamedTuple):
+    """A metric or the IoU of a class: an experiment's less the baseline's."""
+
+    value: float
+    low: float  # of the interval of LEVEL
+    high: float
+    p: float  # of a difference at least so far from 0 where there is none, two-sided
+
+
+def resample(
+    runs: Sequence[Counts], *, metric: str = "mIoU", resamples: int = RESAMPLES, seed: int = 0
+) -> list[Resampled]:
+    """Draw photos again, with replacement, the same for all runs, which are of the same photos."""
+
+    def values(counts: np.ndarray) -> np.ndarray:  # (…, C, C) -> (…, 1 + C)
+        return np.concatenate([METRICS[metric](counts)[..., None], class_IoU(counts)], -1)
+
+    rng, photos = np.random.default_rng(seed), len(runs[0].ids)
+    drawn: list[list[np.ndarray]] = [[] for _ in runs]
+    for start in range(0, resamples, AT_ONCE):
+        count = min(AT_ONCE, resamples - start)
+        weights = rng.multinomial(photos, np.full(photos, 1 / photos), size=count).astype(np.float64)  # (R, N)
+        for run, parts in zip(runs, drawn, strict=True):
+            sums = weights @ run.pixels.reshape(photos, -1).astype(np.float64)  # exact: they are integers
+            parts.append(values(sums.reshape(count, *run.pixels.shape[1:])))
+    return [Resampled(values(run.pixels.sum(0)), np.concatenate(parts)) for run, parts in zip(runs, drawn, strict=True)]
+
+
+def between_seeds(families: Sequence[Sequence[Resampled]]) -> Spread | None:
+    """Return the variance within families of runs that differ in their seed only, pooled; None: no family has several.
+
+    Runs also differ by what each makes of a photo by chance. That is in the resamples of the photos already, and is
+    taken off here (the component of variance between runs, of a table of runs by photos; at least 0).
+    """
+    several = [runs for runs in families if len(runs) > 1]
+    if not several:
+        return None
+    squares, freedom = np.zeros_like(several[0][0].observed), 0
+    for runs in several:
+        observed, drawn = np.stack([run.observed for run in runs]), np.stack([run.drawn for run in runs])
+        by_photos = (drawn - drawn.mean(0) - observed[:, None] + observed.mean(0)) ** 2
+        known = np.isfinite(by_photos)
+        by_photos = np.where(known, by_photos, 0).sum((0, 1)) / np.maximum(known.any(0).sum(0), 1)
+        squares += ((observed - observed.mean(0)) ** 2).sum(0) - by_photos
+        freedom += len(runs) - 1
+    return Spread(np.maximum(squares / freedom, 0), freedom)
+
+
+def difference(
+    ours: Sequence[Resampled], baseline: Sequence[Resampled], *, others: Spread | None = None, seed: int = 1
+) -> tuple[Difference, list[Difference | None]]:
+    """Return the difference in the metric of the means over two experiments' runs, and that in the IoU of each class.
+
+    None stands for a class that is in no label. All runs are from one call of resample(). What another seed would
+    change is taken from the runs of each experiment, for one with a single run from others; without those it is left
+    out.
+    """
+    value = np.mean([run.observed for run in ours], 0) - np.mean([run.observed for run in baseline], 0)
+    drawn = np.mean([run.drawn for run in ours], 0) - np.mean([run.drawn for run in baseline], 0)
+    own = [(between_seeds([runs]), len(runs)) for runs in (ours, baseline)]
+    variances = [(spread.variance / count, spread.freedom) for spread, count in own if spread]
+    if others and (alone := 2 - len(variances)):
+        variances.append((alone * others.variance, others.freedom))
+    drawn += _seed_noise(variances, drawn.shape, np.random.default_rng(seed))
+    whole, *classes = [_interval(value[place], drawn[:, place]) for place in range(value.size)]
+    assert whole is not None
+    return whole, classes
+
+
+def _seed_noise(parts: Sequence[tuple[np.ndarray, int]], shape: tuple, rng: np.random.Generator) -> np.ndarray:
+    """Return what other seeds would add to a difference, (R, 1 + C): parts has each side's variance of its mean.
+
+    That is the root of their sum, and as variances of few runs are themselves uncertain, times Student's t (Welch, with
+    Satterthwaite's degrees of freedom). To draw from a few runs with replacement would make the interval too narrow,
+    by a fifth for three.
+    """
+    if not parts:
+        return np.zeros(shape)
+    total = np.sum([part for part, _ in parts], 0)
+    spread = np.sum([part**2 / freedom for part, freedom in parts], 0)
+    freedom = np.divide(total**2, spread, out=np.ones_like(total), where=np.nan_to_num(spread) > 0)
+    return rng.standard_t(np.maximum(freedom, 1), size=shape) * np.sqrt(total)
+
+
+def _interval(value: float, drawn: np.ndarray) -> Difference | None:
+    drawn = drawn[np.isfinite(drawn)]  # a class may be in no photo of a resample
+    if not np.isfinite(value) or not drawn.size:
+        return None
+    low, high = np.quantile(drawn, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
+    beyond = 1 + min((drawn <= 0).sum(), (drawn >= 0).sum())
+    return Difference(float(value), float(low), float(high), float(min(1, 2 * beyond / (drawn.size + 1))))
+
+
+def verdicts(differences: Mapping[Any, Difference]) -> dict[Any, str]:
+    """Return "better", "worse" or "open" for each of several differences judged together (Holm's procedure, 1979)."""
+    words, sure = dict.fromkeys(differences, "open"), True
+    for rank, name in enumerate(sorted(differences, key=lambda name: differences[name].p)):
+        sure = sure and differences[name].p <= (1 - LEVEL) / (len(differences) - rank)
+        if sure:
+            words[name] = "better" if differences[name].low > 0 else "worse"
+    return words
