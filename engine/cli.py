@@ -186,18 +186,21 @@ DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
 
 
 def experiment_parser(
-    description: str, *, trained: bool = False, data: str = "folder of the data set"
+    description: str,
+    *,
+    trained: bool = False,
+    data: str = "folder of the data set (default: the one that the run was trained on)",
 ) -> argparse.ArgumentParser:
     """Make a parser with the flags that every script on one experiment has.
 
-    trained: --data_dir is by default the data set of the run. data: what it is for.
+    trained: --data_dir is None by default, and data says what it is for.
     """
     parser = _Parser(description=description)
     add_folder(parser, "--model_dir", "experiments/base_model", "folder of the experiment: params.json and all output")
     if trained:
-        parser.add_argument("--data_dir", type=Path, help=f"{data} (default: the one that the run was trained on)")
+        parser.add_argument("--data_dir", type=Path, help=data)
     else:
-        add_folder(parser, "--data_dir", "data", data)
+        add_folder(parser, "--data_dir", "data", "folder of the data set")
     parser.add_argument("--device", choices=DEVICES, default="auto", help="(default: %(default)s)")
     return parser
 

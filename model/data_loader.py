@@ -365,11 +365,11 @@ def _loading(batches: DistributedBatchSampler, num_workers: int) -> dict:
     return {
         "batch_sampler": batches,
         "num_workers": min(num_workers, cores(), len(batches)),
-        "worker_init_fn": _leave_signals_to_the_main_process,
+        "worker_init_fn": leave_signals_to_the_main_process,
     }
 
 
-def _leave_signals_to_the_main_process(worker: int) -> None:
+def leave_signals_to_the_main_process(worker: int) -> None:
     # Ctrl-C and batch systems signal all processes; a worker that dies before the main process has understood would
     # look like a crash. So it dies a little later, for at the end the main process itself ends workers by SIGTERM.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
