@@ -33,7 +33,7 @@ READERS = 4  # processes at most that read photos ahead
 
 
 def parse_args() -> argparse.Namespace:
-    parser = experiment_parser(__doc__, trained=True, data="refuse a checkpoint whose classes are not those of this data set")
+    parser = experiment_parser(__doc__, trained=True, data="data set whose class names must be the checkpoint's")
     parser.add_argument(
         "photos",
         nargs="+",
@@ -48,10 +48,7 @@ def parse_args() -> argparse.Namespace:
         "--tile", type=positive, metavar="N", help="look at large photos in overlapping tiles of N pixels a side"
     )
     add_testing_flags(parser)
-    args = parser.parse_args()
-    if args.tile is not None and args.tile < 32:
-        parser.error(f"--tile {args.tile}: a tile has at least 32 pixels a side")
-    return args
+    return parser.parse_args()
 
 
 def find_photos(given: Sequence[str], output_dir: Path) -> dict[Path, Path]:
@@ -160,6 +157,8 @@ def load(
 
 def main(args: argparse.Namespace) -> int:
     """Predict every photo. Returns the exit status: 1 if one cannot be read."""
+    if args.tile is not None and args.tile < 32:
+        raise UserError(f"--tile {args.tile}: a tile has at least 32 pixels a side")
     photos = find_photos(args.photos, args.output_dir)
     options = {key: getattr(args, key) for key in ("restore_file", "data_dir", "device", "scales", "flip")}
     segmenter, names = load(args.model_dir, **options)

@@ -10,6 +10,7 @@ from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, compiler, nn, sym_max
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from model import ENCODERS, GCN_PADDINGS, HEADS, UserError, encoders
 from model.parallel import Dropout2d
@@ -194,8 +195,9 @@ class FCN_GCN(nn.Module):
         """Set training mode, in which the encoder's batch norm may stay in that of evaluation."""
         super().train(mode)
         if self.freeze_encoder_statistics:
-            for norm in encoders.batch_norms(self):
-                norm.eval()
+            for name, module in self.named_modules():
+                if isinstance(module, _BatchNorm) and self.encoder.owns(name):
+                    module.eval()
         return self
 
 
