@@ -29,7 +29,6 @@ from conftest import ROOT, TINY, make_data, make_experiment, run_script
 from torch import nn
 
 import evaluate
-import predict
 import train
 import utils
 from engine import checkpoints, cli, distributed, ranks, run, training
@@ -289,22 +288,6 @@ def test_evaluation_by_several_processes_gives_the_same_files(trained, tmp_path)
             seen.append({file.name: file.read_bytes() for file in files})
             shutil.rmtree(folder)
         assert seen[0] == seen[1]
-
-
-def test_predictions_are_shared_out_and_one_bad_photo_fails_all(trained, tmp_path):
-    experiment, data = trained
-    (tmp_path / "bad.jpg").write_bytes(b"no photo")
-    seen = []
-    for count in (1, 3):
-        output = tmp_path / f"out{count}"
-        photos = (data / "JPEGImages", tmp_path / "bad.jpg")
-        command = (predict, *photos, "--model_dir", experiment, "--output_dir", output)
-        answers = on_processes(count, main_of, *command, connect=False)
-        assert [status for status, _, _ in answers] == [1] * count
-        assert answers[0][1] == f"9 of 10 photos -> {output}\n"
-        assert sum(stderr.count("skipped") for _, _, stderr in answers) == 1
-        seen.append({path.name: path.read_bytes() for path in output.iterdir()})
-    assert len(seen[0]) == 27 and seen[0] == seen[1]
 
 
 # ------------------------------------------------------------------------------------------------------ the end

@@ -294,13 +294,13 @@ def test_a_signal_ends_predictions_whose_reading_waits_for_a_file(trained, data,
     never_answers.rename(data / "JPEGImages" / "zzz.jpg")  # the last photo
     out = tmp_path / "out"
     process = start_script("predict.py", data / "JPEGImages", "--model_dir", trained[0], "--output_dir", out)
-    assert wait_for(process, lambda: len(list(out.glob("*.json"))) >= 6)  # batches of 3; the last one does not come
+    assert wait_for(process, lambda: len(list(out.glob("*.json"))) == 8)  # the last one does not come
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=30)
     assert (process.returncode, stderr) == (143, "predict.py: error: terminated\n")
     names = [f"{split}{index}" for split, count in (("train", 6), ("val", 3)) for index in range(count)]
     names.remove("train3")
-    whole = {name + suffix for name in names[:6] for suffix in (".png", "_overlay.png", ".json")}
+    whole = {name + suffix for name in names for suffix in (".png", "_overlay.png", ".json")}
     assert {path.name for path in out.iterdir()} == whole
 
 
@@ -338,7 +338,7 @@ def test_a_table_that_nobody_reads_is_no_error(straight):
         assert (experiment / "results.md").exists()
 
 
-def test_a_stderr_that_takes_nothing_changes_no_status_and_loses_no_photo(straight, tmp_path):
+def test_a_stderr_that_takes_nothing_changes_no_status(straight):
     experiment, data = straight
     for folder, stream, status in (("nowhere", "stderr", 2), (experiment, "stdout", 0)):
         flags = "--resume", "--model_dir", folder, "--data_dir", data
@@ -346,11 +346,6 @@ def test_a_stderr_that_takes_nothing_changes_no_status_and_loses_no_photo(straig
             process = start_script("train.py", *flags, **{stream: full})
         process.communicate()
         assert process.returncode == status
-    flags = "--model_dir", experiment, "--output_dir", tmp_path / "out"
-    with open("/dev/full", "w") as full:
-        process = start_script("predict.py", "/dev/null", data / "JPEGImages", *flags, stderr=full)
-    assert "9 of 10 photos" in process.communicate()[0] and process.returncode == 1
-    assert len(list((tmp_path / "out").iterdir())) == 27
 
 
 def test_a_folder_whose_name_is_not_utf8_is_trained_in(tmp_path, data):
