@@ -147,7 +147,8 @@ def _resnet_maps(net: Any, images: Tensor) -> list[Tensor]:
 def _recomputed(layer: nn.Module, x: Tensor) -> Tensor:
     """Return layer(x), of which nothing but x is kept for the backward pass."""
     # A compiled layer writes no statistics in its repetition.
-    options = {} if compiler.is_compiling() else {"context_fn": lambda: (nullcontext(), _statistics_kept(layer))}
+    contexts = {"context_fn": lambda: (nullcontext(), _statistics_kept(layer))}
+    options: dict[str, Any] = {} if compiler.is_compiling() else contexts
     return checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False, **options)
 
 

@@ -41,7 +41,7 @@ from train import train_epoch
 
 LITE0 = "timm/tf_efficientnet_lite0"
 EFFICIENTNET = "timm/test_efficientnet"
-PVT = "timm/pvt_v2_b0"  # stochastic depth
+PVT = "timm/pvt_v2_b0"  # attention
 CONVNEXT = "timm/test_convnext"  # layer norm, tensors of one axis that scale a block
 SWIN = "timm/swin_tiny_patch4_window7_224"  # a fixed size, maps of (B, H, W, C)
 PREACTIVATED = "timm/resnetv2_18"  # batch norm before its convolution
@@ -171,7 +171,6 @@ def test_timm_is_imported_only_where_such_an_encoder_is_named():
 
 @pytest.mark.parametrize(("encoder", "frozen"), [(EFFICIENTNET, True), (CONVNEXT, False), (PVT, False)])
 def test_recomputed_activations_give_the_same_gradients(encoder, frozen):
-    """Also where stochastic depth would draw anew for them."""
     plain = network(encoder, freeze_encoder_statistics=frozen).train()
     saving = network(encoder, freeze_encoder_statistics=frozen, activation_checkpointing=True).train()
     images, kept = torch.randn(2, 3, 64, 64), []
