@@ -177,13 +177,15 @@ def test_a_map_narrower_than_a_swapped_kernel_is_continued_with_zeros(width):
     ("head", "weights"),
     [
         ("gcn", lambda k: 2 * (512 * 21 * k + 21 * 21 * k)),
+        ("conv1x1", lambda k: 512 * 21),
         ("conv", lambda k: 512 * 21 * k * k),
         ("stack", lambda k: (k // 2 - 1) * 9 * 512**2 + 9 * 512 * 21),
     ],
 )
 @pytest.mark.parametrize("k", [3, 7])
 def test_heads_have_the_number_of_weights_of_their_definition(head, weights, k):
-    head = network(num_classes=21, head=head, kernel_size=k).gcn4
+    with torch.device("meta"):
+        head = network(num_classes=21, head=head, kernel_size=k).gcn4
     assert sum(p.numel() for name, p in head.named_parameters() if name.endswith("weight")) == weights(k)
 
 
@@ -194,10 +196,6 @@ def test_the_other_heads_see_the_same_square_as_the_gcn(head):
     layer(x)[0, :, 5, 5].sum().backward()
     rows, columns = (x.grad[0].abs().sum(0) > 0).nonzero().T
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (3, 7, 3, 7)
-
-
-def test_conv1x1_head_looks_at_one_position():
-    assert network(head="conv1x1").gcn4.weight.shape == (4, 512, 1, 1)
 
 
 def test_upsampling_carries_a_ramp_from_corner_to_corner():
