@@ -143,14 +143,11 @@ class FCN_GCN(nn.Module):
         def score(in_channels: int) -> nn.Module:
             layer = _head(head, in_channels, num_classes, kernel_size, gcn_padding)
             if zero_init_heads:
-                last = (layer.conv_l2, layer.conv_r2) if isinstance(layer, GCN) else [*layer.modules()][-1:]
-                _zero(last)
+                _zero((layer.conv_l2, layer.conv_r2) if isinstance(layer, GCN) else [*layer.modules()][-1:])
             return layer
 
         def refine() -> nn.Module:
-            if not boundary_refinement:
-                return nn.Sequential()  # the identity
-            return BR(num_classes, zero_init=zero_init_residual)
+            return BR(num_classes, zero_init=zero_init_residual) if boundary_refinement else nn.Sequential()  # identity
 
         options = {
             "stem_maxpool": stem_maxpool,
