@@ -6,6 +6,8 @@ import importlib
 import json
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +15,22 @@ import numpy as np
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
+from torchvision.transforms.functional import pil_to_tensor
 
 from engine.checkpoints import load_network
 from engine.cli import add_restore_file, experiment_parser, run_main
 from engine.devices import pick_device
 from engine.evaluation import find_data
 from engine.run import git_commit
-from model import UserError, cores
+from model import UserError, cores, first_line
 from model.encoders import pad_statically
 from model.net import FCN_GCN
-from model.photos import read_example
-from model.transforms import to_input
+from model.photos import read_photo
+from model.transforms import to_input, to_square
 from params import Params
 from utils import RunFailed, replacing
 
 TOLERANCE = 1e-4  # of the largest logit; what rounding in another order makes is about 1e-6
-LARGEST = 1.5 * 2**30  # bytes of weights; beyond it PyTorch puts them into a second file
 
 
 def parse_args() -> argparse.Namespace:
@@ -41,44 +43,33 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def require_packages() -> None:
-    """Raise UserError unless what PyTorch needs for ONNX, and what the check needs, can be imported."""
+@contextmanager
+def packages_required() -> Iterator[None]:
+    """Turn an ImportError into a UserError that says what installs the packages."""
     try:
-        for name in ("onnx", "onnxscript", "onnxruntime"):
-            importlib.import_module(name)
+        yield
     except ImportError as error:
         raise UserError(
-            f"export.py needs packages that cannot be imported here ({error}): pip install -r requirements-export.txt"
+            f"export.py needs packages that cannot be imported here ({error}): "
+            "pip install --upgrade -r requirements-export.txt"
         ) from None
 
 
+@packages_required()
+def require_packages() -> None:
+    """Raise UserError unless what PyTorch needs for ONNX, and what the check needs, can be imported."""
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        importlib.import_module(name)
+
+
 def output_path(args: argparse.Namespace) -> Path:
-    """Return the file to write. Raises UserError for one that cannot be, or that has another's name."""
+    """Return the file to write. Raises UserError where its name or folder is not one for it."""
     output = args.output or args.model_dir / f"{args.restore_file}.onnx"
-    if output.suffix != ".onnx" or output.is_dir():
+    if output.suffix != ".onnx":
         raise UserError(f"--output {output}: give the name of a file that ends in .onnx")
     if not output.parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {output.parent}; make it first")
     return output
-
-
-def refuse_large(model: nn.Module) -> None:
-    """Raise UserError for a network whose weights do not go into one file."""
-    size = sum(tensor.nbytes for tensor in model.state_dict().values())
-    if size > LARGEST:
-        raise UserError(
-            f"the network has {size / 2**30:.1f} GiB of weights, an ONNX file of one piece holds "
-            f'{LARGEST / 2**30:.1f} GiB; lower "kernel_size" in params.json or choose another "head", and train again'
-        )
-
-
-def refuse_size(model: FCN_GCN, params: Params) -> None:
-    """Raise UserError where an exported network would not take photos of image_size."""
-    if params.image_size % (multiple := model.encoder.exported_multiple):
-        raise UserError(
-            f'"image_size" is {params.image_size}, and an exported "{params.encoder}" takes multiples of {multiple}; '
-            "train at one of them"
-        )
 
 
 def onnx_metadata(model: FCN_GCN, params: Params, names: list[str], epoch: int | None) -> dict[str, str]:
@@ -97,6 +88,7 @@ def onnx_metadata(model: FCN_GCN, params: Params, names: list[str], epoch: int |
     return {key: json.dumps(value) for key, value in values.items()}
 
 
+@packages_required()  # PyTorch asks for a part of onnxscript that bears the number of a version
 def write_onnx(model: FCN_GCN, file: Path, metadata: dict[str, str]) -> None:
     """Write a network as one file: float32 "images" (B, 3, H, W) to "logits" (B, num_classes, H, W).
 
@@ -112,22 +104,17 @@ def write_onnx(model: FCN_GCN, file: Path, metadata: dict[str, str]) -> None:
     def side(name: str) -> Any:
         return name if multiple == 1 else multiple * torch.export.Dim(f"{name}_by_{multiple}", min=1, max=512)
 
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about PyTorch's own insides
-            program = torch.onnx.export(
-                model.eval(),
-                (example,),
-                dynamo=True,
-                dynamic_shapes=({0: "batch", 2: side("height"), 3: side("width")},),
-                input_names=["images"],
-                output_names=["logits"],
-                verbose=False,
-            )
-    except ImportError as error:  # PyTorch asks for a part of onnxscript that bears the number of a version
-        raise UserError(
-            f"PyTorch {torch.__version__} does not go with this onnxscript ({error}): pip install --upgrade onnxscript"
-        ) from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about PyTorch's own insides
+        program = torch.onnx.export(
+            model.eval(),
+            (example,),
+            dynamo=True,
+            dynamic_shapes=({0: "batch", 2: side("height"), 3: side("width")},),
+            input_names=["images"],
+            output_names=["logits"],
+            verbose=False,
+        )
     assert program is not None
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces, with the paths of this machine
@@ -136,6 +123,16 @@ def write_onnx(model: FCN_GCN, file: Path, metadata: dict[str, str]) -> None:
     program.save(file, external_data=False)
 
 
+@contextmanager
+def runtime_errors() -> Iterator[None]:
+    """Turn whatever onnx and onnxruntime raise, which have classes of their own, into RunFailed."""
+    try:
+        yield
+    except Exception as error:
+        raise RunFailed(f"the ONNX file cannot be run ({first_line(error)}) and is not kept") from None
+
+
+@runtime_errors()
 def open_onnx(file: Path) -> Any:
     """Open a file in onnxruntime, on the CPU. Raises RunFailed if it is not valid ONNX or the runtime refuses it."""
     import onnx
@@ -144,35 +141,27 @@ def open_onnx(file: Path) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only
     options.intra_op_num_threads = cores()  # left to itself it tries to pin threads to cores that it may not use
-    try:
-        onnx.checker.check_model(str(file), full_check=True)
-        return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # both have classes of their own
-        raise refused(error) from None
-
-
-def refused(error: Exception) -> RunFailed:
-    return RunFailed(f"the ONNX file cannot be run ({' '.join(str(error).split())[:200]}) and is not kept")
+    onnx.checker.check_model(str(file), full_check=True)
+    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
 
 def photo_batches(path: Path, model: FCN_GCN, params: Params) -> list[Tensor]:
-    """Return a photo and its mirror image, uint8 (2, 3, H, W): at image_size, and higher, narrower and, where the
-    network takes these, of odd sides.
+    """Return a photo and its mirror image, uint8 (2, 3, H, W): at image_size, and at another size that is no square.
+
+    Raises UserError where an exported network does not take photos of image_size.
     """
     size, multiple = params.image_size, model.encoder.exported_multiple
-    odd = [int(1.25 * size) | 1, max(int(0.75 * size), 32) | 1]
-    other = odd if multiple == 1 else [max(1, side // multiple) * multiple for side in (odd[0] + multiple - 1, odd[1])]
-    batches = []
-    for height, width in ((size, size), other):
-        pixels = read_example(
-            path,
-            None,
-            image_size=max(height, width),
-            num_classes=params.num_classes,
-            resize=params.resize,
-            padding=model.encoder.padding,
+    if size % multiple:
+        raise UserError(
+            f'"image_size" is {size}, and an exported "{params.encoder}" takes multiples of {multiple}; '
+            "train at one of them"
         )
-        image = torch.from_numpy(pixels[:height, :width, :3]).permute(2, 0, 1)
+    odd = int(1.25 * size) | 1, max(int(0.75 * size), 32) | 1
+    other = odd if multiple == 1 else (size + multiple, max(size - multiple, multiple))
+    photo, batches = read_photo(path), []
+    for height, width in ((size, size), other):
+        square, _ = to_square(photo, None, max(height, width), params.resize, model.encoder.padding)
+        image = pil_to_tensor(square)[:, :height, :width]
         batches.append(torch.stack([image, image.flip(-1)]))
     return batches
 
@@ -184,12 +173,8 @@ def compare(session: Any, model: nn.Module, images: Tensor) -> dict[str, Any]:
     Returns a row of the table. Raises RunFailed if they differ by more than TOLERANCE times the largest logit.
     """
     expected = model(images).cpu().numpy()
-    try:
+    with runtime_errors():
         (logits,) = session.run(["logits"], {"images": images.cpu().numpy()})
-    except Exception as error:  # onnxruntime has classes of its own
-        raise refused(error) from None
-    if logits.shape != expected.shape:
-        raise RunFailed(f"onnxruntime gives logits {logits.shape}, PyTorch {expected.shape}; the file is not kept")
     row = {
         "images": " x ".join(map(str, images.shape)),
         "largest logit": np.abs(expected).max().item(),
@@ -210,9 +195,6 @@ def main(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     model, params, checkpoint = load_network(args.model_dir, args.restore_file, torch.device("cpu"))
     model.to(memory_format=torch.contiguous_format)
-    refuse_large(model)
-    refuse_size(model, params)
-
     _, split, names = find_data(params, checkpoint, args)
     metadata = onnx_metadata(model, params, names, checkpoint.get("epoch"))
     batches = photo_batches(split.images[0], model, params)

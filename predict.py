@@ -1,56 +1,35 @@
 """Segment photos: for each a palette PNG of class indices, an overlay with a legend, and a JSON of class areas."""
 
 import argparse
-import errno
 import glob
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from multiprocessing.pool import ThreadPool
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
 
 import numpy as np
-import torch
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from engine import distributed, ranks
 from engine.checkpoints import agreed_class_names, checkpoint_path, load_network
-from engine.cli import (
-    add_restore_file,
-    add_testing_flags,
-    experiment_parser,
-    positive,
-    run_main,
-    signal_received,
-    stop_if_asked,
-)
-from engine.distributed import pick_device
+from engine.cli import add_restore_file, add_testing_flags, experiment_parser, positive, run_main
+from engine.devices import pick_device
 from engine.evaluation import make_segmenter
-from engine.folders import recorded_data_dir
+from model import UserError, cores
+from model.data_loader import leave_signals_to_the_main_process
 from model.inference import Segmenter
 from model.layouts import find_split
 from model.photos import IMAGE_SUFFIXES, read_photo
 from model.voc import colour_mask
-from params import Params
-from utils import UserError, make_folder, save_picture, say, walk, write_json
+from utils import make_folder, save_picture, walk, write_json
 from visualize import overlay
 
 SUFFIXES = (*IMAGE_SUFFIXES, ".bmp", ".tif", ".tiff", ".webp")  # of photos in folders
 RESULTS = (".png", "_overlay.png", ".json")
 LEAST_AREA = 0.0005  # of a photo, to be in the legend
-PIXELS_AT_ONCE = 2**24  # of photos; no other is read in the same batch once they have more
-
-T = TypeVar("T")
-
-
-class Example(NamedTuple):
-    name: Path  # of the results, without suffix
-    file: Path
-    photo: Image.Image | UserError  # or what is wrong with it
+READERS = 4  # processes at most that read photos ahead
 
 
 def parse_args() -> argparse.Namespace:
@@ -78,203 +57,130 @@ def find_photos(given: Sequence[str], output_dir: Path) -> dict[Path, Path]:
     An output_dir inside a folder is not searched. Raises UserError where there is no photo, where one lies beside the
     results, and where two would have the same result.
     """
-    found: dict[Path, tuple[Path, Path]] = {}  # by the real path, so that nothing is predicted twice
+    found: dict[str, tuple[Path, Path]] = {}  # by the real path, so that nothing is predicted twice
     for pattern in given:
-        matches = [Path(pattern)] if Path(pattern).exists() else _matches(pattern)
-        photos = [(file, root) for match in matches for file, root in _below(match, _real(output_dir))]
+        photos = list(_matches(pattern, output_dir))
         if not photos:
             raise UserError(f"{pattern}: no photo is there ({', '.join(SUFFIXES)})")
         for file, root in photos:
-            found.setdefault(_real(file), (file, root))
+            found.setdefault(os.path.realpath(file), (file, root))
 
     stems = [file.relative_to(root).with_suffix("") for file, root in found.values()]
-    counts, names = Counter(stems), {}
-    for stem, (file, _) in zip(stems, found.values(), strict=True):
-        names[stem if counts[stem] == 1 else stem.with_name(f"{stem.name}_{file.suffix[1:]}")] = file
-    results = [(output_dir / name).with_name(name.name + suffix) for name in names for suffix in RESULTS]
-    places = {_real(result.parent) for result in results}
-    if beside := next((photo for photo in found if photo.parent in places), None):
+    counts = Counter(stems)
+    names = [
+        stem if counts[stem] == 1 else stem.with_name(f"{stem.name}_{file.suffix[1:]}")
+        for stem, (file, _) in zip(stems, found.values(), strict=True)
+    ]
+    results = Counter(path for name in names for path in result_paths(output_dir / name))
+    folders = {os.path.realpath(result.parent) for result in results}
+    if beside := next((photo for photo in found if os.path.dirname(photo) in folders), None):
         raise UserError(f"results would lie beside the photo {beside}, or replace it; choose another --output_dir")
-    if len(names) < len(found) or len(set(results)) < len(results):
-        twice = next(iter({result for result in results if results.count(result) > 1} or stems))
+    if twice := next((result for result, count in results.items() if count > 1), None):
         raise UserError(f"two photos would both have the result {twice}; predict them apart")
-    return names
+    return {name: file for name, (file, _) in zip(names, found.values(), strict=True)}
 
 
-def _matches(pattern: str) -> list[Path]:
-    """Return the folders and photos that a pattern as 'a/*.jpg' means."""
-    paths = map(Path, sorted(glob.glob(pattern, recursive=True)))
-    return [path for path in paths if path.is_dir() or path.suffix.lower() in SUFFIXES]
+def _matches(pattern: str, output_dir: Path) -> Iterator[tuple[Path, Path]]:
+    """Yield the photos of a file, folder or pattern, each with the folder below which its name begins."""
+    exists = Path(pattern).exists()
+    for match in map(Path, [pattern] if exists else sorted(glob.glob(pattern, recursive=True))):
+        if match.is_dir():
+            within_results = _is_below(match, output_dir)
+            for folder, _, names in walk(match):
+                if within_results or not _is_below(folder, output_dir):
+                    yield from ((folder / name, match) for name in names if _is_photo(name) and name[0] != ".")
+        elif exists or _is_photo(match.name):
+            yield match, match.parent
 
 
-def _below(path: Path, output_dir: Path) -> list[tuple[Path, Path]]:
-    """Return the photos of a folder with that folder, or a file with its own."""
-    if not path.is_dir():
-        return [(path, path.parent)]
-    within_results = output_dir in (_real(path), *_real(path).parents)
-    files = [folder / name for folder, _, names in walk(path) for name in names if not name.startswith(".")]
-    files = [file for file in sorted(files) if file.suffix.lower() in SUFFIXES]
-    return [(file, path) for file in files if within_results or output_dir not in _real(file).parents]
+def _is_photo(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES)
 
 
-def _real(path: Path) -> Path:
-    """Return a path without links; one that leads in a circle as it is."""
-    return Path(os.path.realpath(path))
+def _is_below(folder: Path, output_dir: Path) -> bool:
+    return Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(output_dir))
 
 
-def read(groups: Iterable[Sequence[tuple[Path, Path]]]) -> Iterator[list[Example]]:
-    """Yield the examples of each group of (name, file), in parts where the photos are large."""
-    for group in groups:
-        part, pixels = list[Example](), 0
-        for name, file in group:
-            try:
-                photo = read_photo(file)
-            except UserError as error:
-                part.append(Example(name, file, error))
-                continue
-            part.append(Example(name, file, photo))
-            pixels += photo.width * photo.height
-            if pixels > PIXELS_AT_ONCE:
-                yield part
-                part, pixels = [], 0
-        if part:
-            yield part
+def result_paths(output: Path) -> list[Path]:
+    return [output.with_name(output.name + suffix) for suffix in RESULTS]
 
 
-def ahead(items: Iterator[T]) -> Iterator[T]:
-    """Yield what an iterator does; a thread makes the next item meanwhile."""
-    # Not concurrent.futures, at whose end, and the interpreter's, a thread is waited for that a file never answers.
-    with ThreadPool(1) as pool:
-        coming = pool.apply_async(next, (items, None))
-        while (item := coming.get()) is not None:
-            coming = pool.apply_async(next, (items, None))
-            yield item
+class Photos(Dataset):
+    """Photo files: photos[index] is an RGB photo, or the UserError that says why it cannot be read."""
 
+    def __init__(self, files: Sequence[Path]):
+        self.files = files
 
-def write(
-    part: Sequence[Example], predictions: Sequence[np.ndarray], names: Sequence[str], folder: Path, bar: tqdm
-) -> int:
-    """Write the results of every photo that could be read. Names the photos that have none and returns how many."""
-    remaining, faults = iter(predictions), 0
-    for name, file, photo in part:
-        if signal_received():
-            break
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Image.Image | UserError:
         try:
-            if isinstance(photo, UserError):
-                raise photo
-            write_results(file, photo, next(remaining), names, folder / name)
-        except (UserError, OSError) as error:
-            if isinstance(error, OSError) and error.errno != errno.ENAMETOOLONG:  # which the next photo would meet
-                raise
-            faults += 1
-            bar.clear()
-            say(f"predict.py: {error}; skipped", sys.stderr)
-    return faults
+            return read_photo(self.files[index])
+        except UserError as error:
+            return error
 
 
 def write_results(file: Path, photo: Image.Image, prediction: np.ndarray, names: Sequence[str], output: Path) -> None:
     """Write the three results of one photo."""
     counts = np.array(Image.fromarray(prediction).histogram()[: len(names)])  # bincount takes 8 bytes a pixel
     shares = {int(index): counts[index] / prediction.size for index in np.argsort(-counts, kind="stable")}
-    output.parent.mkdir(parents=True, exist_ok=True)
     legend = {index: f"{names[index]} {share:.1%}" for index, share in shares.items() if share >= LEAST_AREA}
-    pictures = colour_mask(prediction, names), overlay(photo, prediction, names, legend)
-    files = [output.with_name(output.name + suffix) for suffix in RESULTS]
-    for file_out, picture in zip(files, pictures, strict=False):
-        save_picture(picture, file_out)
     areas = {names[index]: {"pixels": int(counts[index]), "share": share} for index, share in shares.items() if share}
-    size = {"width": photo.width, "height": photo.height}
-    write_json(files[-1], {"photo": str(file), **size, "areas": areas})
+    mask_file, overlay_file, json_file = result_paths(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    save_picture(colour_mask(prediction, names), mask_file)
+    save_picture(overlay(photo, prediction, names, legend), overlay_file)
+    write_json(json_file, {"photo": str(file), "width": photo.width, "height": photo.height, "areas": areas})
 
 
 def load(
     model_dir: str | Path,
     *,
     restore_file: str = "best",
+    data_dir: Path | None = None,
     device: str = "auto",
     scales: Sequence[float] | None = None,
     flip: bool = False,
 ) -> tuple[Segmenter, list[str]]:
     """Load a trained network, in a notebook say: load(...)[0].segment(photo) of an RGB photo gives its class map.
 
-    Returns what segments photos, see model.inference.Segmenter, and the names of the classes. Raises UserError as the
-    command does.
+    Returns the model.inference.Segmenter and the names of the classes. Raises UserError as the command does, also
+    where the data set in data_dir has other names.
     """
     picked, file = pick_device(device), checkpoint_path(Path(model_dir), restore_file)
     model, params, checkpoint = load_network(Path(model_dir), restore_file, picked)
-    names = agreed_class_names(checkpoint, file, None, params.num_classes)
+    split = find_split(params.dataset, data_dir, "val") if data_dir and params.dataset != "sample" else None
+    names = agreed_class_names(checkpoint, file, split, params.num_classes)
     return make_segmenter(model, params, picked, scales=scales, flip=flip), names
 
 
 def main(args: argparse.Namespace) -> int:
-    with distributed.processes(args.device) as device:
-        return run(device, args)
-
-
-def run(device: torch.device, args: argparse.Namespace) -> int:
-    """Predict; of n processes each takes every n-th batch. Returns the exit status: 1 if a photo cannot be read.
-
-    While the network is at work on a batch, one thread reads the next and one writes the results of the one before. Not
-    so with --tile: of large photos only one is held at a time.
-    """
-    photos = distributed.broadcast_from_main(lambda: prepare(args))
-    model, params, checkpoint = load_network(args.model_dir, args.restore_file, device)
-    names = distributed.broadcast_from_main(lambda: find_names(params, checkpoint, args))
-    with distributed.together():
-        segmenter = make_segmenter(model, params, device, scales=args.scales, flip=args.flip)
-        make_folder(args.output_dir, "--output_dir")
-    size = 1 if args.tile else params.scoring_batch_size
-    items = list(photos.items())
-    groups = [items[start : start + size] for start in range(0, len(items), size)]
-    own = groups[ranks.rank() :: ranks.world_size()]
+    """Predict every photo. Returns the exit status: 1 if one cannot be read."""
+    if args.tile is not None and args.tile < 32:
+        raise UserError(f"--tile {args.tile}: a tile has at least 32 pixels a side")
+    photos = find_photos(args.photos, args.output_dir)
+    options = {key: getattr(args, key) for key in ("restore_file", "data_dir", "device", "scales", "flip")}
+    segmenter, names = load(args.model_dir, **options)
+    make_folder(args.output_dir, "--output_dir")
+    loader = DataLoader(
+        Photos(list(photos.values())),
+        batch_size=None,
+        num_workers=0 if args.tile else min(READERS, cores(), len(photos)),  # photos that need tiles are large
+        worker_init_fn=leave_signals_to_the_main_process,
+    )
     faults = 0
-    with (
-        tqdm(total=sum(map(len, own)), desc="predicting", unit="img", leave=False, disable=ranks.bar_disabled()) as bar,
-        ThreadPoolExecutor(1) as writer,  # which ends the file that it is writing, whatever happens here
-    ):
-        written: Future[int] = writer.submit(int)  # of nothing yet, 0
-        parts = read(own)
-        for part in parts if args.tile else ahead(parts):
-            stop_if_asked()
-            readable = [photo for _, _, photo in part if isinstance(photo, Image.Image)]
-            predictions = [map_.cpu().numpy() for map_ in segmenter.segment_all(readable, tile=args.tile)]
-            faults += written.result()
-            written = writer.submit(write, part, predictions, names, args.output_dir, bar)
-            bar.update(len(part))
-            if args.tile:
-                wait([written])
-        faults += written.result()
-    stop_if_asked()  # after a signal the last photos are not written
-    faults = sum(distributed.gather(faults))
-    if ranks.is_main():
-        print(f"{len(photos) - faults} of {len(photos)} photos -> {args.output_dir}")
+    bar = tqdm(loader, desc="predicting", unit="img", leave=False, disable=None)
+    for (name, file), photo in zip(photos.items(), bar, strict=True):
+        if isinstance(photo, UserError):
+            faults += 1
+            bar.write(f"predict.py: {photo}; skipped", sys.stderr)
+        else:
+            prediction = segmenter.segment(photo, tile=args.tile).cpu().numpy()
+            write_results(file, photo, prediction, names, args.output_dir / name)
+    print(f"{len(photos) - faults} of {len(photos)} photos -> {args.output_dir}")
     return 1 if faults else 0
 
 
-def prepare(args: argparse.Namespace) -> dict[Path, Path]:
-    """Return the photos by what their results are called, see find_photos."""
-    if args.tile is not None and args.tile < 32:
-        raise UserError(f"--tile {args.tile}: a tile has at least 32 pixels a side")
-    return find_photos(args.photos, args.output_dir)
-
-
-def find_names(params: Params, checkpoint: dict, args: argparse.Namespace) -> list[str]:
-    """Return the names of the classes: the checkpoint's, which data given with --data_dir must have too.
-
-    Data that the run has recorded need not be there any more, and may have become others, which is said.
-    """
-    file, root = checkpoint_path(args.model_dir, args.restore_file), args.data_dir or recorded_data_dir(args.model_dir)
-    if params.dataset == "sample" or not (args.data_dir or (root and root.is_dir())):
-        root = None
-    try:
-        split = None if root is None else find_split(params.dataset, root, "val")
-        return agreed_class_names(checkpoint, file, split, params.num_classes)
-    except UserError as error:
-        if args.data_dir or not checkpoint.get("class_names"):
-            raise
-        say(f"predict.py: {error}; here the names are those of {file}", sys.stderr)
-        return agreed_class_names(checkpoint, file, None, params.num_classes)
-
-
 if __name__ == "__main__":
-    raise SystemExit(run_main(lambda: main(parse_args()), shared=True))
+    raise SystemExit(run_main(lambda: main(parse_args())))

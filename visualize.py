@@ -1,6 +1,7 @@
 """Pictures of what a network makes of photos, and of how it got there."""
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -9,15 +10,15 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from model.voc import ERROR_COLOUR, VOID, VOID_COLOUR, colour_mask, is_background, palette
 
 MARGIN, TEXT = 8, 22  # pixels
 COLOURS = [f"C{number}" for number in range(10) if number != 7]  # of the best runs in a plot; C7 is grey, as the others
 PANELS = 6  # of results.png at most
-SHADES = 30, 120  # what black and white become in the error picture: darker than error and void
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+SHADES = (30, 30, 30), (120, 120, 120)  # what black and white become in the error picture: darker than error and void
+LETTERS: dict[str, Any] = {"fill": "black", "font_size": 14, "anchor": "lm"}  # at the middle of their left side
 Entry = tuple[tuple[int, int, int] | None, str]  # of a legend: a colour, None for what is not coloured, and its label
 
 
@@ -30,25 +31,19 @@ def comparison(examples: Sequence[Sequence[np.ndarray]], names: Sequence[str], *
         side: pixels of the longer side of a tile.
     """
     images, labels, predictions = zip(*examples, strict=True)
-    font = ImageFont.load_default(size=14)
-    rows = (
-        ("photo", [Image.fromarray(image) for image in images], Image.Resampling.BICUBIC),
-        ("truth", [colour_mask(label, names).convert("RGB") for label in labels], Image.Resampling.NEAREST),
-        ("prediction", [colour_mask(label, names).convert("RGB") for label in predictions], Image.Resampling.NEAREST),
-    )
-    left = 90
-    width = max(left + len(images) * (side + MARGIN), left + side * 3)
-    legend = _legend(_present([*labels, *predictions], names), width, font)
-    canvas = Image.new("RGB", (width, 3 * (side + MARGIN) + MARGIN + legend.height), "white")
-    draw = ImageDraw.Draw(canvas)
-    for row, (title, tiles, resampling) in enumerate(rows):
-        top = MARGIN + row * (side + MARGIN)
-        draw.text((MARGIN, top + side // 2), title, fill="black", font=font, anchor="lm")
+    rows = {
+        "photo": [_tile(image, side) for image in images],
+        "truth": [_tile(colour_mask(label, names), side) for label in labels],
+        "prediction": [_tile(colour_mask(label, names), side) for label in predictions],
+    }
+    left, step = 90, side + MARGIN
+    legend = _legend(_present([*labels, *predictions], names), left + max(3, len(images)) * step)
+    canvas, draw = _page(legend, MARGIN + 3 * step)
+    for row, (name, tiles) in enumerate(rows.items()):
+        top = MARGIN + row * step
+        draw.text((MARGIN, top + side // 2), name, **LETTERS)
         for column, tile in enumerate(tiles):
-            width, height = (max(1, round(side * length / max(tile.size))) for length in tile.size)
-            place = left + column * (side + MARGIN) + (side - width) // 2, top + (side - height) // 2
-            canvas.paste(tile.resize((width, height), resampling), place)
-    canvas.paste(legend, (0, canvas.height - legend.height))
+            canvas.paste(ImageOps.pad(tile, (side, side), color="white"), (left + column * step, top))
     return canvas
 
 
@@ -75,39 +70,32 @@ def error_picture(
         other: another prediction, uint8 (H, W), to show in place of the error.
         side: pixels of the longer side of a tile.
     """
-    font = ImageFont.load_default(size=14)
     labels = np.array(truth)
-    tiles = {
+    tiles: dict[str, Any] = {
         "photo": photo,
-        "truth": colour_mask(labels, names).convert("RGB"),
-        "prediction": colour_mask(prediction, names).convert("RGB"),
-        "error": _errors(photo, labels, prediction),
+        "truth": colour_mask(labels, names),
+        "prediction": colour_mask(prediction, names),
     }
-    shown = [labels, prediction]
-    if other is not None:
-        del tiles["error"]
-        tiles["the other"] = colour_mask(other, names).convert("RGB")
-        shown.append(other)
-    width, height = (max(1, round(length * side / max(photo.size))) for length in photo.size)
-    entries = [*_present(shown, names), *([(ERROR_COLOUR, "error")] if other is None else [])]
-    legend = _legend(entries, 4 * (width + MARGIN) + MARGIN, font)
-    canvas = Image.new("RGB", (legend.width, 2 * TEXT + height + MARGIN + legend.height), "white")
-    draw = ImageDraw.Draw(canvas)
-    draw.text((MARGIN, TEXT // 2), title, fill="black", font=font, anchor="lm")
-    for column, (name, tile) in enumerate(tiles.items()):
-        left = MARGIN + column * (width + MARGIN)
-        draw.text((left, TEXT + TEXT // 2), name, fill="black", font=font, anchor="lm")
-        resampling = Image.Resampling.NEAREST if name != "photo" else Image.Resampling.BICUBIC
-        canvas.paste(tile.resize((width, height), resampling), (left, 2 * TEXT))
-    canvas.paste(legend, (0, canvas.height - legend.height))
+    if other is None:
+        tiles["error"] = _errors(photo, labels, prediction)
+        entries = [*_present([labels, prediction], names), (ERROR_COLOUR, "error")]
+    else:
+        tiles["the other"] = colour_mask(other, names)
+        entries = _present([labels, prediction, other], names)
+    shown = [_tile(tile, side) for tile in tiles.values()]
+    step = shown[0].width + MARGIN
+    canvas, draw = _page(_legend(entries, MARGIN + 4 * step), 2 * TEXT + shown[0].height + MARGIN)
+    draw.text((MARGIN, TEXT // 2), title, **LETTERS)
+    for column, (name, tile) in enumerate(zip(tiles, shown, strict=True)):
+        draw.text((MARGIN + column * step, TEXT + TEXT // 2), name, **LETTERS)
+        canvas.paste(tile, (MARGIN + column * step, 2 * TEXT))
     return canvas
 
 
 def _errors(photo: Image.Image, labels: np.ndarray, prediction: np.ndarray) -> Image.Image:
     """Return a dark grey photo with its wrong and void pixels in colour."""
-    darkest, brightest = SHADES
-    grey = photo.convert("L").point(lambda value: darkest + value * (brightest - darkest) // 255)
-    error = np.array(grey.convert("RGB"))
+    grey = ImageOps.colorize(photo.convert("L"), *SHADES)
+    error = np.array(grey)
     error[(prediction != labels) & (labels != VOID)] = ERROR_COLOUR
     error[labels == VOID] = VOID_COLOUR
     return Image.fromarray(error)
@@ -125,20 +113,31 @@ def overlay(
         labels: what the legend says for each class index, in that order.
         side: the longer side of the result at most, in pixels, for photos larger than that are shrunk.
     """
-    if max(photo.size) > side:
-        photo = photo.copy()
-        photo.thumbnail((side, side))
-    colours = colour_mask(prediction, names).resize(photo.size, Image.Resampling.NEAREST)
-    mixed = Image.blend(photo, colours.convert("RGB"), 0.55)
+    photo = photo.copy()
+    photo.thumbnail((side, side))
+    classes = colour_mask(prediction, names).resize(photo.size, Image.Resampling.NEAREST)
+    mixed = Image.blend(photo, classes.convert("RGB"), 0.55)
     bare = [index for index, name in enumerate(names) if is_background(name)]
-    objects = Image.fromarray(~np.isin(np.array(colours), bare))
-    swatches = palette(names).tolist()
-    entries = [(None if index in bare else tuple(swatches[index]), label) for index, label in labels.items()]
-    legend = _legend(entries, max(photo.width, 240), ImageFont.load_default(size=14))
-    canvas = Image.new("RGB", (legend.width, photo.height + MARGIN + legend.height), "white")
-    canvas.paste(Image.composite(mixed, photo, objects), (0, 0))
-    canvas.paste(legend, (0, photo.height + MARGIN))
+    objects = Image.fromarray(~np.isin(np.array(classes), bare))
+    colours = palette(names).tolist()
+    entries = [(None if index in bare else tuple(colours[index]), label) for index, label in labels.items()]
+    canvas, _ = _page(_legend(entries, photo.width), photo.height + MARGIN)
+    canvas.paste(Image.composite(mixed, photo, objects))
     return canvas
+
+
+def _tile(picture: Image.Image | np.ndarray, side: int) -> Image.Image:
+    """Return a photo or a mask as RGB whose longer side has that many pixels."""
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    width, height = (max(1, round(side * length / max(image.size))) for length in image.size)
+    return image.resize((width, height)).convert("RGB")  # with a palette NEAREST, else bicubic
+
+
+def _page(legend: Image.Image, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    """Return a white page of that height above a legend, and what draws on it."""
+    page = Image.new("RGB", (legend.width, height + legend.height), "white")
+    page.paste(legend, (0, height))
+    return page, ImageDraw.Draw(page)
 
 
 def _present(maps: Sequence[np.ndarray], names: Sequence[str]) -> list[Entry]:
@@ -147,24 +146,18 @@ def _present(maps: Sequence[np.ndarray], names: Sequence[str]) -> list[Entry]:
     return [(tuple(colours[index]), "void" if index == VOID else names[index]) for index in indices.tolist()]
 
 
-def _legend(entries: Sequence[Entry], width: int, font: Font) -> Image.Image:
-    """Draw colour swatches with their labels, in as many lines as they need."""
-    places, x, y = [], MARGIN, 0
-    for colour, full in entries:
-        label = full
-        while font.getlength(label) > width - TEXT - 2 * MARGIN:  # the end, where an overlay has the share, is kept
-            middle = len(label) // 2
-            label = f"{label[: middle - 2]}…{label[middle + 1 :]}"
-        advance = TEXT + int(font.getlength(label)) + 2 * MARGIN
-        if x + advance > width and x > MARGIN:
-            x, y = MARGIN, y + TEXT
-        places.append((colour, label, x, y))
-        x += advance
-    legend = Image.new("RGB", (width, y + TEXT + MARGIN), "white")
+def _legend(entries: Sequence[Entry], width: int) -> Image.Image:
+    """Draw colour swatches with their labels in columns, wider than asked for where one label is."""
+    font = ImageFont.load_default(size=LETTERS["font_size"])
+    cell = TEXT + 2 * MARGIN + max(math.ceil(font.getlength(label)) for _, label in entries)
+    columns = max(1, (width - MARGIN) // cell)
+    rows = -(-len(entries) // columns)
+    legend = Image.new("RGB", (max(width, MARGIN + cell), rows * TEXT + MARGIN), "white")
     draw = ImageDraw.Draw(legend)
-    for colour, label, x, y in places:
+    for place, (colour, label) in enumerate(entries):
+        x, y = MARGIN + place % columns * cell, place // columns * TEXT
         draw.rectangle((x, y + 3, x + 14, y + 17), fill=colour, outline="black")
-        draw.text((x + TEXT, y + 10), label, fill="black", font=font, anchor="lm")
+        draw.text((x + TEXT, y + 10), label, **LETTERS)
     return legend
 
 
@@ -220,11 +213,8 @@ def confusion_figure(counts: np.ndarray, iou: Mapping[str, float | None]) -> Fig
     matrix.set_xticks(range(len(names)), names, rotation=90)
     matrix.set_yticks(range(len(names)), names)
     values = list(iou.values())
-    bars.barh(range(len(names)), [value or 0 for value in values])
-    for position, value in enumerate(values):
-        bars.text(
-            (value or 0) + 0.01, position, "-" if value is None else f"{value:.2f}", va="center", fontsize="small"
-        )
+    drawn = bars.barh(range(len(names)), [value or 0 for value in values])
+    bars.bar_label(drawn, ["-" if value is None else f"{value:.2f}" for value in values], padding=2, fontsize="small")
     present = [value for value in values if value is not None]
     bars.set(xlim=(0, 1.1), ylim=(len(names) - 0.5, -0.5), xlabel="IoU")  # the rows of the matrix
     if present:

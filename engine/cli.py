@@ -107,11 +107,13 @@ class _Parser(argparse.ArgumentParser):
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
 
 
-def experiment_parser(description: str, *, data: str = "folder of the data set") -> argparse.ArgumentParser:
+def experiment_parser(
+    description: str, *, data: str = "folder of the data set (default: the one of the run, or data)"
+) -> argparse.ArgumentParser:
     """Make a parser with the flags that every script on one experiment has; data says what --data_dir is for."""
     parser = _Parser(description=description)
     add_folder(parser, "--model_dir", "experiments/base_model", "folder of the experiment: params.json and all output")
-    parser.add_argument("--data_dir", type=Path, help=f"{data} (default: the one of the run, or data)")
+    parser.add_argument("--data_dir", type=Path, help=data)
     parser.add_argument("--device", choices=DEVICES, default="auto", help="(default: %(default)s)")
     return parser
 

@@ -359,10 +359,10 @@ def _collate_originals(
 def _loading(batches: DistributedBatchSampler, num_workers: int) -> dict:
     """Return the keywords of every DataLoader: no more processes than cores or batches."""
     workers = min(num_workers, cores(), len(batches))
-    return {"batch_sampler": batches, "num_workers": workers, "worker_init_fn": _leave_signals_to_the_main_process}
+    return {"batch_sampler": batches, "num_workers": workers, "worker_init_fn": leave_signals_to_the_main_process}
 
 
-def _leave_signals_to_the_main_process(worker: int) -> None:
+def leave_signals_to_the_main_process(worker: int) -> None:
     # Ctrl-C and batch systems signal all processes; a worker that dies before the main process has understood would
     # look like a crash. So it dies a little later, for at the end the main process itself ends workers by SIGTERM.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

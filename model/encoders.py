@@ -1,4 +1,4 @@
-"""Encoders: what the network, its training and its use must know of each.
+"""Encoders: ResNets of torchvision, and any model of timm with a pyramid of maps.
 
 Another kind of encoder is one more function that returns an Encoder, and a line in build(). All other code asks the
 Encoder and knows no kind by name.
@@ -8,7 +8,7 @@ import difflib
 import importlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType, SimpleNamespace
@@ -34,14 +34,12 @@ ENCODERS = (  # of torchvision's ResNet family
     *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2"),
 )
 TIMM = "timm/"  # begins the name of an encoder that is a model of timm
-# Options of the network that are about its encoder. One that an encoder does not honour is refused.
-OPTIONS = ("stem_maxpool", "zero_init_residual", "freeze_encoder_statistics", "activation_checkpointing")
 PYRAMID = (4, 8, 16, 32)  # strides that a timm model must have maps of
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """What is to be known of an encoder, and how it is run. Its modules are children of the network.
+    """What the network, its training and its use must know of an encoder, whose modules are children of the network.
 
     Attributes:
         names: of these children.
@@ -81,7 +79,7 @@ def build(name: str, *, pretrained: bool | str, options: Mapping[str, bool]) -> 
     Args:
         name: one of ENCODERS, or "timm/NAME".
         pretrained: start from ImageNet weights, which are installed or downloaded; or from a file, see read_weights().
-        options: a value for each of OPTIONS.
+        options: stem_maxpool, zero_init_residual, freeze_encoder_statistics and activation_checkpointing, see FCN_GCN.
 
     Raises:
         UserError: there is no such encoder, it does not honour an option, or its weights are not to be had.
@@ -97,12 +95,6 @@ def build(name: str, *, pretrained: bool | str, options: Mapping[str, bool]) -> 
     return encoder, modules
 
 
-def _refuse(name: str, refused: Mapping[str, str], options: Mapping[str, bool]) -> None:
-    for option, reason in refused.items():
-        if options[option]:
-            raise UserError(f'"{option}" is not for the encoder "{name}": {reason}; set it to false')
-
-
 def built_without_memory(name: str) -> bool:
     """Return whether an encoder can be built on the meta device, all its tensors then coming from a checkpoint."""
     return name in ENCODERS
@@ -115,11 +107,6 @@ def _draw_nothing(module: nn.Module) -> None:
             part.p = 0.0
         elif hasattr(part, "drop_prob"):  # timm's DropPath, DropBlock2d
             part.drop_prob = 0.0
-
-
-def batch_norms(model: Any) -> list[_BatchNorm]:
-    """Return the encoder's batch norm layers of a network."""
-    return [m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and model.encoder.owns(name)]
 
 
 # ResNets, of torchvision
@@ -164,33 +151,21 @@ def _resnet_maps(net: Any, images: Tensor) -> list[Tensor]:
 
 def _recomputed(layer: nn.Module, x: Tensor) -> Tensor:
     """Return layer(x), of which nothing but x is kept for the backward pass."""
-    if compiler.is_compiling():  # where the repetition writes no statistics
-        return checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False)
-    contexts = partial(_statistics_once, layer)
-    return checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+    # A compiled layer writes no statistics in its repetition.
+    contexts = {"context_fn": lambda: (nullcontext(), _statistics_kept(layer))}
+    options: dict[str, Any] = {} if compiler.is_compiling() else contexts
+    return checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False, **options)
 
 
-def _statistics_once(layer: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
-    """Return contexts of the forward pass and of its repetition, in which running statistics stay as they are.
-
-    Not by track_running_stats, without which batch norm saves other tensors than in the forward pass.
-    """
-
-    @contextmanager
-    def repetition() -> Iterator[None]:
-        norms = [module for module in layer.modules() if isinstance(module, _BatchNorm)]
-        momenta = [norm.momentum for norm in norms]
-        for norm in norms:
-            norm.momentum = 0.0
-            if norm.training and norm.num_batches_tracked is not None:
-                norm.num_batches_tracked.sub_(1)
-        try:
-            yield
-        finally:
-            for norm, momentum in zip(norms, momenta, strict=True):
-                norm.momentum = momentum
-
-    return nullcontext(), repetition()
+@contextmanager
+def _statistics_kept(layer: nn.Module) -> Iterator[None]:
+    """Let the running statistics of batch norm be afterwards what they are now."""
+    before = [buffer.clone() for buffer in layer.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in zip(layer.buffers(), before, strict=True):
+            buffer.data.copy_(value)  # .data: autograd does not need them and must not take them for changed
 
 
 def _downloaded(name: str, weights: Any) -> dict[str, Tensor]:
@@ -206,25 +181,12 @@ def _downloaded(name: str, weights: Any) -> dict[str, Tensor]:
 
 def _timm(name: str, pretrained: bool | str, options: Mapping[str, bool]) -> tuple[Encoder, dict[str, nn.Module]]:
     backbone = _timm_pyramid(name)
+    _set_timm_options(backbone, name, options)
     strides, channels = backbone.feature_info.reduction(), backbone.feature_info.channels()
-    channels_last = getattr(backbone, "output_fmt", "NCHW") == "NHWC"
     places = [len(strides) - 1 - strides[::-1].index(stride) for stride in PYRAMID]  # the last one of each stride
-    has_batch_norm = any(isinstance(module, _BatchNorm) for module in backbone.modules())
-    refused = {
-        "stem_maxpool": "its maps have strides 4 to 32 already",
-        "zero_init_residual": "timm initializes its blocks",
-    }
-    if not has_batch_norm:
-        refused["freeze_encoder_statistics"] = "it has no batch norm"
-    if options["activation_checkpointing"]:
-        if has_batch_norm and not options["freeze_encoder_statistics"]:
-            refused["activation_checkpointing"] = (
-                'its batch norm would count every batch twice unless "freeze_encoder_statistics" is true'
-            )
-        elif not _recomputes(backbone):
-            refused["activation_checkpointing"] = "timm cannot recompute its activations"
-    _refuse(name, refused, options)
-    maps = _maps_of_any_size(backbone, name, places=places, channels_last=channels_last)
+    channels_last = getattr(backbone, "output_fmt", "NCHW") == "NHWC"
+    maps = partial(_timm_maps, places=places, channels_last=channels_last)
+    maps = partial(maps, multiple=_padding_multiple(backbone, name, maps))
     source = None
     if pretrained:
         with torch.random.fork_rng(devices=[]):  # all processes draw alike, and only rank 0 reads weights
@@ -242,39 +204,62 @@ def _timm(name: str, pretrained: bool | str, options: Mapping[str, bool]) -> tup
     return encoder, {"backbone": backbone}
 
 
+def _set_timm_options(backbone: Any, name: str, options: Mapping[str, bool]) -> None:
+    """Let a pyramid honour the options. Raises UserError naming the first that it cannot."""
+
+    def refused(option: str, reason: str) -> UserError:
+        return UserError(f'"{option}" is not for the encoder "{name}": {reason}; set it to false')
+
+    reasons = {
+        "stem_maxpool": "its maps have strides 4 to 32 already",
+        "zero_init_residual": "timm initializes its blocks",
+    }
+    if not any(isinstance(module, _BatchNorm) for module in backbone.modules()):
+        reasons["freeze_encoder_statistics"] = "it has no batch norm"
+    elif not options["freeze_encoder_statistics"]:
+        reasons["activation_checkpointing"] = (
+            'its batch norm would count every batch twice unless "freeze_encoder_statistics" is true'
+        )
+    for option, reason in reasons.items():
+        if options[option]:
+            raise refused(option, reason)
+    if options["activation_checkpointing"]:
+        try:
+            backbone.set_grad_checkpointing(True)
+        except (AssertionError, AttributeError, NotImplementedError):
+            raise refused("activation_checkpointing", "timm cannot recompute its activations") from None
+
+
 def _timm_maps(net: Any, images: Tensor, *, places: Sequence[int], channels_last: bool, multiple: int) -> list[Tensor]:
     height, width = images.shape[-2:]
-    if multiple == 1 or compiler.is_exporting():  # for sides that are multiples
-        maps = net.backbone(images)
-    else:
-        maps = net.backbone(F.pad(images, (0, -width % multiple, 0, -height % multiple), mode="replicate"))
+    fits = multiple == 1 or compiler.is_exporting()  # an exported network is for sides that are multiples
+    if not fits:
+        images = F.pad(images, (0, -width % multiple, 0, -height % multiple), mode="replicate")
+    maps = net.backbone(images)
     maps = [maps[place].permute(0, 3, 1, 2) if channels_last else maps[place] for place in places]
-    if multiple == 1:
+    if fits:
         return maps
     sizes = [((height - 1) // stride + 1, (width - 1) // stride + 1) for stride in PYRAMID]
     return [x[..., :rows, :columns] for x, (rows, columns) in zip(maps, sizes, strict=True)]
 
 
 @torch.inference_mode()
-def _maps_of_any_size(
-    backbone: nn.Module, name: str, *, places: Sequence[int], channels_last: bool
-) -> Callable[[Any, Tensor], list[Tensor]]:
-    """Return an Encoder's maps(), tried on odd sides. Where a side of a map is not that of the photo by the stride,
-    rounded up, photos are padded to multiples of the last stride. Raises UserError where that is no help.
+def _padding_multiple(backbone: nn.Module, name: str, maps: Callable[..., list[Tensor]]) -> int:
+    """Return what the sides of photos must be padded to multiples of, tried on odd sides.
+
+    That is the last stride where a side of a map is not that of the photo by the stride, rounded up; else 1. Raises
+    UserError where padding is no help.
     """
-    net: Any = SimpleNamespace(backbone=backbone.eval())
-    reason = ""
+    net, reason = SimpleNamespace(backbone=backbone.eval()), ""
     for multiple, height, width in ((1, 33, 65), (PYRAMID[-1], 64, 96)):
-        maps = partial(_timm_maps, places=places, channels_last=channels_last, multiple=multiple)
         try:
-            whole = partial(maps, multiple=1)(net, torch.zeros(1, 3, height, width))
+            found = [tuple(x.shape[-2:]) for x in maps(net, torch.zeros(1, 3, height, width), multiple=1)]
         except Exception as error:  # the models raise what they like
             reason = first_line(error)
             continue
-        found = [tuple(x.shape[-2:]) for x in whole]
         if found == [(-(-height // stride), -(-width // stride)) for stride in PYRAMID]:
             backbone.train()
-            return maps
+            return multiple
         reason = f"of a photo of {height} x {width} its maps are {', '.join(f'{h} x {w}' for h, w in found)}"
     raise UserError(f'encoder "{name}" does not take photos of every size ({reason})')
 
@@ -312,14 +297,6 @@ def _timm_library(name: str) -> ModuleType:
         hint = f"did you mean {' or '.join(nearest)}?" if nearest else "timm.list_models() gives their names"
         raise UserError(f'encoder is "{name}", but timm {timm.__version__} has no model {short}; {hint}')
     return timm
-
-
-def _recomputes(backbone: Any) -> bool:
-    try:
-        backbone.set_grad_checkpointing(True)
-    except (AssertionError, AttributeError, NotImplementedError):
-        return False
-    return True
 
 
 def _load_timm_weights(backbone: nn.Module, name: str, pretrained: bool | str) -> str:

@@ -19,7 +19,7 @@ BAND_VALUES = 2**20  # classes x rows x columns that are upsampled at a time: mo
 
 
 class Segmenter:
-    """A network and how it is asked.
+    """Segments photos of any size with a network.
 
     Args:
         model: gives logits (B, C, S, S) of normalized images (B, 3, S, S).
@@ -27,7 +27,7 @@ class Segmenter:
         image_size: S that it was trained at.
         resize, padding: one of transforms.RESIZES, and the colour beside a photo, as it was trained with.
         scales: multiples of S at which each photo is predicted; their probabilities are averaged.
-        flip: look at the mirror image too.
+        flip: average with the mirror image too.
         autocast: makes the context that the network computes in.
         input_options: the keywords of transforms.to_input.
 
@@ -50,8 +50,7 @@ class Segmenter:
     ):
         self.model, self.device = model.eval(), device
         self.resize, self.padding, self.flip = resize, padding, flip
-        self.autocast = autocast
-        self.input_options = input_options
+        self.autocast, self.input_options = autocast, input_options
         if not scales or not all(32 <= scale * image_size <= 16384 for scale in scales):
             raise UserError(
                 f"scales {' '.join(f'{scale:g}' for scale in scales)} of {image_size} pixels: "
@@ -62,7 +61,7 @@ class Segmenter:
 
     @torch.inference_mode()
     def logits(self, inputs: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> Iterator[list[Tensor]]:
-        """For each photo its maps, float32 (C, h, w), without what was padded.
+        """Yield the maps of each photo, float32 (C, h, w), without what was padded.
 
         inputs are those of squares(photos, self.sizes, self.resize, self.padding), sizes the photos' (width, height).
         """
@@ -80,14 +79,6 @@ class Segmenter:
                 for logits, (left, top, right, bottom) in zip(photo, boxes, strict=True)
             ]
 
-    def segment_all(self, photos: Sequence[Image.Image], *, tile: int | None = None) -> Iterator[Tensor]:
-        """Yield what segment() returns for each photo; those that are not cut into tiles go as one batch."""
-        if tile is not None:
-            yield from (self.segment(photo, tile=tile) for photo in photos)
-        elif photos:
-            for photo, maps in zip(photos, self._look(photos), strict=True):
-                yield class_map(maps, width=photo.width, height=photo.height)
-
     @torch.inference_mode()
     def segment(self, photo: Image.Image, *, tile: int | None = None) -> Tensor:
         """Return uint8 (H, W) on the device: the class of every pixel of an RGB photo.
@@ -95,7 +86,8 @@ class Segmenter:
         The photo is resized to the network's input as a whole, or tile by tile of that many pixels a side.
         """
         if tile is None or tile >= max(photo.size):
-            return next(self.segment_all([photo]))
+            (maps,) = self._look([photo])
+            return class_map(maps, width=photo.width, height=photo.height)
         boxes = tiles(photo.width, photo.height, tile)
         count = max(1, min(PIXELS_AT_ONCE // max(self.sizes) ** 2, CUT_AT_ONCE // tile**2))
 
@@ -183,7 +175,7 @@ def _bands(height: int, values: int) -> Iterator[range]:
 
 
 def _shares(maps: Sequence[Tensor], rows: range, width: int, height: int) -> Tensor:
-    """Some rows of the sum of upsampled probabilities: (C, rows, width)."""
+    """Return some rows of the sum of upsampled probabilities: (C, rows, width)."""
     total = _upsampled(maps[0], rows, width, height).softmax(0)
     for logits in maps[1:]:
         total += _upsampled(logits, rows, width, height).softmax(0)
@@ -198,7 +190,7 @@ def _weight(positions: range, length: int) -> Tensor:
 
 
 def _upsampled(logits: Tensor, rows: range, width: int, height: int) -> Tensor:
-    """Some rows of F.interpolate(logits, (height, width), mode="bilinear"): (C, h, w) -> (C, rows, width)."""
+    """Return some rows of F.interpolate(logits, (height, width), mode="bilinear"): (C, h, w) to (C, rows, width)."""
     last = logits.shape[1] - 1
     y = torch.arange(rows.start, rows.stop, dtype=torch.float64)  # on the CPU: not every device has float64
     y = ((y + 0.5) * ((last + 1) / height) - 0.5).clamp(0, last)

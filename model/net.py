@@ -10,6 +10,7 @@ from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, compiler, nn, sym_max
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from model import UserError, encoders
 from model.encoders import ENCODERS
@@ -162,14 +163,11 @@ class FCN_GCN(nn.Module):
         def score(in_channels: int) -> nn.Module:
             layer = HEADS[head](in_channels, num_classes, kernel_size, gcn_padding)
             if zero_init_heads:
-                last = (layer.conv_l2, layer.conv_r2) if isinstance(layer, GCN) else [*layer.modules()][-1:]
-                _zero(last)
+                _zero((layer.conv_l2, layer.conv_r2) if isinstance(layer, GCN) else [*layer.modules()][-1:])
             return layer
 
         def refine() -> nn.Module:
-            if not boundary_refinement:
-                return nn.Sequential()  # the identity
-            return BR(num_classes, zero_init=zero_init_residual)
+            return BR(num_classes, zero_init=zero_init_residual) if boundary_refinement else nn.Sequential()  # identity
 
         options = {
             "stem_maxpool": stem_maxpool,
@@ -214,8 +212,9 @@ class FCN_GCN(nn.Module):
         """Set training mode, in which the encoder's batch norm may stay in that of evaluation."""
         super().train(mode)
         if self.freeze_encoder_statistics:
-            for norm in encoders.batch_norms(self):
-                norm.eval()
+            for name, module in self.named_modules():
+                if isinstance(module, _BatchNorm) and self.encoder.owns(name):
+                    module.eval()
         return self
 
 

@@ -1,19 +1,20 @@
+import copy
 import re
 
 import pytest
 import torch
 from conftest import ROOT, run_script
 from torch import nn
-from torchvision.models.resnet import Bottleneck
+from torchvision.models.resnet import BasicBlock
 
 from engine.checkpoints import load_weights
 from model import UserError
-from model.encoders import ENCODERS, fold_batch_norm
+from model.encoders import ENCODERS, _recomputed, fold_batch_norm
 from model.net import BR, FCN_GCN, GCN, HEADS, _upsample
 
 
 def network(**options) -> FCN_GCN:
-    return FCN_GCN(**{"num_classes": 4, "pretrained": False} | options)
+    return FCN_GCN(**{"num_classes": 4, "pretrained": False, "encoder": "resnet18"} | options)
 
 
 def test_layer_table_is_the_published_one_row_for_row():
@@ -31,8 +32,11 @@ def test_every_encoder_has_heads_of_its_width(encoder):
     assert [head.conv_l1.in_channels for head in (model.gcn1, model.gcn2, model.gcn3, model.gcn4)] == widths
 
 
-@pytest.mark.parametrize("encoder", ["resnet18", "resnet50", "resnext50_32x4d"])
-@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("encoder", "precision"),
+    [("resnet18", torch.float32), ("resnet18", torch.bfloat16), ("resnext50_32x4d", torch.float32)],
+    ids=str,
+)
 def test_folding_batch_norm_changes_no_logits(encoder, precision):
     torch.manual_seed(0)
     model = network(encoder=encoder, stem_maxpool=True).eval().to(memory_format=torch.channels_last)
@@ -61,10 +65,9 @@ def test_the_table_of_another_encoder_can_be_printed():
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("encoder", ["resnet18", "resnet50"])
-def test_activation_checkpointing_changes_neither_gradients_nor_statistics(encoder, frozen):
-    options = {"encoder": encoder, "freeze_encoder_statistics": frozen, "zero_init_residual": True}
-    plain, images = network(**options).train(), torch.randn(2, 3, 48, 64)
+def test_activation_checkpointing_changes_neither_gradients_nor_statistics(frozen):
+    options = {"freeze_encoder_statistics": frozen, "zero_init_residual": True}
+    plain, images = network(**options).train(), torch.randn(2, 3, 32, 48)
     saving = network(**options, activation_checkpointing=True).train()
     saving.load_state_dict(plain.state_dict())
     kept = []
@@ -75,16 +78,14 @@ def test_activation_checkpointing_changes_neither_gradients_nor_statistics(encod
         loss.backward()
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(plain.parameters(), saving.parameters(), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(plain.buffers(), saving.buffers(), strict=True))
-    assert {norm.momentum for norm in saving.modules() if isinstance(norm, nn.BatchNorm2d)} == {0.1}
     assert sum(kept[1]) < 0.7 * sum(kept[0])
 
 
-def test_activation_checkpointing_compiles_to_the_same_gradients_and_statistics():
-    plain, images = network(encoder="resnet18").train(), torch.randn(2, 3, 48, 64)
-    saving = network(encoder="resnet18", activation_checkpointing=True).train()
-    saving.load_state_dict(plain.state_dict())
-    plain(images).square().mean().backward()
-    torch.compile(saving, backend="aot_eager")(images).square().mean().backward()
+def test_recomputed_layers_compile_to_the_same_gradients_and_statistics():
+    plain, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), torch.randn(2, 3, 8, 8)
+    saving = copy.deepcopy(plain)
+    plain(x).square().mean().backward()
+    torch.compile(lambda x: _recomputed(saving, x), backend="aot_eager")(x).square().mean().backward()
     for name, parameter in plain.named_parameters():
         torch.testing.assert_close(saving.get_parameter(name).grad, parameter.grad, rtol=1e-3, atol=1e-6)
     for name, buffer in plain.named_buffers():
@@ -92,7 +93,7 @@ def test_activation_checkpointing_compiles_to_the_same_gradients_and_statistics(
 
 
 def test_frozen_statistics_are_those_of_the_encoder_in_training_too():
-    model = network(encoder="resnet18", freeze_encoder_statistics=True).train()
+    model = network(freeze_encoder_statistics=True).train()
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     trained, scored = (
         model.train(mode)(torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)))
@@ -103,7 +104,7 @@ def test_frozen_statistics_are_those_of_the_encoder_in_training_too():
     assert model.train().training and not model.layer1[0].bn1.training and not model.bn0.training
 
 
-@pytest.mark.parametrize("size", [(32, 32), (33, 47), (70, 35), (128, 97)])
+@pytest.mark.parametrize("size", [(32, 32), (33, 47), (70, 35)])
 @pytest.mark.parametrize("options", [{}, {"gcn_padding": "same", "stem_maxpool": True}, {"kernel_size": 15}])
 def test_logits_have_the_size_of_the_input(size, options):
     logits = network(**options).eval()(torch.randn(2, 3, *size))
@@ -175,28 +176,26 @@ def test_a_map_narrower_than_a_swapped_kernel_is_continued_with_zeros(width):
 @pytest.mark.parametrize(
     ("head", "weights"),
     [
-        ("gcn", lambda k: 2 * (2048 * 21 * k + 21 * 21 * k)),
-        ("conv", lambda k: 2048 * 21 * k * k),
-        ("stack", lambda k: (k // 2 - 1) * 9 * 2048**2 + 9 * 2048 * 21),
+        ("gcn", lambda k: 2 * (512 * 21 * k + 21 * 21 * k)),
+        ("conv1x1", lambda k: 512 * 21),
+        ("conv", lambda k: 512 * 21 * k * k),
+        ("stack", lambda k: (k // 2 - 1) * 9 * 512**2 + 9 * 512 * 21),
     ],
 )
 @pytest.mark.parametrize("k", [3, 7])
 def test_heads_have_the_number_of_weights_of_their_definition(head, weights, k):
-    head = network(num_classes=21, head=head, kernel_size=k).gcn4
+    with torch.device("meta"):
+        head = network(num_classes=21, head=head, kernel_size=k).gcn4
     assert sum(p.numel() for name, p in head.named_parameters() if name.endswith("weight")) == weights(k)
 
 
 @pytest.mark.parametrize("head", ["conv", "stack"])
 def test_the_other_heads_see_the_same_square_as_the_gcn(head):
     layer = network(head=head, kernel_size=5).gcn1.double()
-    x = torch.randn(1, 256, 11, 11, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(1, 64, 11, 11, dtype=torch.float64, requires_grad=True)
     layer(x)[0, :, 5, 5].sum().backward()
     rows, columns = (x.grad[0].abs().sum(0) > 0).nonzero().T
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (3, 7, 3, 7)
-
-
-def test_conv1x1_head_looks_at_one_position():
-    assert network(head="conv1x1").gcn4.weight.shape == (4, 2048, 1, 1)
 
 
 def test_upsampling_carries_a_ramp_from_corner_to_corner():
@@ -204,30 +203,27 @@ def test_upsampling_carries_a_ramp_from_corner_to_corner():
     torch.testing.assert_close(_upsample(small, size=large.shape[-2:]), large)
 
 
-def test_without_boundary_refinement_there_is_no_br_tensor():
-    assert not [name for name in network(boundary_refinement=False).state_dict() if name.startswith("br")]
-
-
 def test_zero_init_residual_lets_every_residual_block_begin_as_its_shortcut():
     for zero in (True, False):
         blocks = [
-            module for module in network(zero_init_residual=zero).modules() if isinstance(module, Bottleneck | BR)
+            module for module in network(zero_init_residual=zero).modules() if isinstance(module, BasicBlock | BR)
         ]
         changed = []
         for block in blocks:
             x = torch.rand(2, block.conv1.in_channels, 6, 6)
             shortcut = getattr(block, "downsample", None) or nn.Identity()
             changed.append(not torch.equal(block(x), shortcut(x).relu()))
-        assert len(blocks) == 16 + 9 and changed == [not zero] * 25
+        assert len(blocks) == 8 + 9 and changed == [not zero] * 17
 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_zero_init_heads_lets_the_logits_begin_at_zero_whatever_the_maps(head):
     for zero in (True, False):
-        model = network(head=head, kernel_size=3, encoder="resnet18", boundary_refinement=False, zero_init_heads=zero)
-        logits = model(100 * torch.randn(2, 3, 64, 64))
+        model = network(head=head, kernel_size=3, boundary_refinement=False, zero_init_heads=zero)
+        assert not [name for name in model.state_dict() if name.startswith("br")]
+        logits = model(100 * torch.randn(2, 3, 32, 32))
         assert bool(logits.any()) != zero
-        nn.functional.cross_entropy(logits, torch.zeros(2, 64, 64, dtype=torch.long)).backward()
+        nn.functional.cross_entropy(logits, torch.zeros(2, 32, 32, dtype=torch.long)).backward()
         assert model.gcn4.state_dict().keys() and any(p.grad.any() for p in model.gcn4.parameters())  # it learns
 
 
@@ -321,5 +317,5 @@ def test_a_missing_tensor_is_refused_by_name_and_nothing_is_loaded():
 
 
 def test_a_tensor_of_another_shape_is_refused_by_name():
-    with pytest.raises(UserError, match=r"gcn1\.conv_l1\.weight is \(21, 256, 7, 1\) instead of \(4, 256, 7, 1\)"):
+    with pytest.raises(UserError, match=r"gcn1\.conv_l1\.weight is \(21, 64, 7, 1\) instead of \(4, 64, 7, 1\)"):
         load_weights(network(), original_state_dict(), "x.pth.tar")

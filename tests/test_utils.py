@@ -385,26 +385,6 @@ def test_evaluation_says_which_data_it_has_taken(experiment, trained, tmp_path):
     assert f"3 images of val of {other} at" in run_on_photo("evaluate.py", experiment, "--data_dir", other).stdout
 
 
-def test_predicting_needs_no_data_and_checks_the_names_where_they_are(experiment, trained, tmp_path):
-    _, data = trained
-    photo = data / "JPEGImages" / "val0.jpg"
-    names = [f"kind {index}" for index in range(21)]
-    folder = rename_classes(experiment, data, tmp_path / "data", names)
-    for recorded in (None, folder, tmp_path / "gone"):
-        trained_on(experiment, recorded)
-        run_on_photo("predict.py", experiment, photo=photo)
-        assert set(json.loads((experiment / "predictions" / "val0.json").read_text())["areas"]) <= set(names)
-    trained_on(experiment, data)  # which has VOC's names
-    stderr = run_on_photo("predict.py", experiment, photo=photo).stderr
-    assert 'class 0 is "kind 0"' in stderr and "here the names are those of" in stderr and stderr.count("\n") == 1
-    assert (
-        'class 0 is "kind 0"' in run_on_photo("predict.py", experiment, "--data_dir", data, photo=photo, check=2).stderr
-    )
-    run_on_photo("predict.py", experiment, "--data_dir", folder, photo=photo)
-    stderr = run_on_photo("predict.py", experiment, "--data_dir", tmp_path / "gone", photo=photo, check=2).stderr
-    assert "gone holds no data set" in stderr
-
-
 def test_another_number_of_names_than_the_checkpoints_is_refused_by_the_first_that_is_missing(tmp_path):
     data = make_data(tmp_path / "data", train=1, val=1)
     for names, said in (

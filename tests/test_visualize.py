@@ -1,15 +1,10 @@
-import hashlib
-import subprocess
-import sys
-
 import numpy as np
 import pytest
-from conftest import ROOT
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from model.voc import CLASS_NAMES, ERROR_COLOUR, VOID, VOID_COLOUR, colour_mask, palette, voc_palette
-from visualize import MARGIN, TEXT, comparison, error_picture, overlay, training_curves
+from visualize import MARGIN, TEXT, comparison, confusion_figure, error_picture, overlay, training_curves
 
 STREETS = ("road", "sky", "car")
 
@@ -25,11 +20,6 @@ def colour(index: int, names=CLASS_NAMES) -> tuple[int, int, int]:
     return tuple(palette(names)[index].tolist())
 
 
-def difference(one: tuple, other: tuple) -> float:
-    """How different two colours are, from 0 to about 1.7."""
-    return float(np.linalg.norm(np.subtract(one, other) / 255))
-
-
 # ---------------------------------------------------------------------------------------- palettes
 
 
@@ -39,18 +29,16 @@ def test_vocs_names_have_vocs_palette_and_no_others():
     assert np.array_equal(voc_palette()[VOID], VOID_COLOUR)
 
 
+@pytest.mark.parametrize("count", [3, 255])
+def test_colours_of_other_classes_differ_from_one_another_and_from_what_else_is_drawn(count):
+    colours = palette([f"kind {index}" for index in range(count)])[:count]
+    others = [VOID_COLOUR, ERROR_COLOUR, (255, 255, 255), (0, 0, 0)]
+    assert len(np.unique([*colours.tolist(), *others], axis=0)) == count + len(others)
+
+
 def test_a_class_called_background_is_black_wherever_it_stands():
-    assert palette(["road", "Background", "car"])[:3].tolist() == [
-        palette(STREETS)[0].tolist(),
-        [0, 0, 0],
-        palette(STREETS)[1].tolist(),
-    ]
-
-
-def test_the_palette_is_the_same_in_every_process():
-    code = f"import hashlib, model.voc; print(hashlib.sha256(model.voc.palette({STREETS}).tobytes()).hexdigest())"
-    said = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip()
-    assert said == hashlib.sha256(palette(list(STREETS)).tobytes()).hexdigest()
+    shown = palette(["road", "Background", "car"])[:3].tolist()
+    assert shown == [palette(STREETS)[0].tolist(), [0, 0, 0], palette(STREETS)[1].tolist()]
 
 
 @pytest.mark.parametrize("names", [CLASS_NAMES, STREETS], ids=("voc", "streets"))
@@ -66,33 +54,31 @@ def test_a_colour_mask_keeps_its_indices_and_shows_the_palette(tmp_path, names):
 # ---------------------------------------------------------------------------------------- pictures
 
 
-@pytest.mark.parametrize("names", [CLASS_NAMES, [str(index) for index in range(8)]], ids=("voc", "numbers"))
-def test_a_comparison_shows_photo_truth_and_prediction_of_each_example_in_its_place(names):
+def test_a_comparison_shows_photo_truth_and_prediction_of_each_example_in_its_place():
     images = np.stack([np.full((8, 8, 3), grey, dtype=np.uint8) for grey in (50, 200)])
     labels = np.stack([np.full((8, 8), 3), np.full((8, 8), VOID)]).astype(np.uint8)
     predictions = np.stack([np.full((8, 8), 5), np.full((8, 8), 0)]).astype(np.uint8)
-    picture = comparison(list(zip(images, labels, predictions, strict=True)), names, side=40)
+    picture = comparison(list(zip(images, labels, predictions, strict=True)), CLASS_NAMES, side=40)
     for column, (photo, truth, prediction) in enumerate([(50, 3, 5), (200, VOID, 0)]):
         x = 90 + column * (40 + MARGIN) + 20
         centres = [picture.getpixel((x, MARGIN + row * (40 + MARGIN) + 20)) for row in range(3)]
-        assert centres == [(photo,) * 3, colour(truth, names), colour(prediction, names)]
-    legend = swatches(picture, below=3 * (40 + MARGIN) + MARGIN)
-    assert legend == {colour(index, names) for index in (3, 5, 0, VOID)} - {(0, 0, 0)}
+        assert centres == [(photo,) * 3, colour(truth), colour(prediction)]
+    assert swatches(picture, below=3 * (40 + MARGIN) + MARGIN) == {colour(index) for index in (3, 5, VOID)}
 
 
 def test_the_legend_shows_what_is_in_the_picture_and_grows_with_it():
-    def picture(*classes: int) -> Image.Image:
+    def picture(*classes: int, names=CLASS_NAMES) -> Image.Image:
         labels = np.array(classes, dtype=np.uint8).reshape(1, -1)
-        return comparison([(np.zeros((1, len(classes), 3), np.uint8), labels, labels)], CLASS_NAMES, side=40)
+        return comparison([(np.zeros((1, len(classes), 3), np.uint8), labels, labels)], names, side=40)
 
     below = 3 * (40 + MARGIN) + MARGIN
-    assert swatches(picture(2, 3), below=below) == {colour(2), colour(3)}
     assert swatches(picture(0, 3, VOID), below=below) == {colour(3), VOID_COLOUR}
     assert swatches(picture(*range(21)), below=below) == {colour(index) for index in range(1, 21) if index != 7}  # grey
     assert picture(*range(21)).height > picture(0, 3).height
+    assert picture(0, names=["name " * 20] * 2).width > picture(0).width
 
 
-@pytest.mark.parametrize("photo", ["black", "white", "red", VOID_COLOUR, ERROR_COLOUR], ids=str)
+@pytest.mark.parametrize("photo", ["black", "white", "red", VOID_COLOUR], ids=str)
 def test_right_wrong_and_void_are_told_apart_on_every_photo(photo):
     """The quarters of a photo of one colour: right, wrong, void, right."""
     truth = np.array([[1, 1], [VOID, 1]], dtype=np.uint8).repeat(20, 0).repeat(20, 1)
@@ -103,7 +89,7 @@ def test_right_wrong_and_void_are_told_apart_on_every_photo(photo):
     right, wrong, void = (picture.getpixel((left + x, 2 * TEXT + y)) for x, y in ((10, 10), (30, 10), (10, 30)))
     assert (wrong, void) == (ERROR_COLOUR, VOID_COLOUR)
     assert picture.getpixel((MARGIN + 40 + MARGIN + 10, 2 * TEXT + 30)) == void, "as in truth"
-    assert min(difference(right, wrong), difference(right, void), difference(wrong, void)) > 0.25
+    assert len(set(right)) == 1 and 30 <= right[0] <= 120  # dark grey
     legend = swatches(picture, below=2 * TEXT + 40 + MARGIN)
     assert legend == {colour(1), colour(2), ERROR_COLOUR, VOID_COLOUR}
 
@@ -113,8 +99,7 @@ def test_an_overlay_colours_every_class_but_one_called_background():
     prediction = np.repeat(np.array([[0], [1], [2]], dtype=np.uint8), 30, 0).repeat(240, 1)
 
     def rows(*names: str) -> list[tuple[int, int, int]]:
-        labels = dict(enumerate(names))
-        picture = overlay(photo, prediction, names, labels)
+        picture = overlay(photo, prediction, names, dict(enumerate(names)))
         bare = {colour(index, names) for index, name in enumerate(names) if name.casefold() == "background"}
         legend = swatches(picture, below=90 + MARGIN)
         assert legend == {colour(index, names) for index in range(3)} - bare
@@ -122,11 +107,20 @@ def test_an_overlay_colours_every_class_but_one_called_background():
 
     grey = (100, 100, 100)
     assert [row == grey for row in rows(*STREETS)] == [False, False, False]
-    assert [row == grey for row in rows("background", "sky", "car")] == [True, False, False]
     assert [row == grey for row in rows("road", "sky", "BACKGROUND")] == [False, False, True]
 
 
-@pytest.mark.parametrize("metrics", [["loss"], ["loss", "mIoU", "mean_dice"], ["loss", "mIoU", *"abcdef"]])
+def test_the_confusion_shows_shares_of_labels_and_each_iou():
+    iou = {"road": 0.5, "sky": None, "$car$": 1.0}
+    matrix, bars = confusion_figure(np.array([[3, 0, 1], [0, 0, 0], [0, 0, 2]]), iou).axes[:2]
+    shares = matrix.images[0].get_array().filled(np.nan)
+    assert np.array_equal(shares, [[0.75, 0, 0.25], [np.nan] * 3, [0, 0, 1]], equal_nan=True)
+    assert [text.get_text() for text in bars.texts] == ["0.50", "-", "1.00"]
+    assert [bar.get_width() for bar in bars.patches] == [0.5, 0, 1]
+    assert bars.get_xlabel() == "IoU; the line is the mean, 0.750"
+
+
+@pytest.mark.parametrize("metrics", [["loss"], ["loss", "mIoU", *"abcdef"]])
 def test_the_curves_of_a_run_have_a_panel_for_every_metric_and_one_for_the_learning_rate(metrics):
     def epoch(number: int) -> dict:
         values = {metric: number + place / 10 for place, metric in enumerate(metrics)}
@@ -135,9 +129,8 @@ def test_the_curves_of_a_run_have_a_panel_for_every_metric_and_one_for_the_learn
 
     history = [epoch(1), epoch(2), epoch(3)]
     history[1]["val"]["loss"] = None
-    axes = training_curves(history).axes
-    *panels, rate = axes
-    assert [panel.get_title() for panel in panels] == [metric.replace("_", " ") for metric in metrics]
+    *panels, rate = training_curves(history).axes
+    assert [panel.get_title() for panel in panels] == metrics
     for place, panel in enumerate(panels):
         train, val = (line.get_ydata() for line in panel.lines)
         assert [text.get_text() for text in panel.get_legend().get_texts()] == ["train", "val"]
@@ -147,26 +140,17 @@ def test_the_curves_of_a_run_have_a_panel_for_every_metric_and_one_for_the_learn
     assert rate.lines[0].get_ydata().tolist() == [0.1, 0.05, 0.1 / 3]
 
 
-@pytest.mark.parametrize(
-    ("metrics", "loss", "epochs"),
-    [("a", 0.0, 1), ("a", 123456.7, 99999), ("ab", 0.000102, 12), ("abcdefgh", -0.12425, 99999)],
-)
+@pytest.mark.parametrize(("metrics", "loss", "epochs"), [("a", 123456.7, 99999), ("abcdefgh", -0.12425, 99999)])
 def test_the_curves_have_room_for_what_is_written_beside_them(metrics, loss, epochs):
     history = [
         {"epoch": epoch, "train": values, "val": values, "learning_rate": 0.00025 / epoch}
-        for epoch in {1, epochs}
+        for epoch in (1, epochs)
         for values in [dict.fromkeys(metrics, loss * (1 + epoch / 1e5))]
     ]
     figure = training_curves(history)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     for panel in figure.axes:
-        words = [panel.title, panel.xaxis.label, panel.xaxis.offsetText, panel.yaxis.offsetText]
-        for axis in (panel.xaxis, panel.yaxis):
-            low, high = sorted(axis.get_view_interval())
-            words += [tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
-        for word in filter(lambda word: word.get_visible() and word.get_text(), words):
-            box = word.get_window_extent(canvas.get_renderer())
-            assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1, word
-            others = [other.bbox for other in figure.axes if other is not panel]
-            assert not any(box.overlaps(other) for other in others), word
+        box = panel.get_tightbbox(canvas.get_renderer())
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+        assert not any(box.overlaps(other.bbox) for other in figure.axes if other is not panel)
