@@ -3,13 +3,14 @@
 import logging
 import os
 import signal
+import time
 from pathlib import Path
 
 import ray
 from ray.exceptions import RayError, TaskCancelledError
 
 from model import UserError, first_line
-from sweep.coordinator import start_train
+from sweep.coordinator import POLL, start_train
 from utils import ROOT
 
 
@@ -18,10 +19,12 @@ class Cluster:
 
     def __init__(self, address: str, jobs: int | None):
         environment = {"env_vars": {"PYTHONPATH": str(ROOT)}}
+        handler = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(address, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise UserError(f"--cluster {address}: no Ray cluster answers there ({first_line(error)})") from None
+        signal.signal(signal.SIGTERM, handler)  # where Ray puts its own
         resources = ray.cluster_resources()
         gpus, machines = int(resources.get("GPU", 0)), sum(node["Alive"] for node in ray.nodes())
         self.jobs = jobs or gpus or machines  # trials at once
@@ -38,10 +41,11 @@ def run_train(folder: Path, data_dir: Path) -> int:
     """Run train.py on a machine of the cluster and return its exit status, negative for a signal."""
     process = start_train(folder, data_dir, dict(os.environ))
     try:
-        return process.wait()
-    except KeyboardInterrupt:  # as Ray cancels a task
+        while process.poll() is None:
+            time.sleep(POLL)  # which a cancellation interrupts, and not process.wait()
+    except KeyboardInterrupt:
         process.terminate()
-        return process.wait()
+    return process.wait()
 
 
 class ClusterTrial:
