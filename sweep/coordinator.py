@@ -71,23 +71,24 @@ class Coordinator:
 
     def enter(self, name: str, values: Values) -> None:
         """Tell the study of a trial: of its epochs if it has ended, or else what to run."""
-        folder, params = self.parent_dir / name, {key: choice(value) for key, value in values.items()}
+        folder = self.parent_dir / name
         if (file := folder / "params.json").exists() and read_json(file, if_absent="") != self.base | values:
             remedy = f"set {self.parent_dir}/params.json back, move {folder} away, or start a sweep in another folder"
             raise UserError(f"{file} is of another experiment than this trial; {remedy}")
+        recorded: dict[str, Any] = {"params": {key: choice(value) for key, value in values.items()}}
+        recorded["distributions"] = {key: self.space[key] for key in values}
+        try:
+            create_trial(value=0.0, **recorded)
+        except ValueError:  # the ends of a range, or the choices, have changed: nothing that Optuna could learn from
+            recorded = {"params": {}, "distributions": {}}
         state, history = outcome(folder)
         if state not in ENDED:
-            return self.study.enqueue_trial(params, {"folder": name})
+            return self.study.enqueue_trial(recorded["params"], {"folder": name, "queued": [*recorded["params"]]})
         self.begun += 1
-        about: dict[str, Any] = {"state": ENDED[state], "user_attrs": {"folder": name}}
-        about["intermediate_values"] = {epoch["epoch"]: score(epoch, self.metric) for epoch in history}
-        if state == "finished":
-            about["value"] = score(best_epoch(history, self.metric), self.metric)
-        try:
-            trial = create_trial(params=params, distributions={key: self.space[key] for key in params}, **about)
-        except ValueError:  # the ends of a range, or the choices, have changed
-            trial = create_trial(**about)
-        self.study.add_trial(trial)
+        scores = {epoch["epoch"]: score(epoch, self.metric) for epoch in history}
+        best = score(best_epoch(history, self.metric), self.metric) if state == "finished" else None
+        ended: dict[str, Any] = {"state": ENDED[state], "value": best, "intermediate_values": scores}
+        self.study.add_trial(create_trial(**recorded, **ended, user_attrs={"folder": name}))
 
     @property
     def left(self) -> int:
@@ -123,11 +124,12 @@ class Coordinator:
 
     def begin(self, trial: Trial) -> str:
         """Return the name of the trial whose turn has come. Raises KnownTrial; the next draw is then at random."""
-        name = trial.user_attrs.get("folder")
-        values = {key: suggest(trial, key, self.space[key]) for key in (self.trials[name] if name else self.space)}
-        if name is None:
-            name = trial_name(values)
-            known = name in self.trials
+        if name := trial.user_attrs.get("folder"):
+            for key in trial.user_attrs["queued"]:
+                suggest(trial, key, self.space[key])
+        else:
+            values = {key: suggest(trial, key, distribution) for key, distribution in self.space.items()}
+            known = (name := trial_name(values)) in self.trials
             self.misses, self.study.sampler = (self.misses + 1, self.random) if known else (0, self.sampler)
             if known:
                 raise KnownTrial

@@ -236,14 +236,17 @@ def test_a_sampler_counts_the_trials_of_a_grid_and_of_a_narrower_range_and_no_ot
 
 
 @both
-def test_a_draw_that_failed_is_run_again_with_its_values(tmp_path, tpe):
+def test_a_draw_that_failed_is_run_again_with_its_values_whatever_the_space_holds_now(tmp_path, tpe):
     space = {
         "loss_weights": CategoricalDistribution(['{"bce": 1}', '{"dice": 1}']),
-        "momentum": FloatDistribution(0, 1),
+        "momentum": FloatDistribution(0, 0.5),
     }
     failed = run(start(tmp_path, space=space, tpe=tpe, n_trials=12), lambda values: FAILS)
-    again = start(tmp_path, space=space, tpe=tpe, n_trials=12)
-    assert sorted(run(again)) == sorted(failed) and len(failed) == 12
+    other = {"loss_weights": CategoricalDistribution(['{"lovasz": 1}']), "momentum": FloatDistribution(0.6, 0.9)}
+    again = start(tmp_path, space=other, tpe=tpe, n_trials=13)
+    began = run(again)
+    assert sorted(began[:12]) == sorted(failed) and len(failed) == 12
+    assert again.trials[began[12]]["loss_weights"] == {"lovasz": 1}
     assert set(again.results().values()) == {"finished"}
 
 

@@ -116,7 +116,7 @@ def test_a_sweep_killed_midway_and_started_again_finishes_each_trial_once(tmp_pa
 
 
 def test_an_interrupt_ends_every_trial_and_the_same_command_resumes_them(tmp_path, data_dir):
-    sweep = make_sweep(tmp_path / "sweep", {"learning_rate": [0.01, 0.001]}, num_epochs=15)
+    sweep = make_sweep(tmp_path / "sweep", {"learning_rate": [0.01, 0.001]}, num_epochs=8)
     process = start(sweep, data_dir, "--jobs", 2)
     folders = [sweep / f"learning_rate_{rate}" for rate in (0.01, 0.001)]
     wait_until(lambda: all((trial / "last.pth.tar").exists() for trial in folders))
@@ -127,7 +127,7 @@ def test_an_interrupt_ends_every_trial_and_the_same_command_resumes_them(tmp_pat
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 143 and not train_processes(sweep)
     assert stderr == "search_hyperparams.py: error: interrupted; the same command resumes the sweep\n", stdout
-    assert "learning_rate_0.01: epoch 1/15, mIoU 0." in stdout
+    assert "learning_rate_0.01: epoch 1/8, mIoU 0." in stdout
 
     again = start(sweep, data_dir)
     wait_until(lambda: any(logged(trial, "continuing after epoch") for trial in folders))
@@ -136,8 +136,8 @@ def test_an_interrupt_ends_every_trial_and_the_same_command_resumes_them(tmp_pat
     assert again.returncode == 130 and not train_processes(sweep)
     assert "2 trials: 2 finished" in search(sweep, data_dir).stdout
     for trial in folders:
-        assert [epoch["epoch"] for epoch in read_history(trial)] == list(range(1, 16))
-        assert logged(trial, "epoch 1/15") == 1
+        assert [epoch["epoch"] for epoch in read_history(trial)] == list(range(1, 9))
+        assert logged(trial, "epoch 1/8") == 1
 
 
 @pytest.mark.slow
