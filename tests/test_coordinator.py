@@ -179,8 +179,7 @@ def test_pruning_ends_a_trial_below_the_median_but_not_before_its_first_epoch(
 both = pytest.mark.parametrize("tpe", [False, True], ids=["random", "tpe"])
 
 
-@both
-@pytest.mark.parametrize("jobs", [1, 3])
+@pytest.mark.parametrize("tpe, jobs", [(False, 1), (True, 3)])
 def test_samplers_run_n_trials_in_all_within_the_space_and_never_the_same_twice(tmp_path, tpe, jobs):
     options = {"space": SPACE, "tpe": tpe, "jobs": jobs, "base": {"seed": 2**62}}  # more than Optuna takes
     began = run(start(tmp_path, n_trials=12, **options), lambda values: values["learning_rate"])
@@ -203,8 +202,7 @@ def test_a_sweep_draws_the_same_every_time(tmp_path, tpe):
     assert draws[0] == draws[1] != draws[2]
 
 
-@both
-@pytest.mark.parametrize("jobs", [1, 3])
+@pytest.mark.parametrize("tpe, jobs", [(False, 1), (True, 3)])
 def test_a_finite_space_ends_with_its_last_trial(tmp_path, tpe, jobs):
     space = {
         "kernel_size": IntDistribution(3, 9, step=2),
