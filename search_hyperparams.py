@@ -2,22 +2,16 @@
 
 import argparse
 import shlex
-import sys
 from collections import Counter
 
-from optuna.trial import TrialState
-
 from engine.cli import add_folder, positive, require, run_main
-from engine.folders import better_of, sole_run
+from engine.folders import RUN_LOCK, sole_run
 from engine.ranks import visible_gpus
 from model import UserError
 from params import Params
-from sweep.coordinator import Coordinator, refuse_other
+from sweep.coordinator import Coordinator, drawn_before, outcome
 from sweep.space import distributions, grid, grid_distributions, read_spaces
-from sweep.study import Study
 from utils import read_json
-
-WORDS = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
 
 
 def parse_args() -> argparse.Namespace:
@@ -36,53 +30,61 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def print_summary(study: Study) -> int:
-    """Print how the sweep stands. Returns the exit status: 1 if a trial has failed."""
-    trials = study.trials()
-    counts = Counter(trial.state for trial in trials.values())
-    scores = {name: trial.value for name, trial in trials.items() if trial.state == TrialState.COMPLETE}
-    line = ", ".join(f"{counts[state]} {word}" for state, word in WORDS.items() if counts[state])
-    if scores:
-        best = better_of(study.metric)(scores, key=lambda name: scores[name])
-        line += f"; best {study.metric} {scores[best]:.4f} by {best}"
-    print(f"{len(trials)} trial{'s' * (len(trials) != 1)}: {line}")
-    if len(trials) < study.n_trials:
-        print(f"no more than these {len(trials)} were found in the search space")
-    if counts[TrialState.FAIL]:
-        print("the same command runs the failed ones again")
-    print(f"table and plots: python synthesize_results.py --parent_dir {shlex.quote(str(study.parent_dir))}")
-    return 1 if counts[TrialState.FAIL] else 0
-
-
-def main(args: argparse.Namespace) -> int:
+def make_coordinator(args: argparse.Namespace) -> Coordinator:
+    """Read the sweep's files and folders. Raises UserError for a mistake in them or in the flags."""
     base_file, space_file = args.parent_dir / "params.json", args.parent_dir / "search_space.json"
     Params.load(base_file)
     base, spaces = read_json(base_file, if_absent=""), read_spaces(space_file)
-    trials = grid(spaces, base, space_file) if args.sampler == "grid" else {}
-    space = grid_distributions(trials.values()) if trials else distributions(spaces, base, space_file)
-    datasets = {(base | values).get("dataset", Params.dataset) for values in trials.values() or [{}]}
+    if args.sampler == "grid":
+        trials = grid(spaces, base, space_file)
+        space = grid_distributions(trials.values())
+    else:
+        space = distributions(spaces, space_file)
+        trials = drawn_before(args.parent_dir, space)
+    datasets = {(base | values).get("dataset", "voc") for values in trials.values() or [{}]}
     if datasets != {"sample"} and not args.data_dir.is_dir():
         raise UserError(f"no folder {args.data_dir}; say where the data set is with --data_dir")
-    gpus = [] if args.cluster else visible_gpus()
-    if 0 < len(gpus) < (args.jobs or 1):
-        raise UserError(f"--jobs {args.jobs}: every trial has a GPU to itself, and there are {len(gpus)}; lower it")
-    cluster = None
+    gpus, cluster, jobs = visible_gpus(), None, args.jobs or 1
     if args.cluster:
         require("ray", "a sweep on a cluster")
         from sweep.cluster import Cluster
 
-        cluster = Cluster(args.cluster)
-    jobs = args.jobs or (cluster.gpus or cluster.machines if cluster else 1)
+        cluster = Cluster(args.cluster, args.jobs)
+        gpus, jobs = [], cluster.jobs
+    if 0 < len(gpus) < jobs:
+        raise UserError(f"--jobs {jobs}: every trial has a GPU to itself, and there are {len(gpus)}; lower it")
+    drawing = {"n_trials": args.n_trials or 0, "tpe": args.sampler == "tpe"}
+    running = {"jobs": jobs, "gpus": gpus, "cluster": cluster, "prune_from": args.prune}
+    return Coordinator(args.parent_dir, args.data_dir, base, space, trials, **drawing, **running)
+
+
+def print_summary(sweep: Coordinator) -> int:
+    """Print how the sweep stands. Returns the exit status: 1 if a trial has failed."""
+    count, states = len(sweep.trials), Counter(outcome(sweep.parent_dir / name)[0] for name in sweep.trials)
+    line = ", ".join(f"{states[state]} {state}" for state in ("finished", "pruned", "failed") if states[state])
+    if states["finished"]:
+        best = sweep.study.best_trial
+        line += f"; best {sweep.metric} {best.value:.4f} by {best.user_attrs['folder']}"
+    print(f"{count} trial{'s' * (count != 1)}: {line}")
+    if count < sweep.n_trials:
+        print(f"no more than these {count} were found in the search space")
+    if states["failed"]:
+        print("the same command runs the failed ones again")
+    print(f"table and plots: python synthesize_results.py --parent_dir {shlex.quote(str(sweep.parent_dir))}")
+    return 1 if states["failed"] else 0
+
+
+def main(args: argparse.Namespace) -> int:
+    sweep = make_coordinator(args)
     with sole_run(args.parent_dir, "search_hyperparams.py"):
-        for name, values in trials.items():
-            refuse_other(args.parent_dir / name, base | values)
-        study = Study(args.parent_dir, base, space, trials, args.n_trials or 0, args.sampler == "tpe")
-        sweep = Coordinator(study, args.data_dir, jobs, gpus, cluster, args.prune)
-        sweep.run()
-        if not sweep.signals:
-            return print_summary(study)
-    print("interrupted; the same command resumes the sweep", file=sys.stderr)
-    return 128 + sweep.signals[0]
+        for lock in args.parent_dir.glob(f"*/{RUN_LOCK}"):
+            with sole_run(lock.parent):  # or else a train.py that a killed coordinator has left is at work there
+                pass
+        try:
+            sweep.run()
+        except KeyboardInterrupt as error:
+            raise type(error)("interrupted; the same command resumes the sweep") from None
+    return print_summary(sweep)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Search spaces and the Optuna study of a sweep; only search_hyperparams.py imports it."""
+"""Search spaces, trials and their coordinator; only search_hyperparams.py imports it."""

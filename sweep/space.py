@@ -18,6 +18,7 @@ from params import Params
 from utils import read_json
 
 Values = dict[str, Any]  # keys of params.json with a trial's values; in a space with a list of them, or a range
+Space = dict[str, BaseDistribution]  # the same, as Optuna has it
 
 KINDS = Params.__annotations__  # by key
 WHOLE, NUMBERS = (int, int | None), (int, int | None, float, float | None)
@@ -87,7 +88,6 @@ def _spelling(value: Any) -> str:
 def grid(spaces: list[Values], base: Values, path: Path) -> dict[str, Values]:
     """Return every combination, by the name of its folder. Raises UserError for one that Params refuses."""
     trials: dict[str, Values] = {}
-    names: dict[str, str] = {}
     for space in spaces:
         title, lists = space.get("name"), {key: options for key, options in space.items() if key != "name"}
         if ranges := [key for key, options in lists.items() if isinstance(options, dict)]:
@@ -98,42 +98,30 @@ def grid(spaces: list[Values], base: Values, path: Path) -> dict[str, Values]:
             name = trial_name(shown, title)
             if trials.setdefault(name, values) != values:
                 raise UserError(f"{path}: two trials would share the folder {name}; choose values that differ more")
-            if (other := names.setdefault(trial_name(values), name)) != name:
-                raise UserError(f"{path}: {other} and {name} are the same trial; remove one of them")
             Params.parse(base | values, f"{path}, {name}")
     return trials
 
 
-def distributions(spaces: list[Values], base: Values, path: Path) -> dict[str, BaseDistribution]:
-    """Return the space that a sampler draws from. Raises UserError if Params refuses some combination."""
+def distributions(spaces: list[Values], path: Path) -> Space:
+    """Return what a sampler draws from. Raises UserError for what only a grid can have."""
     if len(spaces) > 1 or "name" in spaces[0]:
         raise UserError(f'{path}: a list of objects and "name" are for grids; --sampler random and tpe take one object')
-    space, worst = spaces[0], dict(base)
-    for key, end in {"warmup_epochs": max, "num_epochs": min}.items():  # the two keys with a rule between them
-        if options := space.get(key):
-            worst[key] = end(options if isinstance(options, list) else (options["low"], options["high"]))
-    Params.parse(worst, path)
-    return {key: _distribution(key, options) for key, options in space.items()}
+    return {key: _distribution(key, options) for key, options in spaces[0].items()}
 
 
-def grid_distributions(trials: Collection[Values]) -> dict[str, BaseDistribution]:
-    """Return what the values of a grid are recorded with: for plots, and for a sampler that comes after it."""
+def grid_distributions(trials: Collection[Values]) -> Space:
+    """Return the choices of a grid, as Optuna records them."""
     keys = dict.fromkeys(key for values in trials for key in values)
-    space: dict[str, Any] = {key: [values[key] for values in trials if key in values] for key in keys}
-    for key, options in space.items():
-        if KINDS[key] in NUMBERS and None not in options:
-            low, high = min(options), max(options)
-            space[key] = {"low": low, "high": high, "log": 0 < 10 * low <= high}
-    return {key: _distribution(key, options) for key, options in space.items()}
+    return {key: _distribution(key, [values[key] for values in trials if key in values]) for key in keys}
 
 
 def choice(value: Any) -> Any:
     """Return a value as Optuna takes it, which knows no objects: they become JSON."""
-    return json.dumps(value) if isinstance(value, dict) else value
+    return json.dumps(value, sort_keys=True) if isinstance(value, dict) else value
 
 
 def suggest(trial: Trial, key: str, distribution: Any) -> Any:
-    """Let Optuna draw the value of a key, or record the one that the trial was queued with."""
+    """Let Optuna draw the value of a key, or return the one that the trial was queued with."""
     if isinstance(distribution, CategoricalDistribution):
         drawn = trial.suggest_categorical(key, distribution.choices)
         return json.loads(str(drawn)) if KINDS[key] == dict[str, float] else drawn

@@ -175,7 +175,7 @@ class Export(Outputs):
 
 
 class Sweep(Case):
-    """Half of the kills are of the coordinator alone, whose trials then go on by themselves."""
+    """Half of the kills are of the coordinator alone, whose trials then end by themselves."""
 
     script = "search_hyperparams.py"
 
@@ -187,9 +187,12 @@ class Sweep(Case):
         return ["--parent_dir", folder / "sweep", "--data_dir", folder / "data", "--jobs", 2]
 
     def kill(self, process: Forked, folder: Path, rng: random.Random) -> None:
-        kill_group(process)
         if rng.random() < 0.5:
-            kill_trials(folder)
+            return kill_group(process)
+        process.kill()
+        process.wait()
+        while train_processes(folder):  # until then a start is refused
+            time.sleep(0.05)
 
     def compare(self, folder: Path, output: str) -> None:
         ours, theirs = (
@@ -198,7 +201,7 @@ class Sweep(Case):
         assert ours == theirs and not train_processes(folder)
         for trial in (self.after / "sweep").glob("seed_*"):
             assert_same_run(folder / "sweep" / trial.name, trial)
-            assert not (folder / "sweep" / trial.name / "trial.json").exists()
+            assert json.loads((folder / "sweep" / trial.name / "trial.json").read_text())["state"] == "finished"
             for words in ("trained 2 of 2 epochs; best", "epoch 1/2: train loss", "epoch 2/2: train loss"):
                 assert logged(folder / "sweep" / trial.name, words) <= 1, f"{trial.name} was trained twice"
 

@@ -27,40 +27,30 @@ def space_file(folder: Path, content) -> Path:
     [
         ("", "not valid JSON"),
         ("[]", "must hold an object"),
-        ("{}", "must hold an object"),
         ("[{}]", "must hold an object"),
         ("3", "must hold an object"),
-        ({"learning_rat": [0.1]}, 'did you mean "learning_rate"?'),
+        ({"name": "alone"}, "must hold an object with a key that varies"),
+        ({"name": "a/b", "seed": [1]}, '"name" is "a/b"; allowed'),
+        ({"name": 3, "seed": [1]}, '"name" is 3; allowed'),
+        ({"best_metric": ["mIoU", "loss"]}, "is what the trials are compared by"),
         ({"learning_rat": {"low": 0.1, "high": 1}}, 'did you mean "learning_rate"?'),
         ({"learning_rate": 0.1}, "allowed: a list of values, or a range"),
         ({"learning_rate": []}, "allowed: a list of values, or a range"),
-        ({"learning_rate": [0.1, 0.2, -1]}, '"learning_rate" is -1; allowed: a number above 0'),
-        ({"optimizer": ["sgd", "nonesuch"]}, '"optimizer" is "nonesuch"'),
+        ({"batch_size": [1, 0], "optimizer": ["sgd", "none"]}, '"batch_size" is 0; allowed: an integer of at least 1;'),
+        ({"batch_size": [1, 0], "optimizer": ["sgd", "none"]}, '"optimizer" is "none"'),
         ({"optimizer": {"low": 1, "high": 2}}, RANGE),
-        ({"augment": {"low": False, "high": True}}, RANGE),
-        ({"learning_rate": {"low": 0.1}}, RANGE),
         ({"clip_grad_norm": {"low": None, "high": 1}}, RANGE),
+        ({"learning_rate": {"low": 0.1}}, RANGE),
         ({"learning_rate": {"low": 0.1, "hihg": 1}}, RANGE),
         ({"learning_rate": {"low": 1, "high": 0.1}}, RANGE),
         ({"learning_rate": {"low": -1, "high": 0.1}}, '"learning_rate" is -1'),
         ({"weight_decay": {"low": 0, "high": 0.1, "log": True}}, RANGE),
-        ({"weight_decay": {"low": 0, "high": 0.1, "log": "yes"}}, RANGE),
-        ({"weight_decay": {"low": 0, "high": 0.1, "step": 0}}, RANGE),
+        ({"weight_decay": {"low": 0.01, "high": 0.1, "log": "no"}}, RANGE),
         ({"weight_decay": {"low": 0, "high": 0.1, "step": 0.04}}, RANGE),
         ({"weight_decay": {"low": 0, "high": 0.1, "step": 1e-300}}, RANGE),
-        ({"weight_decay": {"low": 0.01, "high": 0.1, "log": "no"}}, RANGE),
         ({"batch_size": {"low": 2, "high": 8, "step": 1.5}}, RANGE),
         ({"batch_size": {"low": True, "high": 8}}, RANGE),
-        ({"batch_size": {"low": 2, "high": 8, "log": 1}}, RANGE),
-        ({"best_metric": ["mIoU", "loss"]}, "is what the trials are compared by"),
-        ({"name": "alone"}, "must hold an object with a key that varies"),
-        ({"batch_size": {"low": 2, "high": 8, "step": None}}, RANGE),
-        ({"batch_size": {"low": 2, "high": 8, "step": 4}}, RANGE),
-        (
-            {"kernel_size": {"low": 3, "high": 15}},
-            '"kernel_size" is 4; allowed: an integer of at least 3 and at most 255 that is odd',
-        ),
-        ({"batch_size": [1, 0], "num_epochs": [0]}, '"num_epochs" is 0'),
+        ({"kernel_size": {"low": 3, "high": 15}}, '"kernel_size" is 4; allowed: an integer of at least 3'),
     ],
 )
 def test_a_faulty_search_space_is_refused(tmp_path, content, words):
@@ -86,71 +76,37 @@ def test_a_grid_has_every_combination_once(tmp_path):
     assert combinations == [(rate, size) for size, rate in itertools.product((4, 8), (0.0001, 0.001))]
 
 
-def test_a_list_of_spaces_joins_their_grids(tmp_path):
-    path = space_file(tmp_path, [{"head": ["conv1x1"]}, {"kernel_size": [3, 5, 3]}, {"kernel_size": [5, 7]}])
-    assert list(grid(read_spaces(path), {}, path)) == [
-        "head_conv1x1",
-        "kernel_size_3",
-        "kernel_size_5",
-        "kernel_size_7",
-    ]
-
-
-def test_a_name_in_a_space_begins_the_folders_of_its_trials(tmp_path):
+def test_a_list_of_spaces_joins_their_grids_and_a_name_begins_the_folders_of_its_trials(tmp_path):
     spaces = [
         {"name": "original", "optimizer": ["sgd"], "learning_rate": [0.001], "seed": [1, 2]},
         {"name": "ours", "optimizer": ["adamw"]},
-        {"seed": [3]},
+        {"seed": [3, 4, 3]},
+        {"seed": [4, 5]},
     ]
     path = space_file(tmp_path, spaces)
-    trials = grid(read_spaces(path), {}, path)
-    assert trials == {
+    assert grid(read_spaces(path), {}, path) == {
         "original__seed_1": {"optimizer": "sgd", "learning_rate": 0.001, "seed": 1},
         "original__seed_2": {"optimizer": "sgd", "learning_rate": 0.001, "seed": 2},
         "ours": {"optimizer": "adamw"},
-        "seed_3": {"seed": 3},
+        **{f"seed_{seed}": {"seed": seed} for seed in (3, 4, 5)},
     }
-    for refused, words in (
-        (lambda: distributions(read_spaces(path)[:1], {}, path), '"name" are for grids'),
-        (lambda: read_spaces(space_file(tmp_path, [{"name": "a/b", "seed": [1]}])), r'"name" is "a/b"; allowed'),
-        (lambda: read_spaces(space_file(tmp_path, [{"name": 3, "seed": [1]}])), r'"name" is 3; allowed'),
-        (lambda: read_spaces(space_file(tmp_path, [{"name": "ü", "seed": [1]}])), r'"name" is "\\u00fc"; allowed'),
-        (lambda: read_spaces(space_file(tmp_path, [{"name": "results.md", "seed": [1]}])), r'"results.md"; allowed'),
-        (lambda: read_spaces(space_file(tmp_path, [{"name": "alone"}])), "must hold an object"),
-    ):
-        with pytest.raises(UserError, match=words):
-            refused()
-    path = space_file(tmp_path, [{"name": "a", "seed": [1, 2]}, {"name": "b", "seed": [2]}])
-    with pytest.raises(UserError, match="a__seed_2 and b are the same trial"):
-        grid(read_spaces(path), {}, path)
-    path = space_file(tmp_path, [{"name": "a", "seed": [1]}, {"name": "a", "seed": [1]}, {"name": "a", "seed": [2]}])
-    with pytest.raises(UserError, match="two trials would share the folder a; choose"):
-        grid(read_spaces(path), {}, path)
+    for refused in (spaces[:1], spaces[2:]):
+        with pytest.raises(UserError, match='list of objects and "name" are for grids; --sampler random and tpe take'):
+            distributions(refused, path)
 
 
-def test_a_grid_holds_every_combination_against_the_base(tmp_path):
-    path = space_file(tmp_path, {"warmup_epochs": [1, 3], "num_epochs": [9, 3]})
-    with pytest.raises(UserError, match='num_epochs_3__warmup_epochs_3: "warmup_epochs" is 3'):
-        grid(read_spaces(path), {}, path)
-    with pytest.raises(UserError, match='"warmup_epochs" is 3'):
-        distributions(read_spaces(path), {}, path)
-    range_path = space_file(tmp_path, {"warmup_epochs": {"low": 0, "high": 40}})
-    with pytest.raises(UserError, match='"warmup_epochs" is 40'):
-        distributions(read_spaces(range_path), {}, range_path)
-
-
-def test_a_grid_takes_no_range_and_a_sampler_no_list_of_spaces(tmp_path):
-    path = space_file(tmp_path, {"learning_rate": {"low": 0.1, "high": 1}})
-    with pytest.raises(UserError, match="learning_rate is a range; list its values, or use --sampler"):
-        grid(read_spaces(path), {}, path)
-    path = space_file(tmp_path, [{"learning_rate": [1]}, {"momentum": [0.9]}])
-    with pytest.raises(UserError, match="--sampler random and tpe take one object"):
-        distributions(read_spaces(path), {}, path)
-
-
-def test_trials_that_would_share_a_folder_are_refused(tmp_path):
-    path = space_file(tmp_path, {"train_split": ["a b", "a-b"]})
-    with pytest.raises(UserError, match="share the folder train_split_a-b"):
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ({"warmup_epochs": [1, 3], "num_epochs": [9, 3]}, 'num_epochs_3__warmup_epochs_3: "warmup_epochs" is 3'),
+        ({"learning_rate": {"low": 0.1, "high": 1}}, "learning_rate is a range; list its values, or use --sampler"),
+        ({"train_split": ["a b", "a-b"]}, "two trials would share the folder train_split_a-b; choose"),
+        ([{"name": "a", "seed": [1]}, {"name": "a", "seed": [2]}], "two trials would share the folder a; choose"),
+    ],
+)
+def test_a_grid_that_cannot_be_run_is_refused(tmp_path, content, words):
+    path = space_file(tmp_path, content)
+    with pytest.raises(UserError, match=words):
         grid(read_spaces(path), {}, path)
 
 
@@ -178,7 +134,7 @@ def test_ranges_and_lists_become_the_distributions_they_mean(tmp_path):
             "loss_weights": [weights, {"bce": 1}],
         },
     )
-    assert distributions(read_spaces(path), {}, path) == {
+    assert distributions(read_spaces(path), path) == {
         "learning_rate": FloatDistribution(1e-5, 0.1, log=True),
         "kernel_size": IntDistribution(3, 15, step=2),
         "optimizer": CategoricalDistribution(["sgd", "adamw"]),
@@ -240,7 +196,7 @@ def test_any_search_space_is_either_refused_or_usable(tmp_path_factory, space):
     path = space_file(tmp_path_factory.mktemp("fuzz"), space)
     try:
         spaces = read_spaces(path)
-        distributions(spaces, {}, path)
+        distributions(spaces, path)
         trials = grid(spaces, {}, path)
     except UserError:
         return
