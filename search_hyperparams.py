@@ -5,8 +5,8 @@ import shlex
 from collections import Counter
 
 from engine.cli import add_folder, positive, require, run_main
-from engine.folders import RUN_LOCK, sole_run
-from engine.ranks import visible_gpus
+from engine.devices import visible_gpus
+from engine.run import RUN_LOCK, sole_run
 from model import UserError
 from params import Params
 from sweep.coordinator import Coordinator, drawn_before, outcome

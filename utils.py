@@ -174,18 +174,3 @@ def set_logger(log_file: Path) -> None:
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(to_file)
     logger.addHandler(logging.StreamHandler(sys.stdout))
-
-
-def is_locked(path):
-    return False  # TEMP
-
-
-def lock(path, patience=0):
-    return None  # TEMP
-
-
-def say(line, stream):
-    print(line, file=stream)  # TEMP
-
-
-Lock = object  # TEMP

@@ -164,15 +164,3 @@ def positive(text: str) -> int:
 def add_folder(parser: argparse.ArgumentParser, flag: str, default: str, meaning: str) -> None:
     """Add a flag that names a folder."""
     parser.add_argument(flag, type=Path, default=Path(default), help=f"{meaning} (default: %(default)s)")
-
-
-def in_a_thread(f, *a):
-    return f(*a)  # TEMP
-
-
-def stop_if_asked():
-    return False  # TEMP
-
-
-def signal_received():
-    return 0  # TEMP

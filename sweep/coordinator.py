@@ -22,8 +22,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from engine.cli import stop_if_asked
-from engine.folders import best_epoch, better_of, score
+from engine.training import best_epoch, better_of, score
 from model import UserError, cores
 from params import Params
 from sweep.space import Space, Values, choice, suggest, trial_name
@@ -59,6 +58,7 @@ class Coordinator:
         params = Params.parse(self.base, self.parent_dir / "params.json")
         self.metric, seed = params.best_metric, (params.seed + len(self.trials)) % 2**32  # as NumPy takes it
         self.begun, self.misses, self.beginning = 0, 0, threading.Lock()
+        self.stopping = threading.Event()  # after a signal
         self.random, tpe = RandomSampler(seed), TPESampler(seed=seed, constant_liar=True)  # running trials count as bad
         for sampler in (self.random, tpe):  # Optuna would have threads draw what no seed repeats
             sampler.reseed_rng = lambda: None  # type: ignore[method-assign]
@@ -101,7 +101,17 @@ class Coordinator:
         options: dict[str, Any] = {"catch": (UserError, OSError, KnownTrial), "callbacks": [self.show]}
         while self.left and self.misses < MISSES:
             with ThreadPoolExecutor(1) as pool:  # a signal interrupts the waiting, and leaving it waits for the trials
-                pool.submit(self.study.optimize, self.objective, self.left, n_jobs=self.jobs, **options).result()
+                trials = pool.submit(self.study.optimize, self.objective, self.left, n_jobs=self.jobs, **options)
+                try:
+                    trials.result()
+                except KeyboardInterrupt:
+                    self.stopping.set()
+                    raise
+
+    def stop_if_asked(self) -> None:
+        """Raise KeyboardInterrupt in the thread of a trial once the main thread has met a signal."""
+        if self.stopping.is_set():
+            raise KeyboardInterrupt
 
     def show(self, study: optuna.Study, trial: FrozenTrial) -> None:
         """Write a trial that has ended to the journal."""
@@ -110,7 +120,7 @@ class Coordinator:
 
     def objective(self, trial: Trial) -> float:
         """Run one trial and return its best score. Raises UserError, OSError, TrialPruned or KnownTrial."""
-        stop_if_asked()
+        self.stop_if_asked()
         with self.beginning:
             folder = self.parent_dir / self.begin(trial)
         try:
@@ -172,7 +182,7 @@ class Coordinator:
                 for epoch in (new := read_history(folder)[reported:]):
                     trial.report(value := score(epoch, self.metric), reported := epoch["epoch"])
                     print(f"{folder.name}: epoch {reported}/{params.num_epochs}, {self.metric} {value:.4f}", flush=True)
-                stop_if_asked()
+                self.stop_if_asked()
                 if code is not None:
                     return code
                 prunable = self.prune_from is not None and new and first <= reported < params.num_epochs

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import get_model
 from torchvision.transforms.functional import pil_to_tensor
 
-from engine import ranks
+from engine import devices
 from engine.checkpoints import load_checkpoint
 from engine.evaluation import evaluate, make_segmenter
 from engine.run import check_batches
@@ -219,7 +219,7 @@ def step_in_float64(encoder: str, images: int, frozen: bool) -> dict:
     training = Training(model, params, steps_per_epoch=1)
     x = torch.randn(images, 3, 64, 64, dtype=torch.float64)
     labels = torch.randint(21, (images, 64, 64))
-    own = shard(images, ranks.rank(), ranks.world_size())
+    own = shard(images, devices.rank(), devices.world_size())
     rows = slice(own.start, own.stop)
     training.model.train()
     with training.synchronized(images, ends_group=True):
@@ -242,7 +242,7 @@ def test_two_processes_make_the_step_of_one(encoder, frozen, images):
 
 
 def test_a_process_without_photos_is_refused_where_the_encoder_cannot_do_nothing(monkeypatch):
-    monkeypatch.setattr(ranks, "world_size", lambda: 2)
+    monkeypatch.setattr(devices, "world_size", lambda: 2)
     swin, params = network(SWIN), Params(encoder=SWIN, image_size=64, batch_size=4)
     check_batches(swin, params, 6)
     check_batches(network(CONVNEXT), params, 5)

@@ -15,7 +15,7 @@ from torchvision.io import ImageReadMode, decode_image
 
 import utils
 from comparing import mIoU, read_counts
-from engine import checkpoints, folders
+from engine import checkpoints, run
 from evaluate import draw_overlays, find_other, table
 from model import UserError
 from model.photos import read_photo
@@ -86,7 +86,7 @@ def check_counts(experiment, data, metrics: dict, name: str) -> None:
     expected = [hit / total if total else None for hit, total in zip(hits, union, strict=True)]
     assert list(metrics["IoU"].values()) == pytest.approx(expected)
     assert counts.ids == (data / "val.txt").read_text().split() and counts.class_names == list(metrics["IoU"])
-    assert experiment / f"counts_{name}.npz" in folders.existing_outputs(experiment)
+    assert experiment / f"counts_{name}.npz" in run.existing_results(experiment)
 
 
 def test_the_score_at_the_size_of_the_network_is_that_of_validation(experiment, trained):
@@ -115,7 +115,7 @@ def test_scales_and_flip_reach_the_predictions(experiment, trained, tmp_path):
     metrics = json.loads((experiment / "metrics_val_best_multi_scale.json").read_text())
     assert (metrics["scales"], metrics["flip"]) == ([1.0, 2.0], True)
     (overlay,) = (experiment / "overlays_val_best_multi_scale").iterdir()
-    assert overlay in folders.existing_outputs(experiment)  # --overwrite deletes it
+    assert overlay in run.existing_results(experiment)  # --overwrite deletes it
 
 
 def test_overlays_show_the_worst_photos_first(experiment, trained):

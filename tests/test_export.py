@@ -20,7 +20,7 @@ from PIL import Image
 from torch import nn
 
 import export
-from engine import checkpoints, folders
+from engine import checkpoints, run
 from model import UserError
 from model.encoders import ENCODERS, pad_statically
 from model.inference import Segmenter
@@ -120,7 +120,7 @@ def test_the_file_says_what_it_is_and_nothing_of_the_machine(exported):
         "padding": list(PADDING),
         "multiple": 1,
         "epoch": 1,
-        "git_commit": folders.git_commit(),
+        "git_commit": run.git_commit(),
     }
     model.graph.ClearField("initializer")
     assert not [
@@ -244,7 +244,7 @@ def test_without_the_packages_help_answers_and_one_line_says_what_to_install(tmp
 def test_starting_over_deletes_what_was_exported_but_not_under_a_name_of_the_users(tmp_path):
     for name in ("best.onnx", "last.onnx", "mine.onnx"):
         (tmp_path / name).touch()
-    assert [path.name for path in folders.existing_outputs(tmp_path)] == ["best.onnx", "last.onnx"]
+    assert [path.name for path in run.existing_results(tmp_path)] == ["best.onnx", "last.onnx"]
 
 
 # ---------------------------------------------------------------------------------------- architectures

@@ -15,7 +15,7 @@ from test_comparing import NAMES, simulated
 
 import synthesize_results
 from comparing import Counts, mIoU, write_counts
-from engine.folders import RUN_LOCK
+from engine.run import RUN_LOCK
 from model import UserError
 from params import Params
 from sweep.space import grid, read_spaces

@@ -1,1 +1,0 @@
-from engine.devices import *  # noqa
