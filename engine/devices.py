@@ -133,8 +133,9 @@ def gather(value: T) -> list[T]:
 
 def visible_gpus() -> list[str]:
     """Return each GPU as CUDA_VISIBLE_DEVICES calls it, or by its number where that is not set."""
-    count, listed = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
-    return listed.split(",")[:count] if listed else [str(number) for number in range(count)]
+    if (listed := os.environ.get("CUDA_VISIBLE_DEVICES")) is None:
+        return [str(number) for number in range(torch.cuda.device_count())]
+    return [name for part in listed.split(",") if (name := part.strip()) not in ("", "-1")]
 
 
 def to_device(model: nn.Module, params: Params, device: torch.device) -> None:

@@ -155,7 +155,7 @@ def test_an_option_is_refused_before_weights_are_looked_for():
 
 def test_params_json_takes_any_name_of_timm_and_leaves_the_rest_to_the_network():
     assert Params.fault("encoder", "timm/anything") is None
-    assert '"resnet50" or "resnet18"' in Params.fault("encoder", "resnet19")
+    assert '"resnet50", "resnet18"' in Params.fault("encoder", "resnet19")
     for value, right in ((True, True), (False, True), ("weights.pth", True), ("", False), (1, False), (None, False)):
         assert (Params.fault("pretrained", value) is None) == right
 

@@ -82,8 +82,9 @@ def test_the_official_score_is_that_of_the_predictions_in_the_files(experiment, 
 def check_counts(experiment, data, metrics: dict, name: str) -> None:
     """The counts of the photos add up to the metrics."""
     counts = read_counts(experiment / f"counts_{name}.npz")
-    hits, union = counts.hits.sum(0), (counts.labelled + counts.predicted - counts.hits).sum(0)
-    expected = [hit / total if total else None for hit, total in zip(hits, union, strict=True)]
+    total = counts.pixels.sum(0)
+    hits, union = total.diagonal(), total.sum(0) + total.sum(1) - total.diagonal()
+    expected = [hit / pixels if pixels else None for hit, pixels in zip(hits, union, strict=True)]
     assert list(metrics["IoU"].values()) == pytest.approx(expected)
     assert counts.ids == (data / "val.txt").read_text().split() and counts.class_names == list(metrics["IoU"])
     assert experiment / f"counts_{name}.npz" in run.existing_results(experiment)
@@ -166,7 +167,7 @@ def test_photos_on_which_two_experiments_differ_most_are_drawn_with_both(experim
     order = np.argsort(-abs(mIoU(ours.pixels) - mIoU(theirs.pixels)), kind="stable")[:2]
     assert [path.stem.split("_", 1)[1] for path in sorted(folder.iterdir())] == [ours.ids[index] for index in order]
     with pytest.raises(UserError, match="were scored on different photos"):
-        fewer = replace(ours, **{key: getattr(ours, key)[:2] for key in ("ids", "labelled", "predicted", "hits")})
+        fewer = replace(ours, ids=ours.ids[:2], pixels=ours.pixels[:2])
         draw_overlays(None, None, fewer, (theirs, None), folder, Namespace(model_dir=experiment, against=other))
     stale = rf"is of another checkpoint, other --scales or --flip; score {other} again"
     args = Namespace(against=other, restore_file="best", scales=None, flip=False)

@@ -127,7 +127,6 @@ def test_an_interrupt_ends_every_trial_and_the_same_command_resumes_them(tmp_pat
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 143 and not train_processes(sweep)
     assert stderr == "search_hyperparams.py: error: interrupted; the same command resumes the sweep\n", stdout
-    assert "learning_rate_0.01: epoch 1/8, mIoU 0." in stdout
 
     assert "2 trials: 2 finished" in search(sweep, data_dir).stdout
     for trial in folders:
