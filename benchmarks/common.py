@@ -1,4 +1,4 @@
-"""What the benchmarks share: one training step, times in turn, memory, flags, the machine's name."""
+"""What the benchmarks share: times in turn, memory, flags, the machine's name."""
 
 import argparse
 import os
@@ -8,13 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
-from engine.devices import autocast, input_options, resolve_precision, to_device
+from engine.devices import resolve_precision, to_device
 from engine.training import Training
 from model.net import FCN_GCN
-from model.transforms import to_input
 from params import Params
 
 
@@ -31,14 +29,6 @@ def build(params: Params, device: torch.device) -> Training:
     model = FCN_GCN(**params.network_options(), pretrained=False)
     to_device(model, params, device)
     return Training(model, params, steps_per_epoch=1000)
-
-
-def train_step(training: Training, criterion: nn.Module, images: Tensor, labels: Tensor) -> None:
-    """Take a training step on a batch of the loader, as train.train_epoch does."""
-    with autocast(training.device, training.params.precision):
-        inputs = to_input(images, training.device, **input_options(training.model, training.params))
-        logits = training.forward(inputs)
-    training.step(criterion(logits, labels.to(training.device)), ends_group=True)
 
 
 def in_turn(*sides: Callable[[], object], repeats: int, device: torch.device) -> list[list[float]]:

@@ -19,7 +19,7 @@ import torch
 from tabulate import tabulate
 
 from benchmarks import baseline
-from benchmarks.common import build, in_turn, machine, make_parser, own_memory, peak_memory, train_step
+from benchmarks.common import build, in_turn, machine, make_parser, own_memory, peak_memory
 from engine.devices import pick_device, resolve_precision, seed_everything
 from model.data_loader import Loader, SegmentationDataset, make_loader
 from model.layouts import Split, find_split
@@ -27,6 +27,7 @@ from model.losses import SegmentationLoss
 from model.photos import read_example
 from model.voc import CLASS_NAMES
 from params import Params
+from train import train_step
 
 SIZE, BATCH = 224, 5
 DECODED = 15  # images of an input pass
@@ -61,7 +62,7 @@ def ours(split: Split, device: torch.device) -> Callable[[], None]:
     training.model.train()
     criterion = SegmentationLoss(**params.loss_options())
     images, labels, _ = next(iter(cached(split, BATCH, device)))
-    return lambda: train_step(training, criterion, images, labels)
+    return lambda: train_step(training, criterion, images, labels, batch_size=len(images))
 
 
 def theirs(split: Split, device: torch.device) -> Callable[[], float]:

@@ -17,11 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.common import build, in_turn, machine, make_parser, own_memory, peak_memory, train_step
+from benchmarks.common import build, in_turn, machine, make_parser, own_memory, peak_memory
 from engine.devices import pick_device, resolve_precision, reuse_memory
 from model.encoders import ENCODERS
 from model.losses import SegmentationLoss
 from params import Params
+from train import train_step
 from utils import is_out_of_memory
 
 RECIPE = {
@@ -56,7 +57,11 @@ def measure(options: dict[str, Any], repeats: int, device: torch.device) -> str:
     shape = params.batch_size, params.image_size, params.image_size
     images = torch.randint(256, (shape[0], 3, *shape[1:]), dtype=torch.uint8, device=device)
     labels = torch.randint(21, shape, device=device)
-    (seconds,) = in_turn(lambda: train_step(training, criterion, images, labels), repeats=2 * repeats, device=device)
+    (seconds,) = in_turn(
+        lambda: train_step(training, criterion, images, labels, batch_size=len(images)),
+        repeats=2 * repeats,
+        device=device,
+    )
     return f"{statistics.median(seconds[repeats:]):.3g} s | {peak_memory(device, before) / 1024:.2f} GiB"
 
 

@@ -12,13 +12,14 @@ from conftest import ROOT, make_data
 from PIL import Image
 
 from benchmarks import baseline, prediction, run, steps
-from benchmarks.common import build, train_step
+from benchmarks.common import build
 from model.data_loader import SegmentationDataset, make_loader
 from model.layouts import find_split
 from model.losses import SegmentationLoss
 from model.transforms import to_input
 from model.voc import CLASS_NAMES
 from params import Params
+from train import train_step
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def test_one_training_step_of_both_sides_gives_the_same_weights(split):
     losses = []
     criterion = SegmentationLoss(**params.loss_options())
     criterion.register_forward_hook(lambda module, inputs, loss: losses.append(loss.item()))
-    train_step(training, criterion, images, labels)
+    train_step(training, criterion, images, labels, batch_size=len(images))
     losses.append(baseline.train_step(plain, baseline.optimizer(plain), plain_images, targets))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     for name, weight in plain.state_dict().items():
