@@ -61,7 +61,7 @@ def ours(split: Split, device: torch.device) -> Callable[[], None]:
     training = build(params, device)
     training.model.train()
     criterion = SegmentationLoss(**params.loss_options())
-    images, labels, _ = next(iter(cached(split, BATCH, device)))
+    images, labels = (part.to(device) for part in next(iter(cached(split, BATCH, device)))[:2])
     return lambda: train_step(training, criterion, images, labels, batch_size=len(images))
 
 

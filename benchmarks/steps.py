@@ -10,6 +10,7 @@ import json
 import statistics
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +58,8 @@ def measure(options: dict[str, Any], repeats: int, device: torch.device) -> str:
     shape = params.batch_size, params.image_size, params.image_size
     images = torch.randint(256, (shape[0], 3, *shape[1:]), dtype=torch.uint8, device=device)
     labels = torch.randint(21, shape, device=device)
-    (seconds,) = in_turn(
-        lambda: train_step(training, criterion, images, labels, batch_size=len(images)),
-        repeats=2 * repeats,
-        device=device,
-    )
+    step = partial(train_step, training, criterion, images, labels, batch_size=len(images))
+    (seconds,) = in_turn(step, repeats=2 * repeats, device=device)
     return f"{statistics.median(seconds[repeats:]):.3g} s | {peak_memory(device, before) / 1024:.2f} GiB"
 
 
