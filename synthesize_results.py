@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 import comparing
 from comparing import Counts, Difference
 from engine.cli import add_folder, run_main
-from engine.run import existing_results, is_running, recorded_data_dir
+from engine.run import existing, is_running, recorded_data_dir
 from engine.training import best_epoch, better_of, score, why_finished
 from model import UserError
 from params import Params
@@ -122,7 +122,7 @@ def find(parent_dir: Path) -> list[Path]:
     found = []
     for folder, subfolders, files in walk(parent_dir):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        if "search_space.json" not in files and ("params.json" in files or existing_results(folder)):
+        if "search_space.json" not in files and ("params.json" in files or existing(folder)):
             found.append(folder)
     if not found:
         raise UserError(f"{parent_dir} holds no experiments, which are folders with a params.json")
@@ -170,7 +170,7 @@ def state(folder: Path, params: Params, history: list[dict]) -> tuple[str, str]:
         trial = read_json(folder / "trial.json", if_absent="")
         if isinstance(trial, dict) and trial.get("state") in ("pruned", "failed"):
             return trial["state"], "; ".join(map(str, trial.get("reason") or []))
-    if not existing_results(folder):
+    if not existing(folder):
         return "not started", ""
     return "failed", f"ended after {len(history)} of {params.num_epochs} epochs"
 

@@ -28,7 +28,7 @@ def build(params: Params, device: torch.device) -> Training:
     """Build the network of params with random weights, and its optimizer."""
     model = FCN_GCN(**params.network_options(), pretrained=False)
     to_device(model, params, device)
-    return Training(model, params, steps_per_epoch=1000)
+    return Training(model, params, batches=1000)
 
 
 def in_turn(*sides: Callable[[], object], repeats: int, device: torch.device) -> list[list[float]]:

@@ -163,9 +163,10 @@ def check_unchanged(keys: Iterable[str], checkpoint: dict[str, Any], params: Par
     if not checkpoint["params"]:
         return
     changes = changed_keys(Params.parse(checkpoint["params"], file), params)
-    for key in changes.keys() & {*keys}:
-        then, now = map(json.dumps, changes[key])
-        raise UserError(f'{file} was trained with "{key}": {then}, params.json says {now}; set it back')
+    for key in keys:
+        if key in changes:
+            then, now = map(json.dumps, changes[key])
+            raise UserError(f'{file} was trained with "{key}": {then}, params.json says {now}; set it back')
 
 
 def agreed_class_names(checkpoint: dict[str, Any], file: Path, split: Split | None, num_classes: int) -> list[str]:

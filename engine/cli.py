@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import json
 import logging
 import os
 import re
@@ -143,6 +144,20 @@ def add_testing_flags(parser: argparse.ArgumentParser) -> None:
 def checkpoint_name(text: str) -> str:
     """Parse the value of --restore_file, with or without the ending of the file."""
     return text.removesuffix(".pth.tar")
+
+
+def key_and_value(given: list[str]) -> dict[str, Any]:
+    """Parse the values of --set, KEY=VALUE each: the value is JSON, or else a string."""
+    values: dict[str, Any] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals or key in values:
+            raise UserError(f"--set {text}: give every key once, as learning_rate=0.01")
+        try:
+            values[key] = json.loads(value)
+        except ValueError:
+            values[key] = value
+    return values
 
 
 def require(package: str, purpose: str) -> None:

@@ -5,16 +5,15 @@ A run is its last.pth.tar: everything else of an epoch is written after it and f
 
 import argparse
 import copy
-import hashlib
 import logging
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,19 @@ from PIL import Image
 from tqdm import tqdm
 
 from engine import devices
-from engine.checkpoints import changed_keys, check_unchanged, load_checkpoint, save_checkpoint, to_predict_with
-from engine.devices import autocast, device_name, input_options
-from engine.training import Training, scalars, why_finished
+from engine.checkpoints import (
+    agreed_class_names,
+    changed_keys,
+    check_unchanged,
+    load_checkpoint,
+    save_checkpoint,
+    to_predict_with,
+)
+from engine.devices import autocast, device_name, input_options, resolve_precision
+from engine.training import Training, list_digest, scalars, why_finished
 from model import UserError
 from model.data_loader import SegmentationDataset
-from model.layouts import Split
+from model.layouts import Split, class_names, find_split
 from model.net import FCN_GCN
 from model.transforms import photo_edges, to_input
 from params import ARCHITECTURE, INPUT, Params
@@ -47,12 +53,16 @@ from utils import (
 )
 from visualize import comparison, training_curves
 
-BEGINNINGS = ("train.log", "run.json", "trial.json")  # what a run writes before its first epoch ends, or a sweep
-RESULTS = (
-    *("last.pth.tar", "best.pth.tar", "history.jsonl", "samples.png", "curves.png", "tensorboard/events.*"),
+WRITTEN = (  # by train.py when an epoch ends, in this order
+    *("last.pth.tar", "best.pth.tar", "history.jsonl"),
+    *("metrics_val_last_weights.json", "metrics_val_best_weights.json", "samples.png", "curves.png"),
+)
+RESULTS = (  # that are there once an epoch has ended
+    *WRITTEN,
     *("last.onnx", "best.onnx"),  # of these checkpoints; an export under a name of the user's is the user's
     *("metrics_*.json", "metrics_*.png", "counts_*.npz", "overlays_*/*.png"),
 )
+OUTPUTS = (*RESULTS, "train.log", "run.json", "trial.json", "tensorboard/events.*")
 RUN_LOCK = ".lock"  # held while train.py works in a folder
 LOCK_PATIENCE = 8.0  # seconds; loader processes of a killed run, which inherit its lock, end within five
 RESUME_NEEDS = (*ARCHITECTURE, *INPUT, "optimizer", "dataset", "best_metric")  # as they were
@@ -60,15 +70,15 @@ LINE_INTERVAL = 30.0  # seconds at least between two lines about an epoch, where
 DRAWING_INTERVAL = 10.0  # seconds between two drawings of curves.png, or short epochs would wait for it
 
 
-def existing_results(model_dir: Path) -> list[Path]:
-    """Return what finished epochs and later scripts have left in an experiment folder."""
-    return sorted({path for pattern in RESULTS for path in model_dir.glob(pattern)})
+def existing(model_dir: Path, patterns: Sequence[str] = RESULTS) -> list[Path]:
+    """Return what finished epochs, or whatever patterns name, have left in an experiment folder, last.pth.tar first."""
+    return list(dict.fromkeys(path for pattern in patterns for path in sorted(model_dir.glob(pattern))))
 
 
 def remove_outputs(model_dir: Path) -> None:
     """Delete what earlier runs have left in an experiment folder."""
-    for path in (*existing_results(model_dir), *(model_dir / name for name in BEGINNINGS)):
-        path.unlink(missing_ok=True)
+    for path in existing(model_dir, OUTPUTS):
+        path.unlink()
         if path.parent != model_dir:
             with suppress(OSError):  # not empty yet
                 path.parent.rmdir()
@@ -76,9 +86,14 @@ def remove_outputs(model_dir: Path) -> None:
 
 @contextmanager
 def sole_run(folder: Path, script: str = "train.py") -> Iterator[None]:
-    """Hold the folder of a run or a sweep. Raises UserError if another run of the script is at work in it."""
+    """Hold the folder of a run or a sweep, in rank 0.
+
+    Raises UserError where there is no params.json, or another run of the script at work.
+    """
+    if not (folder / "params.json").exists():
+        raise UserError(f"no {folder}/params.json; an experiment is a folder with one, {{}} for the defaults")
     try:
-        with FileLock(folder / RUN_LOCK, timeout=LOCK_PATIENCE):
+        with FileLock(folder / RUN_LOCK, timeout=LOCK_PATIENCE) if devices.is_main() else nullcontext():
             yield
     except Timeout:
         raise UserError(f"another {script} is at work in {folder}; wait for it, or stop it first") from None
@@ -93,6 +108,8 @@ def is_running(folder: Path) -> bool:
             return False
     except Timeout:
         return True
+    except OSError:  # a lock of somebody else's
+        return False
 
 
 def recorded_data_dir(model_dir: Path) -> Path | None:
@@ -100,7 +117,7 @@ def recorded_data_dir(model_dir: Path) -> Path | None:
     if not (model_dir / "run.json").exists():
         return None
     record = read_json(model_dir / "run.json", if_absent="")
-    with suppress(TypeError, KeyError, IndexError):
+    with suppress(TypeError, KeyError, AttributeError):
         return Path([record, *record.get("resumed", [])][-1]["data_dir"])
     return None
 
@@ -118,46 +135,88 @@ def find_data_dir(args: argparse.Namespace, dataset: str) -> Path:
     return recorded
 
 
-def read_last(model_dir: Path, *, resume: bool) -> dict[str, Any] | None:
-    """Return last.pth.tar where a run is to be resumed and has one. Raises UserError if it is damaged."""
-    file = model_dir / "last.pth.tar"
-    return load_checkpoint(file) if resume and file.exists() else None
+@dataclass(frozen=True)
+class Start:
+    """How a run begins: its params, the values of --set among them, its data, and last.pth.tar if it resumes."""
+
+    params: Params
+    set: dict[str, Any]
+    data_dir: Path
+    file: Path  # last.pth.tar
+    state: dict[str, Any] | None
 
 
-def check_folder(state: dict[str, Any] | None, params: Params, args: argparse.Namespace) -> None:
-    """Raise UserError unless the flags say what is to become of an earlier run in the folder.
+def begin(args: argparse.Namespace, device: torch.device) -> Start | None:
+    """Return how the run in args.model_dir begins, None if it has nothing left to train.
 
-    state is the checkpoint that is resumed. A run without a finished epoch is none: it starts anew.
+    Raises UserError unless the flags say what is to become of an earlier run. A run without a finished epoch is none.
     """
-    last = args.model_dir / "last.pth.tar"
-    if state is not None:
+    devices.gather(None)  # nobody reads before rank 0 has the folder to itself
+    last, best = (args.model_dir / f"{name}.pth.tar" for name in ("last", "best"))
+    state = load_checkpoint(last) if args.resume and last.exists() else None
+    kept = load_checkpoint(best) if args.resume and state is None and best.exists() else None
+    changes = (state or kept or {}).get("set", {}) | args.set
+    params = resolve_precision(Params.load(args.model_dir / "params.json", changes), device)
+    if kept and (reason := why_finished(read_history(args.model_dir), params)):
+        if devices.is_main():
+            print(f"nothing to do in {args.model_dir}: {reason}; last.pth.tar was not kept to train on from")
+        return None
+    if state:
         check_unchanged(RESUME_NEEDS, state, params, last)
-    elif args.overwrite:
-        if args.init_from and args.init_from.resolve() in {file.resolve() for file in existing_results(args.model_dir)}:
-            raise UserError(f"--overwrite would delete {args.init_from}; move it to another folder first")
-    elif earlier := existing_results(args.model_dir):
+    elif not args.overwrite and (earlier := existing(args.model_dir)):
         way_on = "continue it with --resume" if last.exists() else "without last.pth.tar it cannot be resumed"
         raise UserError(f"{args.model_dir} already holds a run ({earlier[0].name}); {way_on}, or --overwrite it")
+    if args.overwrite and args.init_from and args.init_from.resolve() in map(Path.resolve, existing(args.model_dir)):
+        raise UserError(f"--overwrite would delete {args.init_from}; move it to another folder first")
+    check_alike([asdict(params), state and state["epoch"]], f"{args.model_dir}, its params.json or last.pth.tar,")
+    data_dir = find_data_dir(args, params.dataset) if state else args.data_dir or Path("data")
+    return Start(params, changes, data_dir, last, state)
 
 
-def finished_without_last(model_dir: Path, params: Params) -> str | None:
-    """Return why a run that has not kept last.pth.tar has nothing left to train, None if it has."""
-    return why_finished(read_history(model_dir), params) if (model_dir / "best.pth.tar").exists() else None
+def check_alike(value: Any, what: str) -> None:
+    """Raise UserError unless a value is the same in all processes, on whatever machine."""
+    if any(other != value for other in devices.gather(value)):
+        raise UserError(f"{what} is not the same on all machines; let all read one folder")
 
 
-def changes_since(state: dict[str, Any], training: Training) -> str:
-    """Return what has changed in params.json and in the list of training images since a checkpoint."""
-    keys = [*changed_keys(Params.parse(state["params"], "last.pth.tar"), training.params)]
-    keys += ["the list of training images"] if state.get("images") != training.list_digest else []
+def find_splits(start: Start) -> tuple[Split, Split, list[str]]:
+    """Find train_split, val and the class names, which must be those of a checkpoint that is resumed.
+
+    Raises UserError for every fault that shows without decoding a photo.
+    """
+    params, names = start.params, (start.params.train_split, "val")
+    train, val = (find_split(params.dataset, start.data_dir, name, masks_required=True) for name in names)
+    if broken := params.broken_rules(devices.world_size()):
+        raise UserError("; ".join(broken))
+    if params.batch_size > (count := len(train.ids)):
+        raise UserError(f'"batch_size" is {params.batch_size}, but {params.train_split} has {count} images; lower it')
+    for split in (train, val):
+        check_alike(list_digest(split), f"{split.name}.txt")
+    if start.state is None:
+        return train, val, class_names(val, params.num_classes)
+    return train, val, agreed_class_names(start.state, start.file, val, params.num_classes)
+
+
+def changes_since(start: Start, training: Training, args: argparse.Namespace) -> str:
+    """Return what has changed since the checkpoint that is resumed: keys of params.json, and the data."""
+    assert start.state is not None
+    keys = [*changed_keys(Params.parse(start.state["params"], start.file), training.params)]
+    lists = {"images": "the list of training images", "val_images": "the list of validation images"}
+    keys += [lists[key] for key, digest in training.lists.items() if start.state.get(key, digest) != digest]
+    before = recorded_data_dir(args.model_dir)
+    keys += [] if before in (None, Path(os.path.abspath(start.data_dir))) else [f"the data folder, before {before}"]
     return ", ".join(keys) or "nothing"
 
 
-def check_trainable(params: Params, count: int) -> None:
-    """Raise UserError unless these processes can train with params on a list of count images."""
-    if broken := params.broken_rules(devices.world_size()):
-        raise UserError("; ".join(broken))
-    if params.batch_size > count:
-        raise UserError(f'"batch_size" is {params.batch_size}, but {params.train_split} has {count} images; lower it')
+@contextmanager
+def advising_to_resume(args: argparse.Namespace) -> Iterator[None]:
+    """Add to what cuts a training short, a signal or a full disk, how to continue it."""
+    try:
+        yield
+    except (KeyboardInterrupt, OSError) as error:
+        what = str(error) or ("interrupted" if type(error) is KeyboardInterrupt else "terminated")
+        instead = " in the place of --overwrite" if args.overwrite else ""
+        raise type(error)(f"{what}; the same command with --resume{instead} continues the run") from None
 
 
 def check_batches(model: FCN_GCN, params: Params, count: int) -> None:
@@ -187,17 +246,6 @@ def _takes(model: FCN_GCN, count: int, params: Params) -> bool:
     return True
 
 
-def list_digest(split: Split) -> str:
-    """Return a digest of the ids of a list, in their order."""
-    return hashlib.sha256("\n".join(split.ids).encode()).hexdigest()
-
-
-def check_same_list(split: Split) -> None:
-    """Raise UserError unless the list of a split is the same for all processes, on whatever machine."""
-    if len(set(devices.gather(list_digest(split)))) > 1:
-        raise UserError(f"{split.name}.txt is not the same on all machines; copy one data set to all of them")
-
-
 def git_commit() -> str | None:
     """Return the commit this code is at, with "-dirty" when tracked files differ from it; None outside a repository."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
@@ -207,23 +255,23 @@ def git_commit() -> str | None:
         return None
 
 
-def write_provenance(model_dir: Path, device: torch.device, params: Params, data_dir: Path, *, resumed: bool) -> None:
+def write_provenance(model_dir: Path, device: torch.device, start: Start) -> None:
     """Write run.json: what was run, from which code, with which versions, on what; a resume adds to "resumed"."""
     packages = ("torchvision", "numpy", "pillow", *(["timm"] if "timm" in sys.modules else []))
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     record = {
         "git_commit": git_commit(),
         "argv": sys.argv,
-        "data_dir": os.path.abspath(data_dir),
+        "data_dir": os.path.abspath(start.data_dir),
         "versions": versions | {name: version(name) for name in packages},
         "device": device_name(device),
         "platform": platform.platform(),
         "processes": devices.world_size(),
-        "seed": params.seed,
-        "params": asdict(params),
+        "seed": start.params.seed,
+        "params": asdict(start.params),
     }
     path = model_dir / "run.json"
-    if resumed and path.exists():
+    if start.state and path.exists():
         first = read_json(path, if_absent="")
         record = first | {"resumed": [*first.get("resumed", []), record]}
     write_json(path, record)
@@ -265,16 +313,13 @@ class EpochOutputs:
 
     def write_epoch(self, training: Training, val_set: SegmentationDataset) -> None:
         """Write last.pth.tar, which decides that the epoch has ended, and then all that follows from it."""
-        record, picture = training.history[-1], sample_predictions(training, val_set)
-        for tracker in self.trackers:  # first: a resume drops what they know of epochs that it repeats
-            tracker.log(record, picture)
         save_checkpoint(state := training.state_dict(), self.model_dir / "last.pth.tar")
-        logging.info(epoch_line(record, training.params, is_best=training.is_best))
-        draws_curves = training.finished is not None or time.monotonic() - self.drawn > DRAWING_INTERVAL
-        self.write_rest(state, picture, curves=draws_curves)
+        logging.info(epoch_line(training.history[-1], training.params, is_best=training.is_best))
+        draws_curves = training.stop_reason is not None or time.monotonic() - self.drawn > DRAWING_INTERVAL
+        self.write_rest(state, sample_predictions(training, val_set), curves=draws_curves)
 
     def write_rest(self, state: dict[str, Any], picture: Image.Image, *, curves: bool = True) -> None:
-        """Write what follows from last.pth.tar: the best weights, history, validation metrics and pictures."""
+        """Write what follows from last.pth.tar: the best weights, history, validation metrics, pictures and events."""
         if state["metrics"]["best"]["epoch"] == state["epoch"]:
             save_checkpoint(to_predict_with(state), self.model_dir / "best.pth.tar")
         write_history(self.model_dir, state["history"])
@@ -284,6 +329,8 @@ class EpochOutputs:
         if curves:
             save_figure(training_curves(state["history"]), self.model_dir / "curves.png")
             self.drawn = time.monotonic()
+        for tracker in self.trackers:
+            tracker.log(state["history"][-1], picture)
 
     def close(self, training: Training) -> None:
         """End the trackers, and delete last.pth.tar of a finished run where params.json asks for that."""
@@ -294,43 +341,39 @@ class EpochOutputs:
 
 
 def open_outputs(
-    training: Training,
-    val_set: SegmentationDataset,
-    args: argparse.Namespace,
-    data_dir: Path,
-    *,
-    state: dict[str, Any] | None,
-    notes: list[str],
+    training: Training, val_set: SegmentationDataset, args: argparse.Namespace, start: Start, notes: list[str]
 ) -> EpochOutputs:
     """Begin, in rank 0, the log and run.json of a run that is about to train; return what writes its epochs.
 
-    A resume from state writes anew all that follows from it. notes are lines for the log.
+    A resume writes anew all that follows from last.pth.tar. notes are lines for the log.
     """
     outputs = EpochOutputs(args.model_dir)
     if not devices.is_main():
         return outputs
     if args.overwrite:
         remove_outputs(args.model_dir)
-    for unfinished in args.model_dir.glob(".*.tmp"):  # of a run that was killed
-        unfinished.unlink()
+    for unfinished in existing(args.model_dir, [f".{name}.*.tmp" for name in (*WRITTEN, "run.json")]):
+        unfinished.unlink()  # of a run that was killed
     set_logger(args.model_dir / "train.log")
-    write_provenance(args.model_dir, training.device, training.params, data_dir, resumed=state is not None)
+    write_provenance(args.model_dir, training.device, start)
     for line in notes:
         logging.info(line)
     if args.tensorboard:
-        outputs.trackers.append(TensorBoard(args.model_dir, epoch=training.epoch))
-    if state is not None:
-        outputs.write_rest(state, sample_predictions(training, val_set))
+        outputs.trackers.append(TensorBoard(args.model_dir, first=max(1, training.epoch)))
+    if start.state:
+        outputs.write_rest(start.state, sample_predictions(training, val_set))
+        if not (args.model_dir / "best.pth.tar").exists():
+            logging.info(f"best.pth.tar, of epoch {training.best_epoch}, is gone; a better epoch will write one")
     return outputs
 
 
 class TensorBoard:
-    """Writes events for TensorBoard; a resume starts after an epoch."""
+    """Writes events for TensorBoard, from the first epoch on that a run, or a resume, writes."""
 
-    def __init__(self, model_dir: Path, *, epoch: int):
+    def __init__(self, model_dir: Path, *, first: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(model_dir / "tensorboard", purge_step=epoch + 1)
+        self.writer = SummaryWriter(model_dir / "tensorboard", purge_step=first)
 
     def log(self, record: dict, picture: Image.Image) -> None:
         """Write an epoch of history.jsonl and samples.png."""
@@ -361,8 +404,12 @@ def sample_predictions(training: Training, dataset: SegmentationDataset, count: 
     # Not neighbours, which may be frames of a video.
     examples = [dataset[place * len(dataset) // number] for place in range(number)]
     images, labels = (torch.stack(part) for part in zip(*examples, strict=True))
+    inputs, model = (
+        to_input(images, training.device, **input_options(training.model, params)),
+        training.eval_model.eval(),
+    )
     with autocast(training.device, params.precision):
-        logits = training.eval_model.eval()(to_input(images, training.device, **input_options(training.model, params)))
+        logits = torch.cat([model(part) for part in inputs.split(params.scoring_batch_size)])
     parts = zip(images.permute(0, 2, 3, 1), labels, logits.argmax(1).cpu(), strict=True)
     photos = zip(parts, photo_edges(images, labels, dataset.padding).tolist(), strict=True)
     shown = [

@@ -1,6 +1,7 @@
 """All that changes while a network is trained: weights, optimizer, schedule, average, and what a resume needs."""
 
 import copy
+import hashlib
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from engine.checkpoints import check_normalization, load_weights
 from engine.devices import rank, rng_states, set_rng_states, world_size
 from model import UserError
+from model.layouts import Split
 from model.metrics import BETTER
 from model.net import FCN_GCN
 from model.parallel import Dropout2d, copy_to_all, shard, synchronize_batch_norm
@@ -27,7 +29,7 @@ from utils import RunFailed
 class Training:
     """All that changes while a network is trained, and nothing else: state_dict() is what a resume needs.
 
-    The network has four handles: model is itself, forward what a training step calls (compiled, or ddp), ddp its
+    The network has four handles: model is itself, wrapped_model what a training step calls (compiled, or ddp), ddp its
     DistributedDataParallel where there are several processes, and eval_model what is scored and kept (the average of
     the weights, where there is one). Several processes each have a Training, and all are alike: the network begins as
     that of rank 0, and batch norm, dropout and the loss are those of the whole batch, of which each has its share.
@@ -35,8 +37,8 @@ class Training:
     Args:
         model: the network, on its device.
         params: the experiment.
-        steps_per_epoch: optimizer steps, that is batches divided by accumulation_steps, rounded up.
-        list_digest: of the ids that are trained on, so that a resume can say whether they have changed.
+        batches: of an epoch.
+        splits: what is trained and validated on, so that a resume can say whether their lists have changed.
         class_names: one for each class index.
         changes: the values of --set, which a resume sets again.
     """
@@ -45,24 +47,26 @@ class Training:
         self,
         model: FCN_GCN,
         params: Params,
-        steps_per_epoch: int,
+        batches: int,
         *,
-        list_digest: str = "",
+        splits: Sequence[Split] = (),
         class_names: Sequence[str] = (),
         changes: Mapping[str, Any] | None = None,
     ):
         self.params = params
-        self.steps_per_epoch = steps_per_epoch
+        self.steps_per_epoch = math.ceil(batches / params.accumulation_steps)
         self.device = next(model.parameters()).device
         self.model = model
-        self.forward: Callable[[torch.Tensor], torch.Tensor] = model
+        self.wrapped_model: Callable[[torch.Tensor], torch.Tensor] = model
         self.ddp: DistributedDataParallel | None = None
         if world_size() > 1:
             synchronize_batch_norm(model, self.device)
             copy_to_all(self.model)
-            self.ddp = self.forward = distribute(self.model, self.device)
+            self.ddp = self.wrapped_model = distribute(self.model, self.device)
         if params.compile:
-            self.forward = torch.compile(self.forward, mode=compile_mode(self.device, params), dynamic=False)
+            self.wrapped_model = torch.compile(
+                self.wrapped_model, mode=compile_mode(self.device, params), dynamic=False
+            )
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if params.ema_decay is not None else None
         self.ema_updates = 0
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=params.precision == "fp16")
@@ -71,10 +75,11 @@ class Training:
         self._set_steps(0)
         self.history: list[dict] = []  # what history.jsonl holds
         self.metrics: dict[str, dict] = {}  # of validation, at the "last" and at the "best" epoch
-        self.list_digest, self.class_names, self.changes = list_digest, list(class_names), dict(changes or {})
+        self.lists = {key: list_digest(split) for key, split in zip(("images", "val_images"), splits, strict=False)}
+        self.class_names, self.changes = list(class_names), dict(changes or {})
 
     @property
-    def finished(self) -> str | None:
+    def stop_reason(self) -> str | None:
         """Why there is nothing left to train, None if there is."""
         return why_finished(self.history, self.params)
 
@@ -101,35 +106,23 @@ class Training:
     def accumulation(self, step: int, steps: int) -> tuple[int, bool]:
         """Return how many batches share the optimizer step of a batch, and whether it is the last of them.
 
-        step counts the batches of an epoch from 0, of which there are steps; the last group may be smaller.
+        step counts the batches of an epoch from 0, of which there are steps; fewer may share the last step.
         """
         position = step % self.params.accumulation_steps
-        group = min(self.params.accumulation_steps, steps - step + position)
-        return group, position + 1 == group
+        shared = min(self.params.accumulation_steps, steps - step + position)
+        return shared, position + 1 == shared
 
-    def synchronized(self, batch_size: int, *, ends_group: bool) -> AbstractContextManager:
-        """Let dropout and gradients be those of the batch_size images of all processes, while the context lasts.
+    def set_batch_size(self, batch_size: int) -> None:
+        """Let dropout draw for the next batch as a whole, of which this process has its shard."""
+        if self.ddp is not None and isinstance(self.model.dropout, Dropout2d):
+            self.model.dropout.whole = shard(batch_size, rank(), world_size()).start, batch_size
 
-        Gradients are summed over the processes after the last batch of a group only.
-        """
-        if self.ddp is None:
-            return nullcontext()
-        first = shard(batch_size, rank(), world_size()).start
-        if isinstance(self.model.dropout, Dropout2d):
-            self.model.dropout.whole = first, batch_size
-        return nullcontext() if ends_group else self.ddp.no_sync()
+    def no_sync(self, *, unless: bool) -> AbstractContextManager:
+        """Return the context in which gradients are not summed over the processes, unless they are to be."""
+        return nullcontext() if self.ddp is None or unless else self.ddp.no_sync()
 
-    def step(self, loss: torch.Tensor, *, ends_group: bool) -> None:
-        """Accumulate the gradient of loss; with the last loss of a group, update the weights."""
-        self.scaler.scale(loss).backward()
-        if not ends_group:
-            return
-        if self.params.clip_grad_norm is not None:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.params.clip_grad_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
+    def end_step(self) -> None:
+        """Set the learning rate of the next step, and average the weights."""
         self._set_steps(self.steps + 1)
         if self.ema is not None and self.params.ema_decay is not None:
             self._update_average(self.ema, self.params.ema_decay)
@@ -220,7 +213,7 @@ class Training:
             "scaler": self.scaler.state_dict(),
             "history": self.history,
             "metrics": self.metrics,
-            "images": self.list_digest,
+            **self.lists,
             "class_names": self.class_names,
             "normalization": [self.model.mean, self.model.std],
             "set": self.changes,
@@ -250,12 +243,13 @@ class Training:
             load_weights(self.ema, state.get("ema_state_dict") or state["state_dict"], source)
         try:
             self._load_rest(state)
+            finite = self.is_finite()
         except (LookupError, RuntimeError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
                 f"{source} holds no sound training state ({type(error).__name__}: {error}); start from its weights "
                 "with --init_from, in another --model_dir"
             ) from None
-        if not self.is_finite():
+        if not finite:
             raise UserError(
                 f"{source}: weights, or what the optimizer knows of them, are not finite: the run has diverged; start "
                 'anew with a lower "learning_rate" or with "clip_grad_norm"'
@@ -275,6 +269,11 @@ class Training:
         self._set_steps(self.epoch * self.steps_per_epoch)
         torch.set_rng_state(state["rng"])
         set_rng_states(state["rng_cuda"], self.device)
+
+
+def list_digest(split: Split) -> str:
+    """Return a digest of the ids of a list, in their order."""
+    return hashlib.sha256("\n".join(split.ids).encode()).hexdigest()
 
 
 def why_finished(history: list[dict], params: Params) -> str | None:

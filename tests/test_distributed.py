@@ -201,8 +201,8 @@ def train_in_float64(data: Path, options: dict) -> dict:
     torch.manual_seed(1 + devices.rank())  # others begin with other weights
     training = Training(FCN_GCN(**params.network_options(), pretrained=False).double(), params, len(loader))
     torch.manual_seed(2)
-    forward = training.forward
-    training.forward = lambda x: forward(x.double())
+    wrapped = training.wrapped_model
+    training.wrapped_model = lambda x: wrapped(x.double())
     metrics = train_epoch(training, loader)
     return {
         **{key: value for key, value in metrics.items() if isinstance(value, float)},

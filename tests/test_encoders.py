@@ -216,14 +216,14 @@ def step_in_float64(encoder: str, images: int, frozen: bool) -> dict:
     params = Params(encoder=encoder, pretrained=False, freeze_encoder_statistics=frozen, dropout_rate=0.3)
     torch.manual_seed(1)
     model = FCN_GCN(**params.network_options(), pretrained=False).double()
-    training = Training(model, params, steps_per_epoch=1)
+    training = Training(model, params, batches=1)
     x = torch.randn(images, 3, 64, 64, dtype=torch.float64)
     labels = torch.randint(21, (images, 64, 64))
     own = shard(images, devices.rank(), devices.world_size())
     rows = slice(own.start, own.stop)
     training.model.train()
-    with training.synchronized(images, ends_group=True):
-        logits = training.forward(x[rows])
+    training.set_batch_size(images)
+    logits = training.wrapped_model(x[rows])
     loss = SegmentationLoss(params.loss_weights, over_processes=True)(logits, labels[rows])
     loss.backward()
     return {

@@ -87,7 +87,7 @@ def check_counts(experiment, data, metrics: dict, name: str) -> None:
     expected = [hit / pixels if pixels else None for hit, pixels in zip(hits, union, strict=True)]
     assert list(metrics["IoU"].values()) == pytest.approx(expected)
     assert counts.ids == (data / "val.txt").read_text().split() and counts.class_names == list(metrics["IoU"])
-    assert experiment / f"counts_{name}.npz" in run.existing_results(experiment)
+    assert experiment / f"counts_{name}.npz" in run.existing(experiment)
 
 
 def test_the_score_at_the_size_of_the_network_is_that_of_validation(experiment, trained):
@@ -116,7 +116,7 @@ def test_scales_and_flip_reach_the_predictions(experiment, trained, tmp_path):
     metrics = json.loads((experiment / "metrics_val_best_multi_scale.json").read_text())
     assert (metrics["scales"], metrics["flip"]) == ([1.0, 2.0], True)
     (overlay,) = (experiment / "overlays_val_best_multi_scale").iterdir()
-    assert overlay in run.existing_results(experiment)  # --overwrite deletes it
+    assert overlay in run.existing(experiment)  # --overwrite deletes it
 
 
 def test_overlays_show_the_worst_photos_first(experiment, trained):

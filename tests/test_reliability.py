@@ -33,6 +33,7 @@ from model.sample import draw_scene
 from model.transforms import to_square
 from model.voc import colour_mask
 from params import Params
+from train import backward
 
 # Everything random or stateful switched on.
 EVERYTHING = {
@@ -265,9 +266,9 @@ def test_weights_that_are_not_finite_are_never_saved(data, tmp_path):
 def test_a_single_value_that_is_not_finite_is_seen(value):
     for optimizer, buffer in (("sgd", "momentum_buffer"), ("adamw", "exp_avg_sq")):
         network = as_network(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4)))
-        training = Training(network, Params(optimizer=optimizer), steps_per_epoch=1)
+        training = Training(network, Params(optimizer=optimizer), batches=1)
         assert training.is_finite()
-        training.step(network(torch.rand(2, 3, 5, 5)).sum(), ends_group=True)
+        backward(training, network(torch.rand(2, 3, 5, 5)).sum())
         assert training.is_finite()
         training.optimizer.state[network[0].weight][buffer][1] = value
         assert not training.is_finite()
@@ -280,8 +281,8 @@ def test_a_first_step_that_is_skipped_leaves_momentum_of_zero():
     """As in half precision, whose first scale may be too high; PyTorch would leave the buffer as memory was."""
     for attempt in range(20):
         network = as_network(torch.nn.Conv2d(3, 64 + attempt, 3))
-        training = Training(network, Params(precision="fp16"), steps_per_epoch=1)
-        training.step(network(torch.rand(1, 3, 9, 9)).sum() * float("inf"), ends_group=True)
+        training = Training(network, Params(precision="fp16"), batches=1)
+        backward(training, network(torch.rand(1, 3, 9, 9)).sum() * float("inf"))
         buffers = [state["momentum_buffer"] for state in training.optimizer.state.values()]
         assert len(buffers) == 2 and not any(buffer.any() for buffer in buffers)
 
@@ -327,7 +328,7 @@ def test_a_checkpoint_that_cannot_be_resumed_is_one_line(straight, tmp_path):
     training = Training(
         FCN_GCN(encoder="resnet18", pretrained=False, dropout_rate=0.2),
         Params.load(experiment / "params.json"),
-        steps_per_epoch=2,
+        batches=2,
     )
     file = experiment / "last.pth.tar"
     sound = checkpoints.load_checkpoint(file)

@@ -32,7 +32,7 @@ from model.metrics import CHOOSING
 from model.transforms import augment, cutmix, to_input
 from optimization import build_optimizer, learning_rate_at, parameter_groups
 from params import Params
-from train import train_epoch
+from train import backward, train_epoch
 
 OUTPUTS = {
     "best.pth.tar",
@@ -393,7 +393,7 @@ def test_the_schedule_follows_its_formula(schedule, warmup):
     rates = []
     for _ in range(params.num_epochs * steps):
         rates.append(training.learning_rate)
-        training.step(training.model(torch.ones(1, 1, 1, 1)).sum(), ends_group=True)
+        backward(training, training.model(torch.ones(1, 1, 1, 1)).sum())
 
     def expected(step: int) -> float:
         start, total = warmup * steps, params.num_epochs * steps
@@ -429,7 +429,7 @@ def test_the_encoder_can_learn_more_slowly_and_norms_and_biases_decay_less():
     )
     assert found["gcn1.conv_l1.weight"] == (0.5, 0.25) and found["br9.conv2.bias"] == (0.5, 0)
     training = Training(model, Params(schedule="cosine", num_epochs=1, **options), 4)
-    training.step(sum(parameter.sum() for parameter in model.parameters()), ends_group=True)
+    backward(training, sum(parameter.sum() for parameter in model.parameters()))
     rates = {names[p]: g["lr"] for g in training.optimizer.param_groups for p in g["params"]}
     assert rates["conv1.weight"] == pytest.approx(0.1 * rates["gcn1.conv_l1.weight"])
     assert rates["gcn1.conv_l1.weight"] == training.learning_rate < 0.001
@@ -443,7 +443,7 @@ def test_momentum_finds_its_weights_again_where_the_groups_have_changed(tmp_path
         )
 
     first = training()
-    first.step(sum((parameter**3).sum() for parameter in first.model.parameters()), ends_group=True)
+    backward(first, sum((parameter**3).sum() for parameter in first.model.parameters()))
     for options in ({"encoder_learning_rate_factor": 0.5}, {"decay_norms_and_biases": False}, {}):
         state = first.state_dict() | {"epoch": 1, "history": [{"epoch": 1, "val": {}}]}
         first = training(**options)
@@ -465,9 +465,9 @@ def test_accumulated_gradients_are_those_of_the_large_batch(precision):
     """With the loss divided by the group's size, a group is one step on the mean of its losses."""
     x = torch.randn(4, 3)
     whole, parts = linear_training(), linear_training(accumulation_steps=2, precision=precision)
-    whole.step(whole.model(x).square().mean(), ends_group=True)
+    backward(whole, whole.model(x).square().mean())
     for i, half in enumerate(x.chunk(2)):
-        parts.step(parts.model(half).square().mean() / 2, ends_group=i == 1)
+        backward(parts, parts.model(half).square().mean() / 2, updates=i == 1)
     torch.testing.assert_close(parts.model.weight, whole.model.weight)
 
 
@@ -491,7 +491,7 @@ def test_a_group_of_batches_steps_on_the_mean_of_their_losses(data):
 def test_clipping_bounds_the_step(precision):
     training = linear_training(clip_grad_norm=0.5, learning_rate=0.1, precision=precision)
     before = training.model.weight.detach().clone()
-    training.step(1000 * training.model(torch.ones(1, 3)).sum(), ends_group=True)
+    backward(training, 1000 * training.model(torch.ones(1, 3)).sum())
     assert (training.model.weight - before).norm().item() == pytest.approx(0.1 * 0.5, rel=1e-3)
 
 
@@ -501,7 +501,7 @@ def test_ema_is_the_exponential_mean_of_weights_and_statistics():
     training = Training(model, Params(ema_decay=0.9, learning_rate=0.1, momentum=0.0), 10)
     expected = None
     for _ in range(4):
-        training.step(model(torch.randn(5, 3)).square().sum(), ends_group=True)
+        backward(training, model(torch.randn(5, 3)).square().sum())
         now = {name: tensor.clone().double() for name, tensor in model.state_dict().items()}
         expected = {name: 0.9 * expected[name] + 0.1 * now[name] for name in now} if expected else now
     expected["1.num_batches_tracked"] = torch.tensor(4.0, dtype=torch.float64)
@@ -647,7 +647,8 @@ def test_a_resumed_training_knows_all_that_the_interrupted_one_knew(finished):
     state = checkpoints.load_checkpoint(file)
     resumed = Training(network(), Params(**state["params"]), 2)
     resumed.load_state_dict(state, file)
-    resumed.list_digest, resumed.class_names = state["images"], state["class_names"]  # are those of the data at hand
+    resumed.lists = {key: state[key] for key in ("images", "val_images")}  # are those of the data at hand
+    resumed.class_names = state["class_names"]
 
     def equal(first, second) -> bool:
         if isinstance(first, dict):
@@ -671,7 +672,7 @@ def test_the_metric_of_params_json_chooses_the_best_epoch():
         found[key, patience] = (
             training.best_epoch,
             training.metrics["best"]["epoch"],
-            training.finished,
+            training.stop_reason,
         )
         assert run.best_line(training) == f"best {key} {values[training.best_epoch - 1][key]:.4f} at epoch " + str(
             training.best_epoch
