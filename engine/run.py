@@ -176,7 +176,7 @@ def begin(args: argparse.Namespace, device: torch.device) -> Start | None:
 def check_alike(value: Any, what: str) -> None:
     """Raise UserError unless a value is the same in all processes, on whatever machine."""
     if any(other != value for other in devices.gather(value)):
-        raise UserError(f"{what} is not the same on all machines; let all read one folder")
+        raise UserError(f"{what} is not the same for all processes; give all machines the same files")
 
 
 def find_splits(start: Start) -> tuple[Split, Split, list[str]]:

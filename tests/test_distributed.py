@@ -318,8 +318,23 @@ def test_machines_with_other_lists_are_refused(tmp_path, split):
     (folders[1] / f"{split}.txt").write_text("\n".join(ids[::-1]))
     experiment = make_experiment(tmp_path / "run", batch_size=3)
     answers = on_processes(3, train_on_own_data, experiment, folders, connect=False)
-    words = f"{split}.txt is not the same on all machines; copy one data set to all of them\n"
+    words = f"{split}.txt is not the same for all processes; give all machines the same files\n"
     assert all(status == 2 and stderr.endswith(words) for status, _, stderr in answers)
+
+
+def train_in_own_folder(folders: list[Path], data: Path) -> tuple[int, str, str]:
+    return main_of(train, "--resume", "--model_dir", folders[devices.rank()], "--data_dir", data)
+
+
+def test_processes_that_find_other_params_or_checkpoints_are_refused(tmp_path, trained):
+    folders = [shutil.copytree(trained[0], tmp_path / name) for name in ("0", "1")]
+    for folder in folders:
+        make_experiment(folder, num_epochs=3, batch_size=4)
+    (folders[1] / "last.pth.tar").unlink()
+    for path in folders[1].glob("*.*"):
+        path.unlink() if path.name != "params.json" else None
+    answers = on_processes(2, train_in_own_folder, folders, trained[1], connect=False)
+    assert all(status == 2 and "or last.pth.tar, is not the same" in stderr for status, _, stderr in answers), answers
 
 
 def decoded_by_rank(data: Path) -> bool:

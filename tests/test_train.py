@@ -191,7 +191,11 @@ def test_resume_starts_and_continues_and_says_when_there_is_nothing_left(data, t
     experiment = make_experiment(tmp_path / "run", num_epochs=1)
     (experiment / "run.json").write_text("{}")  # of a run that was killed in its first epoch
     (experiment / "train.log").write_text("the first try\n")
+    (experiment / "tensorboard").mkdir()
+    (experiment / "tensorboard" / "events.1").touch()
     run_train(experiment, data, "--resume")
+    (experiment / "tensorboard" / "events.1").unlink()
+    (experiment / "tensorboard").rmdir()
     assert (experiment / "train.log").read_text().startswith("the first try\n")
     make_experiment(experiment, num_epochs=2, keep_last=False)
     assert "continuing after epoch 1" in run_train(experiment, data, "--resume").stdout
