@@ -6,7 +6,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -64,11 +64,7 @@ def parse_args() -> argparse.Namespace:
 
 @dataclass
 class Run:
-    """One experiment folder.
-
-    state is "finished", "running", "pruned" (by a sweep), "failed" (neither finished nor running), "not started" or
-    "unreadable".
-    """
+    """One experiment folder."""
 
     folder: Path
     name: str
@@ -76,7 +72,7 @@ class Run:
     history: list[dict] = field(default_factory=list)
     data_dir: str | None = None  # of the last start
     own_size: dict[str, dict[str, Any]] = field(default_factory=dict)  # by split, the metrics at the photos' own size
-    state: str = "unreadable"
+    state: str = "unreadable"  # or finished, running, pruned (by a sweep), not started, failed (none of these)
     problem: str = ""
 
     @property
@@ -90,9 +86,9 @@ class Run:
         for split, metrics in self.own_size.items():
             row[split + OWN_SIZE] = metrics.get("mIoU")
         row |= {key: value for key, value in self.own_size.get("val", {}).items() if key in BY_REGION}
-        row |= {"best_epoch": self.best["epoch"], "epochs": len(self.history) or None}
         minutes = sum(epoch["seconds"] for epoch in self.history) / 60
-        return row | {"minutes": minutes if self.history else None, "state": self.state}
+        counted = (self.best["epoch"], len(self.history), minutes) if self.history else (None, None, None)
+        return row | dict(zip(COUNTED, counted, strict=True)) | {"state": self.state}
 
     def task(self, metric: str) -> str:
         """Return what is the same for experiments that a metric can rank among each other."""
@@ -136,13 +132,10 @@ def read(folder: Path, parent_dir: Path) -> Run:
     try:
         params = Params.load(folder / "params.json")
         run.params = asdict(params)
-        history = read_history(folder)
-        if not all(is_number(epoch.get("seconds")) for epoch in history):
-            raise UserError(f"{folder / 'history.jsonl'} is damaged: an epoch has no seconds; mend or remove the line")
-        run.history = history
+        run.history = read_history(folder)
         run.data_dir = str(found) if (found := recorded_data_dir(folder)) else None
         run.own_size = read_own_size(folder, run.best["epoch"])
-        run.state, run.problem = state(folder, params, history)
+        run.state, run.problem = state(folder, params, run.history)
     except (UserError, OSError) as error:
         run.problem = str(error)
     return run
@@ -153,8 +146,6 @@ def read_own_size(folder: Path, epoch: int | None) -> dict[str, dict[str, Any]]:
     found = {}
     for path in sorted(folder.glob(f"metrics_*_{BEST}.json")):
         metrics = read_json(path, if_absent="")
-        if not isinstance(metrics, dict) or not all(is_number(metrics.get(key) or 0) for key in PUBLISHABLE):
-            raise UserError(f"{path} is damaged; write it anew with evaluate.py, or remove it")
         if metrics.get("epoch") == epoch:
             found[path.name.removeprefix("metrics_").removesuffix(f"_{BEST}.json")] = metrics
     return found
@@ -168,8 +159,8 @@ def state(folder: Path, params: Params, history: list[dict]) -> tuple[str, str]:
         return "finished", ""
     if (folder / "trial.json").exists():
         trial = read_json(folder / "trial.json", if_absent="")
-        if isinstance(trial, dict) and trial.get("state") in ("pruned", "failed"):
-            return trial["state"], "; ".join(map(str, trial.get("reason") or []))
+        if trial["state"] in ("pruned", "failed"):
+            return trial["state"], "; ".join(trial.get("reason", []))
     if not existing_results(folder):
         return "not started", ""
     return "failed", f"ended after {len(history)} of {params.num_epochs} epochs"
@@ -179,7 +170,7 @@ def read_published(path: Path) -> dict[str, Any]:
     """Read published figures, each with the hyperparameters that say which experiments it belongs to.
 
     {"source": "where from", "results": [{"params": {"kernel_size": 7}, "mIoU": 0.728}]}; no results where there is no
-    file. Raises UserError naming the first result that is not of this form.
+    file. Raises UserError for what is no figure.
     """
     if not path.exists():
         return {"source": "", "results": []}
@@ -187,17 +178,15 @@ def read_published(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or content.keys() != {"source", "results"}:
         raise UserError(f'{path} must hold one object with "source" and "results"')
     for result in content["results"]:
-        if not isinstance(result, dict) or not isinstance(params := result.get("params"), dict):
-            raise UserError(f'{path}: {json.dumps(result)}; allowed: an object with "params" and figures')
-        Params.parse(params, path)
-        for key in result.keys() - {"params"}:
-            if key not in PUBLISHABLE or not is_number(result[key]) or not 0 <= result[key] <= 1:
-                raise UserError(f'{path}: "{key}": {result[key]}; allowed: from 0 to 1 {", ".join(PUBLISHABLE)}')
+        Params.parse(result["params"], path)
+        for key, value in result.items():
+            if key != "params" and not (key in PUBLISHABLE and 0 <= value <= 1):
+                raise UserError(f'{path}: "{key}": {value}; allowed: from 0 to 1 {", ".join(PUBLISHABLE)}')
     return content
 
 
 def published_columns(published: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
-    """Return the published figures of an experiment as columns of the table, {} if there are none."""
+    """Return the published figures of an experiment as columns of the table."""
     found = [result for result in published["results"] if result["params"].items() <= params.items()]
     return {f"published_{key}": value for result in found for key, value in result.items() if key != "params"}
 
@@ -339,7 +328,7 @@ def compare_on(
     first = rows[baseline][0].name
     for name in counts:
         comparing.check_same_photos(counts[first], counts[name], (first, name))
-    drawn = dict(zip(counts, comparing.resample(list(counts.values())), strict=True))
+    drawn = dict(zip(counts, comparing.resample([*counts.values()]), strict=True))
     spread = comparing.between_seeds([[drawn[run.name] for run in runs if run.name in drawn] for runs in families])
     sides = {name: [drawn[run.name] for run in runs] for name, runs in rows.items()}
     ours, photos = sides.pop(baseline), (counts[first].labelled > 0).sum(0)
@@ -369,27 +358,14 @@ def class_words(classes: Sequence[Difference | None], photos: Sequence[int]) -> 
 # ---------------------------------------------------------------------------------------- the files
 
 
-def draw(rows: dict[str, list[Run]], table: pd.DataFrame, metric: str, args: argparse.Namespace) -> Figure | None:
-    """Return the curves of a metric and its best values, rows in the table's order; None where no run has any."""
-    begun = {name: [run for run in rows[name] if run.curve(metric)] for name in table["name"]}
-    counted = {name: [run for run in runs if run.state == "finished"] or runs for name, runs in begun.items()}
-    curves = {name: [run.curve(metric) for run in runs] for name, runs in counted.items() if runs}
-    if not curves:
-        return None
-    table = table.set_index("name").loc[list(curves)]
-    published = table[f"published_{metric}"].dropna() if f"published_{metric}" in table else {}
-    differences = {}
-    for split in [column.removesuffix("_verdict") for column in table if column.endswith("_verdict")]:
-        found = table[[f"{split}_{column}" for column in DIFFERENCE]].dropna()
-        differences[f"mIoU on {split} minus {args.baseline}'s"] = found.T.to_dict("list")
-    return results_figure(
-        curves,
-        None if args.over_seeds else {key: dict(table[key]) for key in KEYS if key in table},
-        dict(published),
-        metric=metric,
-        better=better_of(metric),
-        differences=differences,
-    )
+def draw(rows: dict[str, list[Run]], names: Iterable[str], metric: str) -> Figure | None:
+    """Return the curves of a metric and its best values, in the order of the names; None where no run has any."""
+    curves: dict[str, list[list[float]]] = {}
+    for name in names:
+        finished = [run for run in rows[name] if run.state == "finished"]
+        found = [curve for run in finished or rows[name] if (curve := run.curve(metric))]
+        curves |= {name: found} if found else {}
+    return results_figure(curves, metric=metric, better=better_of(metric)) if curves else None
 
 
 def main(args: argparse.Namespace) -> None:
@@ -419,7 +395,7 @@ def main(args: argparse.Namespace) -> None:
     write_text(args.parent_dir / "results.md", text + "\n")
     csv = table.map(lambda value: spell(value) if isinstance(value, dict | bool) else value)
     write_text(args.parent_dir / "results.csv", csv.to_csv(index=False))
-    if figure := draw(rows, table, column if any(run.curve(column) for run in runs) else "mIoU", args):
+    if figure := draw(rows, table["name"], column if any(run.curve(column) for run in runs) else "mIoU"):
         save_figure(figure, args.parent_dir / "results.png", dpi=120)
     print(text)
     for run in runs:
