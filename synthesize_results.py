@@ -6,13 +6,13 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from matplotlib.figure import Figure
 
 import comparing
 from comparing import Counts, Difference
@@ -33,6 +33,7 @@ DATA = TASK[:2]  # what differs in one has other photos or labels
 DIFFERENCE = ("difference", "low", "high", "verdict")  # columns of a comparison, after the name of a split
 COUNTED = ("best_epoch", "epochs", "minutes")
 KEYS = [key.name for key in fields(Params)]
+Tables = tuple[pd.DataFrame, pd.DataFrame]  # a comparison on a split: by row, and by class
 FEW = 10  # photos: of a class that is in fewer nothing is said
 NOTE = """Metrics are of each run's best epoch, on val at the size that the network reads where no split is named.
 mIoU is the mean over the classes in the labels. Metrics rank only rows of the same data_dir, num_classes, image_size
@@ -249,13 +250,10 @@ def over_seeds(table: pd.DataFrame, groups: dict[str, list[Run]]) -> pd.DataFram
     merged[measured] = values.mean(skipna=False)
     for column in [column for column in measured if column.endswith("mIoU")]:
         merged.insert(merged.columns.get_loc(column) + 1, f"{column}_std", values[column].std(skipna=False))
-    merged["state"] = table["state"].groupby(names).agg(count_states)
+    counts = table["state"].groupby(names).agg(Counter)
+    merged["state"] = counts.map(lambda count: ", ".join(f"{number} {state}" for state, number in count.items()))
     merged.insert(0, "seeds", seeds[done].groupby(names[done]).agg(" ".join))
     return merged.reset_index()
-
-
-def count_states(states: pd.Series) -> str:
-    return ", ".join(f"{count} {state}" for state, count in states.value_counts(sort=False).items())
 
 
 def sort(table: pd.DataFrame, column: str, tasks: list[str]) -> pd.DataFrame:
@@ -296,13 +294,11 @@ def markdown(table: pd.DataFrame) -> str:
 # ---------------------------------------------------------------------------------------- a baseline
 
 
-def compare(
-    rows: dict[str, list[Run]], baseline: str, families: list[list[Run]]
-) -> list[tuple[pd.DataFrame, pd.DataFrame]]:
+def compare(rows: dict[str, list[Run]], baseline: str, families: list[list[Run]]) -> list[Tables]:
     """Compare the rows with the baseline, on each split on which all its finished runs were scored photo by photo.
 
-    families has the runs that differ in their seed only. Returns what compare_on() does. Raises UserError if there is
-    no such row or nothing to compare, or if photos differ between two runs.
+    families has the runs that differ in their seed only. Raises UserError if there is no such row or nothing to
+    compare, or if photos differ between two runs.
     """
     if baseline not in rows:
         raise UserError(f"--baseline {baseline}: the table has no row of that name")
@@ -315,14 +311,12 @@ def compare(
             alike = {name: finished[name] for name in scored if data[name] == data[baseline]}
             found.append(compare_on(split, alike, baseline, families))
     if not found:
-        remedy = "score each of them with `python evaluate.py --model_dir … --original_size`"
+        remedy = "score each of them with evaluate.py --original_size"
         raise UserError(f"--baseline {baseline}: it needs finished runs with counts of their photos; {remedy}")
     return found
 
 
-def compare_on(
-    split: str, rows: dict[str, list[Run]], baseline: str, families: list[list[Run]]
-) -> tuple[pd.DataFrame, pd.DataFrame]:
+def compare_on(split: str, rows: dict[str, list[Run]], baseline: str, families: list[list[Run]]) -> Tables:
     """Return how the rows differ from the baseline on a split: a line for each in mIoU, one for each class in IoU."""
     counts = {run.name: run.read_counts(split) for runs in rows.values() for run in runs}
     first = rows[baseline][0].name
@@ -358,14 +352,10 @@ def class_words(classes: Sequence[Difference | None], photos: Sequence[int]) -> 
 # ---------------------------------------------------------------------------------------- the files
 
 
-def draw(rows: dict[str, list[Run]], names: Iterable[str], metric: str) -> Figure | None:
-    """Return the curves of a metric and its best values, in the order of the names; None where no run has any."""
-    curves: dict[str, list[list[float]]] = {}
-    for name in names:
-        finished = [run for run in rows[name] if run.state == "finished"]
-        found = [curve for run in finished or rows[name] if (curve := run.curve(metric))]
-        curves |= {name: found} if found else {}
-    return results_figure(curves, metric=metric, better=better_of(metric)) if curves else None
+def curves_of(runs: list[Run], metric: str) -> list[list[float]]:
+    """Return the curves of the runs that a row counts: of the finished ones, of all where none is finished."""
+    finished = [run for run in runs if run.state == "finished"]
+    return [curve for run in finished or runs if (curve := run.curve(metric))]
 
 
 def main(args: argparse.Namespace) -> None:
@@ -375,12 +365,12 @@ def main(args: argparse.Namespace) -> None:
     groups = by_seed(runs, args.parent_dir)
     if args.over_seeds:
         rows, table = groups, over_seeds(table, groups)
-    found = []
+    comparisons = []
     if args.baseline:
         # Runs that are alike in their seed too differ in what they were begun from.
         families = [runs for runs in groups.values() if len({run.params.get("seed") for run in runs}) == len(runs)]
-        found = compare(rows, args.baseline, families)
-    for columns, _ in found:
+        comparisons = compare(rows, args.baseline, families)
+    for columns, _ in comparisons:
         table = table.join(columns, on="name")
     chosen_by = {run.params["best_metric"] for run in runs if run.history}
     column = args.sort or (chosen_by.pop() if len(chosen_by) == 1 else "mIoU")
@@ -388,14 +378,16 @@ def main(args: argparse.Namespace) -> None:
     note = NOTE + SEEDS_NOTE * args.over_seeds + DIFFERENCES_NOTE * bool(args.baseline)
     paragraphs = [markdown(table), note.strip()]
     if args.by_class:
-        paragraphs += [markdown(by_class) for _, by_class in found]
+        paragraphs += [markdown(by_class) for _, by_class in comparisons]
     if published["results"]:
         paragraphs.append(f"Published: {published['source']}")
     text = "\n\n".join(paragraphs)
     write_text(args.parent_dir / "results.md", text + "\n")
     csv = table.map(lambda value: spell(value) if isinstance(value, dict | bool) else value)
     write_text(args.parent_dir / "results.csv", csv.to_csv(index=False))
-    if figure := draw(rows, table["name"], column if any(run.curve(column) for run in runs) else "mIoU"):
+    metric = column if any(run.curve(column) for run in runs) else "mIoU"
+    if curves := {name: found for name in table["name"] if (found := curves_of(rows[name], metric))}:
+        figure = results_figure(curves, metric=metric, better=better_of(metric))
         save_figure(figure, args.parent_dir / "results.png", dpi=120)
     print(text)
     for run in runs:

@@ -130,26 +130,22 @@ def _legend(entries: Sequence[Entry], width: int) -> Image.Image:
 
 def training_curves(history: Sequence[Mapping]) -> Figure:
     """Return every metric of a run and its learning rate by epoch; history is what history.jsonl holds."""
-    metrics = [*dict.fromkeys(key for record in history for key in record["val"])]
-    columns = min(4, 1 + len(metrics))
-    rows = -(-(1 + len(metrics)) // columns)
+    lines: dict[str, dict] = {}  # by metric the values of "train" and "val"
+    for metric in dict.fromkeys(key for record in history for key in record["val"]):
+        lines[metric] = {part: [record[part].get(metric) for record in history] for part in ("train", "val")}
+    lines["learning_rate"] = {"at the end": [record["learning_rate"] for record in history]}
+    columns = min(4, len(lines))
+    rows = -(-len(lines) // columns)
     figure = Figure(figsize=(3.6 * columns, 3 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flat
-    epochs = [record["epoch"] for record in history]
-    marker = "." if len(history) < 50 else ""
-    for axes, metric in zip(panels, metrics, strict=False):
-        for part in ("train", "val"):
-            values = [record[part].get(metric) for record in history]
-            axes.plot(epochs, [np.nan if value is None else value for value in values], marker=marker, label=part)
-        axes.set(title=metric.replace("_", " "), xlabel="epoch")
-        axes.legend()
-    panels[len(metrics)].plot(epochs, [record["learning_rate"] for record in history], marker=marker)
-    panels[len(metrics)].set(title="learning rate", xlabel="end of epoch", ylim=(0, None))
-    for axes in panels[: 1 + len(metrics)]:
+    for place, (title, parts) in enumerate(lines.items(), 1):
+        axes = figure.add_subplot(rows, columns, place)
+        for label, values in parts.items():
+            marker = "." if len(values) < 50 else ""
+            axes.plot([record["epoch"] for record in history], np.array(values, float), marker=marker, label=label)
+        axes.set(title=title.replace("_", " "), xlabel="epoch")
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
-    for axes in panels[1 + len(metrics) :]:
-        axes.remove()
+        axes.legend()
     return figure
 
 
