@@ -173,7 +173,6 @@ def test_experiments_on_other_data_or_of_another_size_are_not_ranked_among_each_
     [
         ("params.json", '{"learning_rat": 1}'),
         ("params.json", None),
-        ("history.jsonl", '{"epoch": 1'),
         ("history.jsonl", json.dumps(epoch(1, "")) + "\n"),
         ("metrics_val_best_original_size.json", "["),
         ("trial.json", "{"),
