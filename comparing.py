@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from model import UserError
+from model import UserError, first_line
 
 RESAMPLES = 10_000
 AT_ONCE = 500  # resamples in memory
@@ -32,25 +32,18 @@ class Counts:
 
     def are_of(self, accuracy: float | None) -> bool:
         """Return whether metrics with this pixel_accuracy come from these counts."""
-        return accuracy is not None and bool(abs(accuracy - pixel_accuracy(self.pixels.sum(0))) < 1e-9)
+        total = self.pixels.sum(0)
+        return accuracy is not None and bool(abs(accuracy * total.sum() - np.trace(total)) < 1e-9 * total.sum())
 
 
 def write_counts(path: Path, ids: Sequence[str], class_names: Sequence[str], cells: Sequence[np.ndarray]) -> None:
-    """Write the confusion counts of every photo: cells has, for each, (K, 2) of label * C + prediction and its pixels.
-
-    The same file, byte for byte, for the same counts.
-    """
+    """Write the counts of every photo: cells has, for each, int64 (K, 2) of label * C + prediction and its pixels."""
     photo = np.repeat(np.arange(len(cells)), [len(part) for part in cells])
     cell, count = np.concatenate([np.empty((0, 2), np.int64), *cells]).T
+    arrays: dict[str, Any] = {"ids": np.array(ids, np.str_), "class_names": np.array(class_names, np.str_)}
+    arrays |= {"photo": photo.astype(np.int32), "cell": cell.astype(np.int32), "count": count.astype(np.int64)}
     with open(path, "wb") as stream:
-        np.savez_compressed(
-            stream,
-            ids=np.array(ids, dtype=np.str_),
-            class_names=np.array(class_names, dtype=np.str_),
-            photo=photo.astype(np.int32),
-            cell=cell.astype(np.int32),
-            count=count.astype(np.int64),
-        )
+        np.savez_compressed(stream, **arrays)
 
 
 def read_counts(path: Path) -> Counts:
@@ -63,8 +56,7 @@ def read_counts(path: Path) -> Counts:
     except FileNotFoundError:
         raise UserError(f"no {path}; evaluate.py writes it beside the metrics") from None
     except Exception as error:  # zipfile, zlib and NumPy raise of all kinds
-        why = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"{path} is damaged ({why}); write it anew with evaluate.py") from None
+        raise UserError(f"{path} is damaged ({first_line(error)}); write it anew with evaluate.py") from None
     return Counts(ids, names, pixels)
 
 
@@ -74,9 +66,7 @@ def check_same_photos(first: Counts, other: Counts, names: tuple[str, str]) -> N
     if first.class_names != other.class_names:
         raise UserError(f"{both} have different classes and cannot be compared")
     if first.ids != other.ids:
-        alone = sorted({*first.ids} ^ {*other.ids})
-        how = f"different photos ({alone[0]} in one of them only)" if alone else "the same photos in another order"
-        raise UserError(f"{both} were scored on {how}; evaluate both on the same list")
+        raise UserError(f"{both} were scored on different photos, or in another order; evaluate both on the same list")
     if (differs := (first.labelled != other.labelled).any(1)).any():
         photo = first.ids[int(differs.argmax())]
         raise UserError(f"{both} were scored against different masks of {photo}; evaluate both with the same data")
@@ -101,37 +91,21 @@ def mIoU(counts: np.ndarray) -> np.ndarray:
     return np.divide(np.nansum(iou, -1), known, out=np.full(known.shape, np.nan), where=known > 0)
 
 
-def pixel_accuracy(counts: np.ndarray) -> np.ndarray:
-    """Return the share of the labelled pixels that are predicted right, (…, C, C) -> (…); NaN where all is void."""
-    total, hits = counts.sum((-1, -2)), np.trace(counts, axis1=-2, axis2=-1)
-    return np.divide(hits, total, out=np.full(total.shape, np.nan), where=total > 0)
-
-
-METRICS = {"mIoU": mIoU, "pixel_accuracy": pixel_accuracy}  # what resample() can compare; the table shows mIoU
-
-
 # ---------------------------------------------------------------------------------------- the bootstrap
 
 
 class Resampled(NamedTuple):
-    """What a run reaches, float64: the metric first and then the IoU of each class.
+    """What a run reaches, float64: mIoU first and then the IoU of each class."""
 
-    observed (1 + C) on the photos as they are, drawn (R, 1 + C) on resamples of them, the same for all runs.
-    """
-
-    observed: np.ndarray
-    drawn: np.ndarray
+    observed: np.ndarray  # (1 + C), on the photos as they are
+    drawn: np.ndarray  # (R, 1 + C), on resamples of them, the same for all runs
 
 
-class Spread(NamedTuple):
-    """How runs vary that differ in their seed only: the variance, float64 (1 + C), and its degrees of freedom."""
-
-    variance: np.ndarray
-    freedom: int
+Spread = tuple[np.ndarray, int]  # of runs that differ in their seed only: variance (1 + C) and its degrees of freedom
 
 
 class Difference(NamedTuple):
-    """A metric or the IoU of a class: an experiment's less the baseline's."""
+    """mIoU or the IoU of a class: an experiment's less the baseline's."""
 
     value: float
     low: float  # of the interval of LEVEL
@@ -139,13 +113,11 @@ class Difference(NamedTuple):
     p: float  # of a difference at least so far from 0 where there is none, two-sided
 
 
-def resample(
-    runs: Sequence[Counts], *, metric: str = "mIoU", resamples: int = RESAMPLES, seed: int = 0
-) -> list[Resampled]:
+def resample(runs: Sequence[Counts], *, resamples: int = RESAMPLES, seed: int = 0) -> list[Resampled]:
     """Draw photos again, with replacement, the same for all runs, which are of the same photos."""
 
     def values(counts: np.ndarray) -> np.ndarray:  # (…, C, C) -> (…, 1 + C)
-        return np.concatenate([METRICS[metric](counts)[..., None], class_IoU(counts)], -1)
+        return np.concatenate([mIoU(counts)[..., None], class_IoU(counts)], -1)
 
     rng, photos = np.random.default_rng(seed), len(runs[0].ids)
     drawn: list[list[np.ndarray]] = [[] for _ in runs]
@@ -175,13 +147,13 @@ def between_seeds(families: Sequence[Sequence[Resampled]]) -> Spread | None:
         by_photos = np.where(known, by_photos, 0).sum((0, 1)) / np.maximum(known.any(0).sum(0), 1)
         squares += ((observed - observed.mean(0)) ** 2).sum(0) - by_photos
         freedom += len(runs) - 1
-    return Spread(np.maximum(squares / freedom, 0), freedom)
+    return np.maximum(squares / freedom, 0), freedom
 
 
 def difference(
     ours: Sequence[Resampled], baseline: Sequence[Resampled], *, others: Spread | None = None, seed: int = 1
 ) -> tuple[Difference, list[Difference | None]]:
-    """Return the difference in the metric of the means over two experiments' runs, and that in the IoU of each class.
+    """Return the difference in mIoU of the means over two experiments' runs, and that in the IoU of each class.
 
     None stands for a class that is in no label. All runs are from one call of resample(). What another seed would
     change is taken from the runs of each experiment, for one with a single run from others; without those it is left
@@ -189,11 +161,12 @@ def difference(
     """
     value = np.mean([run.observed for run in ours], 0) - np.mean([run.observed for run in baseline], 0)
     drawn = np.mean([run.drawn for run in ours], 0) - np.mean([run.drawn for run in baseline], 0)
-    own = [(between_seeds([runs]), len(runs)) for runs in (ours, baseline)]
-    variances = [(spread.variance / count, spread.freedom) for spread, count in own if spread]
-    if others and (alone := 2 - len(variances)):
-        variances.append((alone * others.variance, others.freedom))
-    drawn += _seed_noise(variances, drawn.shape, np.random.default_rng(seed))
+    own = [(*spread, len(runs)) for runs in (ours, baseline) if (spread := between_seeds([runs]))]
+    parts = [(variance / count, freedom) for variance, freedom, count in own]
+    if others and (alone := 2 - len(parts)):
+        variance, freedom = others
+        parts.append((alone * variance, freedom))
+    drawn += _seed_noise(parts, drawn.shape, np.random.default_rng(seed))
     whole, *classes = [_interval(value[place], drawn[:, place]) for place in range(value.size)]
     assert whole is not None
     return whole, classes

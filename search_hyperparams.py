@@ -53,9 +53,9 @@ def make_coordinator(args: argparse.Namespace) -> Coordinator:
         gpus, jobs = [], cluster.jobs
     if 0 < len(gpus) < jobs:
         raise UserError(f"--jobs {jobs}: every trial has a GPU to itself, and there are {len(gpus)}; lower it")
-    drawing = {"n_trials": args.n_trials or 0, "tpe": args.sampler == "tpe"}
-    running = {"jobs": jobs, "gpus": gpus, "cluster": cluster, "prune_from": args.prune}
-    return Coordinator(args.parent_dir, args.data_dir, base, space, trials, **drawing, **running)
+    options = {"n_trials": args.n_trials or 0, "tpe": args.sampler == "tpe", "prune_from": args.prune}
+    folders = args.parent_dir, args.data_dir
+    return Coordinator(*folders, base, space, trials, jobs=jobs, gpus=gpus, cluster=cluster, **options)
 
 
 def print_summary(sweep: Coordinator) -> int:
@@ -66,8 +66,6 @@ def print_summary(sweep: Coordinator) -> int:
         best = sweep.study.best_trial
         line += f"; best {sweep.metric} {best.value:.4f} by {best.user_attrs['folder']}"
     print(f"{count} trial{'s' * (count != 1)}: {line}")
-    if count < sweep.n_trials:
-        print(f"no more than these {count} were found in the search space")
     if states["failed"]:
         print("the same command runs the failed ones again")
     print(f"table and plots: python synthesize_results.py --parent_dir {shlex.quote(str(sweep.parent_dir))}")

@@ -6,18 +6,19 @@ import math
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from matplotlib.figure import Figure
 
 import comparing
 from comparing import Counts, Difference
+from engine.checkpoints import changed_keys
 from engine.cli import add_folder, run_main
-from engine.run import existing, is_running, recorded_data_dir
+from engine.run import existing, is_running, last_record, recorded_data_dir
 from engine.training import best_epoch, better_of, score, why_finished
 from model import UserError
 from params import Params
@@ -33,6 +34,7 @@ DATA = TASK[:2]  # what differs in one has other photos or labels
 DIFFERENCE = ("difference", "low", "high", "verdict")  # columns of a comparison, after the name of a split
 COUNTED = ("best_epoch", "epochs", "minutes")
 KEYS = [key.name for key in fields(Params)]
+Tables = tuple[pd.DataFrame, pd.DataFrame]  # a comparison on a split: by row, and by class
 FEW = 10  # photos: of a class that is in fewer nothing is said
 NOTE = """Metrics are of each run's best epoch, on val at the size that the network reads where no split is named.
 mIoU is the mean over the classes in the labels. Metrics rank only rows of the same data_dir, num_classes, image_size
@@ -64,11 +66,7 @@ def parse_args() -> argparse.Namespace:
 
 @dataclass
 class Run:
-    """One experiment folder.
-
-    state is "finished", "running", "pruned" (by a sweep), "failed" (neither finished nor running), "not started" or
-    "unreadable".
-    """
+    """One experiment folder."""
 
     folder: Path
     name: str
@@ -76,7 +74,7 @@ class Run:
     history: list[dict] = field(default_factory=list)
     data_dir: str | None = None  # of the last start
     own_size: dict[str, dict[str, Any]] = field(default_factory=dict)  # by split, the metrics at the photos' own size
-    state: str = "unreadable"
+    state: str = "unreadable"  # or finished, running, pruned (by a sweep), not started, failed (none of these)
     problem: str = ""
 
     @property
@@ -90,9 +88,9 @@ class Run:
         for split, metrics in self.own_size.items():
             row[split + OWN_SIZE] = metrics.get("mIoU")
         row |= {key: value for key, value in self.own_size.get("val", {}).items() if key in BY_REGION}
-        row |= {"best_epoch": self.best["epoch"], "epochs": len(self.history) or None}
         minutes = sum(epoch["seconds"] for epoch in self.history) / 60
-        return row | {"minutes": minutes if self.history else None, "state": self.state}
+        counted = (self.best["epoch"], len(self.history), minutes) if self.history else (None, None, None)
+        return row | dict(zip(COUNTED, counted, strict=True)) | {"state": self.state}
 
     def task(self, metric: str) -> str:
         """Return what is the same for experiments that a metric can rank among each other."""
@@ -134,18 +132,30 @@ def read(folder: Path, parent_dir: Path) -> Run:
     name = folder.resolve().name if folder == parent_dir else str(folder.relative_to(parent_dir))
     run = Run(folder, os.fsencode(name).decode(errors="replace"))
     try:
-        params = Params.load(folder / "params.json")
+        run.history = read_history(folder)
+        params, changes = trained_with(folder) if run.history else (Params.load(folder / "params.json"), "")
         run.params = asdict(params)
-        history = read_history(folder)
-        if not all(is_number(epoch.get("seconds")) for epoch in history):
-            raise UserError(f"{folder / 'history.jsonl'} is damaged: an epoch has no seconds; mend or remove the line")
-        run.history = history
         run.data_dir = str(found) if (found := recorded_data_dir(folder)) else None
         run.own_size = read_own_size(folder, run.best["epoch"])
-        run.state, run.problem = state(folder, params, history)
+        run.state, run.problem = state(folder, params, run.history)
+        run.problem = "; ".join(filter(None, (run.problem, changes)))
     except (UserError, OSError) as error:
         run.problem = str(error)
     return run
+
+
+def trained_with(folder: Path) -> tuple[Params, str]:
+    """Return the params that a run was last trained with, and which keys of params.json have been changed since."""
+    record = last_record(folder)
+    now = Params.load(folder / "params.json", record.get("set"))
+    if "params" not in record:
+        return now, ""
+    trained = Params.parse(record["params"] | {"precision": now.precision}, folder / "run.json")
+    keys = ", ".join(changed_keys(trained, now))
+    return (
+        trained,
+        keys and f"params.json has been changed since it was trained, and the table does not show it: {keys}",
+    )
 
 
 def read_own_size(folder: Path, epoch: int | None) -> dict[str, dict[str, Any]]:
@@ -153,8 +163,6 @@ def read_own_size(folder: Path, epoch: int | None) -> dict[str, dict[str, Any]]:
     found = {}
     for path in sorted(folder.glob(f"metrics_*_{BEST}.json")):
         metrics = read_json(path, if_absent="")
-        if not isinstance(metrics, dict) or not all(is_number(metrics.get(key) or 0) for key in PUBLISHABLE):
-            raise UserError(f"{path} is damaged; write it anew with evaluate.py, or remove it")
         if metrics.get("epoch") == epoch:
             found[path.name.removeprefix("metrics_").removesuffix(f"_{BEST}.json")] = metrics
     return found
@@ -168,8 +176,8 @@ def state(folder: Path, params: Params, history: list[dict]) -> tuple[str, str]:
         return "finished", ""
     if (folder / "trial.json").exists():
         trial = read_json(folder / "trial.json", if_absent="")
-        if isinstance(trial, dict) and trial.get("state") in ("pruned", "failed"):
-            return trial["state"], "; ".join(map(str, trial.get("reason") or []))
+        if trial["state"] in ("pruned", "failed"):
+            return trial["state"], "; ".join(trial.get("reason", []))
     if not existing(folder):
         return "not started", ""
     return "failed", f"ended after {len(history)} of {params.num_epochs} epochs"
@@ -179,7 +187,7 @@ def read_published(path: Path) -> dict[str, Any]:
     """Read published figures, each with the hyperparameters that say which experiments it belongs to.
 
     {"source": "where from", "results": [{"params": {"kernel_size": 7}, "mIoU": 0.728}]}; no results where there is no
-    file. Raises UserError naming the first result that is not of this form.
+    file. Raises UserError for what is no figure.
     """
     if not path.exists():
         return {"source": "", "results": []}
@@ -187,17 +195,17 @@ def read_published(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or content.keys() != {"source", "results"}:
         raise UserError(f'{path} must hold one object with "source" and "results"')
     for result in content["results"]:
-        if not isinstance(result, dict) or not isinstance(params := result.get("params"), dict):
+        if not isinstance(result, dict) or not isinstance(result.get("params"), dict):
             raise UserError(f'{path}: {json.dumps(result)}; allowed: an object with "params" and figures')
-        Params.parse(params, path)
-        for key in result.keys() - {"params"}:
-            if key not in PUBLISHABLE or not is_number(result[key]) or not 0 <= result[key] <= 1:
-                raise UserError(f'{path}: "{key}": {result[key]}; allowed: from 0 to 1 {", ".join(PUBLISHABLE)}')
+        Params.parse(result["params"], path)
+        for key, value in result.items():
+            if key != "params" and not (key in PUBLISHABLE and is_number(value) and 0 <= value <= 1):
+                raise UserError(f'{path}: "{key}": {value}; allowed: from 0 to 1 {", ".join(PUBLISHABLE)}')
     return content
 
 
 def published_columns(published: dict[str, Any], params: dict[str, Any]) -> dict[str, Any]:
-    """Return the published figures of an experiment as columns of the table, {} if there are none."""
+    """Return the published figures of an experiment as columns of the table."""
     found = [result for result in published["results"] if result["params"].items() <= params.items()]
     return {f"published_{key}": value for result in found for key, value in result.items() if key != "params"}
 
@@ -260,13 +268,10 @@ def over_seeds(table: pd.DataFrame, groups: dict[str, list[Run]]) -> pd.DataFram
     merged[measured] = values.mean(skipna=False)
     for column in [column for column in measured if column.endswith("mIoU")]:
         merged.insert(merged.columns.get_loc(column) + 1, f"{column}_std", values[column].std(skipna=False))
-    merged["state"] = table["state"].groupby(names).agg(count_states)
+    counts = table["state"].groupby(names).agg(Counter)
+    merged["state"] = counts.map(lambda count: ", ".join(f"{number} {state}" for state, number in count.items()))
     merged.insert(0, "seeds", seeds[done].groupby(names[done]).agg(" ".join))
     return merged.reset_index()
-
-
-def count_states(states: pd.Series) -> str:
-    return ", ".join(f"{count} {state}" for state, count in states.value_counts(sort=False).items())
 
 
 def sort(table: pd.DataFrame, column: str, tasks: list[str]) -> pd.DataFrame:
@@ -307,13 +312,11 @@ def markdown(table: pd.DataFrame) -> str:
 # ---------------------------------------------------------------------------------------- a baseline
 
 
-def compare(
-    rows: dict[str, list[Run]], baseline: str, families: list[list[Run]]
-) -> list[tuple[pd.DataFrame, pd.DataFrame]]:
+def compare(rows: dict[str, list[Run]], baseline: str, families: list[list[Run]]) -> list[Tables]:
     """Compare the rows with the baseline, on each split on which all its finished runs were scored photo by photo.
 
-    families has the runs that differ in their seed only. Returns what compare_on() does. Raises UserError if there is
-    no such row or nothing to compare, or if photos differ between two runs.
+    families has the runs that differ in their seed only. Raises UserError if there is no such row or nothing to
+    compare, or if photos differ between two runs.
     """
     if baseline not in rows:
         raise UserError(f"--baseline {baseline}: the table has no row of that name")
@@ -326,20 +329,18 @@ def compare(
             alike = {name: finished[name] for name in scored if data[name] == data[baseline]}
             found.append(compare_on(split, alike, baseline, families))
     if not found:
-        remedy = "score each of them with `python evaluate.py --model_dir … --original_size`"
+        remedy = "score each of them with evaluate.py --original_size"
         raise UserError(f"--baseline {baseline}: it needs finished runs with counts of their photos; {remedy}")
     return found
 
 
-def compare_on(
-    split: str, rows: dict[str, list[Run]], baseline: str, families: list[list[Run]]
-) -> tuple[pd.DataFrame, pd.DataFrame]:
+def compare_on(split: str, rows: dict[str, list[Run]], baseline: str, families: list[list[Run]]) -> Tables:
     """Return how the rows differ from the baseline on a split: a line for each in mIoU, one for each class in IoU."""
     counts = {run.name: run.read_counts(split) for runs in rows.values() for run in runs}
     first = rows[baseline][0].name
     for name in counts:
         comparing.check_same_photos(counts[first], counts[name], (first, name))
-    drawn = dict(zip(counts, comparing.resample(list(counts.values())), strict=True))
+    drawn = dict(zip(counts, comparing.resample([*counts.values()]), strict=True))
     spread = comparing.between_seeds([[drawn[run.name] for run in runs if run.name in drawn] for runs in families])
     sides = {name: [drawn[run.name] for run in runs] for name, runs in rows.items()}
     ours, photos = sides.pop(baseline), (counts[first].labelled > 0).sum(0)
@@ -369,27 +370,10 @@ def class_words(classes: Sequence[Difference | None], photos: Sequence[int]) -> 
 # ---------------------------------------------------------------------------------------- the files
 
 
-def draw(rows: dict[str, list[Run]], table: pd.DataFrame, metric: str, args: argparse.Namespace) -> Figure | None:
-    """Return the curves of a metric and its best values, rows in the table's order; None where no run has any."""
-    begun = {name: [run for run in rows[name] if run.curve(metric)] for name in table["name"]}
-    counted = {name: [run for run in runs if run.state == "finished"] or runs for name, runs in begun.items()}
-    curves = {name: [run.curve(metric) for run in runs] for name, runs in counted.items() if runs}
-    if not curves:
-        return None
-    table = table.set_index("name").loc[list(curves)]
-    published = table[f"published_{metric}"].dropna() if f"published_{metric}" in table else {}
-    differences = {}
-    for split in [column.removesuffix("_verdict") for column in table if column.endswith("_verdict")]:
-        found = table[[f"{split}_{column}" for column in DIFFERENCE]].dropna()
-        differences[f"mIoU on {split} minus {args.baseline}'s"] = found.T.to_dict("list")
-    return results_figure(
-        curves,
-        None if args.over_seeds else {key: dict(table[key]) for key in KEYS if key in table},
-        dict(published),
-        metric=metric,
-        better=better_of(metric),
-        differences=differences,
-    )
+def curves_of(runs: list[Run], metric: str) -> list[list[float]]:
+    """Return the curves of the runs that a row counts: of the finished ones, of all where none is finished."""
+    finished = [run for run in runs if run.state == "finished"]
+    return [curve for run in finished or runs if (curve := run.curve(metric))]
 
 
 def main(args: argparse.Namespace) -> None:
@@ -399,12 +383,12 @@ def main(args: argparse.Namespace) -> None:
     groups = by_seed(runs, args.parent_dir)
     if args.over_seeds:
         rows, table = groups, over_seeds(table, groups)
-    found = []
+    comparisons = []
     if args.baseline:
         # Runs that are alike in their seed too differ in what they were begun from.
         families = [runs for runs in groups.values() if len({run.params.get("seed") for run in runs}) == len(runs)]
-        found = compare(rows, args.baseline, families)
-    for columns, _ in found:
+        comparisons = compare(rows, args.baseline, families)
+    for columns, _ in comparisons:
         table = table.join(columns, on="name")
     chosen_by = {run.params["best_metric"] for run in runs if run.history}
     column = args.sort or (chosen_by.pop() if len(chosen_by) == 1 else "mIoU")
@@ -412,14 +396,16 @@ def main(args: argparse.Namespace) -> None:
     note = NOTE + SEEDS_NOTE * args.over_seeds + DIFFERENCES_NOTE * bool(args.baseline)
     paragraphs = [markdown(table), note.strip()]
     if args.by_class:
-        paragraphs += [markdown(by_class) for _, by_class in found]
+        paragraphs += [markdown(by_class) for _, by_class in comparisons]
     if published["results"]:
         paragraphs.append(f"Published: {published['source']}")
     text = "\n\n".join(paragraphs)
     write_text(args.parent_dir / "results.md", text + "\n")
     csv = table.map(lambda value: spell(value) if isinstance(value, dict | bool) else value)
     write_text(args.parent_dir / "results.csv", csv.to_csv(index=False))
-    if figure := draw(rows, table, column if any(run.curve(column) for run in runs) else "mIoU", args):
+    metric = column if any(run.curve(column) for run in runs) else "mIoU"
+    if curves := {name: found for name in table["name"] if (found := curves_of(rows[name], metric))}:
+        figure = results_figure(curves, metric=metric, better=better_of(metric))
         save_figure(figure, args.parent_dir / "results.png", dpi=120)
     print(text)
     for run in runs:

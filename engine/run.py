@@ -112,14 +112,18 @@ def is_running(folder: Path) -> bool:
         return False
 
 
+def last_record(model_dir: Path) -> dict[str, Any]:
+    """Return what run.json says of the last start of a run, or its resume; {} where there is none."""
+    if not (model_dir / "run.json").exists():
+        return {}
+    record = read_json(model_dir / "run.json", if_absent="")
+    return [record, *record.get("resumed", [])][-1]
+
+
 def recorded_data_dir(model_dir: Path) -> Path | None:
     """Return the data folder that a run was last trained on; None where run.json does not say."""
-    if not (model_dir / "run.json").exists():
-        return None
-    record = read_json(model_dir / "run.json", if_absent="")
-    with suppress(TypeError, KeyError, AttributeError):
-        return Path([record, *record.get("resumed", [])][-1]["data_dir"])
-    return None
+    folder = last_record(model_dir).get("data_dir")
+    return Path(folder) if folder else None
 
 
 def find_data_dir(args: argparse.Namespace, dataset: str) -> Path:
@@ -268,6 +272,7 @@ def write_provenance(model_dir: Path, device: torch.device, start: Start) -> Non
         "platform": platform.platform(),
         "processes": devices.world_size(),
         "seed": start.params.seed,
+        "set": start.set,
         "params": asdict(start.params),
     }
     path = model_dir / "run.json"

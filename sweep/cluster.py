@@ -33,13 +33,13 @@ class Cluster:
 
     def start(self, folder: Path, data_dir: Path) -> "ClusterTrial":
         """Give a trial to Ray, with a GPU or, where there are none, its share of the cores."""
-        options = {"name": folder.name, **self.options}
-        return ClusterTrial(ray.remote(run_train).options(**options).remote(folder.absolute(), data_dir.absolute()))
+        task = ray.remote(run_train).options(name=folder.name, **self.options)
+        return ClusterTrial(task.remote(folder.absolute(), data_dir.absolute()))
 
 
 def run_train(folder: Path, data_dir: Path) -> int:
     """Run train.py on a machine of the cluster and return its exit status, negative for a signal."""
-    process = start_train(folder, data_dir, dict(os.environ))
+    process = start_train(folder, data_dir, {**os.environ})
     try:
         while process.poll() is None:
             time.sleep(POLL)  # which a cancellation interrupts, and not process.wait()

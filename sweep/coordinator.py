@@ -90,46 +90,37 @@ class Coordinator:
         ended: dict[str, Any] = {"state": ENDED[state], "value": best, "intermediate_values": scores}
         self.study.add_trial(create_trial(**recorded, **ended, user_attrs={"folder": name}))
 
-    @property
-    def left(self) -> int:
-        """How many trials have not begun."""
-        return max(self.n_trials, len(self.trials)) - self.begun
-
     def run(self) -> None:
         """Run until no trial is left. Raises KeyboardInterrupt after a signal."""
         self.journal = new_journal(self.parent_dir / "study.journal", self.study)
         options: dict[str, Any] = {"catch": (UserError, OSError, KnownTrial), "callbacks": [self.show]}
-        while self.left and self.misses < MISSES:
+        while (left := max(self.n_trials, len(self.trials)) - self.begun) > 0 and self.misses < MISSES:
             with ThreadPoolExecutor(1) as pool:  # a signal interrupts the waiting, and leaving it waits for the trials
-                trials = pool.submit(self.study.optimize, self.objective, self.left, n_jobs=self.jobs, **options)
+                trials = pool.submit(self.study.optimize, self.objective, left, n_jobs=self.jobs, **options)
                 try:
                     trials.result()
                 except KeyboardInterrupt:
                     self.stopping.set()
                     raise
 
-    def stop_if_asked(self) -> None:
-        """Raise KeyboardInterrupt in the thread of a trial once the main thread has met a signal."""
-        if self.stopping.is_set():
-            raise KeyboardInterrupt
-
     def show(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        """Write a trial that has ended to the journal."""
+        """Add a trial that has ended to the journal."""
         if "folder" in trial.user_attrs:
             self.journal.add_trial(trial)
 
     def objective(self, trial: Trial) -> float:
         """Run one trial and return its best score. Raises UserError, OSError, TrialPruned or KnownTrial."""
-        self.stop_if_asked()
+        if self.stopping.is_set():
+            raise KeyboardInterrupt
         with self.beginning:
             folder = self.parent_dir / self.begin(trial)
         try:
             best = self.train(trial, folder)
+            value = score(best, self.metric)
+            conclude(folder, "finished", f"best {self.metric} {value:.4f} at epoch {best['epoch']}")
         except (UserError, OSError, TrialPruned) as error:
             conclude(folder, "pruned" if isinstance(error, TrialPruned) else "failed", str(error))
             raise
-        value = score(best, self.metric)
-        conclude(folder, "finished", f"best {self.metric} {value:.4f} at epoch {best['epoch']}")
         return value
 
     def begin(self, trial: Trial) -> str:
@@ -182,7 +173,8 @@ class Coordinator:
                 for epoch in (new := read_history(folder)[reported:]):
                     trial.report(value := score(epoch, self.metric), reported := epoch["epoch"])
                     print(f"{folder.name}: epoch {reported}/{params.num_epochs}, {self.metric} {value:.4f}", flush=True)
-                self.stop_if_asked()
+                if self.stopping.is_set():
+                    raise KeyboardInterrupt
                 if code is not None:
                     return code
                 prunable = self.prune_from is not None and new and first <= reported < params.num_epochs
@@ -207,10 +199,7 @@ def conclude(folder: Path, state: str, reason: str) -> None:
     """Say how a trial has ended, and write it to trial.json."""
     lines = reason.splitlines()
     print(f"{folder.name}: {state}, " + "\n    ".join(lines), flush=True)
-    try:
-        write_json(folder / "trial.json", {"state": state, "reason": lines})
-    except OSError as error:
-        print(f"{folder.name}: {error}", flush=True)
+    write_json(folder / "trial.json", {"state": state, "reason": lines})
 
 
 def drawn_before(parent_dir: Path, space: Space) -> dict[str, Values]:

@@ -263,7 +263,8 @@ def test_set_takes_the_place_of_params_json_also_in_a_resume_and_in_prediction(d
 
 
 @pytest.mark.parametrize(
-    ("value", "said"), [("image_size=3", '"image_size" is 3'), ("size=3", 'unknown key "size"'), ("x", "give every key once")]
+    ("value", "said"),
+    [("image_size=3", '"image_size" is 3'), ("size=3", 'unknown key "size"'), ("x", "give every key once")],
 )
 def test_a_mistake_in_set_is_named(data, tmp_path, monkeypatch, value, said):
     assert said in mistake(monkeypatch, make_experiment(tmp_path / "run"), data, "--set", value)

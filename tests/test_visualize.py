@@ -1,6 +1,5 @@
 import numpy as np
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from model.voc import CLASS_NAMES, ERROR_COLOUR, VOID, VOID_COLOUR, colour_mask, palette, voc_palette
@@ -138,19 +137,3 @@ def test_the_curves_of_a_run_have_a_panel_for_every_metric_and_one_for_the_learn
         assert np.isnan(val).tolist() == ([False, True, False] if place == 0 else [True, False, False])
         assert val[2] == pytest.approx(4 + place / 10)
     assert rate.lines[0].get_ydata().tolist() == [0.1, 0.05, 0.1 / 3]
-
-
-@pytest.mark.parametrize(("metrics", "loss", "epochs"), [("a", 123456.7, 99999), ("abcdefgh", -0.12425, 99999)])
-def test_the_curves_have_room_for_what_is_written_beside_them(metrics, loss, epochs):
-    history = [
-        {"epoch": epoch, "train": values, "val": values, "learning_rate": 0.00025 / epoch}
-        for epoch in (1, epochs)
-        for values in [dict.fromkeys(metrics, loss * (1 + epoch / 1e5))]
-    ]
-    figure = training_curves(history)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    for panel in figure.axes:
-        box = panel.get_tightbbox(canvas.get_renderer())
-        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
-        assert not any(box.overlaps(other.bbox) for other in figure.axes if other is not panel)
