@@ -42,7 +42,7 @@ def read_example(
 def read_photo(path: Path) -> Image.Image:
     """Return an upright RGB photo. Raises UserError naming the file and what is wrong with it."""
     with _decoded(path) as image:
-        with suppress(Exception):  # a damaged EXIF block; the pixels are whole
+        with suppress(Exception):  # a damaged EXIF block; the pixels are whole, and turned before it is written anew
             ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I;16"):  # convert() would clip
             image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))

@@ -49,11 +49,13 @@ def to_square(
     photo = photo.resize((right - left, bottom - top), Image.Resampling.BILINEAR)
     mask = None if mask is None else mask.resize(photo.size, Image.Resampling.NEAREST)
     if photo.size != (side, side):
-        photo, part = Image.new("RGB", (side, side), padding), photo
-        photo.paste(part, (left, top))
+        square = Image.new("RGB", (side, side), padding)
+        square.paste(photo, (left, top))
+        photo = square
         if mask is not None:
-            mask, part = Image.new("L", (side, side), VOID), mask
-            mask.paste(Image.fromarray(np.array(part)), (left, top))  # the indices of a palette, not its colours
+            square = Image.new("L", (side, side), VOID)
+            square.paste(Image.fromarray(np.array(mask)), (left, top))  # the indices of a palette, not its colours
+            mask = square
     return photo, mask
 
 

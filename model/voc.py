@@ -15,7 +15,6 @@ CLASS_NAMES = (
 
 
 def is_voc(names: Sequence[str]) -> bool:
-    """Return whether class names are VOC's."""
     return tuple(names) == CLASS_NAMES
 
 
@@ -64,10 +63,7 @@ def voc_palette() -> np.ndarray:
 
 
 def colour_mask(labels: np.ndarray, names: Sequence[str] = CLASS_NAMES) -> Image.Image:
-    """Turn uint8 (H, W) class indices into a palette image in the colours of these classes.
-
-    Its pixels are the indices, 255 is void.
-    """
+    """Turn uint8 (H, W) class indices into a palette image of the same indices, in the colours of these classes."""
     mask = Image.fromarray(np.ascontiguousarray(labels, dtype=np.uint8)).convert("P")
     mask.putpalette(palette(names).tobytes())
     return mask
