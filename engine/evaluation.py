@@ -16,14 +16,7 @@ from tqdm import tqdm
 from engine.checkpoints import agreed_class_names, checkpoint_path
 from engine.devices import autocast, bar_disabled, gather, input_options, loading_options
 from engine.run import find_data_dir
-from model.data_loader import (
-    Loader,
-    OriginalDataset,
-    OriginalLoader,
-    SegmentationDataset,
-    make_loader,
-    make_original_loader,
-)
+from model.data_loader import Loader, OriginalDataset, SegmentationDataset, collate_originals, make_loader
 from model.encoders import fold_batch_norm
 from model.inference import Segmenter, class_map
 from model.layouts import Split, find_split
@@ -94,7 +87,7 @@ def add_up(metrics: Metrics, own: dict[int, np.ndarray] | None, dataset: Any, **
     return Scores({**others, "images": len(dataset), **values}, metrics.confusion.matrix.cpu().numpy(), cells)
 
 
-def progress(loader: Loader | OriginalLoader, title: str) -> tqdm:
+def progress(loader: Loader, title: str) -> tqdm:
     """Return a bar over the images that are this process's part."""
     total = sum(loader.batch_sampler.sizes)
     return tqdm(total=total, desc=title, unit="img", leave=False, disable=bar_disabled())
@@ -147,14 +140,8 @@ def score_originals(
 
     Returns None where the split has no masks.
     """
-    loader = make_original_loader(
-        dataset,
-        segmenter.sizes,
-        resize=params.resize,
-        padding=segmenter.padding,
-        batch_size=params.scoring_batch_size,
-        **loading_options(params),
-    )
+    collate = partial(collate_originals, sizes=segmenter.sizes, resize=params.resize, padding=segmenter.padding)
+    loader = make_loader(dataset, batch_size=params.scoring_batch_size, collate=collate, **loading_options(params))
     metrics, own = Metrics(params.num_classes, segmenter.device, original_size=True), dict[int, np.ndarray]()
     with progress(loader, "predicting") as bar:
         for indices, sizes, inputs, masks in loader:

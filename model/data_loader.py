@@ -4,9 +4,10 @@ import glob
 import hashlib
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -26,6 +27,7 @@ from model.layouts import Split, list_faults
 from model.parallel import shard
 from model.photos import read_example, read_mask, read_photo
 from model.transforms import PADDING, Colour, resize_tag, squares
+from utils import replacing
 
 AT_ONCE = 256  # examples in memory while a split is decoded
 CACHE_VERSION = 1  # part of every cache's name: raise it when files are decoded otherwise; resizing has its own tag
@@ -57,12 +59,11 @@ class SegmentationDataset(Dataset):
         self.resize = resize
         self.padding = padding
         self.cache_file = build_cache(self) if cache else None
-        self._examples = self._map()
         if not cache:
-            for _ in self.decode_all():  # to find every faulty file now
-                pass
+            deque(self.decode_all(), maxlen=0)  # to find every faulty file now
 
-    def _map(self) -> np.ndarray | None:
+    @cached_property
+    def _examples(self) -> np.ndarray | None:
         return None if self.cache_file is None else np.load(self.cache_file, mmap_mode="r")
 
     def __len__(self) -> int:
@@ -74,11 +75,8 @@ class SegmentationDataset(Dataset):
         return example[..., :3].permute(2, 0, 1), example[..., 3], *seed
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_examples": None}  # a worker that is sent the data set maps the file itself
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        self._examples = self._map()
+        # A worker that is sent the data set maps the file itself.
+        return {name: value for name, value in self.__dict__.items() if name != "_examples"}
 
     def decode(self, index: int) -> np.ndarray:
         """Return uint8 (S, S, 4) from the files, see read_example."""
@@ -117,7 +115,7 @@ class SegmentationDataset(Dataset):
 
 
 def build_cache(dataset: SegmentationDataset) -> Path:
-    """Return the cache file of a data set, uint8 (N, S, S, 4), built now unless it is there, whole.
+    """Return the cache file of a data set, uint8 (N, S, S, 4), built now unless it is there.
 
     Its name changes with the files, the size, the way of resizing and the number of classes; those that it replaces are
     deleted. One process builds, others wait for it.
@@ -128,25 +126,16 @@ def build_cache(dataset: SegmentationDataset) -> Path:
     shape = f"{size}px" if dataset.resize == "squash" else f"{size}px-{dataset.resize}"
     prefix = f"{split.name}-{shape}-{len(dataset.class_names)}classes"
     file = folder / f"{prefix}-{_digest(dataset, root)}.npy"
-    whole = (len(dataset), size, size, 4)
     with FileLock(folder / f"{prefix}.lock"):
-        if not _holds(file, whole):
-            temporary = file.with_suffix(".tmp")
-            try:
-                with open(temporary, "wb") as stream:  # not a writable map: a full disk would end that with SIGBUS
-                    header = {"descr": "|u1", "fortran_order": False, "shape": whole}
-                    np.lib.format.write_array_header_2_0(stream, header)
-                    stream.writelines(example.data for example in dataset.decode_all())
-                    stream.flush()
-                    os.fsync(stream.fileno())
-                temporary.replace(file)
-            except OSError as error:
-                error.filename = error.filename or str(file)
-                raise
-            finally:
-                temporary.unlink(missing_ok=True)
-            for stale in {*folder.glob(f"{glob.escape(prefix)}-*")} - {file}:
-                stale.unlink(missing_ok=True)
+        if not file.exists():
+            # Not a writable map: a full disk would end that with SIGBUS.
+            with replacing(file) as temporary, open(temporary, "wb") as stream:
+                header = {"descr": "|u1", "fortran_order": False, "shape": (len(dataset), size, size, 4)}
+                np.lib.format.write_array_header_2_0(stream, header)
+                stream.writelines(example.data for example in dataset.decode_all())
+            name = glob.escape(prefix)
+            for stale in {*folder.glob(f"{name}-*"), *folder.glob(f".{name}-*")} - {file}:
+                stale.unlink()
     return file
 
 
@@ -154,26 +143,17 @@ def _digest(dataset: SegmentationDataset, root: Path) -> str:
     """Return what the name of a cache says of its content."""
     split = dataset.split
     tag = resize_tag(dataset.image_size, dataset.resize, dataset.padding)
-    digest = hashlib.sha256(repr((CACHE_VERSION, tag, len(dataset.class_names))).encode())
+    parts: list[object] = [(CACHE_VERSION, tag, len(dataset.class_names))]
     if split.label_map is not None:
-        digest.update(repr(sorted(split.label_map.items())).encode())
+        parts.append(sorted(split.label_map.items()))
     for path in [*split.images, *(split.masks or [])]:
-        with suppress(OSError):  # a file that is away, which decoding will name
-            status = path.stat()
-            name = os.path.relpath(path, root)
-            digest.update(repr((name, status.st_size, status.st_mtime_ns)).encode(errors="surrogateescape"))
-    return digest.hexdigest()[:16]
-
-
-def _holds(file: Path, shape: tuple[int, ...]) -> bool:
-    try:
-        return np.load(file, mmap_mode="r").shape == shape
-    except (OSError, ValueError, EOFError):  # absent, or cut short, as after half a copy
-        return False
+        status = path.stat()
+        parts.append((os.path.relpath(path, root), status.st_size, status.st_mtime_ns))
+    return hashlib.sha256("".join(map(repr, parts)).encode()).hexdigest()[:16]
 
 
 def cache_folder(root: Path) -> Path:
-    """Return <root>/.cache or, for data that are read-only, a folder in the user's cache. Raises UserError for neither.
+    """Return <root>/.cache or, for data that are read-only, a folder in the user's cache.
 
     A folder without a write bit is meant to stay as it is, also by root, who could write there.
     """
@@ -183,15 +163,9 @@ def cache_folder(root: Path) -> Path:
             folder.mkdir(exist_ok=True)
         if os.access(folder, os.W_OK):
             return folder
-    try:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        folder = base / "global_convolutional_network" / hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError) as error:  # RuntimeError: a user without HOME and without an entry in passwd
-        raise UserError(
-            f"{root} is read-only, and there is no other place for the decoded photos ({error}); set XDG_CACHE_HOME to "
-            'a folder that can be written to, or "cache": false in params.json'
-        ) from None
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = base / "global_convolutional_network" / hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -206,14 +180,10 @@ class OriginalDataset(Dataset):
         return len(self.split.ids)
 
     def __getitem__(self, index: int) -> tuple[int, Image.Image, Image.Image | None]:
-        photo = read_photo(self.split.images[index])
-        return index, photo, self.mask(index, photo.size)
-
-    def mask(self, index: int, size: tuple[int, int]) -> Image.Image | None:
-        """Return the mask of a photo of that size (width, height), None where there is none."""
-        if self.split.masks is None:
-            return None
-        return read_mask(self.split.masks[index], size, len(self.class_names), self.split.label_map)
+        photo, masks = read_photo(self.split.images[index]), self.split.masks
+        if masks is None:
+            return index, photo, None
+        return index, photo, read_mask(masks[index], photo.size, len(self.class_names), self.split.label_map)
 
 
 class EpochSampler(Sampler):
@@ -280,19 +250,12 @@ class DistributedBatchSampler(Sampler):
 class Loader(DataLoader):
     """Batches that loader processes, or this one, fetch from a data set."""
 
-    dataset: SegmentationDataset
-    batch_sampler: DistributedBatchSampler
-
-
-class OriginalLoader(DataLoader):
-    """Photos at several sizes and masks at their own, in batches."""
-
-    dataset: OriginalDataset
+    dataset: Any
     batch_sampler: DistributedBatchSampler
 
 
 def make_loader(
-    dataset: SegmentationDataset,
+    dataset: SegmentationDataset | OriginalDataset,
     *,
     batch_size: int,
     num_workers: int = 0,
@@ -300,21 +263,28 @@ def make_loader(
     device: torch.device | str = "cpu",
     rank: int = 0,
     world_size: int = 1,
+    collate: Callable[[list], Any] | None = None,
 ) -> Loader:
     """Return batches of uint8 (B, 3, S, S) and (B, S, S), the last one smaller where the data set ends.
 
     With a seed every epoch has its own order (call loader.batch_sampler.set_epoch), and a batch also int64 (B), a seed
     for each example; without, they come in the order of the list. One of several processes gets its part of them, see
     DistributedBatchSampler. For a GPU they lie in pinned memory.
+
+    An OriginalDataset needs collate, which makes a batch of a list of examples.
     """
+    if isinstance(dataset, SegmentationDataset):
+        collate = partial(_collate, image_size=dataset.image_size)
     sampler = SequentialSampler(dataset) if seed is None else EpochSampler(len(dataset), seed=seed)
     batches = DistributedBatchSampler(sampler, batch_size, split=seed is not None, rank=rank, world_size=world_size)
-    loading = _loading(batches, num_workers)
+    workers = min(num_workers, cores(), len(batches))
     return Loader(
         dataset,
-        **loading,
-        collate_fn=partial(_collate, image_size=dataset.image_size),
-        persistent_workers=loading["num_workers"] > 0,
+        batch_sampler=batches,
+        num_workers=workers,
+        worker_init_fn=leave_signals_to_the_main_process,
+        collate_fn=collate,
+        persistent_workers=workers > 0,
         pin_memory=torch.device(device).type == "cuda",
         generator=torch.Generator(),  # its own, so that fetching data does not advance the network's random numbers
     )
@@ -327,39 +297,13 @@ def _collate(examples: list[tuple], image_size: int) -> Sequence[Tensor]:
     return images, images[:, 0], torch.empty(0, dtype=torch.int64)
 
 
-def make_original_loader(
-    dataset: OriginalDataset,
-    sizes: Sequence[int],
-    *,
-    resize: str,
-    padding: Colour = PADDING,
-    batch_size: int,
-    num_workers: int,
-    rank: int = 0,
-    world_size: int = 1,
-) -> OriginalLoader:
-    """Return batches in the order of the list: indices, (width, height) of the photos, the photos as squares(), masks.
-
-    Masks are uint8 (H, W) or None. One of n processes gets every n-th batch.
-    """
-    sampler = SequentialSampler(dataset)
-    batches = DistributedBatchSampler(sampler, batch_size, split=False, rank=rank, world_size=world_size)
-    collate = partial(_collate_originals, sizes=sizes, resize=resize, padding=padding)
-    return OriginalLoader(dataset, **_loading(batches, num_workers), collate_fn=collate)
-
-
-def _collate_originals(
-    examples: list[tuple], sizes: Sequence[int], resize: str, padding: Colour
+def collate_originals(
+    examples: list[tuple], *, sizes: Sequence[int], resize: str, padding: Colour
 ) -> tuple[list, list, list[Tensor], list]:
+    """Return indices, (width, height) of the photos, the photos as squares(), and masks, uint8 (H, W) or None."""
     indices, photos, masks = map(list, zip(*examples, strict=True))
     masks = [mask and pil_to_tensor(mask)[0] for mask in masks]
     return indices, [photo.size for photo in photos], squares(photos, sizes, resize, padding), masks
-
-
-def _loading(batches: DistributedBatchSampler, num_workers: int) -> dict:
-    """Return the keywords of every DataLoader: no more processes than cores or batches."""
-    workers = min(num_workers, cores(), len(batches))
-    return {"batch_sampler": batches, "num_workers": workers, "worker_init_fn": leave_signals_to_the_main_process}
 
 
 def leave_signals_to_the_main_process(worker: int) -> None:

@@ -76,11 +76,8 @@ def squares(
     photos: Sequence[Image.Image], sides: Sequence[int], resize: str, padding: Colour = PADDING
 ) -> list[Tensor]:
     """For every side S the photos as one uint8 (B, 3, S, S)."""
-
-    def square(photo: Image.Image, side: int) -> Tensor:
-        return pil_to_tensor(to_square(photo, None, side, resize, padding)[0])
-
-    return [torch.stack([square(photo, side) for photo in photos]) for side in sides]
+    of_sides = ([to_square(photo, None, side, resize, padding)[0] for photo in photos] for side in sides)
+    return [torch.stack([*map(pil_to_tensor, of_side)]) for of_side in of_sides]
 
 
 def to_input(
@@ -135,14 +132,8 @@ def augment(images: Tensor, labels: Tensor, seeds: Tensor, padding: Colour = PAD
     beside it padding and void. Photos are sampled bilinearly, without averaging where they shrink, masks NEAREST. What
     becomes of an example depends on its seed alone: equal seeds give equal results in any batch.
 
-    Args:
-        images: uint8 (B, 3, S, S), padded or not.
-        labels: uint8 (B, S, S), on the same device.
-        seeds: int64 (B) on the CPU.
-        padding: the colour that the squares are padded with.
-
-    Returns:
-        float32 (B, 3, S, S) from 0 to 255, and uint8 (B, S, S).
+    images uint8 (B, 3, S, S), padded with that colour or not, and labels uint8 (B, S, S) are on one device, seeds int64
+    (B) on the CPU. Returns float32 (B, 3, S, S) from 0 to 255, and uint8 (B, S, S).
     """
     if not len(images):
         return images.float(), labels
@@ -178,11 +169,7 @@ def cutmix(images: Tensor, labels: Tensor, seeds: Tensor, probability: float) ->
     CutMix (Yun et al., 2019, arXiv:1905.04899) with masks. The box is a square, at random in the larger square, padding
     or not, and at the same place in both. Unlike the paper's it has 0.3 to 0.7 of the area and is never cut off at an
     edge, so that it always covers the middle. The first photo gets the last one's; a photo alone stays as it is.
-
-    Args:
-        images: (B, 3, S, S) of any dtype.
-        labels: (B, S, S), on the same device.
-        seeds: int64 (B) on the CPU: whether a photo gets a box, and which, depends on its seed alone.
+    Whether a photo gets a box, and which, depends on its seed alone; shapes as in augment().
     """
     mixed, area, left, top = _drawn(seeds)[:, FOR_AUGMENT:].to(images.device, non_blocking=True).T
     side = images.shape[-1]

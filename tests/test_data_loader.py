@@ -4,7 +4,6 @@ import os
 import pickle
 import shutil
 import struct
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,9 +15,9 @@ from torch import Tensor
 
 from model import UserError, data_loader, photos, transforms
 from model.data_loader import EpochSampler, SegmentationDataset, make_loader
-from model.layouts import Split, VOCFolders, class_names, find_split
+from model.layouts import Split, class_names, find_split
 from model.photos import read_mask, read_photo
-from model.voc import CLASS_NAMES, ERROR_COLOUR, VOID, colour_mask, indices_from_colours, palette
+from model.voc import CLASS_NAMES, ERROR_COLOUR, VOID, colour_mask, palette
 
 SIZE = 32
 
@@ -73,7 +72,7 @@ def test_devkit_and_plain_layout_give_the_same(data, tmp_path):
 
 def test_a_folder_without_photos_or_lists_says_how_to_get_them(data, tmp_path):
     with pytest.raises(UserError, match=rf"{tmp_path} holds no data set .*build_dataset\.py"):
-        VOCFolders.find(tmp_path)
+        find_split("voc", tmp_path, "train")
     for path in data.glob("*.txt"):
         path.unlink()
     with pytest.raises(UserError, match=r"build_dataset\.py .*--split"):
@@ -97,13 +96,12 @@ def test_lists_written_on_windows_are_read(data):
     ("content", "message"),
     [
         (b"\n \n", r"train\.txt lists no image"),
-        (b"train0\ntrain1\ntrain0\n", "lists train0 more than once"),
-        (b"train\xff0\n", r"train\.txt is not a UTF-8"),
+        (b"train0\ntrain1\ntrain0\n", "split train of .* has the photo train0 more than once"),
+        (b"train0\ntrain\xff0\n", r"2 faults in split train of .*\n  no photo .*train\ufffd0\.jpg"),
         (None, r"no list .*train\.txt; splits here: val$"),
     ],
 )
 def test_an_unusable_list_is_refused(data, content, message):
-    (data / "classes.txt").write_text("a\nb\n")
     (data / "train.txt").unlink()
     if content is not None:
         (data / "train.txt").write_bytes(content)
@@ -111,9 +109,9 @@ def test_an_unusable_list_is_refused(data, content, message):
         find_split("voc", data, "train")
 
 
-def test_two_photos_of_one_name_are_refused(data):
-    shutil.copy(photo(data, "train0"), photo(data, "train0").with_suffix(".jpeg"))
-    with pytest.raises(UserError, match=r"train0\.(jpg|jpeg) and .*train0\.(jpg|jpeg) have the same name"):
+def test_classes_of_one_name_are_refused(data):
+    (data / "classes.txt").write_text("a\nb\na\n")
+    with pytest.raises(UserError, match="has the class name a more than once"):
         find_split("voc", data, "train")
 
 
@@ -121,6 +119,7 @@ def test_every_missing_photo_and_mask_is_named(data):
     missing = photo(data, "train1"), mask(data, "train2"), mask(data, "train5")
     for path in missing:
         path.unlink()
+    missing[0].symlink_to("nowhere")
     with pytest.raises(UserError, match="3 faults") as fault:
         find_split("voc", data, "train")
     assert all(str(path) in str(fault.value) for path in missing) and "train0" not in str(fault.value)
@@ -190,16 +189,9 @@ def test_photos_of_other_modes_are_read(data, mode, suffix):
     assert found.mode == "RGB" and abs(np.array(found, dtype=int) - np.array(expected)).mean() < 3
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4])
-def test_grey_masks_of_few_bits_hold_indices(tmp_path, bits):
-    labels = np.arange(16 * 24).reshape(16, 24) % 2**bits
-    rows = np.unpackbits(labels.astype(np.uint8)[..., None], axis=-1)[..., 8 - bits :].reshape(16, -1)
-    scanlines = b"".join(b"\0" + np.packbits(row).tobytes() for row in rows)
-    header = struct.pack(">IIBBBBB", 24, 16, bits, 0, 0, 0, 0)
-    png = b"\x89PNG\r\n\x1a\n"
-    for name, content in ((b"IHDR", header), (b"IDAT", zlib.compress(scanlines)), (b"IEND", b"")):
-        png += struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-    (tmp_path / "mask.png").write_bytes(png)
+def test_masks_of_one_bit_hold_indices(tmp_path):
+    labels = np.random.default_rng(0).random((16, 24)) < 0.5
+    Image.fromarray(labels).save(tmp_path / "mask.png")
     assert np.array_equal(read_mask(tmp_path / "mask.png", (24, 16), 21), labels)
 
 
@@ -234,12 +226,6 @@ def test_a_photo_taken_upright_is_turned_upright(data, entries):
     assert found.shape == expected.shape != np.array(lying).shape and abs(found - expected).mean() < 1
 
 
-def test_an_exif_block_of_other_bytes_does_not_keep_a_photo_from_being_read(data):
-    with Image.open(photo(data, "train0")) as image:
-        image.save(data / "odd.png", exif=b"Exif\0\0garbage!")
-        assert np.array_equal(read_photo(data / "odd.png"), image)
-
-
 # ---------------------------------------------------------------------------------------------------- faulty files
 
 
@@ -260,11 +246,6 @@ def crop(path: Path) -> None:
     smaller.save(path)
 
 
-def link_to_nowhere(path: Path) -> None:
-    path.unlink()
-    path.symlink_to("nowhere")
-
-
 def paint(path: Path, index: int) -> None:
     """One class all over a mask."""
     with Image.open(path) as image:
@@ -275,10 +256,10 @@ def paint(path: Path, index: int) -> None:
 FAULTS = [
     (truncate, photo, "cannot be read as an image"),
     (truncate, mask, "cannot be read as an image"),
-    (repaint, mask, "indices_from_colours"),
+    (repaint, mask, "the mask is RGB, not a palette or grey PNG of class indices"),
     (crop, mask, "the mask is 50x40, its photo "),
     (lambda path: paint(path, 77), mask, "class index 77 "),
-    (link_to_nowhere, photo, "no such file"),
+    (lambda path: path.write_bytes(b""), photo, "cannot be read as an image"),
 ]
 
 
@@ -353,15 +334,6 @@ def test_cache_is_used_again_and_is_what_is_read(data):
     again = load(data)
     assert again.cache_file == before.cache_file and again.cache_file.stat().st_ino == first.st_ino
     assert (again[2][0] == 9).all() and (again[2][1] == 9).all()
-
-
-def test_a_cache_that_was_cut_short_is_made_again(data):
-    before = load(data)
-    images, labels = arrays(before)
-    for size in (0, 50, 5000):
-        os.truncate(before.cache_file, size)
-        again = arrays(load(data))
-        assert torch.equal(again[0], images) and torch.equal(again[1], labels)
 
 
 def test_cache_follows_the_files(data):
@@ -457,7 +429,7 @@ def test_files_of_one_name_in_two_folders_are_two_to_the_cache(tmp_path):
 def test_stale_caches_are_removed_and_others_kept(data):
     kept = {load(data, "val").cache_file.name, load(data, image_size=48).cache_file.name}
     stale = load(data).cache_file
-    stale.with_name(f"{stale.stem[:-4]}dead.tmp").touch()  # of a process that was killed
+    stale.with_name(f".{stale.name}.77.tmp").touch()  # of a process that was killed
     paint(mask(data, "train2"), 5)
     fresh = load(data).cache_file
     assert {*cached(data)} == kept | {fresh.name}
@@ -478,9 +450,6 @@ def test_read_only_data_are_cached_in_the_users_folder(data, tmp_path, monkeypat
         dataset = load(data)
         assert dataset.cache_file.is_relative_to(tmp_path / "home") and same(dataset, load(data, cache=False))
         assert not (data / ".cache").exists()
-        monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
-        with pytest.raises(UserError, match=rf'^{data} is read-only, .*; set XDG_CACHE_HOME .*"cache": false'):
-            load(data)
     finally:
         data.chmod(0o755)
 
@@ -577,20 +546,3 @@ def test_no_two_classes_have_one_colour_nor_that_of_anything_else(count):
     names = ["Background", *(f"kind {index}" for index in range(1, count))]
     colours = [*map(tuple, palette(names)[[*range(count), VOID]].tolist()), ERROR_COLOUR, (255, 255, 255)]
     assert len(set(colours)) == count + 3 and colours[0] == (0, 0, 0)
-
-
-def test_indices_come_back_from_colours():
-    indices = np.array([*range(len(CLASS_NAMES)), VOID], dtype=np.uint8)
-    indices = np.random.default_rng(0).permutation(np.tile(indices, 4)).reshape(8, 11)
-    colours = np.array(colour_mask(indices).convert("RGB"))
-    found = indices_from_colours(colours)
-    assert found.dtype == np.uint8 and np.array_equal(found, indices)
-
-
-def test_a_colour_of_no_class_is_refused_by_name():
-    """Among them that of index 21, which the palette has and VOC's classes have not."""
-    for colour in ((0, 0, 1), (255, 255, 255), tuple(palette()[21].tolist())):
-        colours = np.zeros((4, 5, 3), dtype=np.uint8)
-        colours[2, 3] = colour
-        with pytest.raises(UserError, match=rf"colour \({colour[0]}, {colour[1]}, {colour[2]}\)"):
-            indices_from_colours(colours)

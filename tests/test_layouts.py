@@ -81,7 +81,7 @@ def test_a_mistake_in_the_data_is_one_line(streets):
     with pytest.raises(UserError, match=f"{mask}: 34 is not in the data set's label_map"):
         load(streets)
     mask.unlink()
-    with pytest.raises(UserError, match=f"no mask {mask}"):
+    with pytest.raises(UserError, match=f"split train of {streets}: no mask {mask}"):
         load(streets)
     for folder, split in ((streets, "trian"), (streets / "gtFine", "train")):
         with pytest.raises(UserError, match=r"no photo .*_leftImg8bit\.png; give Cityscapes' folder with --data_dir"):
@@ -103,10 +103,9 @@ def test_train_and_evaluate(streets, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"ids": ["a/b", "c"]}, "ids name files, so they are unique and without /; 'a/b' is not"),
-        ({"ids": ["a", "a"]}, "'a' is not"),
-        ({"label_map": {7: -1}}, "the label_map of new has 7: -1; both are from 0 to 255"),
-        ({"label_map": {300: 0}}, "300: 0"),
+        ({"ids": ["a/b", "c"]}, "ids name files, and 'a/b' is no name of a file"),
+        ({"ids": ["a", "a"]}, "has the photo a more than once"),
+        ({"images": [Path("nowhere")]}, "split val of data: no photo nowhere"),
     ],
     ids=str,
 )
