@@ -132,9 +132,9 @@ def read(folder: Path, parent_dir: Path) -> Run:
     name = folder.resolve().name if folder == parent_dir else str(folder.relative_to(parent_dir))
     run = Run(folder, os.fsencode(name).decode(errors="replace"))
     try:
-        run.history = read_history(folder)
-        params, changes = trained_with(folder) if run.history else (Params.load(folder / "params.json"), "")
-        run.params = asdict(params)
+        history = read_history(folder)
+        params, changes = trained_with(folder) if history else (Params.load(folder / "params.json"), "")
+        run.params, run.history = asdict(params), history
         run.data_dir = str(found) if (found := recorded_data_dir(folder)) else None
         run.own_size = read_own_size(folder, run.best["epoch"])
         run.state, run.problem = state(folder, params, run.history)

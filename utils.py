@@ -7,11 +7,10 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from model import UserError
+from model import UserError, replacing
 
 ROOT = Path(__file__).resolve().parent
 
@@ -85,29 +84,6 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number")
-
-
-@contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a path to write to that takes path's place, synced to disk, when the block ends without an error."""
-    path = Path(path)
-    kept = os.fsdecode(os.fsencode(path.name)[:200])  # a name may have 255 bytes
-    temporary = path.with_name(f".{kept}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as stream:
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        with suppress(OSError):  # not every file system can
-            os.fsync(folder)  # or a power cut could undo the renaming
-        os.close(folder)
-    except OSError as error:
-        if error.errno is not None and error.filename is None:
-            error.filename = str(path)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_picture(picture: Any, path: Path) -> None:

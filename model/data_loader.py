@@ -22,12 +22,11 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, Sequent
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from model import UserError, cores
+from model import UserError, cores, replacing
 from model.layouts import Split, list_faults
 from model.parallel import shard
 from model.photos import read_example, read_mask, read_photo
 from model.transforms import PADDING, Colour, resize_tag, squares
-from utils import replacing
 
 AT_ONCE = 256  # examples in memory while a split is decoded
 CACHE_VERSION = 1  # part of every cache's name: raise it when files are decoded otherwise; resizing has its own tag

@@ -133,9 +133,13 @@ def read_list(path: Path) -> list[str]:
 
 
 def photos_by_id(folder: Path) -> dict[str, Path]:
-    """Return every photo of a folder by its name without suffix."""
-    photos = (path for path in sorted(folder.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES)
-    return {path.stem: path for path in photos if not path.name.startswith(".")}
+    """Return every photo of a folder by its name without suffix. Raises UserError where two share one."""
+    photos: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."):
+            if photos.setdefault(path.stem, path) != path:
+                raise UserError(f"{photos[path.stem]} and {path} have the same name; keep one of them")
+    return photos
 
 
 def class_names(split: Split, num_classes: int) -> list[str]:

@@ -13,6 +13,7 @@ from model.voc import VOID
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # whatever the suffix; for EPS Pillow runs a program
+STRETCHED = {"1": 255, "L;2": 85, "L;4": 17}  # what Pillow multiplies grey values of fewer than 8 bits by
 
 
 def read_example(
@@ -25,9 +26,10 @@ def read_example(
     padding: Colour = PADDING,
     label_map: Mapping[int, int] | None = None,
 ) -> np.ndarray:
-    """Decode a photo and its mask, check them, and resize both to a square; see read_mask() and to_square().
+    """Decode a photo and its mask at their own size, check them, and resize both to a square; see read_mask().
 
     Returns uint8 (image_size, image_size, 4): red, green, blue, class index (void without a mask).
+    Raises UserError naming the file and what is wrong with it.
     """
     image = read_photo(image_path)
     mask = None if mask_path is None else read_mask(mask_path, image.size, num_classes, label_map)
@@ -41,7 +43,8 @@ def read_example(
 
 def read_photo(path: Path) -> Image.Image:
     """Return an upright RGB photo. Raises UserError naming the file and what is wrong with it."""
-    with _decoded(path) as image:
+    with _naming(path):
+        image, _ = _decode(path)
         with suppress(Exception):  # a damaged EXIF block; the pixels are whole, and turned before it is written anew
             ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I;16"):  # convert() would clip
@@ -59,17 +62,23 @@ def read_mask(
     label_map has the class index, or void, of every value that the file may hold; None: they are class indices already.
     Raises UserError naming the file and what is wrong with it.
     """
-    with _decoded(path) as mask:
-        if mask.mode == "1":  # of one bit, for which Pillow has 0 and 255
-            mask = mask.convert("L").point(lambda value: value // 255)
+    with _naming(path):
+        mask, stored_as = _decode(path)
+        if mask.mode in ("1", "L") and stored_as in STRETCHED:
+            mask = mask.convert("L").point(lambda value: value // STRETCHED[stored_as])
     if mask.mode not in ("P", "L"):
-        raise UserError(f"{path}: the mask is {mask.mode}, not a palette or grey PNG of class indices")
+        raise UserError(
+            f"{path}: the mask is {mask.mode}, not a palette or grey PNG of class indices; "
+            "model.voc.indices_from_colours converts masks painted in VOC's colours"
+        )
     if mask.size != size:
         raise UserError(f"{path}: the mask is {mask.width}x{mask.height}, its photo {size[0]}x{size[1]}")
     if label_map is not None:
         if unknown := [value for value, count in enumerate(mask.histogram()) if count and value not in label_map]:
-            raise UserError(f"{path}: {unknown[0]} is not in the data set's label_map (model/layouts.py)")
-        mask = mask.point(list(bytes(label_map.get(value, VOID) for value in range(256))))
+            raise UserError(
+                f"{path}: {unknown[0]} is not in the data set's label_map (model/layouts.py); correct one of them"
+            )
+        mask = mask.point([label_map.get(value, VOID) for value in range(256)])
     if bad := [index for index, count in enumerate(mask.histogram()) if count and num_classes <= index != VOID]:
         raise UserError(
             f"{path}: class index {bad[0]} is neither below num_classes = {num_classes} nor void ({VOID}); "
@@ -78,15 +87,23 @@ def read_mask(
     return mask
 
 
+def _decode(path: Path) -> tuple[Image.Image, str]:
+    """Return an image, and how its pixels are stored, which shows only before they are decoded."""
+    with Image.open(path, formats=FORMATS) as image:
+        stored_as = str(image.tile[0].args) if image.tile else ""
+        image.load()
+        return image, stored_as
+
+
 @contextmanager
-def _decoded(path: Path) -> Iterator[Image.Image]:
-    """Yield an image, and turn whatever Pillow makes of other bytes into a UserError that names the file."""
+def _naming(path: Path) -> Iterator[None]:
+    """Turn whatever Pillow makes of other bytes into a UserError that names the file."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            image.load()
-            yield image
+        yield
     except (UserError, MemoryError):
         raise
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
     except Exception as error:  # by format OSError, SyntaxError, ValueError, RuntimeError, struct.error, KeyError, ...
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path}: cannot be read as an image ({reason})") from None

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from model import UserError
+
 VOID = 255  # outlines and unlabelled pixels: they count in no loss and no metric
 VOID_COLOUR = (224, 224, 192)  # VOC's
 ERROR_COLOUR = (255, 40, 40)  # of wrong pixels in pictures
@@ -15,6 +17,7 @@ CLASS_NAMES = (
 
 
 def is_voc(names: Sequence[str]) -> bool:
+    """Return whether class names are VOC's."""
     return tuple(names) == CLASS_NAMES
 
 
@@ -63,7 +66,23 @@ def voc_palette() -> np.ndarray:
 
 
 def colour_mask(labels: np.ndarray, names: Sequence[str] = CLASS_NAMES) -> Image.Image:
-    """Turn uint8 (H, W) class indices into a palette image of the same indices, in the colours of these classes."""
+    """Turn uint8 (H, W) class indices into a palette image in the colours of these classes.
+
+    Its pixels are the indices, 255 is void.
+    """
     mask = Image.fromarray(np.ascontiguousarray(labels, dtype=np.uint8)).convert("P")
     mask.putpalette(palette(names).tobytes())
     return mask
+
+
+def indices_from_colours(mask: np.ndarray) -> np.ndarray:
+    """Turn a mask painted in VOC's colours, uint8 (H, W, 3), into class indices, uint8 (H, W).
+
+    Raises UserError naming the first colour that is not one of the 21 classes' or void's.
+    """
+    known = np.array([*range(len(CLASS_NAMES)), VOID], dtype=np.uint8)
+    weights = np.array([1 << 16, 1 << 8, 1])
+    equal = (mask @ weights)[..., None] == palette()[known] @ weights  # (H, W, 22)
+    if not (found := equal.any(-1)).all():
+        raise UserError(f"colour {tuple(mask[~found][0].tolist())} is not in the VOC palette")
+    return known[equal.argmax(-1)]

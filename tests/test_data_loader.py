@@ -4,6 +4,7 @@ import os
 import pickle
 import shutil
 import struct
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from model import UserError, data_loader, photos, transforms
 from model.data_loader import EpochSampler, SegmentationDataset, make_loader
 from model.layouts import Split, class_names, find_split
 from model.photos import read_mask, read_photo
-from model.voc import CLASS_NAMES, ERROR_COLOUR, VOID, colour_mask, palette
+from model.voc import CLASS_NAMES, ERROR_COLOUR, VOID, colour_mask, indices_from_colours, palette
 
 SIZE = 32
 
@@ -546,3 +547,39 @@ def test_no_two_classes_have_one_colour_nor_that_of_anything_else(count):
     names = ["Background", *(f"kind {index}" for index in range(1, count))]
     colours = [*map(tuple, palette(names)[[*range(count), VOID]].tolist()), ERROR_COLOUR, (255, 255, 255)]
     assert len(set(colours)) == count + 3 and colours[0] == (0, 0, 0)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_grey_masks_of_few_bits_hold_indices(tmp_path, bits):
+    labels = np.arange(16 * 24).reshape(16, 24) % 2**bits
+    rows = np.unpackbits(labels.astype(np.uint8)[..., None], axis=-1)[..., 8 - bits :].reshape(16, -1)
+    scanlines = b"".join(b"\0" + np.packbits(row).tobytes() for row in rows)
+    header = struct.pack(">IIBBBBB", 24, 16, bits, 0, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n"
+    for name, content in ((b"IHDR", header), (b"IDAT", zlib.compress(scanlines)), (b"IEND", b"")):
+        png += struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    (tmp_path / "mask.png").write_bytes(png)
+    assert np.array_equal(read_mask(tmp_path / "mask.png", (24, 16), 21), labels)
+
+
+def test_indices_come_back_from_colours():
+    indices = np.array([*range(len(CLASS_NAMES)), VOID], dtype=np.uint8)
+    indices = np.random.default_rng(0).permutation(np.tile(indices, 4)).reshape(8, 11)
+    colours = np.array(colour_mask(indices).convert("RGB"))
+    found = indices_from_colours(colours)
+    assert found.dtype == np.uint8 and np.array_equal(found, indices)
+
+
+def test_a_colour_of_no_class_is_refused_by_name():
+    """Among them that of index 21, which the palette has and VOC's classes have not."""
+    for colour in ((0, 0, 1), (255, 255, 255), tuple(palette()[21].tolist())):
+        colours = np.zeros((4, 5, 3), dtype=np.uint8)
+        colours[2, 3] = colour
+        with pytest.raises(UserError, match=rf"colour \({colour[0]}, {colour[1]}, {colour[2]}\)"):
+            indices_from_colours(colours)
+
+
+def test_two_photos_of_one_name_are_refused(data):
+    shutil.copy(photo(data, "train0"), photo(data, "train0").with_suffix(".jpeg"))
+    with pytest.raises(UserError, match=r"train0\.(jpg|jpeg) and .*train0\.(jpg|jpeg) have the same name"):
+        find_split("voc", data, "train")
