@@ -135,10 +135,10 @@ def read_list(path: Path) -> list[str]:
 def photos_by_id(folder: Path) -> dict[str, Path]:
     """Return every photo of a folder by its name without suffix. Raises UserError where two share one."""
     photos: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."):
-            if photos.setdefault(path.stem, path) != path:
-                raise UserError(f"{photos[path.stem]} and {path} have the same name; keep one of them")
+    found = (path for path in sorted(folder.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES)
+    for path in (path for path in found if not path.name.startswith(".")):
+        if photos.setdefault(path.stem, path) != path:
+            raise UserError(f"{photos[path.stem]} and {path} have the same name; keep one of them")
     return photos
 
 
