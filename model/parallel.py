@@ -1,7 +1,4 @@
-"""What several processes that share a batch must do together: sums, batch norm and dropout over the whole of it.
-
-With a single process everything here is what PyTorch has for it.
-"""
+"""What several processes that share a batch must do together: sums, batch norm and dropout over the whole of it."""
 
 import torch
 import torch.distributed as dist
@@ -13,7 +10,6 @@ from model import UserError
 
 
 def process_count() -> int:
-    """Return how many processes share the work."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -54,9 +50,7 @@ class _Total(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
-        result = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(result)
-        return result
+        return _Total.forward(ctx, gradient)
 
 
 WITHOUT_FLOAT64 = {"mps"}  # kinds of devices; of xpu some
@@ -108,8 +102,7 @@ class DeviceSyncBatchNorm2d(nn.SyncBatchNorm):
 
 def _activated(norm: nn.Module, x: Tensor) -> Tensor:
     """Apply the activation that timm's BatchNormAct2d has in itself."""
-    activation = getattr(norm, "act", None)
-    return x if activation is None else activation(x)
+    return getattr(norm, "act", nn.Identity())(x)
 
 
 def is_plain_batch_norm(module: nn.Module) -> bool:
@@ -128,9 +121,7 @@ def synchronize_batch_norm(model: nn.Module, device: torch.device) -> None:
             module.process_group = None
             module.__class__ = DeviceSyncBatchNorm2d if device.type == "cuda" else HostSyncBatchNorm2d
         elif isinstance(module, _BatchNorm):
-            raise UserError(
-                f"{name} is {type(module).__name__}, which several processes cannot share; train with one process"
-            )
+            raise UserError(f"several processes cannot share {name}, {type(module).__name__}; train with one process")
 
 
 class Dropout2d(nn.Dropout2d):
