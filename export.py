@@ -53,10 +53,8 @@ def require_packages() -> None:
 def output_path(args: argparse.Namespace) -> Path:
     """Return the file to write. Raises UserError where its name or folder is not one for it."""
     output = args.output or args.model_dir / f"{args.restore_file}.onnx"
-    if output.suffix != ".onnx":
-        raise UserError(f"--output {output}: give the name of a file that ends in .onnx")
-    if not output.parent.is_dir():
-        raise UserError(f"--output {output}: there is no folder {output.parent}")
+    if output.suffix != ".onnx" or not output.parent.is_dir():
+        raise UserError(f"--output {output}: give the name of a file that ends in .onnx, in a folder that is there")
     return output
 
 

@@ -181,9 +181,8 @@ class SegmentationLoss(nn.Module):
 
     Args:
         weights: term -> weight; terms that are left out or have weight 0 are not computed.
-        over_processes: the batch is shared by all processes of torch.distributed, each of which gives its part (of any
-            size, also none) and gets the loss of the whole; gradients are to be averaged over the processes, see
-            parallel.differentiable_sum.
+        over_processes: the batch is shared by all processes, each of which gives its part (of any size, also none) and
+            gets the loss of the whole; gradients are to be averaged over them, see parallel.differentiable_sum.
         chosen: constants by key, as focal_gamma.
     """
 

@@ -206,11 +206,10 @@ ACCUMULATORS: tuple[type[Accumulator], ...] = (ConfusionMatrix, BoundaryMetrics)
 
 def registered(kinds: Sequence[type[Accumulator]]) -> dict[str, Metric]:
     """Return all metrics by name. Raises TypeError where one would take the place of another, or of the loss."""
-    found = [(name, about) for kind in kinds for name, about in kind.metrics.items()]
-    names = {"loss", "images", "epoch", *(name for name, _ in found)}
-    if len(names) < len(found) + 3:
-        raise TypeError(f"two metrics have the same name, among {', '.join(name for name, _ in found)}")
-    return dict(found)
+    found = {name: about for kind in kinds for name, about in kind.metrics.items()}
+    if len(found) < sum(len(kind.metrics) for kind in kinds) or found.keys() & {"loss", "images", "epoch"}:
+        raise TypeError(f"two metrics have the same name, among {', '.join(found)}")
+    return found
 
 
 METRICS = registered(ACCUMULATORS)
@@ -222,8 +221,7 @@ CHOOSING = [name for name in BETTER if name not in AT_ORIGINAL_SIZE]  # what eve
 class Metrics:
     """All metrics of a data set; those for photos at their own size only where original_size says so.
 
-    update() once per batch, reduce() once if several processes share the data set, compute() at the end. Sums are
-    divided once per data set, never averaged over batches.
+    Sums are divided once per data set, never averaged over batches: update(), reduce() over processes, compute().
     """
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu", *, original_size: bool = False):

@@ -91,10 +91,7 @@ class HostSyncBatchNorm2d(nn.BatchNorm2d):
 
 
 class DeviceSyncBatchNorm2d(nn.SyncBatchNorm):
-    """nn.SyncBatchNorm, also where a process has no image of a batch.
-
-    In half precision it would send zeros in that precision, while the others send their statistics in float32.
-    """
+    """nn.SyncBatchNorm, which in half precision would send zeros in that, not float32, where a process has no image."""
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W), B may be 0
         return _activated(self, super().forward(x) if len(x) else super().forward(x.float()).to(x.dtype))
@@ -111,10 +108,7 @@ def is_plain_batch_norm(module: nn.Module) -> bool:
 
 
 def synchronize_batch_norm(model: nn.Module, device: torch.device) -> None:
-    """Let batch norm be that over the batches of all processes; names and values of its tensors stay.
-
-    Raises UserError for a form of batch norm that is not known.
-    """
+    """Let batch norm be over the batches of all processes. Raises UserError for a form of it that is not known."""
     for name, module in model.named_modules():
         if is_plain_batch_norm(module):
             # The same attributes, but for one: the group that SyncBatchNorm asks, by default all processes.
