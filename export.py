@@ -6,8 +6,6 @@ import importlib
 import json
 import math
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,52 +41,33 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@contextmanager
-def packages_required() -> Iterator[None]:
-    """Turn an ImportError into a UserError that says what installs the packages."""
-    try:
-        yield
-    except ImportError as error:
-        raise UserError(
-            f"export.py needs packages that cannot be imported here ({error}): "
-            "pip install --upgrade -r requirements-export.txt"
-        ) from None
-
-
-@packages_required()
 def require_packages() -> None:
     """Raise UserError unless what PyTorch needs for ONNX, and what the check needs, can be imported."""
-    for name in ("onnx", "onnxscript", "onnxruntime"):
-        importlib.import_module(name)
+    try:
+        for name in ("onnx", "onnxscript", "onnxruntime"):
+            importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"{error}: pip install --upgrade -r requirements-export.txt") from None
 
 
 def output_path(args: argparse.Namespace) -> Path:
     """Return the file to write. Raises UserError where its name or folder is not one for it."""
     output = args.output or args.model_dir / f"{args.restore_file}.onnx"
-    if output.suffix != ".onnx":
-        raise UserError(f"--output {output}: give the name of a file that ends in .onnx")
-    if not output.parent.is_dir():
-        raise UserError(f"--output {output}: there is no folder {output.parent}; make it first")
+    if output.suffix != ".onnx" or not output.parent.is_dir():
+        raise UserError(f"--output {output}: give the name of a file that ends in .onnx, in a folder that is there")
     return output
 
 
 def onnx_metadata(model: FCN_GCN, params: Params, names: list[str], epoch: int | None) -> dict[str, str]:
     """Return what the file says of itself beside the network, each value as JSON."""
     values = {
-        "class_names": names,
-        "mean": model.mean,
-        "std": model.std,
-        "image_size": params.image_size,
-        "resize": params.resize,
-        "padding": model.encoder.padding,
-        "multiple": model.encoder.exported_multiple,
-        "epoch": epoch,
-        "git_commit": git_commit(),
+        **{"class_names": names, "mean": model.mean, "std": model.std},
+        **{"image_size": params.image_size, "resize": params.resize, "padding": model.encoder.padding},
+        **{"multiple": model.encoder.exported_multiple, "epoch": epoch, "git_commit": git_commit()},
     }
     return {key: json.dumps(value) for key, value in values.items()}
 
 
-@packages_required()  # PyTorch asks for a part of onnxscript that bears the number of a version
 def write_onnx(model: FCN_GCN, file: Path, metadata: dict[str, str]) -> None:
     """Write a network as one file: float32 "images" (B, 3, H, W) to "logits" (B, num_classes, H, W).
 
@@ -123,16 +102,6 @@ def write_onnx(model: FCN_GCN, file: Path, metadata: dict[str, str]) -> None:
     program.save(file, external_data=False)
 
 
-@contextmanager
-def runtime_errors() -> Iterator[None]:
-    """Turn whatever onnx and onnxruntime raise, which have classes of their own, into RunFailed."""
-    try:
-        yield
-    except Exception as error:
-        raise RunFailed(f"the ONNX file cannot be run ({first_line(error)}) and is not kept") from None
-
-
-@runtime_errors()
 def open_onnx(file: Path) -> Any:
     """Open a file in onnxruntime, on the CPU. Raises RunFailed if it is not valid ONNX or the runtime refuses it."""
     import onnx
@@ -140,22 +109,19 @@ def open_onnx(file: Path) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only
-    options.intra_op_num_threads = cores()  # left to itself it tries to pin threads to cores that it may not use
-    onnx.checker.check_model(str(file), full_check=True)
-    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    options.intra_op_num_threads = cores()  # left to itself it pins threads to cores that it may not use
+    try:
+        onnx.checker.check_model(str(file), full_check=True)
+        return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # both have classes of their own
+        raise RunFailed(f"the ONNX file cannot be run ({first_line(error)}) and is not kept") from None
 
 
 def photo_batches(path: Path, model: FCN_GCN, params: Params) -> list[Tensor]:
-    """Return a photo and its mirror image, uint8 (2, 3, H, W): at image_size, and at another size that is no square.
-
-    Raises UserError where an exported network does not take photos of image_size.
-    """
+    """Return a photo and its mirror image, uint8 (2, 3, H, W): at image_size, and at another size that is no square."""
     size, multiple = params.image_size, model.encoder.exported_multiple
     if size % multiple:
-        raise UserError(
-            f'"image_size" is {size}, and an exported "{params.encoder}" takes multiples of {multiple}; '
-            "train at one of them"
-        )
+        raise UserError(f'"image_size" is {size}, and an exported "{params.encoder}" takes multiples of {multiple}')
     odd = int(1.25 * size) | 1, max(int(0.75 * size), 32) | 1
     other = odd if multiple == 1 else (size + multiple, max(size - multiple, multiple))
     photo, batches = read_photo(path), []
@@ -168,13 +134,12 @@ def photo_batches(path: Path, model: FCN_GCN, params: Params) -> list[Tensor]:
 
 @torch.inference_mode()
 def compare(session: Any, model: nn.Module, images: Tensor) -> dict[str, Any]:
-    """Return how far the logits of onnxruntime are from those of PyTorch for images as the network reads them.
+    """Return a row of the table: how far the logits of onnxruntime are from those of PyTorch for the network's input.
 
-    Returns a row of the table. Raises RunFailed if they differ by more than TOLERANCE times the largest logit.
+    Raises RunFailed if they differ by more than TOLERANCE times the largest logit.
     """
     expected = model(images).cpu().numpy()
-    with runtime_errors():
-        (logits,) = session.run(["logits"], {"images": images.cpu().numpy()})
+    (logits,) = session.run(["logits"], {"images": images.cpu().numpy()})
     row = {
         "images": " x ".join(map(str, images.shape)),
         "largest logit": np.abs(expected).max().item(),
@@ -184,7 +149,7 @@ def compare(session: Any, model: nn.Module, images: Tensor) -> dict[str, Any]:
     if not row["largest difference"] <= TOLERANCE * row["largest logit"] < math.inf:  # false for NaN too
         raise RunFailed(
             f"for images {row['images']} onnxruntime and PyTorch differ by {row['largest difference']:.2g} where the "
-            f"largest logit is {row['largest logit']:.2g}; allowed: {TOLERANCE:g} of that; the file is not kept"
+            f"largest logit is {row['largest logit']:.2g}; the file is not kept"
         )
     return row
 

@@ -23,7 +23,10 @@ from utils import is_number, read_json
 
 
 def _key(default: Any, allowed: str, check: Callable[[Any], bool], meaning: str) -> Any:
+    """Declare a key of params.json. Where the default is null, null is allowed too."""
     metadata = {"allowed": allowed, "check": check, "meaning": meaning}
+    if default is None:
+        metadata |= {"allowed": f"{allowed} or null", "check": lambda v: v is None or check(v)}
     if isinstance(default, dict):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -38,37 +41,21 @@ RANGES: dict[str, Callable[[float], bool]] = {
 
 
 def _number(default: float | None, range_: str, meaning: str) -> Any:
-    nullable, check = default is None, RANGES[range_]
-    allowed = f"a number {range_}" + (" or null" if nullable else "")
-    return _key(default, allowed, lambda v: (nullable and v is None) or (is_number(v) and check(v)), meaning)
+    return _key(default, f"a number {range_}", lambda v: is_number(v) and RANGES[range_](v), meaning)
 
 
 def _constant(key: str) -> Any:
     """Return the field of a constant that a term of the loss declares."""
-    declared = constants()[key][1]
-    low, high, meaning = declared.metadata.values()
+    constant = constants()[key][1]
+    low, high, meaning = constant.metadata.values()
     allowed = f"a number from {low} to {high}"
-    return _key(declared.default, allowed, lambda v: is_number(v) and low <= v <= high, meaning)
+    return _key(constant.default, allowed, lambda v: is_number(v) and low <= v <= high, meaning)
 
 
-def _integer(
-    default: int | None,
-    minimum: int,
-    maximum: int = 2**31 - 1,
-    *,
-    also: str = "",
-    check: Callable[[int], bool] = lambda v: True,
-    meaning: str,
-) -> Any:
-    nullable = default is None
-    most = f" and at most {maximum}" if maximum < 2**31 - 1 else ""
-    allowed = f"an integer of at least {minimum}{most}{also}" + (" or null" if nullable else "")
-    return _key(
-        default,
-        allowed,
-        lambda v: (nullable and v is None) or (type(v) is int and minimum <= v <= maximum and check(v)),
-        meaning,
-    )
+def _integer(default: int | None, minimum: int, meaning: str, *, maximum: int = 2**31 - 1) -> Any:
+    most = f" and at most {maximum}" if maximum != 2**31 - 1 else ""
+    allowed = f"an integer of at least {minimum}{most}"
+    return _key(default, allowed, lambda v: type(v) is int and minimum <= v <= maximum, meaning)
 
 
 def _one_of(default: str, registry: Iterable[str], meaning: str) -> Any:
@@ -86,39 +73,35 @@ def _are_loss_weights(value: Any) -> bool:
     return all(is_number(w) and w >= 0 for w in value.values()) and any(value.values())
 
 
+def _is_side(value: Any) -> bool:
+    return type(value) is int and value in range(3, 256, 2)
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value == Path(value).name != ""
+
+
 @dataclass(frozen=True)
 class Params:
-    """The hyperparameters of one experiment: every key that params.json may hold, its default and what is allowed."""
+    """The hyperparameters of one experiment."""
 
     learning_rate: float = _number(0.001, "above 0", "before schedule and warm-up")
-    batch_size: int = _integer(5, 1, meaning="images per step, over all processes")
-    num_epochs: int = _integer(35, 1, meaning="passes over the training images")
+    batch_size: int = _integer(5, 1, "images per step, over all processes")
+    num_epochs: int = _integer(35, 1, "passes over the training images")
     dropout_rate: float = _number(0.0, "from 0 to below 1", "Dropout2d before each head")
-    save_summary_steps: int = _integer(100, 1, meaning="batches between two checks for NaN")
-    num_workers: int = _integer(4, 0, meaning="loader processes, at most one per core")
-    num_channels: int | None = _integer(None, 1, meaning="unused; old files have it")
+    save_summary_steps: int = _integer(100, 1, "batches between two checks for NaN")
+    num_workers: int = _integer(4, 0, "loader processes, at most one per core")
+    num_channels: int | None = _integer(None, 1, "unused; old files have it")
 
     dataset: str = _one_of("voc", LAYOUTS, "layout of `--data_dir`; `sample`: built-in scenes, drawn on first use")
-    image_size: int = _integer(224, 32, 16384, meaning="side of the network's square input, in pixels")
+    image_size: int = _integer(224, 32, "side of the network's square input, in pixels", maximum=16384)
     resize: str = _one_of("squash", RESIZES, "`squash` changes the aspect ratio; `letterbox` pads with the mean colour")
-    num_classes: int = _integer(21, 2, 255, meaning="background included")
+    num_classes: int = _integer(21, 2, "background included", maximum=255)
     augment: bool = _flag(False, "random scale of 0.5-2x and crop, flip, colour jitter")
-    cutmix: float = _number(
-        0.0,
-        "from 0 to 1",
-        "probability that a box of a photo and its mask is replaced by another photo's",
-    )
+    cutmix: float = _number(0.0, "from 0 to 1", "probability that a box of photo and mask comes from another photo")
     normalize: bool = _flag(True, "by the mean and deviation of the encoder's weights; false: values in [0, 1]")
-    cache: bool = _flag(
-        True,
-        "decode each split once, into `<data>/.cache` or the user's cache folder; false: at every access",
-    )
-    train_split: str = _key(
-        "train",
-        "the name of a list",
-        lambda v: isinstance(v, str) and v.isprintable() and v == Path(v).name != "",
-        "what to train on, as `trainaug`; validation is on `val`",
-    )
+    cache: bool = _flag(True, "decode each split once, into `<data>/.cache` or the user's cache folder")
+    train_split: str = _key("train", "the name of a list", _is_name, "to train on, as `trainaug`; validation is on val")
 
     loss_weights: dict[str, float] = _key(
         {"bce": 0.4, "dice": 0.4, "inverse_dice": 0.2},
@@ -133,26 +116,18 @@ class Params:
     decay_norms_and_biases: bool = _flag(True, "false: no `weight_decay` for norms, biases, scales of layers")
     encoder_learning_rate_factor: float = _number(1.0, "of at least 0", "times the learning rate, for the encoder")
     schedule: str = _one_of("constant", SCHEDULES, "`poly` (power 0.9) and `cosine` fall towards 0 with every step")
-    warmup_epochs: int = _integer(0, 0, meaning="linear rise of the learning rate; fewer than `num_epochs`")
+    warmup_epochs: int = _integer(0, 0, "linear rise of the learning rate; fewer than `num_epochs`")
     clip_grad_norm: float | None = _number(None, "above 0", "largest norm of the gradient")
-    ema_decay: float | None = _number(
-        None,
-        "from 0 to below 1",
-        "evaluate a moving average of the weights; 0.999: of about 1,000 steps",
-    )
-    accumulation_steps: int = _integer(1, 1, meaning="batches per step of the optimizer")
-    best_metric: str = _one_of(
-        "mIoU", CHOOSING, "of validation: chooses `best.pth.tar`, the early stop, the order of results"
-    )
-    early_stopping_patience: int | None = _integer(None, 1, meaning="epochs without a better `best_metric`")
+    ema_decay: float | None = _number(None, "from 0 to below 1", "evaluate a mean of the weights; 0.999: 1,000 steps")
+    accumulation_steps: int = _integer(1, 1, "batches per step of the optimizer")
+    best_metric: str = _one_of("mIoU", CHOOSING, "chooses `best.pth.tar`, the early stop and the order of results")
+    early_stopping_patience: int | None = _integer(None, 1, "epochs without a better `best_metric`")
     keep_last: bool = _flag(True, "false: a finished run deletes `last.pth.tar` and cannot train on")
 
-    precision: str = _one_of(
-        "auto", ["auto", *PRECISIONS], "auto: bf16 on GPUs from Ampere on and CPUs with AMX, otherwise fp32"
-    )
+    precision: str = _one_of("auto", ["auto", *PRECISIONS], "auto: bf16 from Ampere on and on CPUs with AMX, else fp32")
     channels_last: bool = _flag(True, "memory format of the convolutions")
     compile: bool = _flag(False, "torch.compile, on a GPU with CUDA graphs")
-    seed: int = _integer(230, 0, 2**63 - 1, also=" and below 2^63", meaning="of weights, order, augmentation, dropout")
+    seed: int = _integer(230, 0, "of weights, order, augmentation, dropout", maximum=2**63 - 1)
     deterministic: bool = _flag(False, "only deterministic algorithms: two runs on one machine agree bit for bit")
 
     encoder: str = _key(
@@ -161,35 +136,25 @@ class Params:
         lambda v: isinstance(v, str) and (v in ENCODERS or v.startswith(TIMM)),
         "a ResNet of torchvision, or a model of timm with maps of strides 4 to 32",
     )
-    kernel_size: int = _integer(7, 3, 255, also=" that is odd", check=lambda v: v % 2 == 1, meaning="k of the heads")
+    kernel_size: int = _key(7, "an odd integer from 3 to 255", _is_side, "k of the heads")
     head: str = _one_of("gcn", HEADS, "or the paper's comparisons: 1 x 1, k x k, a stack of 3 x 3")
     boundary_refinement: bool = _flag(True, "the BR blocks")
     stem_maxpool: bool = _flag(False, "true: output stride 32 as in the paper, under a third of the operations")
     gcn_padding: str = _one_of("swapped", GCN_PADDINGS, "`swapped`: the original implementation's; `same`: the paper's")
-    zero_init_residual: bool = _flag(
-        False, "residual blocks begin as their shortcuts: BR's, and those of an encoder without `pretrained`"
-    )
-    zero_init_heads: bool = _flag(
-        False,
-        "the heads' last convolutions begin at 0: for encoders with large activations, as EfficientNet",
-    )
+    zero_init_residual: bool = _flag(False, "blocks of BR, and of an encoder without `pretrained`, begin as shortcuts")
+    zero_init_heads: bool = _flag(False, "the heads' last layers begin at 0: for large activations, as EfficientNet's")
     pretrained: bool | str = _key(
         True,
         "true, false or the name of a file",
-        lambda v: isinstance(v, bool) or (isinstance(v, str) and v.isprintable() and v.strip() != ""),
+        lambda v: isinstance(v, bool) or (isinstance(v, str) and v != ""),
         "ImageNet weights for the encoder, installed or downloaded; or a file, `.pth` or `.safetensors`",
     )
     freeze_encoder_statistics: bool = _flag(False, "the encoder's batch norm keeps its running statistics in training")
-    activation_checkpointing: bool = _flag(
-        False, "less memory for more time: the encoder's stages are computed again for the gradient"
-    )
+    activation_checkpointing: bool = _flag(False, "less memory for more time: stages are computed again for gradients")
 
     @classmethod
     def load(cls, path: str | Path, changes: Mapping[str, Any] | None = None) -> "Params":
-        """Read params.json, and let changes take the place of its values.
-
-        Raises UserError naming the file and, for each fault, key, value and what is allowed.
-        """
+        """Read params.json, and let changes take the place of its values. Raises UserError naming file and faults."""
         values = read_json(path, if_absent="an experiment is a folder with a params.json, {} for the defaults")
         if not isinstance(values, dict):
             raise UserError(f'{path} must hold one JSON object, as {{"learning_rate": 0.01}}')
@@ -200,10 +165,9 @@ class Params:
         """Make params of keys and values. Raises UserError that begins with source and names every fault."""
         if faults := [fault for key, value in values.items() if (fault := cls.fault(key, value))]:
             raise UserError(f"{source}: {'; '.join(faults)}")
-        params = cls(**values)
-        if broken := params.broken_rules():
+        if broken := cls(**values).broken_rules():
             raise UserError(f"{source}: {'; '.join(broken)}")
-        return params
+        return cls(**values)
 
     @classmethod
     def fault(cls, key: str, value: Any) -> str | None:
@@ -218,7 +182,18 @@ class Params:
 
     def broken_rules(self, processes: int = 1) -> list[str]:
         """Say what is wrong with several keys together, in that many processes."""
-        return [fault for rule in RULES if (fault := rule(self, processes))]
+        share, rest = divmod(self.batch_size, processes)
+        warmup = f'"warmup_epochs" is {self.warmup_epochs}; allowed: fewer than "num_epochs", {self.num_epochs}'
+        divided = f'"batch_size" is {self.batch_size}, over all processes, and cannot be divided among {processes}'
+        alone = '"compile" and "activation_checkpointing" together are for one process; set one of them to false'
+        cutmix = '"cutmix" mixes the photos of a process, which has only one; raise "batch_size", or set "cutmix" to 0'
+        rules = [
+            (warmup, self.warmup_epochs >= self.num_epochs),
+            (divided, rest > 0),
+            (alone, self.compile and self.activation_checkpointing and processes > 1),
+            (cutmix, self.cutmix > 0 and share < 2),
+        ]
+        return [fault for fault, broken in rules if broken]
 
     def network_options(self) -> dict[str, Any]:
         """Return the keywords of model.net.FCN_GCN but for pretrained."""
@@ -237,36 +212,6 @@ class Params:
 if _missing := sorted(constants().keys() - Params.__dataclass_fields__):
     raise TypeError(f'Params lacks {_missing}; add a line as {_missing[0]}: float = _constant("{_missing[0]}")')
 
-
-def _warmup_ends(p: Params, processes: int) -> str | None:
-    fault = f'"warmup_epochs" is {p.warmup_epochs}; allowed: fewer than "num_epochs", {p.num_epochs}'
-    return fault if p.warmup_epochs >= p.num_epochs else None
-
-
-def _batch_divides(p: Params, processes: int) -> str | None:
-    below = p.batch_size // processes * processes
-    nearest = f"{below} or {below + processes}" if below else f"{processes}"
-    fault = (
-        f'"batch_size" is {p.batch_size}, the images of a step in all processes together, and cannot be divided among '
-        f"{processes}; use {nearest}"
-    )
-    return fault if p.batch_size % processes else None
-
-
-def _compile_is_alone(p: Params, processes: int) -> str | None:
-    fault = '"compile" and "activation_checkpointing" together are for one process; set one of them to false'
-    return fault if p.compile and p.activation_checkpointing and processes > 1 else None
-
-
-def _cutmix_has_photos(p: Params, processes: int) -> str | None:
-    fault = (
-        f'"cutmix" mixes the photos of a process, and "batch_size" {p.batch_size} gives each of {processes} a single '
-        'one; raise "batch_size", or set "cutmix" to 0'
-    )
-    return fault if p.cutmix and p.batch_size // processes < 2 else None
-
-
-RULES = (_warmup_ends, _batch_divides, _compile_is_alone, _cutmix_has_photos)  # over several keys
 
 SCORED_AT_ONCE = 32 * 224**2  # pixels
 # Options of the network: its keywords. Weights depend on all but TRAINING_OPTIONS and what they were trained to read.

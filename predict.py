@@ -7,10 +7,11 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from engine.checkpoints import agreed_class_names, checkpoint_path, load_network
@@ -34,19 +35,12 @@ READERS = 4  # processes at most that read photos ahead
 
 def parse_args() -> argparse.Namespace:
     parser = experiment_parser(__doc__, data="data set whose class names must be the checkpoint's")
-    parser.add_argument(
-        "photos",
-        nargs="+",
-        metavar="PHOTO",
-        help="files, folders (with all below them) and quoted patterns as 'a/*.jpg'",
-    )
+    parser.add_argument("photos", nargs="+", metavar="PHOTO", help="files, folders and quoted patterns as 'a/*.jpg'")
     add_restore_file(parser)
     parser.add_argument(
         "--output_dir", type=Path, default=Path("predictions"), help="folder of the results (default: %(default)s)"
     )
-    parser.add_argument(
-        "--tile", type=positive, metavar="N", help="look at large photos in overlapping tiles of N pixels a side"
-    )
+    parser.add_argument("--tile", type=positive, metavar="N", help="look at overlapping tiles of N x N pixels")
     add_testing_flags(parser)
     return parser.parse_args()
 
@@ -54,8 +48,7 @@ def parse_args() -> argparse.Namespace:
 def find_photos(given: Sequence[str], output_dir: Path) -> dict[Path, Path]:
     """Return every photo by the name of its results, without suffix: its place below the folder, pattern or file given.
 
-    An output_dir inside a folder is not searched. Raises UserError where there is no photo, where one lies beside the
-    results, and where two would have the same result.
+    Raises UserError where there is no photo, one lies beside the results, and two would have the same result.
     """
     found: dict[str, tuple[Path, Path]] = {}  # by the real path, so that nothing is predicted twice
     for pattern in given:
@@ -81,13 +74,16 @@ def find_photos(given: Sequence[str], output_dir: Path) -> dict[Path, Path]:
 
 
 def _matches(pattern: str, output_dir: Path) -> Iterator[tuple[Path, Path]]:
-    """Yield the photos of a file, folder or pattern, each with the folder below which its name begins."""
-    exists = Path(pattern).exists()
+    """Yield the photos of a file, folder or pattern, each with the folder below which its name begins.
+
+    Earlier results, in output_dir, are none unless it is what was asked for.
+    """
+    results, exists = output_dir.resolve(), Path(pattern).exists()
     for match in map(Path, [pattern] if exists else sorted(glob.glob(pattern, recursive=True))):
         if match.is_dir():
-            within_results = _is_below(match, output_dir)
+            asked_for = match.resolve().is_relative_to(results)
             for folder, _, names in walk(match):
-                if within_results or not _is_below(folder, output_dir):
+                if asked_for or not folder.resolve().is_relative_to(results):
                     yield from ((folder / name, match) for name in names if _is_photo(name) and name[0] != ".")
         elif exists or _is_photo(match.name):
             yield match, match.parent
@@ -97,32 +93,19 @@ def _is_photo(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
 
 
-def _is_below(folder: Path, output_dir: Path) -> bool:
-    return Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(output_dir))
-
-
 def result_paths(output: Path) -> list[Path]:
     return [output.with_name(output.name + suffix) for suffix in RESULTS]
 
 
-class Photos(Dataset):
-    """Photo files: photos[index] is an RGB photo, or the UserError that says why it cannot be read."""
-
-    def __init__(self, files: Sequence[Path]):
-        self.files = files
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> Image.Image | UserError:
-        try:
-            return read_photo(self.files[index])
-        except UserError as error:
-            return error
+def read_or_error(file: Any) -> Image.Image | UserError:
+    """Return an RGB photo, or why it cannot be read."""
+    try:
+        return read_photo(file)
+    except UserError as error:
+        return error
 
 
 def write_results(file: Path, photo: Image.Image, prediction: np.ndarray, names: Sequence[str], output: Path) -> None:
-    """Write the three results of one photo."""
     counts = np.array(Image.fromarray(prediction).histogram()[: len(names)])  # bincount takes 8 bytes a pixel
     shares = {int(index): counts[index] / prediction.size for index in np.argsort(-counts, kind="stable")}
     legend = {index: f"{names[index]} {share:.1%}" for index, share in shares.items() if share >= LEAST_AREA}
@@ -145,8 +128,7 @@ def load(
 ) -> tuple[Segmenter, list[str]]:
     """Load a trained network, in a notebook say: load(...)[0].segment(photo) of an RGB photo gives its class map.
 
-    Returns the model.inference.Segmenter and the names of the classes. Raises UserError as the command does, also
-    where the data set in data_dir has other names.
+    Returns a Segmenter and the names of the classes. Raises UserError as the command does.
     """
     picked, file = pick_device(device), checkpoint_path(Path(model_dir), restore_file)
     model, params, checkpoint = load_network(Path(model_dir), restore_file, picked)
@@ -163,9 +145,10 @@ def main(args: argparse.Namespace) -> int:
     options = {key: getattr(args, key) for key in ("restore_file", "data_dir", "device", "scales", "flip")}
     segmenter, names = load(args.model_dir, **options)
     make_folder(args.output_dir, "--output_dir")
-    loader = DataLoader(
-        Photos(list(photos.values())),
+    loader: DataLoader = DataLoader(
+        list(photos.values()),  # type: ignore[arg-type]  # whatever has a length and indices
         batch_size=None,
+        collate_fn=read_or_error,
         num_workers=0 if args.tile else min(READERS, cores(), len(photos)),  # photos that need tiles are large
         worker_init_fn=leave_signals_to_the_main_process,
     )

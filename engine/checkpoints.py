@@ -15,7 +15,7 @@ from torch import nn
 
 from engine.devices import is_main, resolve_precision, to_device
 from model import UserError, first_line
-from model.encoders import built_without_memory
+from model.encoders import ENCODERS
 from model.layouts import Split, class_names, default_class_names
 from model.net import FCN_GCN, class_count, is_of_score_layer, without_unused
 from params import Params
@@ -124,7 +124,7 @@ def load_network(model_dir: Path, restore_file: str, device: torch.device) -> tu
     checkpoint = load_checkpoint(file)
     now = Params.load(model_dir / "params.json", checkpoint.get("set"))
     params = resolve_precision(trained_params(checkpoint, now, file), device)
-    on_meta = built_without_memory(params.encoder)  # without random weights, which take longer than the checkpoint's
+    on_meta = params.encoder in ENCODERS  # without random weights, which take longer than the checkpoint's
     with torch.device("meta") if on_meta else nullcontext():
         model = FCN_GCN(**params.network_options(), pretrained=False)
     if on_meta:

@@ -23,16 +23,12 @@ class Segmenter:
 
     Args:
         model: gives logits (B, C, S, S) of normalized images (B, 3, S, S).
-        device: where the model is.
-        image_size: S that it was trained at.
-        resize, padding: one of transforms.RESIZES, and the colour beside a photo, as it was trained with.
-        scales: multiples of S at which each photo is predicted; their probabilities are averaged.
+        image_size, resize, padding: S, one of transforms.RESIZES, and the colour beside a photo, as in training.
+        scales: multiples of S, each leaving 32 to 16384 pixels, at which photos are predicted; probabilities are
+            averaged.
         flip: average with the mirror image too.
         autocast: makes the context that the network computes in.
         input_options: the keywords of transforms.to_input.
-
-    Raises:
-        UserError: a scale leaves fewer than 32 pixels, or is none.
     """
 
     def __init__(
@@ -52,11 +48,8 @@ class Segmenter:
         self.resize, self.padding, self.flip = resize, padding, flip
         self.autocast, self.input_options = autocast, input_options
         if not scales or not all(32 <= scale * image_size <= 16384 for scale in scales):
-            raise UserError(
-                f"scales {' '.join(f'{scale:g}' for scale in scales)} of {image_size} pixels: "
-                "each must leave from 32 to 16384"
-            )
-        # Of the squares that the network reads: even, as the maps of its stages then are halves of one another.
+            raise UserError(f"scales {scales} of {image_size} pixels: each must leave from 32 to 16384")
+        # The sides of what the network reads: even, so that the maps of its stages are halves of one another.
         self.sizes = [image_size if scale == 1 else 2 * round(scale * image_size / 2) for scale in scales]
 
     @torch.inference_mode()
@@ -73,11 +66,7 @@ class Segmenter:
                 if self.flip:
                     maps.append(self.model(x.flip(-1)).flip(-1).float())
         for size, photo in zip(sizes, zip(*maps, strict=True), strict=True):
-            boxes = (RESIZES[self.resize](*size, logits.shape[-1]) for logits in photo)
-            yield [
-                logits[:, top:bottom, left:right]
-                for logits, (left, top, right, bottom) in zip(photo, boxes, strict=True)
-            ]
+            yield [_unpadded(logits, RESIZES[self.resize](*size, logits.shape[-1])) for logits in photo]
 
     @torch.inference_mode()
     def segment(self, photo: Image.Image, *, tile: int | None = None) -> Tensor:
@@ -90,43 +79,36 @@ class Segmenter:
             return class_map(maps, width=photo.width, height=photo.height)
         boxes = tiles(photo.width, photo.height, tile)
         count = max(1, min(PIXELS_AT_ONCE // max(self.sizes) ** 2, CUT_AT_ONCE // tile**2))
-
-        def looks() -> Iterator[tuple[Box, list[Tensor]]]:
-            for start in range(0, len(boxes), count):
-                part = boxes[start : start + count]
-                yield from zip(part, self._look([photo.crop(box) for box in part]), strict=True)
-
-        return blended(looks(), width=photo.width, height=photo.height)
+        parts = (boxes[start : start + count] for start in range(0, len(boxes), count))
+        looks = (look for part in parts for look in zip(part, self._look([*map(photo.crop, part)]), strict=True))
+        return blended(looks, width=photo.width, height=photo.height)
 
     def _look(self, photos: Sequence[Image.Image]) -> Iterator[list[Tensor]]:
-        inputs = squares(photos, self.sizes, self.resize, self.padding)
-        return self.logits(inputs, [photo.size for photo in photos])
+        return self.logits(squares(photos, self.sizes, self.resize, self.padding), [photo.size for photo in photos])
+
+
+def _unpadded(logits: Tensor, box: Box) -> Tensor:
+    left, top, right, bottom = box
+    return logits[:, top:bottom, left:right]
 
 
 def tiles(width: int, height: int, side: int) -> list[Box]:
-    """Return squares that cover a photo, by rows, evenly spread, each overlapping the next by a quarter or more.
-
-    Where the photo is narrower or lower than a square, so are they.
-    """
+    """Return squares that cover a photo, by rows, evenly spread, each overlapping the next by a quarter or more."""
 
     def starts(length: int) -> list[int]:
         count = 1 + -(-max(0, length - side) // max(1, int(side * (1 - OVERLAP))))
         return [index * (length - side) // (count - 1) if index else 0 for index in range(count)]
 
-    return [
-        (left, top, min(left + side, width), min(top + side, height))
-        for top in starts(height)
-        for left in starts(width)
-    ]
+    corners = [(left, top) for top in starts(height) for left in starts(width)]
+    return [(left, top, min(left + side, width), min(top + side, height)) for left, top in corners]
 
 
 @torch.inference_mode()
 def class_map(maps: Sequence[Tensor], *, width: int, height: int) -> Tensor:
     """Return uint8 (H, W): the class with the highest mean probability at every pixel of a photo.
 
-    maps are logits (C, h, w) of the whole photo. They are upsampled bilinearly (align_corners=False: the photo was
-    shrunk with pixels taken as areas). A single one gives the largest upsampled logit, which is the protocol of the
-    VOC challenge. Only a band of rows is held at a time.
+    maps are logits (C, h, w) of the whole photo, upsampled bilinearly (align_corners=False), a band of rows at a time.
+    A single one gives the largest upsampled logit, which is the protocol of the VOC challenge.
     """
     result = torch.empty(height, width, dtype=torch.uint8, device=maps[0].device)
     for rows in _bands(height, len(maps[0]) * width):
@@ -139,18 +121,16 @@ def class_map(maps: Sequence[Tensor], *, width: int, height: int) -> Tensor:
 def blended(looks: Iterable[tuple[Box, Sequence[Tensor]]], *, width: int, height: int) -> Tensor:
     """Return the class_map() of a photo that was predicted in tiles, each with its box, in the order of tiles().
 
-    Where tiles overlap, each counts the less the nearer its edge. One row of tiles is held at a time: C x W times the
-    side of a tile, in float32.
+    Where tiles overlap, each counts the less the nearer its edge. Only one row of tiles is held at a time.
     """
-    for box, maps in looks:
-        left, top, right, bottom = box
+    for (left, top, right, bottom), maps in looks:
         if top == 0 and left == 0:
             scores = maps[0].new_zeros(len(maps[0]), bottom, width)
             result, first = torch.empty(height, width, dtype=torch.uint8, device=scores.device), 0
         if top > first:  # the rows above this tile are finished
             done = top - first
             _put_classes(scores[:, :done], result[first:top])
-            for plane in scores:
+            for plane in scores:  # moved plane by plane, for a copy of all would double the memory
                 plane[:-done] = plane[done:].clone()
                 plane[-done:] = 0
             first = top

@@ -1,13 +1,14 @@
 """The training loss: a weighted sum of terms over the pixels that are not void.
 
-A new term is a class here and its name in TERMS. A number that it takes is a field of the class, declared by
-constant(), and a field of Params under the name of the term and its own: focal_gamma.
+A new term is a class here, with sums over the pixels of a batch and the term's value from those of all processes, and
+its name in TERMS. A number that it takes is a field of the class, declared by constant(), and a field of Params under
+the name of the term and its own: focal_gamma.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +24,11 @@ SMOOTH = 1.0
 class Batch:
     """Logits x (B, C, H, W) and labels (B, H, W), and what several terms need of them.
 
-    Half-precision logits become float32. over_processes: the batch is shared by all processes, and this is one shard.
+    over_processes: the batch is shared by all processes, and this is one shard.
     """
 
     def __init__(self, logits: Tensor, labels: Tensor, *, over_processes: bool):
-        self.logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+        self.logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         self.labels, self.over_processes = labels.long(), over_processes
         self.num_classes = logits.shape[1]
         self.valid = self.labels != VOID  # (B, H, W)
@@ -50,14 +51,15 @@ class Batch:
         return {"p": self.sum(self.logits.sigmoid().sum(1)), "p t": self.sum(self.at_label.sigmoid())}
 
 
-class Term(Protocol):
-    """A term of the loss: sums over the pixels of a batch, and the term from those of all processes.
+class Term:
+    """A term of the loss: its sums are summed over all processes, "pixels", how many are not void, is added to them."""
 
-    value() gets what sums() has returned, summed over the processes, and "pixels", how many are not void.
-    """
+    def sums(self, batch: Batch) -> dict[str, Tensor]:
+        raise NotImplementedError
 
-    def sums(self, batch: Batch) -> dict[str, Tensor]: ...
-    def value(self, sums: Mapping[str, Tensor], num_classes: int) -> Tensor: ...
+    def value(self, sums: Mapping[str, Tensor], num_classes: int) -> Tensor:
+        """Return the mean over the pixels of what "total" sums; other terms have their own formula."""
+        return sums["total"] / sums["pixels"].clamp(min=1)
 
 
 def constant(default: float, low: float, high: float, meaning: str) -> Any:
@@ -65,7 +67,7 @@ def constant(default: float, low: float, high: float, meaning: str) -> Any:
     return field(default=default, metadata={"low": low, "high": high, "meaning": meaning})
 
 
-class BinaryCrossEntropy:
+class BinaryCrossEntropy(Term):
     """mean(softplus(x) - x t) over pixels and classes."""
 
     def sums(self, batch: Batch) -> dict[str, Tensor]:
@@ -75,7 +77,7 @@ class BinaryCrossEntropy:
         return sums["bce"] / (sums["pixels"] * num_classes).clamp(min=1)
 
 
-class Dice:
+class Dice(Term):
     """1 - (2 sum(p t) + 1) / (sum p + sum t + 1) (Milletari et al., arXiv 1606.04797, unsquared)."""
 
     def sums(self, batch: Batch) -> dict[str, Tensor]:
@@ -94,21 +96,14 @@ class InverseDice(Dice):
         return _dice(both, 2 * entries - sums["p"] - pixels)
 
 
-class PixelMean:
-    """A term that is the mean of something over the pixels."""
-
-    def value(self, sums: Mapping[str, Tensor], num_classes: int) -> Tensor:
-        return sums["total"] / sums["pixels"].clamp(min=1)
-
-
-class CrossEntropy(PixelMean):
+class CrossEntropy(Term):
     """Mean over pixels of -log softmax(x) at the label."""
 
     def sums(self, batch: Batch) -> dict[str, Tensor]:
         return {"total": batch.sum(batch.cross_entropy)}
 
 
-class BalancedCrossEntropy:
+class BalancedCrossEntropy(Term):
     """Weighted mean of the cross-entropy; a pixel of a class with n pixels in the batch weighs 1 / sqrt(n)."""
 
     def sums(self, batch: Batch) -> dict[str, Tensor]:
@@ -127,20 +122,19 @@ class BalancedCrossEntropy:
 
 
 @dataclass(frozen=True)
-class Focal(PixelMean):
+class Focal(Term):
     """Mean over pixels of (1 - q)^gamma (-log q), q = softmax(x) at the label (Lin et al., arXiv 1708.02002, eq. 4)."""
 
     gamma: float = constant(2.0, 0, 100, "the larger, the less well-classified pixels count")
 
     def sums(self, batch: Batch) -> dict[str, Tensor]:
-        wrong = -torch.expm1(-batch.cross_entropy)  # 1 - q, without the loss of digits
-        wrong = wrong.clamp(min=1e-12)  # where every power has a finite slope
+        # 1 - q without the loss of digits, and at least where every power has a finite slope.
+        wrong = (-torch.expm1(-batch.cross_entropy)).clamp(min=1e-12)
         return {"total": batch.sum(wrong.pow(self.gamma) * batch.cross_entropy)}
 
 
-class Lovasz(PixelMean):
-    """The Lovász-softmax loss (Berman et al., arXiv 1705.08790): a convex surrogate of 1 - IoU, mean over the classes
-    that occur in the labels of the batch.
+class Lovasz(Term):
+    """A convex surrogate of 1 - IoU, mean over the classes in the labels (Berman et al., arXiv 1705.08790).
 
     It is no sum over pixels: each process has that of its own shard, and the loss is their mean by pixels, so the
     number of processes makes a difference. Sorts all pixels once per class, the most expensive term by far.
@@ -183,17 +177,13 @@ class SegmentationLoss(nn.Module):
 
     Terms are functions of sums over all pixels of the batch that are not void, with t the one-hot labels, p =
     sigmoid(x). t is never built: sum(x t) and sum(p t) are the values at the labels, sum t is the number of pixels. The
-    sums are combined in float64, where the device has it. An all void batch gives 0 with zero gradients. The batch is
-    that of the call, also where several are accumulated for a step.
+    sums are combined in float64, where the device has it. An all void batch gives 0 with zero gradients.
 
     Args:
         weights: term -> weight; terms that are left out or have weight 0 are not computed.
-        over_processes: the batch is shared by all processes of torch.distributed, each of which gives its part (of any
-            size, also none) and gets the loss of the whole; gradients are to be averaged over the processes, see
-            parallel.differentiable_sum.
-        chosen: constants by key, as focal_gamma; the default of the term for those that are left out.
-
-    Raises UserError for an unknown term, TypeError for a constant that no term has.
+        over_processes: the batch is shared by all processes, each of which gives its part (of any size, also none) and
+            gets the loss of the whole; gradients are to be averaged over them, see parallel.differentiable_sum.
+        chosen: constants by key, as focal_gamma.
     """
 
     def __init__(self, weights: Mapping[str, float], *, over_processes: bool = False, **chosen: float):
@@ -202,7 +192,7 @@ class SegmentationLoss(nn.Module):
             raise UserError(f"unknown loss terms {sorted(unknown)}; allowed: {', '.join(TERMS)}")
         known = constants()
         if surplus := set(chosen) - set(known):
-            raise TypeError(f"no term of the loss takes {', '.join(surplus)}")
+            raise TypeError(f"no term of the loss takes {surplus}")
         self.weights = {term: float(weights[term]) for term in TERMS if weights.get(term)}
         self.terms: dict[str, Term] = {}
         for term in self.weights:

@@ -6,7 +6,6 @@ class like BoundaryMetrics, in ACCUMULATORS.
 
 import copy
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -23,17 +22,11 @@ from model.voc import VOID
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric and what is to be known of it.
+    """A metric and what is to be known of it."""
 
-    Attributes:
-        value: a number or, by class, (C), of an Accumulator whose sums are float64 on the CPU; NaN is undefined.
-        better: max or min, which chooses the better of two values.
-        column: what its values by class are called in evaluate.py's table; "" for a metric of one number.
-    """
-
-    value: Callable[[Any], Tensor]
-    better: Callable = max
-    column: str = ""
+    value: Callable[[Any], Tensor]  # one or, by class, (C), of an Accumulator with float64 on the CPU; NaN is undefined
+    better: Callable = max  # or min: chooses the better of two values
+    column: str = ""  # of values by class in evaluate.py's table
 
 
 class Accumulator:
@@ -53,20 +46,15 @@ class Accumulator:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def reduce(self) -> None:
-        """Sum over all processes of torch.distributed; nothing to do where there is one."""
+        """Sum over all processes."""
         all_reduce_sum(*self._sums().values())
 
     def compute(self) -> dict[str, Any]:
         """Return every metric by name: a number or a list with one value per class, None for what is undefined."""
         on_host = copy.copy(self)
         vars(on_host).update({name: value.cpu().double() for name, value in self._sums().items()})
-        return {name: _plain(about.value(on_host).tolist()) for name, about in self.metrics.items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_plain(each) for each in value]
-    return None if math.isnan(value) else value
+        found = {name: about.value(on_host).numpy() for name, about in self.metrics.items()}
+        return {name: np.where(np.isnan(value), np.array(None), value).tolist() for name, value in found.items()}
 
 
 class ConfusionMatrix(Accumulator):
@@ -120,31 +108,26 @@ class ConfusionMatrix(Accumulator):
 
 
 def sparse(counts: Tensor) -> np.ndarray:
-    """Return the cells that are not 0 of an image's counts, (C, C) on the host: int64 (K, 2), label * C + prediction
-    and pixels.
-    """
+    """Return label * C + prediction and pixels, int64 (K, 2), of all pairs in an image's counts, (C, C) on the host."""
     counts = counts.flatten()
     found = counts.nonzero()[:, 0]
     return torch.stack([found, counts[found]], 1).numpy()
 
 
-BAND = 7  # pixels
-RIM = 0.02  # of a photo's diagonal
+BAND, RIM = 7, 0.02  # pixels; of a photo's diagonal
 
 
 class BoundaryMetrics(Accumulator):
-    """How well boundaries are met, at the photos' own size.
+    """How well boundaries are met, at the photos' own size. Void pixels count nowhere.
 
     Accuracy near boundaries and inside (Peng et al., arXiv 1703.02719, table 5): of the pixels whose distance to the
     nearest object boundary is at most 7 pixels, and of the others, the share that is labelled right. A boundary pixel
-    is one that has another label than one of its four neighbours, void being a label too, with which VOC draws object
-    outlines; the distance is Euclidean, from centre to centre.
+    has another label than one of its four neighbours, void, with which VOC draws outlines, being a label too; the
+    distance is Euclidean.
 
     Boundary IoU (Cheng et al., arXiv 2103.16562, equation 1): for each class the intersection over the union of the
     rims of the two masks, summed over all photos; a rim is what lies inside a mask within d pixels of its contour
     (in a square neighbourhood, as in the authors' code), d being 2 % of the photo's diagonal.
-
-    Void pixels count in neither, and what is predicted for them makes no difference.
     """
 
     original_size = True
@@ -166,9 +149,7 @@ class BoundaryMetrics(Accumulator):
             self._add(*photo)
 
     def _add(self, prediction: Tensor, labels: Tensor) -> None:
-        valid = labels != VOID
-        near = _near(_boundary(labels))
-        right = prediction == labels
+        valid, right, near = labels != VOID, prediction == labels, _near(_boundary(labels))
         for row, region in enumerate((near & valid, ~near & valid)):
             self.pixels[row] += torch.stack([(right & region).sum(), region.sum()])
 
@@ -220,15 +201,15 @@ def _rim(classes: Tensor, reach: int) -> Tensor:
     return table[side:, side:] - table[:-side, side:] - table[side:, :-side] + table[:-side, :-side] > 0
 
 
-ACCUMULATORS: tuple[type[Accumulator], ...] = (ConfusionMatrix, BoundaryMetrics)
+ACCUMULATORS: tuple[type[Accumulator], ...] = (ConfusionMatrix, BoundaryMetrics)  # the confusion matrix first
 
 
 def registered(kinds: Sequence[type[Accumulator]]) -> dict[str, Metric]:
     """Return all metrics by name. Raises TypeError where one would take the place of another, or of the loss."""
-    names = ["loss", "images", "epoch", *(name for kind in kinds for name in kind.metrics)]
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise TypeError(f"two metrics have the same name: {', '.join(twice)}")
-    return {name: about for kind in kinds for name, about in kind.metrics.items()}
+    found = {name: about for kind in kinds for name, about in kind.metrics.items()}
+    if len(found) < sum(len(kind.metrics) for kind in kinds) or found.keys() & {"loss", "images", "epoch"}:
+        raise TypeError(f"two metrics have the same name, among {', '.join(found)}")
+    return found
 
 
 METRICS = registered(ACCUMULATORS)
@@ -240,25 +221,22 @@ CHOOSING = [name for name in BETTER if name not in AT_ORIGINAL_SIZE]  # what eve
 class Metrics:
     """All metrics of a data set; those for photos at their own size only where original_size says so.
 
-    update() once per batch, reduce() once if several processes share the data set, compute() at the end. Sums are
-    divided once per data set, never averaged over batches.
+    Sums are divided once per data set, never averaged over batches: update(), reduce() over processes, compute().
     """
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu", *, original_size: bool = False):
         self.confusion = ConfusionMatrix(num_classes, device)
-        others = [kind for kind in ACCUMULATORS if kind is not ConfusionMatrix]
-        self.others = [kind(num_classes, device) for kind in others if original_size or not kind.original_size]
+        others = [kind for kind in ACCUMULATORS[1:] if original_size or not kind.original_size]
+        self.parts = [self.confusion, *(kind(num_classes, device) for kind in others)]
 
     def update(self, predictions: Tensor, labels: Tensor) -> Tensor:
         """Add a batch as every Accumulator does. Returns the confusion counts of each image, int64 (B, C, C)."""
-        for part in self.others:
-            part.update(predictions, labels)
-        return self.confusion.update(predictions, labels)
+        counts, *_ = [part.update(predictions, labels) for part in self.parts]
+        return counts
 
     def reduce(self) -> None:
-        for part in (self.confusion, *self.others):
+        for part in self.parts:
             part.reduce()
 
     def compute(self) -> dict[str, Any]:
-        parts = [part.compute() for part in (self.confusion, *self.others)]
-        return {name: value for part in parts for name, value in part.items()}
+        return {name: value for part in self.parts for name, value in part.compute().items()}

@@ -54,9 +54,7 @@ class GCN(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, *, kernel_size: int = 7, padding: str = "swapped"):
         super().__init__()
         k, half = kernel_size, kernel_size // 2
-        if padding not in GCN_PADDINGS:
-            raise UserError(f"gcn_padding is {padding!r}; allowed: {', '.join(GCN_PADDINGS)}")
-        along, across = ((0, half), (half, 0)) if padding == "same" else ((half, 0), (0, half))
+        along, across = {"same": ((0, half), (half, 0)), "swapped": ((half, 0), (0, half))}[padding]
         self.conv_l1 = nn.Conv2d(in_channels, out_channels, (k, 1), padding=(half, 0))
         self.conv_l2 = nn.Conv2d(out_channels, out_channels, (1, k), padding=(0, half))
         self.conv_r1 = Conv2d(in_channels, out_channels, (1, k), padding=along)
@@ -110,30 +108,24 @@ class FCN_GCN(nn.Module):
     """Encoder, one score map per stage, and a decoder that adds them up from coarse to fine.
 
     Args:
-        num_classes: channels of the logits, background included.
-        encoder: a torchvision model of the ResNet family, one of ENCODERS; or "timm/NAME", see model/encoders.py.
+        encoder: one of ENCODERS, which are torchvision's, or "timm/NAME", see model/encoders.py.
         kernel_size: k of the heads, odd and at least 3 (paper, table 1).
         head: "gcn"; or, as the paper's comparisons, "conv1x1" (table 1), "conv", a plain k x k (table 2), or
             "stack", (k - 1) / 2 layers of 3 x 3 without nonlinearity that keep the width to the last one (table 3).
         boundary_refinement: whether BR blocks follow the heads and the fusions (table 5).
-        stem_maxpool: False = output strides 2 to 16; True = 4 to 32, the paper's and ResNet's own. Models of timm have
-            strides 4 to 32.
-        gcn_padding: "swapped" or "same", see GCN; the other heads have no use for it.
-        dropout_rate: probability of dropping a channel of the encoder features that enter a head.
+        stem_maxpool: False = a ResNet's output strides are 2 to 16; True = 4 to 32, the paper's and timm's.
+        gcn_padding: "swapped" or "same", see GCN.
+        dropout_rate: probability of dropping a channel of the maps that enter a head.
         zero_init_residual: let every residual block begin as its shortcut: 0 for BR's second convolution and, unless
             pretrained, for the weight of each encoder block's last batch norm (Goyal et al., arXiv 1706.02677, 5.1).
         zero_init_heads: let the last convolutions of every head begin at 0, so that the first logits do not depend on
             the scale of the encoder's maps, which is large where they come without batch norm, as EfficientNet's.
-        freeze_encoder_statistics: normalize in the encoder with its running statistics, which stay as they are, in
-            training too.
-        activation_checkpointing: keep no activations inside of the encoder's four stages, compute them once more in the
-            backward pass. Gradients and running statistics are the same.
+        freeze_encoder_statistics: the encoder's batch norm uses its running statistics, unchanged, in training too.
+        activation_checkpointing: compute the encoder's activations again in the backward pass, with the same result.
         pretrained: start the encoder from ImageNet weights, installed or downloaded once, or from a file of weights.
-        normalize: the network is for photos normalized with mean and std, those of the encoder's weights; False: for
-            values in [0, 1], and mean and std are 0 and 1.
+        normalize: photos are normalized with mean and std, those of the encoder's weights; False: these are 0 and 1.
 
-    Raises:
-        UserError: an option is out of range or not for this encoder, or its weights are not to be had.
+    Raises UserError where an option is out of range or not for this encoder, or its weights are not to be had.
     """
 
     def __init__(
@@ -157,8 +149,6 @@ class FCN_GCN(nn.Module):
         super().__init__()
         if kernel_size < 3 or kernel_size % 2 == 0:
             raise UserError(f"kernel_size is {kernel_size}; allowed: an odd number of at least 3")
-        if head not in HEADS:
-            raise UserError(f"head is {head!r}; allowed: {', '.join(HEADS)}")
 
         def score(in_channels: int) -> nn.Module:
             layer = HEADS[head](in_channels, num_classes, kernel_size, gcn_padding)
@@ -169,13 +159,10 @@ class FCN_GCN(nn.Module):
         def refine() -> nn.Module:
             return BR(num_classes, zero_init=zero_init_residual) if boundary_refinement else nn.Sequential()  # identity
 
-        options = {
-            "stem_maxpool": stem_maxpool,
-            "zero_init_residual": zero_init_residual,
-            "freeze_encoder_statistics": freeze_encoder_statistics,
-            "activation_checkpointing": activation_checkpointing,
-        }
-        self.encoder, modules = encoders.build(encoder, pretrained=pretrained, options=options)
+        options = {"stem_maxpool": stem_maxpool, "zero_init_residual": zero_init_residual}
+        options["freeze_encoder_statistics"] = freeze_encoder_statistics
+        options["activation_checkpointing"] = activation_checkpointing
+        self.encoder, modules = encoders.build(encoder, pretrained, options)
         for name, module in modules.items():  # a ResNet's have their old names: conv1, bn0, layer1, ...
             self.add_module(name, module)
         self.freeze_encoder_statistics = freeze_encoder_statistics
@@ -187,12 +174,16 @@ class FCN_GCN(nn.Module):
         self.br1, self.br2, self.br3, self.br4 = refine(), refine(), refine(), refine()
         self.br5, self.br6, self.br7, self.br8, self.br9 = refine(), refine(), refine(), refine(), refine()
 
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """Return the encoder's four maps (B, C, h, w) of images (B, 3, H, W)."""
+        return self.encoder.maps(self, images)
+
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (B, num_classes, H, W) of normalized images (B, 3, H, W), with H and W at least 32.
 
         The sizes beside the lines are those of a ResNet without stem_maxpool; otherwise f1 to f4 are half as large.
         """
-        f1, f2, f3, f4 = self.encoder.maps(self, x)  # (B, C, H/2, W/2), (B, 2C, H/4, W/4), to (B, 8C, H/16, W/16)
+        f1, f2, f3, f4 = self.maps(x)  # (B, C, H/2, W/2), (B, 2C, H/4, W/4), to (B, 8C, H/16, W/16)
 
         s1 = self.br1(self.gcn1(self.dropout(f1)))  # (B, num_classes, H/2, W/2)
         s2 = self.br2(self.gcn2(self.dropout(f2)))  # (B, num_classes, H/4, W/4)
@@ -209,7 +200,6 @@ class FCN_GCN(nn.Module):
         return _upsample(y, size=x.shape[-2:], always=compiler.is_exporting())  # (B, num_classes, H, W)
 
     def train(self, mode: bool = True) -> "FCN_GCN":
-        """Set training mode, in which the encoder's batch norm may stay in that of evaluation."""
         super().train(mode)
         if self.freeze_encoder_statistics:
             for name, module in self.named_modules():

@@ -1,7 +1,4 @@
-"""What several processes that share a batch must do together: sums, batch norm and dropout over the whole of it.
-
-With a single process everything here is what PyTorch has for it.
-"""
+"""What several processes that share a batch must do together: sums, batch norm and dropout over the whole of it."""
 
 import torch
 import torch.distributed as dist
@@ -13,7 +10,6 @@ from model import UserError
 
 
 def process_count() -> int:
-    """Return how many processes share the work."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -54,9 +50,7 @@ class _Total(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
-        result = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(result)
-        return result
+        return _Total.forward(ctx, gradient)
 
 
 WITHOUT_FLOAT64 = {"mps"}  # kinds of devices; of xpu some
@@ -97,10 +91,7 @@ class HostSyncBatchNorm2d(nn.BatchNorm2d):
 
 
 class DeviceSyncBatchNorm2d(nn.SyncBatchNorm):
-    """nn.SyncBatchNorm, also where a process has no image of a batch.
-
-    In half precision it would send zeros in that precision, while the others send their statistics in float32.
-    """
+    """nn.SyncBatchNorm, which in half precision would send zeros in that, not float32, where a process has no image."""
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W), B may be 0
         return _activated(self, super().forward(x) if len(x) else super().forward(x.float()).to(x.dtype))
@@ -108,8 +99,7 @@ class DeviceSyncBatchNorm2d(nn.SyncBatchNorm):
 
 def _activated(norm: nn.Module, x: Tensor) -> Tensor:
     """Apply the activation that timm's BatchNormAct2d has in itself."""
-    activation = getattr(norm, "act", None)
-    return x if activation is None else activation(x)
+    return getattr(norm, "act", nn.Identity())(x)
 
 
 def is_plain_batch_norm(module: nn.Module) -> bool:
@@ -118,19 +108,14 @@ def is_plain_batch_norm(module: nn.Module) -> bool:
 
 
 def synchronize_batch_norm(model: nn.Module, device: torch.device) -> None:
-    """Let batch norm be that over the batches of all processes; names and values of its tensors stay.
-
-    Raises UserError for a form of batch norm that is not known.
-    """
+    """Let batch norm be over the batches of all processes. Raises UserError for a form of it that is not known."""
     for name, module in model.named_modules():
         if is_plain_batch_norm(module):
             # The same attributes, but for one: the group that SyncBatchNorm asks, by default all processes.
             module.process_group = None
             module.__class__ = DeviceSyncBatchNorm2d if device.type == "cuda" else HostSyncBatchNorm2d
         elif isinstance(module, _BatchNorm):
-            raise UserError(
-                f"{name} is {type(module).__name__}, which several processes cannot share; train with one process"
-            )
+            raise UserError(f"several processes cannot share {name}, {type(module).__name__}; train with one process")
 
 
 class Dropout2d(nn.Dropout2d):

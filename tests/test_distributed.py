@@ -288,11 +288,7 @@ def test_evaluation_by_several_processes_gives_the_same_files(trained, tmp_path)
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (
-            {"batch_size": 3},
-            '"batch_size" is 3, the images of a step in all processes together, and cannot be divided among 2; '
-            "use 2 or 4",
-        ),
+        ({"batch_size": 3}, '"batch_size" is 3, over all processes, and cannot be divided among 2'),
         (
             {"batch_size": 2, "compile": True, "activation_checkpointing": True},
             '"compile" and "activation_checkpointing" together are for one process; set one of them to false',

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import ROOT, as_network, make_data, make_experiment, run_script
+from conftest import ROOT, make_data, make_experiment, run_script
 from PIL import Image
 from torch import nn
 
@@ -132,11 +132,7 @@ def test_the_file_says_what_it_is_and_nothing_of_the_machine(exported):
 
 @pytest.mark.parametrize(
     ("resize", "size", "seen"),
-    [
-        ("squash", (90, 53), (32, 32)),
-        ("letterbox", (90, 53), (19, 32)),
-        ("letterbox", (4000, 1), (1, 32)),
-    ],
+    [("squash", (90, 53), (32, 32)), ("letterbox", (90, 53), (19, 32)), ("letterbox", (4000, 1), (1, 32))],
     ids=str,
 )
 def test_the_example_of_the_page_finds_the_classes_that_evaluate_scores(
@@ -203,7 +199,7 @@ def test_a_file_that_fails_its_check_is_not_kept(exported, tmp_path, monkeypatch
         ({"model_dir": Path("nowhere"), "output": Path("x.onnx")}, r"no checkpoint nowhere/best\.pth\.tar"),
         ({"restore_file": "third"}, r"no checkpoint .*third\.pth\.tar"),
         ({"output": Path("best.pth.tar")}, r"--output best\.pth\.tar: .* ends in \.onnx"),
-        ({"output": Path("nowhere/x.onnx")}, "no folder nowhere"),
+        ({"output": Path("nowhere/x.onnx")}, "--output nowhere/x.onnx: .* in a folder that is there"),
         ({"data_dir": Path("nothing")}, "nothing holds no data set"),
     ],
     ids=str,
@@ -214,20 +210,11 @@ def test_a_mistake_is_named(exported, flags, said):
         export_here(experiment, data, **flags)
 
 
-def test_an_onnxscript_older_than_pytorch_is_named_with_what_installs_it(tmp_path, monkeypatch):
-    def older(*args, **options):
-        raise ImportError("No module named 'onnxscript.torch_3'")
-
-    monkeypatch.setattr(torch.onnx, "export", older)
-    with pytest.raises(UserError, match=r"torch_3.*: pip install --upgrade -r requirements-export.txt"):
-        export.write_onnx(as_network(nn.Identity()), tmp_path / "x.onnx", {})
-
-
 def test_without_the_packages_help_answers_and_one_line_says_what_to_install(tmp_path):
     missing = ("onnx", "onnxscript", "onnxruntime")
     assert "--output" in run_script("export.py", "--help", without=missing).stdout
     result = run_export(tmp_path, tmp_path, check=2, without=missing)
-    assert result.stderr.startswith("export.py: error: export.py needs packages that cannot be imported here (")
+    assert result.stderr.startswith("export.py: error: ")
     assert result.stderr.endswith(": pip install --upgrade -r requirements-export.txt\n")
     assert result.stderr.count("\n") == 1
 
@@ -335,9 +322,8 @@ COMBINATIONS = [dict(zip(CHOICES, values, strict=True)) for values in itertools.
 @pytest.mark.parametrize("encoder", [*ENCODERS, *(f"timm/{name}" for name in TIMM_MODELS)])
 def test_every_encoder_goes_through_in_any_combination(tmp_path, encoder, number):
     """Train a step, evaluate, export and predict, as a user would; what an encoder refuses is set back as it says."""
-    print(
-        drawn := random.SystemRandom().choice(COMBINATIONS) | {"encoder": encoder}
-    )  # pytest shows it where this fails
+    drawn = random.SystemRandom().choice(COMBINATIONS) | {"encoder": encoder}
+    print(drawn)  # pytest shows it where this fails
     options = {"num_epochs": 1, "batch_size": 2, "image_size": 64}
     # After one step from scratch the statistics of batch norm fit nothing, and a deep encoder would overflow.
     options |= {"zero_init_residual": encoder in ENCODERS}

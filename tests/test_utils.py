@@ -76,11 +76,10 @@ def test_every_default_is_allowed_and_every_key_refuses_nonsense(key):
         ('{"learning_rate": 1' + 400 * "0" + "}", ['"learning_rate" is 1000']),
         ('{"optimizer": "nonesuch"}', ['"optimizer" is "nonesuch"', '"sgd", "adamw"']),
         ('{"kernel_size": 8}', ['"kernel_size" is 8', "odd"]),
-        ('{"kernel_size": 257}', ['"kernel_size" is 257', "at most 255"]),
+        ('{"kernel_size": 257}', ['"kernel_size" is 257', "from 3 to 255"]),
         ('{"image_size": 100000}', ['"image_size" is 100000', "at most 16384"]),
         ('{"num_epochs": 1' + 400 * "0" + "}", ['"num_epochs" is 1000', "an integer of at least 1"]),
-        ('{"train_split": "a\\u0000"}', ['"train_split" is', "the name of a list"]),
-        ('{"train_split": "\\ud800"}', ['"train_split" is', "the name of a list"]),
+        ('{"train_split": "../a"}', ['"train_split" is', "the name of a list"]),
         ('{"loss_weights": {"dise": 1}}', ['"loss_weights" is {"dise": 1}', "bce, dice, inverse_dice, cross_entropy"]),
         ('{"loss_weights": {"dice": 0}}', ["not all of them 0"]),
         ('{"warmup_epochs": 35}', ['"warmup_epochs" is 35', 'fewer than "num_epochs", 35']),
@@ -127,7 +126,7 @@ def test_rules_over_several_keys_depend_on_the_number_of_processes():
     params = Params(batch_size=3, cutmix=0.5, compile=True, activation_checkpointing=True)
     assert params.broken_rules() == []
     said = "; ".join(params.broken_rules(2))
-    assert [word in said for word in ("use 2 or 4", "are for one process", "each of 2 a single one")] == [True] * 3
+    assert [word in said for word in ("cannot be divided", "are for one process", "which has only one")] == [True] * 3
 
 
 def test_two_params_do_not_share_their_loss_weights():
