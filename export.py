@@ -83,17 +83,16 @@ def write_onnx(model: FCN_GCN, file: Path, metadata: dict[str, str]) -> None:
     def side(name: str) -> Any:
         return name if multiple == 1 else multiple * torch.export.Dim(f"{name}_by_{multiple}", min=1, max=512)
 
+    shapes = ({0: "batch", 2: side("height"), 3: side("width")},)
+    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about PyTorch's own insides
-        program = torch.onnx.export(
-            model.eval(),
-            (example,),
-            dynamo=True,
-            dynamic_shapes=({0: "batch", 2: side("height"), 3: side("width")},),
-            input_names=["images"],
-            output_names=["logits"],
-            verbose=False,
-        )
+        try:
+            program = torch.onnx.export(
+                model.eval(), (example,), dynamo=True, dynamic_shapes=shapes, verbose=False, **names
+            )
+        except ImportError as error:  # an onnxscript that is older than this PyTorch
+            raise UserError(f"{error}: pip install --upgrade -r requirements-export.txt") from None
     assert program is not None
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces, with the paths of this machine

@@ -3,6 +3,7 @@
 Another kind of encoder is one more function that returns an Encoder, and a line in build().
 """
 
+import difflib
 import importlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -218,7 +219,8 @@ def _timm_pyramid(name: str) -> Any:
         raise UserError(f'encoder "{name}" needs timm ({error}): pip install timm') from None
     short = name.removeprefix(TIMM)
     if not timm.is_model(short):
-        raise UserError(f'encoder is "{name}", which timm {timm.__version__} has not; see timm.list_models()')
+        nearest = " or ".join(difflib.get_close_matches(short, timm.list_models(), n=3)) or "one of timm.list_models()"
+        raise UserError(f'encoder is "{name}", which timm {timm.__version__} has not; did you mean {nearest}?')
     try:
         try:
             model = timm.create_model(short, features_only=True, strict_img_size=False)  # or Swin's size would be fixed

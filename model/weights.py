@@ -87,6 +87,8 @@ def matched(
         found = given[other]
         if found.shape != tensor.shape or name.rsplit(".", 1)[-1] != other.rsplit(".", 1)[-1]:
             raise fault(f"its {other} is {tuple(found.shape)}, {name} is {tuple(tensor.shape)}")
+        if not found.is_floating_point() or not found.isfinite().all():
+            raise fault(f"its {other} ({found.dtype}) holds something else than finite numbers of floating point")
     if surplus:
         raise fault(f"it has no place for {surplus[0]}")
     return {name: given[other] for name, other in pairs.items()}
