@@ -222,7 +222,7 @@ def test_without_the_packages_help_answers_and_one_line_says_what_to_install(tmp
 def test_starting_over_deletes_what_was_exported_but_not_under_a_name_of_the_users(tmp_path):
     for name in ("best.onnx", "last.onnx", "mine.onnx"):
         (tmp_path / name).touch()
-    assert [path.name for path in run.existing(tmp_path)] == ["best.onnx", "last.onnx"]
+    assert [path.name for path in run.existing(tmp_path)] == ["last.onnx", "best.onnx"]
 
 
 # ---------------------------------------------------------------------------------------- architectures

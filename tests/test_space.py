@@ -42,7 +42,7 @@ def space_file(folder: Path, content) -> Path:
         ({"weight_decay": {"low": 0.01, "high": 0.1, "log": "no"}}, RANGE),
         ({"weight_decay": {"low": 0, "high": 0.1, "step": 0.04}}, RANGE),
         ({"batch_size": {"low": 2, "high": 8, "step": 1.5}}, RANGE),
-        ({"kernel_size": {"low": 3, "high": 15}}, '"kernel_size" is 4; allowed: an integer of at least 3'),
+        ({"kernel_size": {"low": 3, "high": 15}}, '"kernel_size" is 4; allowed: an odd integer from 3'),
     ],
 )
 def test_a_faulty_search_space_is_refused(tmp_path, content, words):

@@ -314,7 +314,7 @@ def test_without_data_one_line_names_the_two_ways_on(tmp_path):
         ({}, ["--init_from", "nowhere.pth.tar"], "no checkpoint nowhere.pth.tar"),
         ({"image_size": 32, "stem_maxpool": True, "batch_size": 5}, [], "leaves a batch of one among 6 images"),
         ({"image_size": 32, "stem_maxpool": True, "batch_size": 1}, [], "leaves a batch of one among 6 images"),
-        ({"batch_size": 1, "cutmix": 0.5}, [], '"batch_size" 1 gives each of 1 a single one; raise "batch_size"'),
+        ({"batch_size": 1, "cutmix": 0.5}, [], 'which has only one; raise "batch_size"'),
     ],
 )
 def test_a_mistake_is_said_in_one_line_with_nothing_written(data, tmp_path, monkeypatch, params, args, said):
@@ -592,7 +592,7 @@ def test_freed_memory_is_kept_unless_the_environment_says_how_much():
         with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
             before, after = pool.submit(heaps, variables).result(timeout=60)
         assert before < 300
-        assert after < 300 if variables else after >= 3000  # of 6000: some are free in the heap that is forked
+        assert after < 300 if variables else after >= 1000  # of 6000: some are free in the heap that is forked
 
 
 def test_metrics_of_training_count_every_batch(data):
