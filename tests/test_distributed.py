@@ -413,7 +413,7 @@ def test_a_run_ends_promptly_and_clearly_whichever_process_is_stopped(tmp_path, 
     ranks = workers(process)
     os.kill(ranks[rank], number)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 1 and "Traceback (most recent call last)" not in stderr
+    assert process.returncode == 1 and 'train.py", line' not in stderr  # torchrun has a traceback of its own
     ours = [line for line in stderr.splitlines() if line.startswith("train.py: error")]
     assert all(re.search("terminated|another process of this run has ended", line) for line in ours)
     assert bool(ours) or (rank, number) == (0, signal.SIGKILL)
