@@ -46,6 +46,8 @@ def _number(default: float | None, range_: str, meaning: str) -> Any:
 
 def _constant(key: str) -> Any:
     """Return the field of a constant that a term of the loss declares."""
+    if key not in constants():
+        raise TypeError(f"no term in TERMS declares {key}: is it a dataclass, its field made by constant()?")
     constant = constants()[key][1]
     low, high, meaning = constant.metadata.values()
     allowed = f"a number from {low} to {high}"
@@ -158,7 +160,7 @@ class Params:
         values = read_json(path, if_absent="an experiment is a folder with a params.json, {} for the defaults")
         if not isinstance(values, dict):
             raise UserError(f'{path} must hold one JSON object, as {{"learning_rate": 0.01}}')
-        return cls.parse(values | dict(changes or {}), path)
+        return cls.parse(values | dict(changes or {}), f"{path} with --set" if changes else path)
 
     @classmethod
     def parse(cls, values: dict[str, Any], source: str | Path) -> "Params":
@@ -180,9 +182,9 @@ class Params:
         rule = known[key].metadata
         return None if rule["check"](value) else f'"{key}" is {json.dumps(value)}; allowed: {rule["allowed"]}'
 
-    def broken_rules(self, processes: int = 1) -> list[str]:
-        """Say what is wrong with several keys together, in that many processes."""
-        share, rest = divmod(self.batch_size, processes)
+    def broken_rules(self, processes: int | None = None) -> list[str]:
+        """Say what is wrong with several keys together, for training in that many processes if given."""
+        share, rest = divmod(self.batch_size, processes or 1)
         warmup = f'"warmup_epochs" is {self.warmup_epochs}; allowed: fewer than "num_epochs", {self.num_epochs}'
         divided = f'"batch_size" is {self.batch_size}, over all processes, and cannot be divided among {processes}'
         alone = '"compile" and "activation_checkpointing" together are for one process; set one of them to false'
@@ -190,8 +192,8 @@ class Params:
         rules = [
             (warmup, self.warmup_epochs >= self.num_epochs),
             (divided, rest > 0),
-            (alone, self.compile and self.activation_checkpointing and processes > 1),
-            (cutmix, self.cutmix > 0 and share < 2),
+            (alone, self.compile and self.activation_checkpointing and (processes or 1) > 1),
+            (cutmix, processes is not None and self.cutmix > 0 and share < 2),
         ]
         return [fault for fault, broken in rules if broken]
 

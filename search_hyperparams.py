@@ -75,8 +75,8 @@ def print_summary(sweep: Coordinator) -> int:
 def main(args: argparse.Namespace) -> int:
     sweep = make_coordinator(args)
     with sole_run(args.parent_dir, "search_hyperparams.py"):
-        for lock in args.parent_dir.glob(f"*/{RUN_LOCK}"):
-            with sole_run(lock.parent):  # or else a train.py that a killed coordinator has left is at work there
+        for folder in filter(lambda folder: (folder / RUN_LOCK).exists(), map(args.parent_dir.joinpath, sweep.trials)):
+            with sole_run(folder):  # or else a train.py that a killed coordinator has left is at work there
                 pass
         try:
             sweep.run()

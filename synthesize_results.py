@@ -21,14 +21,15 @@ from engine.cli import add_folder, run_main
 from engine.run import existing, is_running, last_record, recorded_data_dir
 from engine.training import best_epoch, better_of, score, why_finished
 from model import UserError
+from model.metrics import AT_ORIGINAL_SIZE, BETTER, METRICS
 from params import Params
 from utils import is_number, read_history, read_json, save_figure, table_text, walk, write_text
 from visualize import results_figure
 
 BEST = "best_original_size"  # in the names of evaluate.py's files: the best weights at the photos' own size
 OWN_SIZE = "_original_size_mIoU"  # ends the column of a split's mIoU at the photos' own size
-BY_REGION = ("boundary_accuracy", "interior_accuracy")  # at that size, on val
-PUBLISHABLE = ("mIoU", "pixel_accuracy", *BY_REGION)
+BOUNDARY = [name for name in METRICS if name in BETTER and name in AT_ORIGINAL_SIZE]  # at that size, on val
+PUBLISHABLE = ("mIoU", "pixel_accuracy", *BOUNDARY)
 TASK = ("dataset", "num_classes", "image_size", "resize")  # what differs in one is scored on different pixels
 DATA = TASK[:2]  # what differs in one has other photos or labels
 DIFFERENCE = ("difference", "low", "high", "verdict")  # columns of a comparison, after the name of a split
@@ -87,7 +88,7 @@ class Run:
         row = {"name": self.name, "data_dir": self.data_dir, **self.params, "mIoU": None, **self.best["val"]}
         for split, metrics in self.own_size.items():
             row[split + OWN_SIZE] = metrics.get("mIoU")
-        row |= {key: value for key, value in self.own_size.get("val", {}).items() if key in BY_REGION}
+        row |= {key: value for key, value in self.own_size.get("val", {}).items() if key in BOUNDARY}
         minutes = sum(epoch["seconds"] for epoch in self.history) / 60
         counted = (self.best["epoch"], len(self.history), minutes) if self.history else (None, None, None)
         return row | dict(zip(COUNTED, counted, strict=True)) | {"state": self.state}
@@ -141,6 +142,8 @@ def read(folder: Path, parent_dir: Path) -> Run:
         run.problem = "; ".join(filter(None, (run.problem, changes)))
     except (UserError, OSError) as error:
         run.problem = str(error)
+    except (AttributeError, KeyError, TypeError) as error:  # JSON of another shape
+        run.problem = f"a file there is damaged ({error!r})"
     return run
 
 

@@ -1,6 +1,7 @@
 """Train one experiment: model_dir/params.json in, checkpoints and metrics out."""
 
 import argparse
+import json
 import logging
 import time
 from functools import partial
@@ -213,6 +214,8 @@ def build_and_train(start: Start, device: torch.device, args: argparse.Namespace
     training = Training(
         model, params, batches=len(train_loader), splits=(train_split, val_split), class_names=names, changes=start.set
     )
+    if start.set:
+        notes.append(f"--set, before params.json: {json.dumps(start.set)}")
     if state is not None:
         training.load_state_dict(state, args.model_dir / "last.pth.tar")
         notes.append(f"continuing after epoch {training.epoch}; changed since: {changes_since(start, training, args)}")

@@ -140,7 +140,7 @@ def write_history(model_dir: Path, history: list[dict]) -> None:
 
 def set_logger(log_file: Path) -> None:
     """Log to the terminal, and with times to log_file."""
-    logging.raiseExceptions = False  # a run goes on where stdout is gone, or its log cannot be written
+    logging.raiseExceptions = False  # a line that cannot be written is dropped
     logger = logging.getLogger()
     logger.setLevel(logging.INFO)
     for handler in logger.handlers[:]:

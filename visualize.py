@@ -152,7 +152,8 @@ def training_curves(history: Sequence[Mapping]) -> Figure:
 def confusion_figure(counts: np.ndarray, iou: Mapping[str, float | None]) -> Figure:
     """Return where the pixels of each class went, as shares of its pixels, and each class's IoU as a bar.
 
-    counts has the pixels (C, C) by label and prediction, iou a value for each of the C names; None: it occurs nowhere.
+    counts has the pixels (C, C) by label and prediction, iou a value for each of the C names; None: in no
+    label or prediction.
     """
     names = [_spelling(name if len(name) <= 18 else f"{name[:17]}…") for name in iou]
     side = max(5.0, 2.5 + 0.32 * len(names))
@@ -170,7 +171,7 @@ def confusion_figure(counts: np.ndarray, iou: Mapping[str, float | None]) -> Fig
     bars.bar_label(drawn, texts, padding=2, fontsize="small")
     bars.set(xlim=(0, 1.1), ylim=(len(names) - 0.5, -0.5), xlabel="IoU")  # the rows of the matrix
     bars.set_yticks(range(len(names)), names)
-    if present := [value for value in iou.values() if value is not None]:
+    if present := [value or 0 for value, total in zip(iou.values(), totals[:, 0], strict=True) if total]:
         bars.axvline(np.mean(present), color="grey", linestyle="--", linewidth=1)
         bars.set_xlabel(f"IoU; the line is the mean, {np.mean(present):.3f}")
     return figure

@@ -172,7 +172,7 @@ def begin(args: argparse.Namespace, device: torch.device) -> Start | None:
         raise UserError(f"{args.model_dir} already holds a run ({earlier[0].name}); {way_on}, or --overwrite it")
     if args.overwrite and args.init_from and args.init_from.resolve() in map(Path.resolve, existing(args.model_dir)):
         raise UserError(f"--overwrite would delete {args.init_from}; move it to another folder first")
-    check_alike([asdict(params), state and state["epoch"]], f"{args.model_dir}, its params.json or last.pth.tar,")
+    check_alike([asdict(params), state and state.get("epoch")], f"{args.model_dir}, its params.json or last.pth.tar,")
     data_dir = find_data_dir(args, params.dataset) if state else args.data_dir or Path("data")
     return Start(params, changes, data_dir, last, state)
 
@@ -207,6 +207,10 @@ def changes_since(start: Start, training: Training, args: argparse.Namespace) ->
     keys = [*changed_keys(Params.parse(start.state["params"], start.file), training.params)]
     lists = {"images": "the list of training images", "val_images": "the list of validation images"}
     keys += [lists[key] for key, digest in training.lists.items() if start.state.get(key, digest) != digest]
+    last = start.state["metrics"]["last"]
+    labelled = [iou for name, iou in last["IoU"].items() if last["accuracy"][name] is not None]
+    if last["mIoU"] is not None and abs(last["mIoU"] - sum(labelled) / len(labelled)) > 1e-9:
+        keys.append("mIoU, which is over the classes in the labels now")
     before = recorded_data_dir(args.model_dir)
     keys += [] if before in (None, Path(os.path.abspath(start.data_dir))) else [f"the data folder, before {before}"]
     return ", ".join(keys) or "nothing"
@@ -313,7 +317,7 @@ class EpochOutputs:
 
     def __init__(self, model_dir: Path):
         self.model_dir = model_dir
-        self.trackers: list[TensorBoard] = []
+        self.trackers: list[Any] = []
         self.drawn = time.monotonic()  # as if just now: the first epoch of a short run does not wait for a drawing
 
     def write_epoch(self, training: Training, val_set: SegmentationDataset) -> None:

@@ -23,7 +23,7 @@ from model.net import FCN_GCN
 from model.parallel import Dropout2d, copy_to_all, shard, synchronize_batch_norm
 from optimization import build_optimizer, learning_rate_at
 from params import Params
-from utils import RunFailed
+from utils import RunFailed, is_out_of_memory
 
 
 class Training:
@@ -245,6 +245,8 @@ class Training:
             self._load_rest(state)
             finite = self.is_finite()
         except (LookupError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+            if is_out_of_memory(error):
+                raise
             raise UserError(
                 f"{source} holds no sound training state ({type(error).__name__}: {error}); start from its weights "
                 "with --init_from, in another --model_dir"

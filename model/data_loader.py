@@ -58,6 +58,7 @@ class SegmentationDataset(Dataset):
         self.resize = resize
         self.padding = padding
         self.cache_file = build_cache(self) if cache else None
+        _ = self._examples  # mapped now: a run with other files may replace the cache
         if not cache:
             deque(self.decode_all(), maxlen=0)  # to find every faulty file now
 
@@ -126,7 +127,7 @@ def build_cache(dataset: SegmentationDataset) -> Path:
     prefix = f"{split.name}-{shape}-{len(dataset.class_names)}classes"
     file = folder / f"{prefix}-{_digest(dataset, root)}.npy"
     with FileLock(folder / f"{prefix}.lock"):
-        if not file.exists():
+        if not file.exists() or file.stat().st_size < len(dataset) * size**2 * 4:  # as after half a copy
             # Not a writable map: a full disk would end that with SIGBUS.
             with replacing(file) as temporary, open(temporary, "wb") as stream:
                 header = {"descr": "|u1", "fortran_order": False, "shape": (len(dataset), size, size, 4)}

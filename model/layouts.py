@@ -37,6 +37,8 @@ def find_split(dataset: str, data_dir: str | Path, name: str, *, masks_required:
     if Path(name).name != name:
         raise UserError(f"split {name!r}: give the name of a list without folder and suffix, as val")
     split = LAYOUTS[dataset](Path(data_dir), name)
+    if {len(split.images), len(split.ids if split.masks is None else split.masks)} != {len(split.ids)} or not split.ids:
+        raise UserError(f"{where} has {len(split.ids)} ids, {len(split.images)} photos, {len(split.masks or [])} masks")
     if bad := next((id_ for id_ in split.ids if Path(id_).name != id_), None):
         raise UserError(f"{where}: ids name files, and {bad!r} is no name of a file")
     for kind, names in (("photo", split.ids), ("class name", split.class_names or [])):

@@ -206,8 +206,10 @@ class SegmentationLoss(nn.Module):
         sums = {name: {"pixels": batch.pixels} | term.sums(batch) for name, term in self.terms.items()}
         # A tensor that several terms share is one entry, with one gradient.
         distinct = {id(value): value for own in sums.values() for value in own.values()}
-        values = torch.stack([value.to(exact_dtype(value.device)) for value in distinct.values()])
-        totals = dict(zip(distinct, differentiable_sum(values) if self.over_processes else values, strict=True))
+        values = torch.cat([value.to(exact_dtype(value.device)).flatten() for value in distinct.values()])
+        values = differentiable_sum(values) if self.over_processes else values
+        parts = zip(distinct.items(), values.split([value.numel() for value in distinct.values()]), strict=True)
+        totals = {key: part.view(value.shape) for (key, value), part in parts}
         own = {name: {key: totals[id(value)] for key, value in of.items()} for name, of in sums.items()}
         terms = [self.weights[name] * term.value(own[name], batch.num_classes) for name, term in self.terms.items()]
         loss = sum(terms, start=values.new_zeros(()))

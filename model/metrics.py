@@ -54,7 +54,10 @@ class Accumulator:
         on_host = copy.copy(self)
         vars(on_host).update({name: value.cpu().double() for name, value in self._sums().items()})
         found = {name: about.value(on_host).numpy() for name, about in self.metrics.items()}
-        return {name: np.where(np.isnan(value), np.array(None), value).tolist() for name, value in found.items()}
+        for name, value in found.items():
+            if value.ndim != bool(self.metrics[name].column):
+                raise TypeError(f"{name} has {value.ndim} axes; a metric by class has one and a column, others neither")
+        return {name: np.where(np.isfinite(value), value, np.array(None)).tolist() for name, value in found.items()}
 
 
 class ConfusionMatrix(Accumulator):

@@ -227,7 +227,7 @@ def without_unused(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def is_of_score_layer(name: str) -> bool:
     """Return whether a tensor of this name depends on the number of classes: those of the heads and of BR."""
-    return name.startswith(("gcn", "br"))
+    return re.match(r"(gcn[1-4]|br[1-9])(\.|$)", name) is not None
 
 
 def class_count(state_dict: Mapping[str, Tensor]) -> int | None:

