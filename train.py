@@ -4,8 +4,8 @@ import argparse
 import json
 import logging
 import time
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from engine.devices import (
     seed_everything,
     to_device,
 )
-from engine.evaluation import evaluate
+from engine.evaluation import evaluate, make_dataset
 from engine.run import (
     EpochOutputs,
     EpochProgress,
@@ -38,8 +38,7 @@ from engine.run import (
     sole_run,
 )
 from engine.training import Training
-from model.data_loader import Loader, SegmentationDataset, make_loader
-from model.layouts import Split
+from model.data_loader import Loader, make_loader
 from model.losses import SegmentationLoss
 from model.metrics import Metrics
 from model.net import FCN_GCN
@@ -182,25 +181,6 @@ def build_model(params: Params, weights: Path | None, *, resumed: bool) -> tuple
     return model, notes
 
 
-def make_loaders(
-    train_split: Split, val_split: Split, names: list[str], params: Params, model: FCN_GCN, device: torch.device
-) -> tuple[Loader, Loader]:
-    """Decode both splits, or find them decoded, and load them in batches. Raises UserError naming every faulty file."""
-    make_dataset = partial(
-        SegmentationDataset,
-        class_names=names,
-        image_size=params.image_size,
-        resize=params.resize,
-        padding=model.encoder.padding,
-        cache=params.cache,
-    )
-    own = loading_options(params)
-    return (
-        make_loader(make_dataset(train_split), batch_size=params.batch_size, seed=params.seed, device=device, **own),
-        make_loader(make_dataset(val_split), batch_size=params.scoring_batch_size, device=device, **own),
-    )
-
-
 def build_and_train(start: Start, device: torch.device, args: argparse.Namespace) -> None:
     """Build data, network and training state, as the checkpoint left them if the run resumes, and train."""
     params, state = start.params, start.state
@@ -209,7 +189,10 @@ def build_and_train(start: Start, device: torch.device, args: argparse.Namespace
     model, notes = build_model(params, None if state else args.init_from, resumed=state is not None)
     check_batches(model, params, len(train_split.ids))
     to_device(model, params, device)
-    train_loader, val_loader = make_loaders(train_split, val_split, names, params, model, device)
+    train_set, val_set = (make_dataset(split, names, params, model) for split in (train_split, val_split))
+    own: dict[str, Any] = {"device": device, **loading_options(params)}
+    train_loader = make_loader(train_set, batch_size=params.batch_size, seed=params.seed, **own)
+    val_loader = make_loader(val_set, batch_size=params.scoring_batch_size, **own)
     reuse_memory(device)
     training = Training(
         model, params, batches=len(train_loader), splits=(train_split, val_split), class_names=names, changes=start.set
@@ -224,7 +207,7 @@ def build_and_train(start: Start, device: torch.device, args: argparse.Namespace
         f"{args.model_dir}: {len(train_split.ids)} images of {params.train_split}, {len(val_split.ids)} of val; "
         f"{params.encoder}, {count:.1f} million parameters, on {device_summary(device)} in {params.precision}"
     )
-    outputs = open_outputs(training, val_loader.dataset, args, start, [summary, *notes])
+    outputs = open_outputs(training, val_set, args, start, [summary, *notes])
     with advising_to_resume(args):
         train(training, train_loader, val_loader, outputs)
 

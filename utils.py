@@ -1,6 +1,5 @@
 """What all scripts share: JSON, whole files, history and logs."""
 
-import errno
 import json
 import logging
 import os
@@ -29,11 +28,7 @@ def make_folder(folder: Path, flag: str) -> None:
     """Make a folder that a flag names. Raises UserError where something else stands in the way."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        if error.errno == errno.ELOOP or folder.is_symlink():
-            raise UserError(f"{flag}: {folder} cannot be a folder, for a link leads nowhere or in a circle") from None
-        if not isinstance(error, FileExistsError | NotADirectoryError):
-            raise
+    except (FileExistsError, NotADirectoryError):
         raise UserError(f"{flag}: {folder} cannot be a folder, for a file is in the way") from None
 
 

@@ -105,9 +105,6 @@ class _Parser(argparse.ArgumentParser):
             super()._print_message(message, file)
 
 
-DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
-
-
 def experiment_parser(
     description: str, *, data: str = "folder of the data set (default: the one of the run, or data)"
 ) -> argparse.ArgumentParser:
@@ -115,7 +112,9 @@ def experiment_parser(
     parser = _Parser(description=description)
     add_folder(parser, "--model_dir", "experiments/base_model", "folder of the experiment: params.json and all output")
     parser.add_argument("--data_dir", type=Path, help=data)
-    parser.add_argument("--device", choices=DEVICES, default="auto", help="(default: %(default)s)")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda", "mps", "xpu"), default="auto", help="(default: %(default)s)"
+    )
     return parser
 
 

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from functools import cache
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -202,18 +202,10 @@ def seed_everything(seed: int, *, deterministic: bool) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-class LoadingOptions(TypedDict):
-    """The keywords of the loaders of model.data_loader that depend on the processes of a run."""
-
-    num_workers: int
-    rank: int
-    world_size: int
-
-
-def loading_options(params: Params) -> LoadingOptions:
+def loading_options(params: Params) -> dict[str, Any]:
     """Return the keywords of the loaders of this process."""
     workers = min(params.num_workers, max(1, cores() // local_world_size()))
-    return LoadingOptions(num_workers=workers, rank=rank(), world_size=world_size())
+    return {"num_workers": workers, "rank": rank(), "world_size": world_size()}
 
 
 def device_name(device: torch.device) -> str:

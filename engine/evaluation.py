@@ -93,18 +93,16 @@ def progress(loader: Loader, title: str) -> tqdm:
     return tqdm(total=total, desc=title, unit="img", leave=False, disable=bar_disabled())
 
 
+def make_dataset(split: Split, names: Sequence[str], params: Params, model: FCN_GCN) -> SegmentationDataset:
+    """Decode a split into squares as a network reads them, or find it decoded. Raises UserError naming faulty files."""
+    size, padding = params.image_size, model.encoder.padding
+    options: dict[str, Any] = {"resize": params.resize, "padding": padding, "cache": params.cache}
+    return SegmentationDataset(split, class_names=names, image_size=size, **options)
+
+
 def score_squares(model: FCN_GCN, split: Split, names: Sequence[str], params: Params, device: torch.device) -> Scores:
     """Score a network, and each photo, at the size that it reads."""
-    make_dataset = partial(
-        SegmentationDataset,
-        split,
-        class_names=names,
-        image_size=params.image_size,
-        resize=params.resize,
-        padding=model.encoder.padding,
-        cache=params.cache,
-    )
-    dataset = make_dataset()
+    dataset = make_dataset(split, names, params, model)
     loader = make_loader(dataset, batch_size=params.scoring_batch_size, device=device, **loading_options(params))
     return score(model, loader, params, device, by_photo=True)
 

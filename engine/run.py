@@ -41,16 +41,7 @@ from model.layouts import Split, class_names, find_split
 from model.net import FCN_GCN
 from model.transforms import photo_edges, to_input
 from params import ARCHITECTURE, INPUT, Params
-from utils import (
-    ROOT,
-    read_history,
-    read_json,
-    save_figure,
-    save_picture,
-    set_logger,
-    write_history,
-    write_json,
-)
+from utils import ROOT, read_history, read_json, save_figure, save_picture, set_logger, write_history, write_json
 from visualize import comparison, training_curves
 
 WRITTEN = (  # by train.py when an epoch ends, in this order

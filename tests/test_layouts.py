@@ -105,7 +105,7 @@ def test_train_and_evaluate(streets, tmp_path):
     [
         ({"ids": ["a/b", "c"]}, "ids name files, and 'a/b' is no name of a file"),
         ({"ids": ["a", "a"]}, "has the photo a more than once"),
-        ({"images": [Path("nowhere")] * 2}, "split val of data: no photo nowhere"),
+        ({"ids": ["a"], "images": [Path("nowhere")]}, "split val of data: no photo nowhere"),
         ({"images": []}, "split val of data has 2 ids, 0 photos, 0 masks"),
     ],
     ids=str,
