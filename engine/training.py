@@ -167,7 +167,15 @@ class Training:
         )
 
     def check_epoch(self, train_metrics: dict, val_metrics: dict) -> None:
-        """Raise RunFailed unless what an epoch has left can be saved: weights, optimizer and validation are finite."""
+        """Raise RunFailed unless what an epoch has left can be saved: weights, optimizer and validation are finite.
+
+        Raises UserError where the labels hold a single class, of which everything would be predicted, and rightly.
+        """
+        if sum(bool(share) for share in train_metrics["frequency"]) == 1:
+            raise UserError(
+                f"the masks of {self.params.train_split} hold one class and void (255), so there is nothing to learn; "
+                "where an object is painted in 255, write its class index instead"
+            )
         if val_metrics["loss"] is None or not self.is_finite():
             raise RunFailed(
                 f"epoch {self.epoch + 1} ended with weights, optimizer or validation loss not finite, "

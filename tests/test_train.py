@@ -348,6 +348,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(data, tmp_pa
     assert not (experiment / "last.pth.tar").exists()
 
 
+def test_objects_painted_in_255_are_no_perfect_score(data, tmp_path):
+    for path in (data / "SegmentationClass").iterdir():
+        Image.fromarray(np.where(np.array(Image.open(path)) > 0, 255, 0).astype(np.uint8)).save(path)
+    experiment = make_experiment(tmp_path / "run", num_classes=2)
+    assert "hold one class and void (255)" in run_train(experiment, data, check=2).stderr
+    assert not (experiment / "last.pth.tar").exists()
+
+
 @pytest.mark.slow
 def test_photos_of_your_own_need_no_setting_but_their_classes(tmp_path):
     """Own photos, names and class count, lists by build_dataset.py: what the README promises."""
