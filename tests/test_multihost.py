@@ -122,22 +122,17 @@ def test_a_lost_machine_ends_the_run_on_the_other_which_can_go_on_alone(hosts, t
     hosts.lose("b")
     _, stderr = runs["a"].communicate(timeout=20)
     assert runs["a"].returncode == 1
-    (line,) = re.findall("^train.py: error: .*", stderr, re.MULTILINE)
-    assert (
-        "another process of this run has ended" in line
-        and "resume with: torchrun --nproc_per_node 1 --nnodes 2 " in line
-    )
-    assert f"--model_dir {experiment} --data_dir {data} --restore_file last" in line
+    assert re.search("^train.py: error: .*another process of this run has ended", stderr, re.MULTILINE)
     epoch = checkpoints.load_checkpoint(experiment / "last.pth.tar")["epoch"]
     make_experiment(experiment, batch_size=4, num_epochs=epoch + 1)
-    run_script(*arguments(experiment, data), "--restore_file", "last")
+    run_script(*arguments(experiment, data), "--resume")
     assert len(utils.read_history(experiment)) == epoch + 1
 
 
 @pytest.mark.parametrize("victim", ["a", "b"])
 def test_after_a_restart_on_both_machines_the_run_goes_on_from_its_checkpoint(hosts, tmp_path, data, victim):
     experiment = make_experiment(tmp_path / "run", batch_size=4, num_epochs=4)
-    runs = hosts.torchrun(*arguments(experiment, data), flags=("--max-restarts", "1"))
+    runs = hosts.torchrun(*arguments(experiment, data), "--resume", flags=("--max-restarts", "1"))
     wait_until((experiment / "last.pth.tar").exists, seconds=120)
     os.kill(hosts.worker(victim), signal.SIGKILL)
     said = {host: run.communicate(timeout=120) for host, run in runs.items()}
@@ -149,7 +144,7 @@ def test_after_a_restart_on_both_machines_the_run_goes_on_from_its_checkpoint(ho
 def test_an_elastic_run_goes_on_without_a_lost_machine(hosts, tmp_path, data):
     experiment = make_experiment(tmp_path / "run", batch_size=4, num_epochs=12)
     flags = ("--max-restarts", "3", "--rdzv_conf", "last_call_timeout=5")
-    runs = hosts.torchrun(*arguments(experiment, data), endpoint="b", nodes="1:2", flags=flags)
+    runs = hosts.torchrun(*arguments(experiment, data), "--resume", endpoint="b", nodes="1:2", flags=flags)
     wait_until((experiment / "last.pth.tar").exists, seconds=120)
     hosts.lose("a")  # of the two the one with rank 0 and torchrun's store
     stdout, stderr = runs["b"].communicate(timeout=150)
