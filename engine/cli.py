@@ -66,7 +66,7 @@ def run_main(main: Callable[[], int | None], *, shared: bool = False) -> int:
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    raise Terminated
+    raise Terminated("terminated")
 
 
 def explained(error: BaseException) -> tuple[int, str] | None:
@@ -75,7 +75,7 @@ def explained(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, UserError):
         return 2, text
     if isinstance(error, Terminated):
-        return 143, text or "terminated"
+        return 143, text
     if isinstance(error, KeyboardInterrupt):
         return 130, text or "interrupted"
     if isinstance(error, RunFailed | OSError):

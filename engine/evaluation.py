@@ -129,10 +129,7 @@ def make_segmenter(
 
 
 def score_originals(
-    segmenter: Segmenter,
-    dataset: OriginalDataset,
-    params: Params,
-    save_to: Path | None = None,
+    segmenter: Segmenter, dataset: OriginalDataset, params: Params, save_to: Path | None = None
 ) -> Scores | None:
     """Predict every photo at its own size, and save it in a folder if given; each process does its part.
 

@@ -122,10 +122,12 @@ def find_data_dir(args: argparse.Namespace, dataset: str) -> Path:
 
     Raises UserError if the run's folder is gone, unless it held the built-in sample, which can be drawn anew.
     """
-    recorded = args.data_dir or recorded_data_dir(args.model_dir)
-    if recorded is None or (args.data_dir is None and dataset == "sample" and not recorded.is_dir()):
+    if args.data_dir is not None:
+        return args.data_dir
+    recorded = recorded_data_dir(args.model_dir)
+    if recorded is None or (dataset == "sample" and not recorded.is_dir()):
         return Path("data")
-    if args.data_dir is None and not recorded.is_dir():
+    if not recorded.is_dir():
         raise UserError(f"{args.model_dir} was trained on {recorded}, which is not there; give --data_dir")
     return recorded
 
@@ -211,7 +213,7 @@ def advising_to_resume(args: argparse.Namespace) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, OSError) as error:
-        what = str(error) or ("interrupted" if type(error) is KeyboardInterrupt else "terminated")
+        what = str(error) or "interrupted"
         instead = " in the place of --overwrite" if args.overwrite else ""
         raise type(error)(f"{what}; the same command with --resume{instead} continues the run") from None
 
@@ -402,10 +404,8 @@ def sample_predictions(training: Training, dataset: SegmentationDataset, count: 
     # Not neighbours, which may be frames of a video.
     examples = [dataset[place * len(dataset) // number] for place in range(number)]
     images, labels = (torch.stack(part) for part in zip(*examples, strict=True))
-    inputs, model = (
-        to_input(images, training.device, **input_options(training.model, params)),
-        training.eval_model.eval(),
-    )
+    model = training.eval_model.eval()
+    inputs = to_input(images, training.device, **input_options(training.model, params))
     with autocast(training.device, params.precision):
         logits = torch.cat([model(part) for part in inputs.split(params.scoring_batch_size)])
     parts = zip(images.permute(0, 2, 3, 1), labels, logits.argmax(1).cpu(), strict=True)

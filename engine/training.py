@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from engine.checkpoints import check_normalization, load_weights
+from engine.checkpoints import check_normalization, load_weights, predicting_weights
 from engine.devices import rank, rng_states, set_rng_states, world_size
 from model import UserError
 from model.layouts import Split
@@ -248,7 +248,7 @@ class Training:
         check_normalization(self.model, state, source)
         load_weights(self.model, state["state_dict"], source)
         if self.ema is not None:  # begins with the weights themselves where there was no average before
-            load_weights(self.ema, state.get("ema_state_dict") or state["state_dict"], source)
+            load_weights(self.ema, predicting_weights(state), source)
         try:
             self._load_rest(state)
             finite = self.is_finite()
