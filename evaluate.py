@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,17 @@ from tabulate import tabulate
 from comparing import Counts, check_same_photos, mIoU, read_counts, write_counts
 from engine.checkpoints import load_network
 from engine.cli import add_restore_file, add_testing_flags, experiment_parser, positive, run_main
-from engine.devices import is_main, processes
-from engine.evaluation import Scores, find_data, make_segmenter, score_originals, score_squares
+from engine.devices import is_main, loading_options, processes
+from engine.evaluation import Scores, add_up, evaluate, find_data, make_dataset, progress
 from model import UserError
-from model.data_loader import OriginalDataset
-from model.inference import Segmenter
+from model.data_loader import make_loader
+from model.inference import OriginalDataset, Segmenter, class_map, collate_originals
 from model.layouts import Split
-from model.metrics import BETTER, METRICS
-from model.voc import is_voc
+from model.metrics import BETTER, METRICS, Metrics, sparse
+from model.net import FCN_GCN
+from model.voc import colour_mask, is_voc
+from params import Params
+from predict import make_segmenter
 from utils import make_folder, read_json, replacing, save_figure, save_picture, table_text, write_json
 from visualize import confusion_figure, error_picture
 
@@ -42,6 +46,39 @@ def parse_args() -> argparse.Namespace:
         parser.error("--against goes with --save_overlays N")
     args.original_size |= args.flip or bool(args.scales or args.save_predictions or args.save_overlays)
     return args
+
+
+def score_squares(model: FCN_GCN, split: Split, names: Sequence[str], params: Params, device: torch.device) -> Scores:
+    """Score a network, and each photo, at the size that it reads."""
+    dataset = make_dataset(split, names, params, model)
+    loader = make_loader(dataset, batch_size=params.scoring_batch_size, device=device, **loading_options(params))
+    return evaluate(model, loader, params, device, by_photo=True)
+
+
+def score_originals(
+    segmenter: Segmenter, dataset: OriginalDataset, params: Params, save_to: Path | None = None
+) -> Scores | None:
+    """Predict every photo at its own size, and save it in a folder if given; each process does its part.
+
+    Returns None where the split has no masks.
+    """
+    collate = partial(collate_originals, sizes=segmenter.sizes, resize=params.resize, padding=segmenter.padding)
+    loader = make_loader(dataset, batch_size=params.scoring_batch_size, collate=collate, **loading_options(params))
+    metrics, own = Metrics(params.num_classes, segmenter.device, original_size=True), dict[int, np.ndarray]()
+    with progress(loader, "predicting") as bar:
+        for indices, sizes, inputs, masks in loader:
+            looks = segmenter.logits(inputs, sizes)
+            for index, (width, height), maps, mask in zip(indices, sizes, looks, masks, strict=True):
+                prediction = class_map(maps, width=width, height=height)  # uint8 (H, W) on the device
+                if save_to:
+                    picture = colour_mask(prediction.cpu().numpy(), dataset.class_names)
+                    save_picture(picture, save_to / f"{dataset.split.ids[index]}.png")
+                if mask is not None:
+                    counts = metrics.update(prediction[None], mask.to(segmenter.device)[None])
+                    own[index] = sparse(counts[0].cpu())
+                bar.update()
+    result = add_up(metrics, own, dataset)
+    return None if dataset.split.masks is None else result
 
 
 def find_other(

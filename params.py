@@ -75,14 +75,6 @@ def _are_loss_weights(value: Any) -> bool:
     return all(is_number(w) and w >= 0 for w in value.values()) and any(value.values())
 
 
-def _is_side(value: Any) -> bool:
-    return type(value) is int and value in range(3, 256, 2)
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and value == Path(value).name != ""
-
-
 @dataclass(frozen=True)
 class Params:
     """The hyperparameters of one experiment."""
@@ -103,7 +95,12 @@ class Params:
     cutmix: float = _number(0.0, "from 0 to 1", "probability that a box of photo and mask comes from another photo")
     normalize: bool = _flag(True, "by the mean and deviation of the encoder's weights; false: values in [0, 1]")
     cache: bool = _flag(True, "decode each split once, into `<data>/.cache` or the user's cache folder")
-    train_split: str = _key("train", "the name of a list", _is_name, "to train on, as `trainaug`; validation is on val")
+    train_split: str = _key(
+        "train",
+        "the name of a list",
+        lambda v: isinstance(v, str) and v == Path(v).name != "",
+        "to train on, as `trainaug`; validation is on val",
+    )
 
     loss_weights: dict[str, float] = _key(
         {"bce": 0.4, "dice": 0.4, "inverse_dice": 0.2},
@@ -138,7 +135,9 @@ class Params:
         lambda v: isinstance(v, str) and (v in ENCODERS or v.startswith(TIMM)),
         "a ResNet of torchvision, or a model of timm with maps of strides 4 to 32",
     )
-    kernel_size: int = _key(7, "an odd integer from 3 to 255", _is_side, "k of the heads")
+    kernel_size: int = _key(
+        7, "an odd integer from 3 to 255", lambda v: type(v) is int and v in range(3, 256, 2), "k of the heads"
+    )
     head: str = _one_of("gcn", HEADS, "or the paper's comparisons: 1 x 1, k x k, a stack of 3 x 3")
     boundary_refinement: bool = _flag(True, "the BR blocks")
     stem_maxpool: bool = _flag(False, "true: output stride 32 as in the paper, under a third of the operations")

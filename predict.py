@@ -6,24 +6,28 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from engine.checkpoints import agreed_class_names, checkpoint_path, load_network
 from engine.cli import add_restore_file, add_testing_flags, experiment_parser, positive, run_main
-from engine.devices import pick_device
-from engine.evaluation import make_segmenter
+from engine.devices import autocast, input_options, pick_device
 from model import UserError, cores
 from model.data_loader import leave_signals_to_the_main_process
+from model.encoders import fold_batch_norm
 from model.inference import Segmenter
 from model.layouts import find_split
+from model.net import FCN_GCN
 from model.photos import IMAGE_SUFFIXES, read_photo
 from model.voc import colour_mask
+from params import Params
 from utils import make_folder, save_picture, walk, write_json
 from visualize import overlay
 
@@ -115,6 +119,27 @@ def write_results(file: Path, photo: Image.Image, prediction: np.ndarray, names:
     save_picture(colour_mask(prediction, names), mask_file)
     save_picture(overlay(photo, prediction, names, legend), overlay_file)
     write_json(json_file, {"photo": str(file), "width": photo.width, "height": photo.height, "areas": areas})
+
+
+def make_segmenter(
+    model: FCN_GCN, params: Params, device: torch.device, *, scales: Sequence[float] | None = None, flip: bool = False
+) -> Segmenter:
+    """Return what segments photos, at several scales and mirrored if asked. Raises UserError for unusable scales.
+
+    The network gets its batch norm folded and is of no other use then.
+    """
+    fold_batch_norm(model)
+    return Segmenter(
+        model,
+        device,
+        image_size=params.image_size,
+        resize=params.resize,
+        padding=model.encoder.padding,
+        scales=scales or (1.0,),
+        flip=flip,
+        autocast=partial(autocast, device, params.precision),
+        **input_options(model, params),
+    )
 
 
 def load(

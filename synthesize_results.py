@@ -18,7 +18,7 @@ import comparing
 from comparing import Counts, Difference
 from engine.checkpoints import changed_keys
 from engine.cli import add_folder, run_main
-from engine.run import existing, is_running, last_record, recorded_data_dir
+from engine.run import existing, is_running, last_record
 from engine.training import best_epoch, better_of, score, why_finished
 from model import UserError
 from model.metrics import AT_ORIGINAL_SIZE, BETTER, METRICS
@@ -136,7 +136,7 @@ def read(folder: Path, parent_dir: Path) -> Run:
         history = read_history(folder)
         params, changes = trained_with(folder) if history else (Params.load(folder / "params.json"), "")
         run.params, run.history = asdict(params), history
-        run.data_dir = str(found) if (found := recorded_data_dir(folder)) else None
+        run.data_dir = last_record(folder).get("data_dir")
         run.own_size = read_own_size(folder, run.best["epoch"])
         run.state, run.problem = state(folder, params, run.history)
         run.problem = "; ".join(filter(None, (run.problem, changes)))

@@ -76,9 +76,9 @@ def train(training: Training, train_loader: Loader, val_loader: Loader, outputs:
         train_loader.batch_sampler.set_epoch(training.epoch)
         train_metrics = train_epoch(training, train_loader)
         speed = len(train_loader.dataset) / (time.perf_counter() - start)
-        val_metrics = evaluate(training.eval_model, val_loader, training.params, training.device)  # in every process
-        training.check_epoch(train_metrics, val_metrics)
-        training.end_epoch(train_metrics, val_metrics, seconds=time.perf_counter() - start, images_per_second=speed)
+        scores = evaluate(training.eval_model, val_loader, training.params, training.device)  # in every process
+        training.check_epoch(train_metrics, scores.metrics)
+        training.end_epoch(train_metrics, scores.metrics, seconds=time.perf_counter() - start, images_per_second=speed)
         if is_main():
             outputs.write_epoch(training, val_loader.dataset)
     logging.info(f"{training.stop_reason}; {best_line(training)}, in {outputs.model_dir}")

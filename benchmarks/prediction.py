@@ -21,7 +21,6 @@ from torchvision.models.segmentation import deeplabv3_resnet50, fcn_resnet50
 
 from benchmarks.common import in_turn, machine, make_parser
 from engine.devices import autocast, pick_device, resolve_precision, reuse_memory, to_device
-from engine.evaluation import make_segmenter
 from model.encoders import ENCODERS, TIMM
 from model.layouts import find_split
 from model.net import FCN_GCN
@@ -29,6 +28,7 @@ from model.photos import read_photo
 from model.transforms import squares, to_input
 from model.voc import CLASS_NAMES
 from params import Params
+from predict import make_segmenter
 
 OURS = "this program"
 PHOTOS = 16  # that are predicted

@@ -4,7 +4,6 @@ import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,16 @@ from torch import nn
 from tqdm import tqdm
 
 from engine.checkpoints import agreed_class_names, checkpoint_path
-from engine.devices import autocast, bar_disabled, gather, input_options, loading_options
+from engine.devices import autocast, bar_disabled, gather, input_options
 from engine.run import find_data_dir
-from model.data_loader import Loader, OriginalDataset, SegmentationDataset, collate_originals, make_loader
-from model.encoders import fold_batch_norm
-from model.inference import Segmenter, class_map
+from model.data_loader import Loader, SegmentationDataset
 from model.layouts import Split, find_split
 from model.losses import SegmentationLoss
 from model.metrics import Metrics, sparse
 from model.net import FCN_GCN
 from model.parallel import all_reduce_sum, exact_dtype
 from model.transforms import to_input
-from model.voc import colour_mask
 from params import Params
-from utils import save_picture
 
 
 @dataclass(frozen=True)
@@ -43,13 +38,10 @@ class Scores:
     cells: list[np.ndarray]
 
 
-def evaluate(model: nn.Module, loader: Loader, params: Params, device: torch.device) -> dict[str, Any]:
-    """Return the metrics of score()."""
-    return score(model, loader, params, device).metrics
-
-
 @torch.inference_mode()
-def score(model: nn.Module, loader: Loader, params: Params, device: torch.device, *, by_photo: bool = False) -> Scores:
+def evaluate(
+    model: nn.Module, loader: Loader, params: Params, device: torch.device, *, by_photo: bool = False
+) -> Scores:
     """Score a network on every image of a loader, at the loader's image size; each process on its part of them.
 
     "loss" is its mean over images. by_photo: keep the counts of each, for which a GPU has to be waited for. Leaves the
@@ -98,60 +90,6 @@ def make_dataset(split: Split, names: Sequence[str], params: Params, model: FCN_
     size, padding = params.image_size, model.encoder.padding
     options: dict[str, Any] = {"resize": params.resize, "padding": padding, "cache": params.cache}
     return SegmentationDataset(split, class_names=names, image_size=size, **options)
-
-
-def score_squares(model: FCN_GCN, split: Split, names: Sequence[str], params: Params, device: torch.device) -> Scores:
-    """Score a network, and each photo, at the size that it reads."""
-    dataset = make_dataset(split, names, params, model)
-    loader = make_loader(dataset, batch_size=params.scoring_batch_size, device=device, **loading_options(params))
-    return score(model, loader, params, device, by_photo=True)
-
-
-def make_segmenter(
-    model: FCN_GCN, params: Params, device: torch.device, *, scales: Sequence[float] | None = None, flip: bool = False
-) -> Segmenter:
-    """Return what segments photos, at several scales and mirrored if asked. Raises UserError for unusable scales.
-
-    The network gets its batch norm folded and is of no other use then.
-    """
-    fold_batch_norm(model)
-    return Segmenter(
-        model,
-        device,
-        image_size=params.image_size,
-        resize=params.resize,
-        padding=model.encoder.padding,
-        scales=scales or (1.0,),
-        flip=flip,
-        autocast=partial(autocast, device, params.precision),
-        **input_options(model, params),
-    )
-
-
-def score_originals(
-    segmenter: Segmenter, dataset: OriginalDataset, params: Params, save_to: Path | None = None
-) -> Scores | None:
-    """Predict every photo at its own size, and save it in a folder if given; each process does its part.
-
-    Returns None where the split has no masks.
-    """
-    collate = partial(collate_originals, sizes=segmenter.sizes, resize=params.resize, padding=segmenter.padding)
-    loader = make_loader(dataset, batch_size=params.scoring_batch_size, collate=collate, **loading_options(params))
-    metrics, own = Metrics(params.num_classes, segmenter.device, original_size=True), dict[int, np.ndarray]()
-    with progress(loader, "predicting") as bar:
-        for indices, sizes, inputs, masks in loader:
-            looks = segmenter.logits(inputs, sizes)
-            for index, (width, height), maps, mask in zip(indices, sizes, looks, masks, strict=True):
-                prediction = class_map(maps, width=width, height=height)  # uint8 (H, W) on the device
-                if save_to:
-                    picture = colour_mask(prediction.cpu().numpy(), dataset.class_names)
-                    save_picture(picture, save_to / f"{dataset.split.ids[index]}.png")
-                if mask is not None:
-                    counts = metrics.update(prediction[None], mask.to(segmenter.device)[None])
-                    own[index] = sparse(counts[0].cpu())
-                bar.update()
-    result = add_up(metrics, own, dataset)
-    return None if dataset.split.masks is None else result
 
 
 def find_data(

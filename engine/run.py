@@ -111,12 +111,6 @@ def last_record(model_dir: Path) -> dict[str, Any]:
     return [record, *record.get("resumed", [])][-1]
 
 
-def recorded_data_dir(model_dir: Path) -> Path | None:
-    """Return the data folder that a run was last trained on; None where run.json does not say."""
-    folder = last_record(model_dir).get("data_dir")
-    return Path(folder) if folder else None
-
-
 def find_data_dir(args: argparse.Namespace, dataset: str) -> Path:
     """Return --data_dir; else the folder that the run was trained on; "data" where run.json does not say which.
 
@@ -124,12 +118,12 @@ def find_data_dir(args: argparse.Namespace, dataset: str) -> Path:
     """
     if args.data_dir is not None:
         return args.data_dir
-    recorded = recorded_data_dir(args.model_dir)
-    if recorded is None or (dataset == "sample" and not recorded.is_dir()):
+    recorded = last_record(args.model_dir).get("data_dir")
+    if recorded is None or (dataset == "sample" and not os.path.isdir(recorded)):
         return Path("data")
-    if not recorded.is_dir():
+    if not os.path.isdir(recorded):
         raise UserError(f"{args.model_dir} was trained on {recorded}, which is not there; give --data_dir")
-    return recorded
+    return Path(recorded)
 
 
 @dataclass(frozen=True)
@@ -202,8 +196,8 @@ def changes_since(start: Start, training: Training, args: argparse.Namespace) ->
     keys += [lists[key] for key, digest in training.lists.items() if start.state.get(key, digest) != digest]
     if "set" not in start.state:  # of an older program
         keys.append("mIoU, which is over the classes in the labels now")
-    before = recorded_data_dir(args.model_dir)
-    keys += [] if before in (None, Path(os.path.abspath(start.data_dir))) else [f"the data folder, before {before}"]
+    before = last_record(args.model_dir).get("data_dir")
+    keys += [] if before in (None, os.path.abspath(start.data_dir)) else [f"the data folder, before {before}"]
     return ", ".join(keys) or "nothing"
 
 
@@ -292,15 +286,13 @@ class EpochProgress:
 
     def update(self, images: int, losses: torch.Tensor) -> None:
         """Count a batch; losses has one value per step so far, and is read only where it is shown."""
+        step = len(losses)
+        ends_a_tenth = 10 * (step - 1) // self.steps < 10 * step // self.steps < 10
         if self.bar.update(images):
             self.bar.set_postfix(loss=f"{losses.mean():.4f}", refresh=False)
-        elif self.bar.disable and devices.is_main() and self._is_due(len(losses)):
+        elif self.bar.disable and devices.is_main() and ends_a_tenth and time.monotonic() - self.said > LINE_INTERVAL:
             self.said = time.monotonic()
-            logging.info(f"{self.title}: {len(losses) / self.steps:.0%}, train loss {losses.mean():.4f}")
-
-    def _is_due(self, step: int) -> bool:
-        ends_a_tenth = 10 * (step - 1) // self.steps < 10 * step // self.steps < 10
-        return ends_a_tenth and time.monotonic() - self.said > LINE_INTERVAL
+            logging.info(f"{self.title}: {step / self.steps:.0%}, train loss {losses.mean():.4f}")
 
 
 class EpochOutputs:

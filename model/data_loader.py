@@ -16,17 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 from filelock import FileLock
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, SequentialSampler, default_collate
-from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from model import UserError, cores, replacing
 from model.layouts import Split, list_faults
 from model.parallel import shard
-from model.photos import read_example, read_mask, read_photo
-from model.transforms import PADDING, Colour, resize_tag, squares
+from model.photos import read_example
+from model.transforms import PADDING, Colour, resize_tag
 
 AT_ONCE = 256  # examples in memory while a split is decoded
 CACHE_VERSION = 1  # part of every cache's name: raise it when files are decoded otherwise; resizing has its own tag
@@ -169,23 +167,6 @@ def cache_folder(root: Path) -> Path:
     return folder
 
 
-class OriginalDataset(Dataset):
-    """A split at its photos' own size: dataset[index] is (index, photo, mask), RGB and class indices or None."""
-
-    def __init__(self, split: Split, *, class_names: Sequence[str]):
-        self.split = split
-        self.class_names = class_names
-
-    def __len__(self) -> int:
-        return len(self.split.ids)
-
-    def __getitem__(self, index: int) -> tuple[int, Image.Image, Image.Image | None]:
-        photo, masks = read_photo(self.split.images[index]), self.split.masks
-        if masks is None:
-            return index, photo, None
-        return index, photo, read_mask(masks[index], photo.size, len(self.class_names), self.split.label_map)
-
-
 class EpochSampler(Sampler):
     """A new order every epoch, as (index, seed) pairs that depend on nothing but the run's seed and the epoch."""
 
@@ -255,7 +236,7 @@ class Loader(DataLoader):
 
 
 def make_loader(
-    dataset: SegmentationDataset | OriginalDataset,
+    dataset: Any,
     *,
     batch_size: int,
     num_workers: int = 0,
@@ -271,7 +252,7 @@ def make_loader(
     for each example; without, they come in the order of the list. One of several processes gets its part of them, see
     DistributedBatchSampler. For a GPU they lie in pinned memory.
 
-    An OriginalDataset needs collate, which makes a batch of a list of examples.
+    collate makes a batch of a list of examples; a SegmentationDataset needs none.
     """
     if isinstance(dataset, SegmentationDataset):
         collate = partial(_collate, image_size=dataset.image_size)
@@ -295,15 +276,6 @@ def _collate(examples: list[tuple], image_size: int) -> Sequence[Tensor]:
         return default_collate(examples)
     images = torch.empty(0, 3, image_size, image_size, dtype=torch.uint8)  # of a share of nothing
     return images, images[:, 0], torch.empty(0, dtype=torch.int64)
-
-
-def collate_originals(
-    examples: list[tuple], *, sizes: Sequence[int], resize: str, padding: Colour
-) -> tuple[list, list, list[Tensor], list]:
-    """Return indices, (width, height) of the photos, the photos as squares(), and masks, uint8 (H, W) or None."""
-    indices, photos, masks = map(list, zip(*examples, strict=True))
-    masks = [mask and pil_to_tensor(mask)[0] for mask in masks]
-    return indices, [photo.size for photo in photos], squares(photos, sizes, resize, padding), masks
 
 
 def leave_signals_to_the_main_process(worker: int) -> None:

@@ -8,8 +8,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torchvision.transforms.functional import pil_to_tensor
 
 from model import UserError
+from model.layouts import Split
+from model.photos import read_mask, read_photo
 from model.transforms import PADDING, RESIZES, Box, Colour, squares, to_input
 
 OVERLAP = 0.25  # of a tile, at least, with its neighbour
@@ -85,6 +89,32 @@ class Segmenter:
 
     def _look(self, photos: Sequence[Image.Image]) -> Iterator[list[Tensor]]:
         return self.logits(squares(photos, self.sizes, self.resize, self.padding), [photo.size for photo in photos])
+
+
+class OriginalDataset(Dataset):
+    """A split at its photos' own size: dataset[index] is (index, photo, mask), RGB and class indices or None."""
+
+    def __init__(self, split: Split, *, class_names: Sequence[str]):
+        self.split = split
+        self.class_names = class_names
+
+    def __len__(self) -> int:
+        return len(self.split.ids)
+
+    def __getitem__(self, index: int) -> tuple[int, Image.Image, Image.Image | None]:
+        photo, masks = read_photo(self.split.images[index]), self.split.masks
+        if masks is None:
+            return index, photo, None
+        return index, photo, read_mask(masks[index], photo.size, len(self.class_names), self.split.label_map)
+
+
+def collate_originals(
+    examples: list[tuple], *, sizes: Sequence[int], resize: str, padding: Colour
+) -> tuple[list, list, list[Tensor], list]:
+    """Return indices, (width, height) of the photos, the photos as squares(), and masks, uint8 (H, W) or None."""
+    indices, photos, masks = map(list, zip(*examples, strict=True))
+    masks = [mask and pil_to_tensor(mask)[0] for mask in masks]
+    return indices, [photo.size for photo in photos], squares(photos, sizes, resize, padding), masks
 
 
 def _unpadded(logits: Tensor, box: Box) -> Tensor:

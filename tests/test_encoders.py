@@ -23,7 +23,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from engine import devices
 from engine.checkpoints import load_checkpoint
-from engine.evaluation import evaluate, make_segmenter
+from engine.evaluation import evaluate
 from engine.run import check_batches
 from engine.training import Training
 from model import UserError, encoders
@@ -37,6 +37,7 @@ from model.transforms import to_input
 from model.weights import WEIGHTS_PACKAGES, matched, read_weights
 from optimization import parameter_groups
 from params import Params
+from predict import make_segmenter
 from train import train_epoch
 
 LITE0 = "timm/tf_efficientnet_lite0"
