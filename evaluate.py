@@ -208,4 +208,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_main(lambda: main(parse_args()), shared=True))
+    raise SystemExit(run_main(lambda: main(parse_args()), several_processes=True))

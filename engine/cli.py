@@ -34,17 +34,17 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, as batch systems send it at the end of the time."""
 
 
-def run_main(main: Callable[[], int | None], *, shared: bool = False) -> int:
+def run_main(main: Callable[[], int | None], *, several_processes: bool = False) -> int:
     """Call main and turn the errors a user can do something about into one line on stderr and an exit status.
 
-    2 for a mistake in the input, 1 for any other failure, 130 for SIGINT, 143 for SIGTERM. shared: main is for several
-    processes too.
+    2 for a mistake in the input, 1 for any other failure, 130 for SIGINT, 143 for SIGTERM. several_processes: torchrun
+    may start more than one.
     """
     if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
         signal.signal(signal.SIGTERM, _terminate)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # about odd photos, which are read
     try:
-        if not shared and world_size() > 1:
+        if not several_processes and world_size() > 1:
             raise UserError("this is work for one process; start it without torchrun")
         status = main() or 0
         sys.stdout.flush()

@@ -212,7 +212,7 @@ def advising_to_resume(args: argparse.Namespace) -> Iterator[None]:
         raise type(error)(f"{what}; the same command with --resume{instead} continues the run") from None
 
 
-def check_batches(model: FCN_GCN, params: Params, count: int) -> None:
+def check_last_batch(model: FCN_GCN, params: Params, count: int) -> None:
     """Raise UserError where a network cannot train on the last batch, the smallest, or on a process's share of it."""
     last = count % params.batch_size or params.batch_size
     if last == 1 and not _takes(model, 1, params):
@@ -324,7 +324,7 @@ class EpochOutputs:
         for tracker in self.trackers:
             tracker.log(state["history"][-1], picture)
 
-    def close(self, training: Training) -> None:
+    def finish(self, training: Training) -> None:
         """End the trackers, and delete last.pth.tar of a finished run where params.json asks for that."""
         for tracker in self.trackers:
             tracker.close(training.params, training.metrics["best"])

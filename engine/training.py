@@ -112,7 +112,7 @@ class Training:
         shared = min(self.params.accumulation_steps, steps - step + position)
         return shared, position + 1 == shared
 
-    def set_batch_size(self, batch_size: int) -> None:
+    def share_dropout(self, batch_size: int) -> None:
         """Let dropout draw for the next batch as a whole, of which this process has its shard."""
         if self.ddp is not None and isinstance(self.model.dropout, Dropout2d):
             self.model.dropout.whole = shard(batch_size, rank(), world_size()).start, batch_size
