@@ -293,6 +293,11 @@ def begin_loader_process(worker: int) -> None:
 
 def _send_error(queue: Queue, error: Exception, batch: Any) -> None:
     """Send the main process the error that is handled now, in the place of (number, batch), for it to raise."""
-    if not isinstance(batch, tuple) or isinstance(batch[1], ExceptionWrapper):
-        os._exit(1)  # an error that cannot be sent either
-    queue.put((batch[0], ExceptionWrapper(where="in a loader process that sends a batch")))
+    if not isinstance(batch, tuple):
+        os._exit(1)  # bytes that nobody takes
+    number, result = batch
+    if isinstance(result, ExceptionWrapper):
+        result.exc_type = RuntimeError  # an error of whose own kind none can be sent
+    else:
+        result = ExceptionWrapper(where="in a loader process that sends a batch")
+    queue.put((number, result))
