@@ -292,6 +292,18 @@ def test_what_ends_a_loader_process_is_raised_in_the_main_process(sent, error, s
     assert re.search(said, (cli.explained(caught.value) or (1, str(caught.value).strip()))[1])
 
 
+@pytest.mark.slow
+def test_compiling_without_a_compiler_is_one_line(tmp_path, monkeypatch):
+    for name, value in {"PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "g++"))
+    with pytest.raises(Exception) as caught:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(100))
+    status, line = cli.explained(caught.value)
+    assert status == 1 and line.startswith('"compile" is true, but: ') and "\n" not in line
+    assert "C++ compiler" in line and line.endswith("; install what is missing, or set it to false")
+
+
 # ---------------------------------------------------------------------------------------- locks
 
 HOLD = """
