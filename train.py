@@ -196,6 +196,7 @@ def build_and_train(start: Start, device: torch.device, args: argparse.Namespace
     own: dict[str, Any] = {"device": device, **loading_options(params)}  # workers, rank, number of processes
     train_loader = make_loader(train_set, batch_size=params.batch_size, seed=params.seed, **own)  # shuffled
     val_loader = make_loader(val_set, batch_size=params.scoring_batch_size, **own)  # in the order of the list
+    iter(val_loader)  # starts its processes: those that start later keep a copy of a training step's memory
     reuse_memory(device)  # on the CPU
     training = Training(
         model, params, batches=len(train_loader), splits=(train_split, val_split), class_names=names, changes=start.set

@@ -9,12 +9,14 @@ import shutil
 import sys
 import warnings
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, as_network, make_data, make_experiment, run_script
+from conftest import TINY, as_network, make_data, make_experiment, run_script, start_script
 from PIL import Image
 from torch import nn
 
@@ -24,7 +26,7 @@ from engine import checkpoints, run, training
 from engine.devices import M_MMAP_MAX, M_TRIM_THRESHOLD, reuse_memory
 from engine.evaluation import evaluate
 from engine.training import Training
-from model import UserError
+from model import UserError, cores
 from model.data_loader import SegmentationDataset, make_loader
 from model.layouts import Split, class_names, find_split
 from model.losses import SegmentationLoss
@@ -601,6 +603,19 @@ def test_freed_memory_is_kept_unless_the_environment_says_how_much():
             before, after = pool.submit(heaps, variables).result(timeout=60)
             assert before < 300
             assert after < 300 if variables else after >= 3000  # of 6000
+
+
+@pytest.mark.skipif(cores() < 2 or not Path("/proc/self/task").exists(), reason="needs two cores, and Linux")
+def test_processes_of_the_validation_loader_start_before_a_step_has_taken_memory(data, tmp_path):
+    experiment = make_experiment(tmp_path / "run", num_epochs=1)
+    run_script("train.py", "--model_dir", experiment, "--data_dir", data)
+    again = ("--model_dir", experiment, "--data_dir", data, "--resume", "--set", "num_workers=2")  # trains no epoch
+    process, most = start_script("train.py", *again), 0
+    while process.poll() is None:
+        with suppress(OSError):  # it has just ended
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            most = max(most, len(children))
+    assert process.returncode == 0 and most >= 2  # git, which is asked for the commit, is one at most
 
 
 def test_metrics_of_training_count_every_batch(data):
