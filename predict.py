@@ -21,8 +21,7 @@ from engine.cli import add_restore_file, add_testing_flags, experiment_parser, p
 from engine.devices import autocast, input_options, pick_device
 from model import UserError, cores
 from model.data_loader import leave_signals_to_the_main_process
-from model.encoders import fold_batch_norm
-from model.inference import Segmenter
+from model.inference import Segmenter, fold_batch_norm
 from model.layouts import find_split
 from model.net import FCN_GCN
 from model.photos import IMAGE_SUFFIXES, read_photo

@@ -159,13 +159,13 @@ def key_and_value(given: list[str]) -> dict[str, Any]:
     return values
 
 
-def require(package: str, purpose: str) -> None:
-    """Raise UserError unless a package can be imported."""
+def require(package: str, purpose: str, install: str = "") -> None:
+    """Raise UserError unless a package can be imported; install is what pip is given, where not its name alone."""
     try:
         importlib.import_module(package)
     except ImportError as error:
         name = package.rsplit(".", 1)[-1]
-        raise UserError(f"{purpose} cannot be made without {name} ({error}): pip install {name}") from None
+        raise UserError(f"{purpose} cannot be made without {name} ({error}): pip install {install or name}") from None
 
 
 def positive(text: str) -> int:

@@ -23,8 +23,8 @@ from tqdm import tqdm
 from model import UserError, cores, replacing
 from model.layouts import Split, list_faults
 from model.parallel import shard
-from model.photos import read_example
-from model.transforms import PADDING, Colour, resize_tag
+from model.transforms import PADDING, Colour, resize_tag, to_square
+from model.voc import VOID
 
 AT_ONCE = 256  # examples in memory while a split is decoded
 CACHE_VERSION = 1  # part of every cache's name: raise it when files are decoded otherwise; resizing has its own tag
@@ -77,16 +77,14 @@ class SegmentationDataset(Dataset):
         return {name: value for name, value in self.__dict__.items() if name != "_examples"}
 
     def decode(self, index: int) -> np.ndarray:
-        """Return uint8 (S, S, 4) from the files, see read_example."""
-        return read_example(
-            self.split.images[index],
-            self.split.masks[index] if self.split.masks else None,
-            image_size=self.image_size,
-            num_classes=len(self.class_names),
-            resize=self.resize,
-            padding=self.padding,
-            label_map=self.split.label_map,
-        )
+        """Return uint8 (S, S, 4) from the files: red, green, blue, class index (void without a mask)."""
+        photo, mask = self.split.read(index, len(self.class_names))
+        photo, mask = to_square(photo, mask, self.image_size, self.resize, self.padding)
+        example = np.full((self.image_size, self.image_size, 4), VOID, dtype=np.uint8)
+        example[..., :3] = np.array(photo)
+        if mask is not None:
+            example[..., 3] = np.array(mask)
+        return example
 
     def decode_all(self) -> Iterator[np.ndarray]:
         """Yield every example in order, decoded on all cores. Raises UserError at the end, naming every faulty file."""
