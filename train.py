@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,6 @@ from engine.run import (
     Start,
     advising_to_resume,
     begin,
-    best_line,
     changes_since,
     check_batches,
     find_splits,
@@ -81,7 +79,6 @@ def train(training: Training, train_loader: Loader, val_loader: Loader, outputs:
         training.end_epoch(train_metrics, scores.metrics, seconds=time.perf_counter() - start, images_per_second=speed)
         if is_main():
             outputs.write_epoch(training, val_loader.dataset)
-    logging.info(f"{training.stop_reason}; {best_line(training)}, in {outputs.model_dir}")
     if is_main():
         outputs.close(training)
 

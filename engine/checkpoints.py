@@ -4,7 +4,6 @@ import json
 import sys
 import textwrap
 from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -15,7 +14,6 @@ from torch import nn
 
 from engine.devices import is_main, resolve_precision, to_device
 from model import UserError, first_line
-from model.encoders import ENCODERS
 from model.layouts import Split, class_names, default_class_names
 from model.net import FCN_GCN, class_count, is_of_score_layer, without_unused
 from params import Params
@@ -124,11 +122,7 @@ def load_network(model_dir: Path, restore_file: str, device: torch.device) -> tu
     checkpoint = load_checkpoint(file)
     now = Params.load(model_dir / "params.json", checkpoint.get("set"))
     params = resolve_precision(trained_params(checkpoint, now, file), device)
-    on_meta = params.encoder in ENCODERS  # without random weights, which take longer than the checkpoint's
-    with torch.device("meta") if on_meta else nullcontext():
-        model = FCN_GCN(**params.network_options(), pretrained=False)
-    if on_meta:
-        model.to_empty(device="cpu")
+    model = FCN_GCN(**params.network_options(), pretrained=False)
     check_normalization(model, checkpoint, file)
     load_weights(model, predicting_weights(checkpoint), file)
     to_device(model, params, device)
@@ -176,8 +170,7 @@ def agreed_class_names(checkpoint: dict[str, Any], file: Path, split: Split | No
     class that they call differently.
     """
     numbers = [str(index) for index in range(num_classes)]  # which stand for names that are not known
-    trained = checkpoint.get("class_names") or []
-    trained = trained if len(trained) == num_classes else numbers
+    trained = checkpoint.get("class_names") or numbers
     if split is None:
         return default_class_names(num_classes) if trained == numbers else trained
     if trained == numbers:

@@ -34,7 +34,7 @@ from engine.checkpoints import (
     to_predict_with,
 )
 from engine.devices import autocast, device_name, input_options, resolve_precision
-from engine.training import Training, list_digest, scalars, why_finished
+from engine.training import Training, list_digest, scalars, score, why_finished
 from model import UserError
 from model.data_loader import SegmentationDataset
 from model.layouts import Split, class_names, find_split
@@ -215,16 +215,13 @@ def advising_to_resume(args: argparse.Namespace) -> Iterator[None]:
 def check_batches(model: FCN_GCN, params: Params, count: int) -> None:
     """Raise UserError where a network cannot train on the last batch, the smallest, or on a process's share of it."""
     last = count % params.batch_size or params.batch_size
+    left = f'"batch_size" {params.batch_size} leaves a batch of {last} among {count} images'
     if last == 1 and not _takes(model, 1, params):
-        raise UserError(
-            f'"batch_size" {params.batch_size} leaves a batch of one among {count} images, and at "image_size" '
-            f"{params.image_size} it gives batch norm a single value a channel; change one of the two"
-        )
+        size = f'at "image_size" {params.image_size} it gives batch norm a single value a channel'
+        raise UserError(f"{left}, and {size}; change one of the two")
     if last < (processes := devices.world_size()) and not _takes(model, 0, params):
-        raise UserError(
-            f'"batch_size" {params.batch_size} leaves a batch of {last} among {count} images, in which some of '
-            f'{processes} processes have none, as "{params.encoder}" cannot; change "batch_size"'
-        )
+        idle = f'in which some of {processes} processes have none, as "{params.encoder}" cannot'
+        raise UserError(f'{left}, {idle}; change "batch_size"')
 
 
 @torch.no_grad()
@@ -325,7 +322,10 @@ class EpochOutputs:
             tracker.log(state["history"][-1], picture)
 
     def close(self, training: Training) -> None:
-        """End the trackers, and delete last.pth.tar of a finished run where params.json asks for that."""
+        """Log the best epoch, end the trackers, and delete last.pth.tar where params.json asks for that."""
+        metric, epoch = training.params.best_metric, training.best_epoch
+        best = f"best {metric} {score(training.history[epoch - 1], metric):.4f} at epoch {epoch}"
+        logging.info(f"{training.stop_reason}; {best}, in {self.model_dir}")
         for tracker in self.trackers:
             tracker.close(training.params, training.metrics["best"])
         if not training.params.keep_last:
@@ -411,21 +411,10 @@ def sample_predictions(training: Training, dataset: SegmentationDataset, count: 
 def epoch_line(record: dict, params: Params, *, is_best: bool) -> str:
     """Return an epoch in one line for people."""
     shown = dict.fromkeys(("mIoU", "pixel_accuracy", params.best_metric))
-    values = [f"{key} {decimal(record['val'][key])}".replace("_", " ") for key in shown if key != "loss"]
+    values = [f"{key} {score(record, key):.4f}".replace("_", " ") for key in shown if key != "loss"]
     return (
         f"epoch {record['epoch']}/{params.num_epochs}: "
         f"train loss {record['train']['loss']:.4f}, val loss {record['val']['loss']:.4f}, "
         f"{', '.join(values)}, lr {record['learning_rate']:.3g}, "
         f"{record['seconds']:.1f} s, {record['images_per_second']:.1f} images/s{' (best)' if is_best else ''}"
     )
-
-
-def best_line(training: Training) -> str:
-    """Return the best epoch in a few words for people."""
-    metric = training.params.best_metric
-    return f"best {metric} {decimal(training.metrics['best'][metric])} at epoch {training.best_epoch}"
-
-
-def decimal(value: float | None) -> str:
-    """Return a metric for people; "-" where it is undefined."""
-    return "-" if value is None else f"{value:.4f}"
