@@ -34,18 +34,9 @@ def parse_args() -> argparse.Namespace:
     parser = experiment_parser(__doc__)
     parser.set_defaults(device="cpu")  # where PyTorch computes what the file is held against
     add_restore_file(parser)
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="the file to write (default: <restore_file>.onnx in model_dir)"
-    )
+    output = "the file to write (default: <restore_file>.onnx in model_dir)"
+    parser.add_argument("--output", type=Path, metavar="FILE", help=output)
     return parser.parse_args()
-
-
-def output_path(args: argparse.Namespace) -> Path:
-    """Return the file to write. Raises UserError where its name or folder is not one for it."""
-    output = args.output or args.model_dir / f"{args.restore_file}.onnx"
-    if output.suffix != ".onnx" or not output.parent.is_dir():
-        raise UserError(f"--output {output}: give the name of a file that ends in .onnx, in a folder that is there")
-    return output
 
 
 def onnx_metadata(model: FCN_GCN, params: Params, names: list[str], epoch: int | None) -> dict[str, str]:
@@ -164,7 +155,9 @@ def compare(session: Any, model: nn.Module, images: Tensor) -> dict[str, Any]:
 def main(args: argparse.Namespace) -> None:
     for package in PACKAGES:
         require(package, "an ONNX file", "--upgrade -r requirements-export.txt")
-    output = output_path(args)
+    output = args.output or args.model_dir / f"{args.restore_file}.onnx"
+    if output.suffix != ".onnx" or not output.parent.is_dir():
+        raise UserError(f"--output {output}: give the name of a file that ends in .onnx, in a folder that is there")
     device = pick_device(args.device)
     model, params, checkpoint = load_network(args.model_dir, args.restore_file, torch.device("cpu"))
     model.to(memory_format=torch.contiguous_format)

@@ -46,13 +46,11 @@ from params import Params
 
 def parse_args() -> argparse.Namespace:
     parser = experiment_parser(__doc__)
-    parser.add_argument(
-        "--resume", action="store_true", help="continue from last.pth.tar if model_dir has one, else start"
-    )
+    resume = "continue from last.pth.tar if model_dir has one, else start"
+    parser.add_argument("--resume", action="store_true", help=resume)
     parser.add_argument("--restore_file", type=checkpoint_name, help="last: another way to say --resume")
-    parser.add_argument(
-        "--init_from", type=Path, metavar="FILE", help="a checkpoint whose weights a run starts from, unless it resumes"
-    )
+    weights = "a checkpoint whose weights a run starts from, unless it resumes"
+    parser.add_argument("--init_from", type=Path, metavar="FILE", help=weights)
     parser.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in model_dir")
     changes = "values that take the place of those of params.json"
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=changes)

@@ -58,8 +58,6 @@ def read_json(path: str | Path, *, if_absent: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique_keys)
     except FileNotFoundError:
         raise UserError(f"no {path}; {if_absent}") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # JSON, UTF-8, a repeated key
         raise UserError(f"{path} is not valid JSON: {error}") from None
 

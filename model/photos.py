@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from model import UserError
+from model import UserError, first_line
 from model.voc import VOID
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -79,5 +79,4 @@ def _naming(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:  # by format OSError, SyntaxError, ValueError, RuntimeError, struct.error, KeyError, ...
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path}: cannot be read as an image ({reason})") from None
+        raise UserError(f"{path}: cannot be read as an image ({first_line(error)})") from None
