@@ -312,8 +312,8 @@ def test_without_data_one_line_names_the_two_ways_on(tmp_path):
         ({"batch_size": 7}, [], '"batch_size" is 7, but train has 6 images'),
         ({"train_split": "trainaug"}, [], "trainaug.txt; splits here: train, val"),
         ({}, ["--init_from", "nowhere.pth.tar"], "no checkpoint nowhere.pth.tar"),
-        ({"image_size": 32, "stem_maxpool": True, "batch_size": 5}, [], "leaves a batch of one among 6 images"),
-        ({"image_size": 32, "stem_maxpool": True, "batch_size": 1}, [], "leaves a batch of one among 6 images"),
+        ({"image_size": 32, "stem_maxpool": True, "batch_size": 5}, [], "leaves a batch of 1 among 6 images"),
+        ({"image_size": 32, "stem_maxpool": True, "batch_size": 1}, [], "leaves a batch of 1 among 6 images"),
         ({"batch_size": 1, "cutmix": 0.5}, [], 'which has only one; raise "batch_size"'),
     ],
 )
