@@ -206,14 +206,13 @@ if _missing := sorted(constants().keys() - Params.__dataclass_fields__):
 
 
 SCORED_AT_ONCE = 32 * 224**2  # pixels
-# Options of the network: its keywords. Weights depend on all but TRAINING_OPTIONS and what they were trained to read.
+# Options of the network: its keywords. Weights depend on all but TRAINING_OPTIONS, and on how photos are resized.
 NETWORK = tuple(key for key in inspect.signature(FCN_GCN).parameters if key != "pretrained")
 TRAINING_OPTIONS = (
     *("dropout_rate", "zero_init_residual", "zero_init_heads"),
     *("freeze_encoder_statistics", "activation_checkpointing"),
 )
-INPUT = ("normalize", "resize")  # what the weights were trained to read
-ARCHITECTURE = tuple(key for key in NETWORK if key not in (*TRAINING_OPTIONS, *INPUT))
+NEEDED_BY_WEIGHTS = (*(key for key in NETWORK if key not in TRAINING_OPTIONS), "resize")
 
 
 def table() -> str:

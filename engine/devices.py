@@ -139,14 +139,12 @@ def reuse_memory(device: torch.device) -> None:
     """Let malloc keep the memory that a step on the CPU frees, for the next step.
 
     Otherwise it goes back to the kernel, which fills it with zeros before it gives it out again; benchmarks/RESULTS.md
-    says what that takes. The options are those of mallopt(3): nothing changes where libc is not glibc, or where the
-    environment sets one of them.
+    says what that takes. The options are those of mallopt(3), unless the environment sets one of them.
     """
     if device.type == "cpu" and sys.platform == "linux" and not MALLOC_VARIABLES & os.environ.keys():
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt:
-            mallopt(M_TRIM_THRESHOLD, -1)
-            mallopt(M_MMAP_MAX, 0)
+        glibc = ctypes.CDLL(None)
+        glibc.mallopt(M_TRIM_THRESHOLD, -1)
+        glibc.mallopt(M_MMAP_MAX, 0)
 
 
 def rng_states(device: torch.device) -> list[torch.Tensor]:

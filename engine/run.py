@@ -37,10 +37,10 @@ from engine.devices import autocast, device_name, input_options, resolve_precisi
 from engine.training import Training, list_digest, scalars, score, why_finished
 from model import UserError
 from model.data_loader import SegmentationDataset
-from model.layouts import Split, class_names, find_split
+from model.layouts import Split, find_split
 from model.net import FCN_GCN
 from model.transforms import photo_edges, to_input
-from params import ARCHITECTURE, INPUT, Params
+from params import NEEDED_BY_WEIGHTS, Params
 from utils import ROOT, read_history, read_json, save_figure, save_picture, set_logger, write_history, write_json
 from visualize import comparison, training_curves
 
@@ -56,7 +56,7 @@ RESULTS = (  # that are there once an epoch has ended
 OUTPUTS = (*RESULTS, "train.log", "run.json", "trial.json", "tensorboard/events.*")
 RUN_LOCK = ".lock"  # held while train.py works in a folder
 LOCK_PATIENCE = 8.0  # seconds; loader processes of a killed run, which inherit its lock, end within five
-RESUME_NEEDS = (*ARCHITECTURE, *INPUT, "optimizer", "dataset", "best_metric")  # as they were
+RESUME_NEEDS = (*NEEDED_BY_WEIGHTS, "optimizer", "dataset", "best_metric")  # as they were
 LINE_INTERVAL = 30.0  # seconds at least between two lines about an epoch, where no progress bar is drawn
 DRAWING_INTERVAL = 10.0  # seconds between two drawings of curves.png, or short epochs would wait for it
 
@@ -183,9 +183,7 @@ def find_splits(start: Start) -> tuple[Split, Split, list[str]]:
         raise UserError(f'"batch_size" is {params.batch_size}, but {params.train_split} has {count} images; lower it')
     for split in (train, val):
         check_alike(list_digest(split), f"{split.name}.txt")
-    if start.state is None:
-        return train, val, class_names(val, params.num_classes)
-    return train, val, agreed_class_names(start.state, start.file, val, params.num_classes)
+    return train, val, agreed_class_names(start.state or {}, start.file, val, params.num_classes)
 
 
 def changes_since(start: Start, training: Training, args: argparse.Namespace) -> str:
@@ -380,9 +378,7 @@ class TensorBoard:
 
     def close(self, params: Params, best: dict) -> None:
         """Write the hyperparameters beside the metrics of the best epoch, for TensorBoard's HPARAMS page."""
-        values = {
-            key: value if isinstance(value, int | float | str) else str(value) for key, value in asdict(params).items()
-        }
+        values = {k: v if isinstance(v, int | float | str) else str(v) for k, v in asdict(params).items()}
         found = {f"best/{key}": value for key, value in scalars(best).items() if value is not None}
         self.writer.add_hparams(values, found, run_name=".")  # in this folder, not in one below it
         self.writer.close()
@@ -409,7 +405,6 @@ def sample_predictions(training: Training, dataset: SegmentationDataset, count: 
 
 
 def epoch_line(record: dict, params: Params, *, is_best: bool) -> str:
-    """Return an epoch in one line for people."""
     shown = dict.fromkeys(("mIoU", "pixel_accuracy", params.best_metric))
     values = [f"{key} {score(record, key):.4f}".replace("_", " ") for key in shown if key != "loss"]
     return (

@@ -497,7 +497,7 @@ def test_workers_that_stay_change_no_batch_of_any_epoch_nor_the_global_generator
 
 def epoch_of(seed: int, epoch: int) -> list[tuple[int, int]]:
     sampler = EpochSampler(50, seed=seed)
-    sampler.set_epoch(epoch)
+    sampler.epoch = epoch
     return list(sampler)
 
 
