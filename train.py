@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,6 @@ from engine.run import (
     Start,
     advising_to_resume,
     begin,
-    best_line,
     changes_since,
     check_last_batch,
     find_splits,
@@ -48,13 +46,11 @@ from params import Params
 
 def parse_args() -> argparse.Namespace:
     parser = experiment_parser(__doc__)  # has --model_dir, --data_dir, --device
-    parser.add_argument(
-        "--resume", action="store_true", help="continue from last.pth.tar if model_dir has one, else start"
-    )
+    resume = "continue from last.pth.tar if model_dir has one, else start"
+    parser.add_argument("--resume", action="store_true", help=resume)
     parser.add_argument("--restore_file", type=checkpoint_name, help="last: another way to say --resume")
-    parser.add_argument(
-        "--init_from", type=Path, metavar="FILE", help="a checkpoint whose weights a run starts from, unless it resumes"
-    )
+    weights = "a checkpoint whose weights a run starts from, unless it resumes"
+    parser.add_argument("--init_from", type=Path, metavar="FILE", help=weights)
     parser.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in model_dir")
     changes = "values that take the place of those of params.json"
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=changes)
@@ -81,7 +77,6 @@ def train(training: Training, train_loader: Loader, val_loader: Loader, outputs:
         training.end_epoch(train_metrics, scores.metrics, seconds=time.perf_counter() - start, images_per_second=speed)
         if is_main():
             outputs.write_epoch(training, val_loader.dataset)
-    logging.info(f"{training.stop_reason}; {best_line(training)}, in {outputs.model_dir}")
     if is_main():
         outputs.finish(training)
 

@@ -315,12 +315,8 @@ def better_of(metric: str) -> Callable:
 
 def scalars(metrics: dict) -> dict[str, float | None]:
     """Return the metrics that are one number for all classes, which history.jsonl and TensorBoard show."""
-    others = ("epoch", "images", "learning_rate", "image_size")
-    return {
-        key: value
-        for key, value in metrics.items()
-        if key not in others and (value is None or (isinstance(value, int | float) and not isinstance(value, bool)))
-    }
+    others = ("epoch", "images", "learning_rate")
+    return {key: value for key, value in metrics.items() if key not in others and not isinstance(value, dict | list)}
 
 
 def distribute(model: nn.Module, device: torch.device) -> DistributedDataParallel:

@@ -28,7 +28,7 @@ from engine.run import check_last_batch
 from engine.training import Training
 from model import UserError, encoders
 from model.data_loader import SegmentationDataset, make_loader
-from model.encoders import fold_batch_norm
+from model.inference import fold_batch_norm
 from model.layouts import find_split
 from model.losses import SegmentationLoss
 from model.net import FCN_GCN

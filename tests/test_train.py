@@ -314,8 +314,8 @@ def test_without_data_one_line_names_the_two_ways_on(tmp_path):
         ({"batch_size": 7}, [], '"batch_size" is 7, but train has 6 images'),
         ({"train_split": "trainaug"}, [], "trainaug.txt; splits here: train, val"),
         ({}, ["--init_from", "nowhere.pth.tar"], "no checkpoint nowhere.pth.tar"),
-        ({"image_size": 32, "stem_maxpool": True, "batch_size": 5}, [], "leaves a batch of one among 6 images"),
-        ({"image_size": 32, "stem_maxpool": True, "batch_size": 1}, [], "leaves a batch of one among 6 images"),
+        ({"image_size": 32, "stem_maxpool": True, "batch_size": 5}, [], "leaves a batch of 1 among 6 images"),
+        ({"image_size": 32, "stem_maxpool": True, "batch_size": 1}, [], "leaves a batch of 1 among 6 images"),
         ({"batch_size": 1, "cutmix": 0.5}, [], 'which has only one; raise "batch_size"'),
     ],
 )
@@ -701,9 +701,6 @@ def test_the_metric_of_params_json_chooses_the_best_epoch():
             training.best_epoch,
             training.metrics["best"]["epoch"],
             training.stop_reason,
-        )
-        assert run.best_line(training) == f"best {key} {values[training.best_epoch - 1][key]:.4f} at epoch " + str(
-            training.best_epoch
         )
     stopped = "stopped early after epoch 3: no better loss in 1 epochs"
     assert found == {("mIoU", None): (1, 1, None), ("loss", None): (2, 2, None), ("loss", 1): (2, 2, stopped)}
