@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import io
 import json
 import logging
 import os
@@ -48,6 +49,8 @@ def run_main(main: Callable[[], int | None], *, several_processes: bool = False)
     """
     if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
         signal.signal(signal.SIGTERM, _terminate)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # folders may have any name, and Windows's pipes few letters
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # about odd photos, which are read
     try:
         if not several_processes and world_size() > 1:

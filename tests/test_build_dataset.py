@@ -163,10 +163,9 @@ class Handler(BaseHTTPRequestHandler):
         begin = int(asked[6:-1]) if asked and way != "whole" else 0
         if begin >= len(WHOLE):
             return self.reply(416, b"")
-        body = (b"wrong" + WHOLE[5:] if way == "wrong" else WHOLE)[begin:]
-        self.reply(
-            206 if begin else 200, body, cut=way in ("cuts", "stalls", "chunks", "half"), chunked=way == "chunks"
-        )
+        body = (b"wrong" + WHOLE[5:] if way.startswith("wrong") else WHOLE)[begin:]
+        cut = way in ("cuts", "stalls", "chunks", "half", "wrong_chunks")
+        self.reply(206 if begin else 200, body, cut=cut, chunked=way.endswith("chunks"))
         if way == "stalls":
             self.server.closing.wait(10)
 
@@ -209,7 +208,10 @@ def fetched(server, file: Path, *ways: str) -> bytes:
     return file.read_bytes()
 
 
-@pytest.mark.parametrize("first", ["refuses", "page", "circle", "silent", "wrong", "nonsense", "stalls", "chunks"])
+WAYS = ["refuses", "page", "circle", "silent", "wrong", "nonsense", "stalls", "chunks", "wrong_chunks"]
+
+
+@pytest.mark.parametrize("first", WAYS)
 def test_a_download_comes_from_the_first_address_that_has_it_whole(tmp_path, server, first):
     file = tmp_path / "new" / ARCHIVE
     assert fetched(server, file, first, "good", "refuses") == WHOLE and contents(tmp_path / "new").keys() == {ARCHIVE}
