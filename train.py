@@ -38,7 +38,7 @@ from engine.run import (
     sole_run,
 )
 from engine.training import Training
-from model.data_loader import Loader, make_loader
+from model.data_loader import Loader, make_loader, seen_in_training
 from model.losses import SegmentationLoss
 from model.metrics import Metrics
 from model.net import FCN_GCN
@@ -190,6 +190,7 @@ def build_and_train(start: Start, device: torch.device, args: argparse.Namespace
     check_batches(model, params, len(train_split.ids))
     to_device(model, params, device)
     train_set, val_set = (make_dataset(split, names, params, model) for split in (train_split, val_split))
+    notes += seen_in_training(train_set, val_set) if is_main() else []
     own: dict[str, Any] = {"device": device, **loading_options(params)}
     train_loader = make_loader(train_set, batch_size=params.batch_size, seed=params.seed, **own)
     val_loader = make_loader(val_set, batch_size=params.scoring_batch_size, **own)

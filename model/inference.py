@@ -13,8 +13,9 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from model import UserError
 from model.layouts import Split
-from model.photos import read_mask, read_photo
+from model.photos import Palette, check_colours, read_mask, read_photo
 from model.transforms import PADDING, RESIZES, Box, Colour, squares, to_input
+from model.voc import is_voc
 
 OVERLAP = 0.25  # of a tile, at least, with its neighbour
 PIXELS_AT_ONCE = 8 * 224**2  # that the network reads from tiles
@@ -97,6 +98,7 @@ class OriginalDataset(Dataset):
     def __init__(self, split: Split, *, class_names: Sequence[str]):
         self.split = split
         self.class_names = class_names
+        self.colours: Palette = {}
 
     def __len__(self) -> int:
         return len(self.split.ids)
@@ -105,7 +107,10 @@ class OriginalDataset(Dataset):
         photo, masks = read_photo(self.split.images[index]), self.split.masks
         if masks is None:
             return index, photo, None
-        return index, photo, read_mask(masks[index], photo.size, len(self.class_names), self.split.label_map)
+        mask = read_mask(masks[index], photo, len(self.class_names), self.split.label_map, self.colours)
+        if is_voc(self.class_names):  # for others it takes all masks, see check_colours()
+            check_colours(self.colours, self.class_names)
+        return index, photo, mask
 
 
 def collate_originals(
