@@ -7,17 +7,17 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from unicodedata import normalize
 
+from PIL import Image
 from torchvision.datasets import Cityscapes
 
 from model import UserError
-from model.photos import IMAGE_SUFFIXES, LabelMap
+from model.photos import IMAGE_SUFFIXES, LabelMap, Palette, check_colours, read_mask, read_photo
 from model.sample import draw_sample
-from model.transforms import Colour
-from model.voc import CLASS_NAMES, VOID
+from model.voc import CLASS_NAMES, VOID, Colour, is_voc
 
 NAMES = ("classes.txt", "labelmap.txt")  # of files with the names of classes, the latter CVAT's
 AUGMENTED = ("trainaug", "train_aug")  # the names of the list whose masks may be in SegmentationClassAug
@@ -36,6 +36,17 @@ class Split:
     names_source: str = ""  # where the names stand, for messages
     label_map: LabelMap | None = None  # of the values in masks; None: they are class indices and void
     root: Path | None = None  # the folder to keep a cache in; None: the one above the photos
+    colours: Palette = field(default_factory=dict, compare=False)  # of the indices in the masks that have been read
+
+    def read(self, index: int, num_classes: int) -> tuple[Image.Image, Image.Image | None]:
+        """Decode a photo and its mask, None without masks; see read_photo() and read_mask()."""
+        photo = read_photo(self.images[index])
+        if self.masks is None:
+            return photo, None
+        mask = read_mask(self.masks[index], photo, num_classes, self.label_map, self.colours)
+        if is_voc(self.class_names or default_class_names(num_classes)):  # for others it takes the colours of all masks
+            check_colours(self.colours, CLASS_NAMES)
+        return photo, mask
 
 
 def find_split(dataset: str, data_dir: str | Path, name: str, *, masks_required: bool = False) -> Split:

@@ -1,4 +1,4 @@
-"""Photos and masks as files: decoded, checked, and brought to one size."""
+"""Photos and masks as files: decoded and checked."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from model import UserError
-from model.transforms import PADDING, Colour, to_square
-from model.voc import VOID, indices_from_colours, is_voc, voc_colours
+from model import UserError, first_line
+from model.voc import VOID, Colour, indices_from_colours, is_voc, voc_colours
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # whatever the suffix; for EPS Pillow runs a program
@@ -19,32 +18,6 @@ REWRITTEN = "a program numbered colours afresh; take the mask as it was, or save
 
 LabelMap = Mapping[int | Colour, int]  # the class index, or void, of every value or colour that a mask may hold
 Palette = dict[int, tuple[Colour, Path]]  # the colour of every index in use, and the first mask that has it
-
-
-def read_example(
-    image_path: Path,
-    mask_path: Path | None,
-    *,
-    image_size: int,
-    num_classes: int,
-    resize: str = "squash",
-    padding: Colour = PADDING,
-    label_map: LabelMap | None = None,
-    colours: Palette | None = None,
-) -> np.ndarray:
-    """Decode a photo and its mask at their own size, check them, and resize both to a square; see read_mask().
-
-    Returns uint8 (image_size, image_size, 4): red, green, blue, class index (void without a mask).
-    Raises UserError naming the file and what is wrong with it.
-    """
-    image = read_photo(image_path)
-    mask = None if mask_path is None else read_mask(mask_path, image, num_classes, label_map, colours)
-    image, mask = to_square(image, mask, image_size, resize, padding)
-    example = np.full((image_size, image_size, 4), VOID, dtype=np.uint8)
-    example[..., :3] = np.array(image)
-    if mask is not None:
-        example[..., 3] = np.array(mask)
-    return example
 
 
 def read_photo(path: Path) -> Image.Image:
@@ -174,5 +147,4 @@ def _naming(path: Path) -> Iterator[None]:
     except Image.DecompressionBombError:
         raise UserError(f"{path}: more than 179 megapixels cannot be read; cut photo and mask into parts") from None
     except Exception as error:  # by format OSError, SyntaxError, ValueError, RuntimeError, struct.error, KeyError, ...
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path}: cannot be read as an image ({reason})") from None
+        raise UserError(f"{path}: cannot be read as an image ({first_line(error)})") from None
