@@ -187,7 +187,7 @@ def write_lists(data_dir: Path, shares: list[float], seed: int, group: str | Non
     if there := [name for name in SPLITS if (lists / f"{name}.txt").exists()]:
         raise UserError(f"{lists / there[0]}.txt is already there; delete the lists to deal them anew")
     photos = images_by_name(images)
-    ids = sorted(photos.keys() & (images_by_name(masks, photos) if masks.is_dir() else {}))
+    ids = sorted(photos.keys() & images_by_name(masks, photos))
     groups = [[id_] for id_ in ids] if group is None else grouped(ids, group)
     parts = deal(groups, shares, seed)
     if empty := [name for name in (SPLITS if shares[2] and group else SPLITS[:2]) if not parts[name]]:
@@ -202,7 +202,8 @@ def write_lists(data_dir: Path, shares: list[float], seed: int, group: str | Non
     splits = [replace(find_split("voc", data_dir, name), masks=None) for name, part in parts.items() if part]
     with suppress(UserError):  # of photos that cannot be read, which train.py names
         train, *others = [SegmentationDataset(split, class_names=(), image_size=64, cache=False) for split in splits]
-        print(*chain(*(seen_in_training(train, other) for other in others)), sep="\n", end="")
+        for line in chain(*(seen_in_training(train, other) for other in others)):
+            print(line)
 
 
 def grouped(ids: list[str], pattern: str) -> list[list[str]]:

@@ -21,7 +21,6 @@ from tqdm import tqdm
 from model import UserError, cores, replacing
 from model.layouts import Split, list_faults
 from model.parallel import shard
-from model.photos import check_colours
 from model.transforms import PADDING, Colour, resize_tag, to_square
 from model.voc import VOID
 
@@ -66,10 +65,12 @@ class SegmentationDataset(Dataset):
 
     @cached_property
     def thumbnails(self) -> np.ndarray:
-        """float32 (N, 192), see thumbnail()."""
-        return np.stack(
-            [thumbnail(square) for square in (self.decode_all() if self._examples is None else self._examples)]
-        )
+        """float32 (N, 192): the mean colours of every photo in 8 x 8 cells, from about 64 x 64 of its pixels."""
+        step = max(1, self.image_size // 64)
+        side = -(-self.image_size // step) // 8  # of a cell
+        squares = self.decode_all() if self._examples is None else self._examples
+        cells = (x[::step, ::step][: 8 * side, : 8 * side, :3].reshape(8, side, 8, side, 3) for x in squares)
+        return np.stack([x.mean((1, 3), dtype=np.float32).ravel() for x in cells])
 
     def __len__(self) -> int:
         return len(self.split.ids)
@@ -122,15 +123,6 @@ class SegmentationDataset(Dataset):
                         yield result
         if faults:
             raise list_faults(f"split {self.split.name}", faults)
-        check_colours(self.split.colours, self.class_names)
-
-
-def thumbnail(square: np.ndarray) -> np.ndarray:
-    """Return float32 (192,), the mean colours of 8 x 8 cells of (S, S, 3 or more), from 64 or so of its rows."""
-    step = max(1, len(square) // 64)
-    side = len(square[::step]) // 8
-    cells = square[::step, ::step][: 8 * side, : 8 * side, :3].reshape(8, side, 8, side, 3)
-    return cells.mean((1, 3), dtype=np.float32).ravel()
 
 
 def seen_in_training(train: SegmentationDataset, other: SegmentationDataset) -> list[str]:
@@ -143,14 +135,12 @@ def seen_in_training(train: SegmentationDataset, other: SegmentationDataset) -> 
         return []
     a, b = other.thumbnails, train.thumbnails
     distance = (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T
-    alike = distance <= (1 - ALIKE) * a.shape[1] * (a.var(1)[:, None] + b.var(1))
-    if not alike.any():
-        return []
-    index, like = np.argwhere(alike)[0]
-    name, trained = other.split.name, train.split.name
+    alike = np.argwhere(distance <= (1 - ALIKE) * a.shape[1] * (a.var(1)[:, None] + b.var(1)))
+    name, pairs = other.split.name, [(other.split.ids[index], train.split.ids[like]) for index, like in alike]
     return [
-        f"{alike.any(1).sum()} of {len(other)} photos of {name} are the same as one of {trained}, or nearly, as "
-        f"{other.split.ids[index]} and {train.split.ids[like]}; scores of {name} say little: see data/README.md"
+        f"{len({*alike[:, 0]})} of {len(other)} photos of {name} are, or nearly are, one of {train.split.name}: "
+        f"{example} and {trained}, for example; scores of {name} say little: see data/README.md"
+        for example, trained in pairs[:1]
     ]
 
 
@@ -183,9 +173,8 @@ def _digest(dataset: SegmentationDataset, root: Path) -> str:
     """Return what the name of a cache says of its content."""
     split = dataset.split
     tag = resize_tag(dataset.image_size, dataset.resize, dataset.padding)
-    parts: list[object] = [(CACHE_VERSION, tag, len(dataset.class_names))]
-    if split.label_map is not None:
-        parts.append(sorted(split.label_map.items(), key=str))
+    label_map = sorted((split.label_map or {}).items(), key=str)
+    parts: list[object] = [(CACHE_VERSION, tag, len(dataset.class_names), label_map)]
     for path in [*split.images, *(split.masks or [])]:
         status = path.stat()
         parts.append((os.path.relpath(path, root), status.st_size, status.st_mtime_ns))

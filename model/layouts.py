@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from unicodedata import normalize
 
@@ -15,12 +16,13 @@ from PIL import Image
 from torchvision.datasets import Cityscapes
 
 from model import UserError
-from model.photos import IMAGE_SUFFIXES, LabelMap, Palette, check_colours, read_mask, read_photo
+from model.photos import IMAGE_SUFFIXES, LabelMap, check_palette, read_mask, read_photo
 from model.sample import draw_sample
-from model.voc import CLASS_NAMES, VOID, Colour, is_voc
+from model.voc import CLASS_NAMES, VOID, Colour
 
 NAMES = ("classes.txt", "labelmap.txt")  # of files with the names of classes, the latter CVAT's
 AUGMENTED = ("trainaug", "train_aug")  # the names of the list whose masks may be in SegmentationClassAug
+FOLDER_OR_SUFFIX = re.compile(rf"^.*[/\\]|({'|'.join(map(re.escape, IMAGE_SUFFIXES))})$", re.IGNORECASE)
 MASK_ENDS = re.compile("_(mask|gt|label|labels|L)$")  # of the names of masks that are longer than their photos'
 
 
@@ -36,16 +38,17 @@ class Split:
     names_source: str = ""  # where the names stand, for messages
     label_map: LabelMap | None = None  # of the values in masks; None: they are class indices and void
     root: Path | None = None  # the folder to keep a cache in; None: the one above the photos
-    colours: Palette = field(default_factory=dict, compare=False)  # of the indices in the masks that have been read
+    colours: dict = field(default_factory=dict, compare=False)  # that indices have in the masks, see check_palette()
 
     def read(self, index: int, num_classes: int) -> tuple[Image.Image, Image.Image | None]:
         """Decode a photo and its mask, None without masks; see read_photo() and read_mask()."""
         photo = read_photo(self.images[index])
         if self.masks is None:
             return photo, None
-        mask = read_mask(self.masks[index], photo, num_classes, self.label_map, self.colours)
-        if is_voc(self.class_names or default_class_names(num_classes)):  # for others it takes the colours of all masks
-            check_colours(self.colours, CLASS_NAMES)
+        mask = read_mask(self.masks[index], photo, num_classes, self.label_map)
+        if mask.mode == "P" and self.label_map is None:
+            names = self.class_names or default_class_names(num_classes)
+            check_palette(self.masks[index], mask, names, self.colours)
         return photo, mask
 
 
@@ -67,8 +70,8 @@ def find_split(dataset: str, data_dir: str | Path, name: str, *, masks_required:
     if missing := without_photo + ([] if no_masks else without_mask):
         raise list_faults(where, missing)
     if no_masks and masks_required:
-        fault = f"{where} has no masks: it can be predicted, not scored or trained on"
-        raise UserError("; ".join([fault, *without_mask[:1]]))
+        why = "".join(f"; {fault}" for fault in without_mask[:1])
+        raise UserError(f"{where} has no masks: it can be predicted, not scored or trained on{why}")
     return replace(split, masks=None) if no_masks else split
 
 
@@ -91,15 +94,15 @@ def voc(data_dir: Path, name: str) -> Split:
         file = next((path for name in AUGMENTED if (path := lists / f"{name}.txt").exists()), file)
         masks = folder if (folder := root / "SegmentationClassAug").is_dir() else masks
     photos = images_by_name(images)
-    masks_by_name = images_by_name(masks, photos) if masks.is_dir() else {}
-    entries = [_entry(line, file, photos, root) for line in read_list(file)]
+    masks_by_name = images_by_name(masks, photos)
+    entries = [_entry(normalize("NFC", line), file, photos, root) for line in read_list(file)]
     source = next((path for name in NAMES for path in (lists / name, root / name) if path.exists()), None)
     names, label_map = _classes(source) if source else (None, None)
     return Split(
         name,
         [id_ for id_, _ in entries],
-        [photos.get(_composed(id_), images / f"{id_}.jpg") for id_, _ in entries],
-        [mask or masks_by_name.get(_composed(id_), masks / f"{id_}.png") for id_, mask in entries],
+        [photos.get(id_, images / f"{id_}.jpg") for id_, _ in entries],
+        [mask or masks_by_name.get(id_, masks / f"{id_}.png") for id_, mask in entries],
         class_names=names,
         names_source=str(source or f"{data_dir}, which has no classes.txt"),
         label_map=label_map,
@@ -113,17 +116,14 @@ def _entry(line: str, file: Path, photos: Mapping[str, Path], root: Path) -> tup
     A line is a name, or a file; behind it may be the mask's file below root, or the flag 1 of one of VOC's classes.
     """
     first, *second = line.rsplit(maxsplit=1)
-    if _composed(line) in photos:  # with blanks, perhaps
-        return line, None
-    if not second or _composed(_name(first)) not in photos:
-        return _name(line), None
-    if second[0] in ("-1", "0"):
-        raise UserError(f"{file}: {line!r}: a line names a photo; of lines with VOC's flags keep those with 1")
-    if second[0] == "1":
-        return _name(first), None
-    parts = second[0].strip("/").split("/")
-    paths = [root.joinpath(*parts[start:]) for start in range(len(parts))]  # for those that begin above root
-    return _name(first), next((path for path in paths if path.is_file()), paths[0])
+    name = FOLDER_OR_SUFFIX.sub("", first)
+    if line in photos or not second or name not in photos:  # names may have blanks
+        return line if line in photos else FOLDER_OR_SUFFIX.sub("", line), None
+    if second == ["1"]:
+        return name, None
+    if not second[0].lower().endswith(IMAGE_SUFFIXES):
+        raise UserError(f"{file}: {line!r}: a line is a photo, or a photo and its mask, or a photo and VOC's flag 1")
+    return name, root / second[0].lstrip("/")
 
 
 def _classes(file: Path) -> tuple[list[str], LabelMap | None]:
@@ -140,17 +140,6 @@ def _classes(file: Path) -> tuple[list[str], LabelMap | None]:
         if match and label_map.setdefault(tuple(map(int, match.group(2, 3, 4))), index) != index:
             raise UserError(f"{file}: {name} has the colour of another class")
     return names, label_map if len(label_map) > len(names) + 1 else None
-
-
-def _name(file: str) -> str:
-    """Return the name of a file without folders and a photo's suffix."""
-    name = re.split(r"[/\\]", file)[-1]
-    return name[: name.rindex(".")] if name.lower().endswith(IMAGE_SUFFIXES) else name
-
-
-def _composed(name: str) -> str:
-    """Return a name as most systems write it; on macOS an accent may be a character of its own."""
-    return normalize("NFC", name)
 
 
 def sample(data_dir: Path, name: str) -> Split:
@@ -222,13 +211,14 @@ def images_by_name(folder: Path, photos: Mapping[str, Path] | None = None) -> di
     A mask is NAME.png, or else whatever is called NAME, or NAME and one of MASK_ENDS. Raises UserError where two are.
     """
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir(), key=lambda path: (path.suffix != ".png", path)):
+    paths = folder.iterdir() if folder.is_dir() else ()
+    for path in sorted(paths, key=lambda path: (path.suffix != ".png", path)):
         if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."):
-            name = _composed(path.stem)
+            name = normalize("NFC", path.stem)
             if photos is not None and name not in photos:
                 name = MASK_ENDS.sub("", name)
             first = found.setdefault(name, path)
-            if first != path and (photos is None or _composed(first.name) != f"{name}.png"):
+            if first != path and (photos is None or normalize("NFC", first.name) != f"{name}.png"):
                 raise UserError(f"{first} and {path} have the same name, or are masks of one photo; keep one of them")
     return found
 
@@ -251,15 +241,11 @@ def default_class_names(num_classes: int) -> list[str]:
 
 def list_faults(where: str, faults: list[str]) -> UserError:
     """Return an error that names the faults; of many that differ in files and numbers only, the first."""
-    kinds = [re.sub(r"\s*(\S*[/\\]\S*|\d+|\(.*\))", "", fault) for fault in faults]
-    counts, lines = Counter(kinds), []
-    for fault, kind in zip(faults, kinds, strict=True):
-        if counts[kind] > 3:
-            lines.append(f"{fault} (and {counts[kind] - 1} more of this kind)")
-            counts[kind] = 0  # said
-        elif counts[kind]:
-            lines.append(fault)
-    if len(lines) == 1:
-        return UserError(f"{where}: {lines[0]}")
-    more = [f"and {len(lines) - 20} more"] if len(lines) > 20 else []
-    return UserError("\n  ".join([f"{len(faults)} faults in {where}", *lines[:20], *more]))
+    kinds: dict[str, list[str]] = {}
+    for fault in faults:
+        kinds.setdefault(re.sub(r"\s*(\S*[/\\]\S*|\d+|\(.*\))", "", fault), []).append(fault)
+    parts = ([f"{few[0]} (and {len(few) - 1} more of this kind)"] if len(few) > 3 else few for few in kinds.values())
+    lines = [*chain.from_iterable(parts)]
+    return UserError(
+        f"{where}: {lines[0]}" if len(lines) == 1 else "\n  ".join([f"{len(faults)} faults in {where}", *lines])
+    )

@@ -82,14 +82,13 @@ def voc_colours(count: int = len(CLASS_NAMES)) -> dict[Colour, int]:
     return {tuple(colour): index for index, colour in enumerate(voc_palette()[:count].tolist())} | {VOID_COLOUR: VOID}
 
 
-def indices_from_colours(mask: np.ndarray, colours: Mapping[Colour, int] | None = None) -> np.ndarray:
-    """Turn a mask painted in colours, those of VOC by default, uint8 (H, W, 3), into class indices, uint8 (H, W).
+def indices_from_colours(mask: np.ndarray, colours: Mapping[Colour, int]) -> np.ndarray:
+    """Turn a mask painted in colours, uint8 (H, W, 3), into their class indices, uint8 (H, W).
 
     Raises UserError naming the first colour that is none of them.
     """
-    known = voc_colours() if colours is None else colours
     weights = np.array([1 << 16, 1 << 8, 1])
-    equal = (mask @ weights)[..., None] == np.array([*known]) @ weights  # (H, W, colours)
+    equal = (mask @ weights)[..., None] == np.array([*colours]) @ weights  # (H, W, colours)
     if not (found := equal.any(-1)).all():
-        raise UserError(f"colour {tuple(mask[~found][0].tolist())} is that of no class")
-    return np.array([*known.values()], dtype=np.uint8)[equal.argmax(-1)]
+        raise UserError(f"colour {tuple(mask[~found][0].tolist())} is that of no class; correct it, or labelmap.txt")
+    return np.array([*colours.values()], dtype=np.uint8)[equal.argmax(-1)]
