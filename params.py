@@ -69,6 +69,20 @@ def _flag(default: bool, meaning: str) -> Any:
     return _key(default, "true, false", lambda v: isinstance(v, bool), meaning)
 
 
+def _typed(kind: Any, value: Any) -> Any:
+    """Return a value as its key's type has it: JSON writes 1 and 1.0, which are one experiment."""
+    if isinstance(value, dict):
+        return {name: float(weight) for name, weight in value.items()}
+    return float(value) if kind in (float, float | None) and value is not None else value
+
+
+def _meant(key: str, known: Iterable[str]) -> list[str]:
+    """Return the known keys that may be meant: lr is learning_rate, epochs one of several, others are misspelt."""
+    shortened = [name for name in known if key == "".join(word[0] for word in name.split("_"))]
+    parts = [name for name in known if len(key) > 2 and key in name]
+    return shortened or parts or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+
+
 def _are_loss_weights(value: Any) -> bool:
     if not isinstance(value, dict) or not set(value) <= set(TERMS):
         return False
@@ -163,23 +177,31 @@ class Params:
 
     @classmethod
     def parse(cls, values: dict[str, Any], source: str | Path) -> "Params":
-        """Make params of keys and values. Raises UserError that begins with source and names every fault."""
+        """Make params of keys and values, 0 as 0.0 where it is a number with a fraction.
+
+        Raises UserError that begins with source and names every fault.
+        """
         if faults := [fault for key, value in values.items() if (fault := cls.fault(key, value))]:
             raise UserError(f"{source}: {'; '.join(faults)}")
-        if broken := cls(**values).broken_rules():
+        params = cls(**{key: _typed(cls.__annotations__[key], value) for key, value in values.items()})
+        if broken := params.broken_rules():
             raise UserError(f"{source}: {'; '.join(broken)}")
-        return cls(**values)
+        return params
 
     @classmethod
     def fault(cls, key: str, value: Any) -> str | None:
         """Say what is wrong with a key and its value; None if nothing is."""
         known: dict[str, Field] = {f.name: f for f in fields(cls)}
         if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f"did you mean {json.dumps(nearest[0])}?" if nearest else f"known keys: {', '.join(known)}"
+            meant = " or ".join(map(json.dumps, _meant(key.lower(), known)))
+            hint = f"did you mean {meant}?" if meant else f"known keys: {', '.join(known)}"
             return f"unknown key {json.dumps(key)}; {hint}"
         rule = known[key].metadata
-        return None if rule["check"](value) else f'"{key}" is {json.dumps(value)}; allowed: {rule["allowed"]}'
+        if rule["check"](value):
+            return None
+        of_two = key == "image_size" and isinstance(value, list | str)
+        hint = '; it is the side of a square, in which "resize": "letterbox" keeps the shape of a photo' * of_two
+        return f'"{key}" is {json.dumps(value)}; allowed: {rule["allowed"]}{hint}'
 
     def broken_rules(self, processes: int | None = None) -> list[str]:
         """Say what is wrong with several keys together, for training in that many processes if given."""
@@ -222,7 +244,18 @@ TRAINING_OPTIONS = (
     *("freeze_encoder_statistics", "activation_checkpointing"),
 )
 INPUT = ("normalize", "resize")  # what the weights were trained to read
+# Whatever these are, a run ends with the same result.
+WITHOUT_EFFECT = (
+    *("save_summary_steps", "num_workers", "num_channels", "cache", "keep_last"),
+    *("channels_last", "compile"),
+)
 ARCHITECTURE = tuple(key for key in NETWORK if key not in (*TRAINING_OPTIONS, *INPUT))
+
+
+def comparable_over(metric: str) -> tuple[str, ...]:
+    """Return the keys in which epochs and experiments agree that a metric of validation can rank among each other."""
+    pixels = ("dataset", "num_classes", "image_size", "resize")
+    return (*pixels, "loss_weights", *constants()) if metric == "loss" else pixels
 
 
 def table() -> str:

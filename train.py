@@ -107,7 +107,7 @@ def train_epoch(training: Training, loader: Loader) -> dict:
             images, labels = augment(images, labels, seeds, training.model.encoder.padding)
         if params.cutmix:
             images, labels = cutmix(images, labels, seeds, params.cutmix)
-        accumulated, updates = training.accumulation(step, len(loader))
+        accumulated, updates = training.accumulation(step, batch_sizes)
         learning_rates.append(training.learning_rate)
         losses[step], logits = train_step(
             training, criterion, images, labels, batch_size=batch_sizes[step], accumulated=accumulated, updates=updates
@@ -130,13 +130,12 @@ def train_step(
     labels: Tensor,
     *,
     batch_size: int,
-    accumulated: int = 1,
+    accumulated: float = 1,
     updates: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Train on a batch, uint8 (B, 3, S, S) and (B, S, S) on the device; return its loss and logits (B, C, S, S).
 
-    batch_size counts the images of all processes, accumulated the batches that share a step of the optimizer, and
-    updates says whether this is the last of them.
+    batch_size counts the images of all processes; accumulated and updates are those of Training.accumulation().
     """
     params, device = training.params, training.device
     training.set_batch_size(batch_size)
@@ -164,7 +163,7 @@ def backward(training: Training, loss: Tensor, *, updates: bool = True) -> None:
 def build_model(params: Params, weights: Path | None, *, resumed: bool) -> tuple[FCN_GCN, list[str]]:
     """Build the network, on the CPU, in rank 0 with the weights that it starts from. Returns it and lines for the log.
 
-    The layers that start afresh, though there is a file of weights, are named there.
+    What is not as it was for a file of weights, layers that start afresh say, is named there.
     """
     # Training() sends what rank 0 has to the other processes.
     pretrained = params.pretrained if is_main() and not resumed and weights is None else False
@@ -174,8 +173,8 @@ def build_model(params: Params, weights: Path | None, *, resumed: bool) -> tuple
         notes.append('"num_channels" is accepted for old params.json files; this network has no use for it')
     if model.encoder.weights:
         notes.append(f"the encoder begins with the weights of {model.encoder.weights}")
-    if weights and is_main() and (fresh := init_from(model, weights, params)):
-        notes.append(f"{weights} has another number of classes; these layers start afresh: {fresh}")
+    if weights and is_main():
+        notes += init_from(model, weights, params)
     if params.freeze_encoder_statistics and not (params.pretrained or weights or resumed):
         notes.append('"freeze_encoder_statistics" without weights to start from: the encoder is not normalized at all')
     return model, notes
@@ -186,7 +185,7 @@ def build_and_train(start: Start, device: torch.device, args: argparse.Namespace
     params, state = start.params, start.state
     train_split, val_split, names = find_splits(start)
     seed_everything(params.seed, deterministic=params.deterministic)  # from here on all processes draw alike
-    model, notes = build_model(params, None if state else args.init_from, resumed=state is not None)
+    model, notes = build_model(params, start.init_from, resumed=state is not None)
     check_batches(model, params, len(train_split.ids))
     to_device(model, params, device)
     train_set, val_set = (make_dataset(split, names, params, model) for split in (train_split, val_split))

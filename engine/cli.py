@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
@@ -98,7 +98,13 @@ def _last_line_if_from_a_worker(error: BaseException) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Of several processes only one prints usage, help and errors."""
+    """Of several processes only one prints usage, help and errors. A key of params.json as a flag is told of --set."""
+
+    def error(self, message: str) -> NoReturn:
+        flag = re.search(r"unrecognized arguments: --([\w-]+)[= ]?(\S*)", message)
+        if flag and "--set" in self._option_string_actions:
+            message += f"; keys of params.json: --set {flag[1].replace('-', '_')}={flag[2] or 'true'}"
+        super().error(message)
 
     def _print_message(self, message: str, file: Any = None) -> None:
         if is_main():
