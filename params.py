@@ -78,8 +78,9 @@ def _typed(kind: Any, value: Any) -> Any:
 
 def _meant(key: str, known: Iterable[str]) -> list[str]:
     """Return the known keys that may be meant: lr is learning_rate, epochs one of several, others are misspelt."""
-    shortened = [name for name in known if key == "".join(word[0] for word in name.split("_"))]
-    parts = [name for name in known if len(key) > 2 and key in name]
+    words = {name: name.split("_") for name in known}
+    shortened = [name for name in known if key == "".join(word[0] for word in words[name])]
+    parts = [name for name in known if {*key.split("_")} <= {*words[name]}]
     return shortened or parts or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
 
 

@@ -251,7 +251,7 @@ def metric_order(column: str) -> tuple:
 
 
 def by_seed(runs: list[Run], parent_dir: Path) -> dict[str, list[Run]]:
-    """Return the runs that differ in nothing but their seed, one for each, under the name that they have without it.
+    """Return the runs that differ in nothing but their seed, under the name that they have without it.
 
     Where several groups would have the same name, each has that of its first run.
     """
@@ -263,17 +263,14 @@ def by_seed(runs: list[Run], parent_dir: Path) -> dict[str, list[Run]]:
     first = [group[0] for group in groups.values()]
     short = [(run.params and without_seed(run.name, parent_dir.resolve().name)) or run.name for run in first]
     names = [name if short.count(name) == 1 else run.name for name, run in zip(short, first, strict=True)]
-    return dict(zip(names, map(one_per_seed, groups.values()), strict=True))
+    return dict(zip(names, groups.values(), strict=True))
 
 
 def one_per_seed(group: list[Run]) -> list[Run]:
-    """Return the first run of each seed, a finished one if there is one; the others, such as copies, say so."""
+    """Return the first run of each seed, a finished one if there is one: a copy is no other seed."""
     kept: dict[Any, Run] = {}
     for run in sorted(group, key=lambda run: run.state != "finished"):
-        first = kept.setdefault(run.params.get("seed"), run)
-        if first is not run:
-            twice = f"with the seed of {first.name}, which counts, and otherwise alike"
-            run.problem = "; ".join(filter(None, (run.problem, twice)))
+        kept.setdefault(run.params.get("seed"), run)
     return [run for run in group if kept[run.params.get("seed")] is run]
 
 
@@ -416,12 +413,15 @@ def main(args: argparse.Namespace) -> None:
     folders, published = find(args.parent_dir), read_published(args.parent_dir / "published.json")
     runs = [read(folder, args.parent_dir) for folder in folders]
     rows, table = {run.name: [run] for run in runs}, tabulate_runs(runs, published)
-    groups = by_seed(runs, args.parent_dir) if args.over_seeds or args.baseline else {}
+    groups = by_seed(runs, args.parent_dir)
+    families = {name: one_per_seed(group) for name, group in groups.items()}
     if args.over_seeds:
-        rows, table = groups, over_seeds(table, groups)
+        rows, table = families, over_seeds(table, families)
+        for name, run in ((name, run) for name, group in groups.items() for run in group if run not in families[name]):
+            run.problem = "; ".join(filter(None, (run.problem, f"not counted, for {name} has another run of its seed")))
     comparisons = []
     if args.baseline:
-        comparisons = compare(rows, args.baseline, [*groups.values()])
+        comparisons = compare(rows, args.baseline, [*families.values()])
     for columns, _ in comparisons:
         table = table.join(columns, on="name")
     chosen_by = {run.params["best_metric"] for run in runs if run.history}
