@@ -19,7 +19,7 @@ from torchvision.datasets.utils import check_integrity, download_url
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 from tqdm import tqdm
 
-from engine.cli import require, run_main
+from engine.cli import add_folder, require, run_main
 from model import UserError
 from model.layouts import find_split, photos_by_id, voc_folders
 from model.sample import draw_sample
@@ -34,33 +34,23 @@ SPLITS = ("train", "val", "test")
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data_dir", type=Path, default=Path("data"), help="folder to fill (default: %(default)s)")
+    add_folder(parser, "--data_dir", "data", "folder to fill")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--archive", type=Path, help=f"unpack this {VOC['filename']}, not a download of it (2 GB)")
-    source.add_argument(
-        "--sbd",
-        type=Path,
-        nargs="?",
-        const=True,  # where no file is given
-        metavar="ARCHIVE",
-        help="write trainaug.txt: VOC2012's train and the photos that the Semantic Boundaries Dataset adds to it, "
-        f"from this {SBD_ARCHIVE} or, without a file, from a download of it (1.4 GB)",
+    sbd = (
+        "write trainaug.txt: VOC2012's train and the photos that the Semantic Boundaries Dataset adds to it, "
+        f"from this {SBD_ARCHIVE} or, without a file, from a download of it (1.4 GB)"
     )
+    source.add_argument("--sbd", type=Path, nargs="?", const=True, metavar="ARCHIVE", help=sbd)  # True: no file given
     source.add_argument("--sample", action="store_true", help="draw the small built-in data set under DATA_DIR/sample")
-    source.add_argument(
-        "--split",
-        nargs=3,
-        type=float,
-        metavar=("TRAIN", "VAL", "TEST"),
-        help="write lists for your own DATA_DIR/JPEGImages and SegmentationClass; three shares of 1, as 0.8 0.1 0.1",
-    )
+    split = "write lists for your own DATA_DIR/JPEGImages and SegmentationClass; three shares of 1, as 0.8 0.1 0.1"
+    source.add_argument("--split", nargs=3, type=float, metavar=("TRAIN", "VAL", "TEST"), help=split)
     parser.add_argument("--seed", type=int, default=230, help="of --split (default: %(default)s)")
-    parser.add_argument(
-        "--group",
-        metavar="REGEX",
-        help="of --split: keep the photos together for whose names this regular expression captures the same text, as "
-        "'(.*)_[0-9]+' the frames of each video",
+    group = (
+        "of --split: keep the photos together for whose names this regular expression captures the same text, as "
+        "'(.*)_[0-9]+' the frames of each video"
     )
+    parser.add_argument("--group", metavar="REGEX", help=group)
     args = parser.parse_args()
     if args.group is not None and not args.split:
         parser.error("--group is of use with --split only")

@@ -1,18 +1,19 @@
 """Score a checkpoint on a split: a table per class on the terminal, metrics_<split>_<restore_file>.json and .png."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from comparing import Counts, check_same_photos, mIoU, read_counts, write_counts
 from engine.checkpoints import load_network, predicting_weights, weights_digest
-from engine.cli import add_restore_file, add_testing_flags, experiment_parser, positive, run_main
+from engine.cli import add_restore_file, experiment_parser, positive, run_main
 from engine.devices import is_main, loading_options, processes
 from engine.evaluation import Scores, add_up, evaluate, find_data, make_dataset, progress
 from engine.run import name_of_split
@@ -21,12 +22,11 @@ from model.data_loader import make_loader
 from model.inference import OriginalDataset, Segmenter, class_map, collate_originals
 from model.layouts import Split
 from model.metrics import BETTER, METRICS, Metrics, sparse
-from model.net import FCN_GCN
 from model.voc import colour_mask, is_voc
 from params import Params
-from predict import make_segmenter
+from predict import add_testing_flags, make_segmenter
 from utils import make_folder, read_json, replacing, save_figure, save_picture, table_text, write_json
-from visualize import confusion_figure, error_picture
+from visualize import error_picture, spelling
 
 
 def parse_args() -> argparse.Namespace:
@@ -48,13 +48,6 @@ def parse_args() -> argparse.Namespace:
     args.original_size |= args.flip or bool(args.scales or args.save_predictions or args.save_overlays)
     args.scales = args.scales or [1.0]
     return args
-
-
-def score_squares(model: FCN_GCN, split: Split, names: Sequence[str], params: Params, device: torch.device) -> Scores:
-    """Score a network, and each photo, at the size that it reads."""
-    dataset = make_dataset(split, names, params, model)
-    loader = make_loader(dataset, batch_size=params.scoring_batch_size, device=device, **loading_options(params))
-    return evaluate(model, loader, params, device, by_photo=True)
 
 
 def score_originals(
@@ -148,6 +141,34 @@ def table(metrics: dict[str, Any]) -> str:
     return f"{classes}\n\n{tabulate(overall, headers=('metric', 'value'), **options)}"
 
 
+def confusion_figure(counts: np.ndarray, iou: Mapping[str, float | None]) -> Figure:
+    """Return where the pixels of each class went, as shares of its pixels, and each class's IoU as a bar.
+
+    counts has the pixels (C, C) by label and prediction, iou a value for each of the C names; None: in no
+    label or prediction.
+    """
+    names = [spelling(name if len(name) <= 18 else f"{name[:17]}…") for name in iou]
+    side = max(5.0, 2.5 + 0.32 * len(names))
+    figure = Figure(figsize=(1.7 * side, side), layout="constrained")
+    matrix, bars = figure.subplots(1, 2, width_ratios=(1.5, 1))
+    totals = counts.sum(1, keepdims=True)
+    shares = np.divide(counts, totals, out=np.full(counts.shape, np.nan), where=totals > 0)
+    image = matrix.imshow(shares, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    figure.colorbar(image, ax=matrix, shrink=0.7, label="share of the pixels of the label")
+    matrix.set(xlabel="prediction", ylabel="label")
+    matrix.set_xticks(range(len(names)), names, rotation=90)
+    matrix.set_yticks(range(len(names)), names)
+    drawn = bars.barh(range(len(names)), [value or 0 for value in iou.values()])
+    texts = ["-" if value is None else f"{value:.2f}" for value in iou.values()]
+    bars.bar_label(drawn, texts, padding=2, fontsize="small")
+    bars.set(xlim=(0, 1.1), ylim=(len(names) - 0.5, -0.5), xlabel="IoU")  # the rows of the matrix
+    bars.set_yticks(range(len(names)), names)
+    if present := [value or 0 for value, total in zip(iou.values(), totals[:, 0], strict=True) if total]:
+        bars.axvline(np.mean(present), color="grey", linestyle="--", linewidth=1)
+        bars.set_xlabel(f"IoU; the line is the mean, {np.mean(present):.3f}")
+    return figure
+
+
 def write_scores(
     scores: Scores, record: dict[str, Any], name: str, split: Split, names: Sequence[str], model_dir: Path
 ) -> None:
@@ -173,7 +194,6 @@ def name_scores(model_dir: Path, folder: Path, args: argparse.Namespace) -> str:
 
 
 def score_checkpoint(device: torch.device, args: argparse.Namespace) -> None:
-    """Score a checkpoint, and write and print what was found."""
     model, params, checkpoint = load_network(args.model_dir, args.restore_file, device)
     predicted_only = bool(args.save_predictions and not args.save_overlays)
     folder, split, names = find_data(params, checkpoint, args, args.split, masks_required=not predicted_only)
@@ -197,7 +217,9 @@ def score_checkpoint(device: torch.device, args: argparse.Namespace) -> None:
     else:
         record |= {"image_size": params.image_size, "resize": params.resize}
         size = f"{params.image_size}x{params.image_size}"
-        scores = score_squares(model, split, names, params, device)
+        squares, batch = make_dataset(split, names, params, model), params.scoring_batch_size
+        loader = make_loader(squares, batch_size=batch, device=device, **loading_options(params))
+        scores = evaluate(model, loader, params, device, by_photo=True)
     scored = scores is not None and scores.metrics["mIoU"] is not None  # not so for Cityscapes' test, all of it void
     if scores and not scored and not predicted_only:
         raise UserError(f"split {where} has masks of nothing but void: it can be predicted, not scored")
@@ -223,4 +245,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_main(lambda: main(parse_args()), shared=True))
+    raise SystemExit(run_main(lambda: main(parse_args()), several_processes=True))

@@ -14,7 +14,7 @@ from typing import Any
 from model import UserError
 from model.encoders import ENCODERS, TIMM
 from model.layouts import LAYOUTS
-from model.losses import TERMS, constants
+from model.losses import TERMS, Focal, constants
 from model.metrics import CHOOSING
 from model.net import FCN_GCN, GCN_PADDINGS, HEADS
 from model.transforms import RESIZES
@@ -37,21 +37,12 @@ RANGES: dict[str, Callable[[float], bool]] = {
     "of at least 0": lambda v: v >= 0,
     "from 0 to below 1": lambda v: 0 <= v < 1,
     "from 0 to 1": lambda v: 0 <= v <= 1,
+    "from 0 to 100": lambda v: 0 <= v <= 100,
 }
 
 
 def _number(default: float | None, range_: str, meaning: str) -> Any:
     return _key(default, f"a number {range_}", lambda v: is_number(v) and RANGES[range_](v), meaning)
-
-
-def _constant(key: str) -> Any:
-    """Return the field of a constant that a term of the loss declares."""
-    if key not in constants():
-        raise TypeError(f"no term in TERMS declares {key}: is it a dataclass, its field made by constant()?")
-    constant = constants()[key][1]
-    low, high, meaning = constant.metadata.values()
-    allowed = f"a number from {low} to {high}"
-    return _key(constant.default, allowed, lambda v: is_number(v) and low <= v <= high, meaning)
 
 
 def _integer(default: int | None, minimum: int, meaning: str, *, maximum: int = 2**31 - 1) -> Any:
@@ -123,7 +114,7 @@ class Params:
         _are_loss_weights,
         "replaces the default as a whole. `balanced_cross_entropy`: pixels of a class of n in the batch weigh 1/√n",
     )
-    focal_gamma: float = _constant("focal_gamma")
+    focal_gamma: float = _number(Focal.gamma, "from 0 to 100", "the larger, the less well-classified pixels count")
     optimizer: str = _one_of("sgd", OPTIMIZERS, "SGD with momentum, or AdamW")
     momentum: float = _number(0.99, "from 0 to below 1", "SGD's")
     weight_decay: float = _number(0.0005, "of at least 0", "of the weights")
@@ -234,23 +225,22 @@ class Params:
 
 
 if _missing := sorted(constants().keys() - Params.__dataclass_fields__):
-    raise TypeError(f'Params lacks {_missing}; add a line as {_missing[0]}: float = _constant("{_missing[0]}")')
+    raise TypeError(f"Params lacks {_missing}, which terms of the loss take; add a line for each, as focal_gamma")
 
 
 SCORED_AT_ONCE = 32 * 224**2  # pixels
-# Options of the network: its keywords. Weights depend on all but TRAINING_OPTIONS and what they were trained to read.
+# Options of the network: its keywords. Weights depend on all but TRAINING_OPTIONS, and on how photos are resized.
 NETWORK = tuple(key for key in inspect.signature(FCN_GCN).parameters if key != "pretrained")
 TRAINING_OPTIONS = (
     *("dropout_rate", "zero_init_residual", "zero_init_heads"),
     *("freeze_encoder_statistics", "activation_checkpointing"),
 )
-INPUT = ("normalize", "resize")  # what the weights were trained to read
+NEEDED_BY_WEIGHTS = (*(key for key in NETWORK if key not in TRAINING_OPTIONS), "resize")
 # Whatever these are, a run ends with the same result.
 WITHOUT_EFFECT = (
     *("save_summary_steps", "num_workers", "num_channels", "cache", "keep_last"),
     *("channels_last", "compile"),
 )
-ARCHITECTURE = tuple(key for key in NETWORK if key not in (*TRAINING_OPTIONS, *INPUT))
 
 
 def comparable_over(metric: str) -> tuple[str, ...]:

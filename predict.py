@@ -17,12 +17,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from engine.checkpoints import agreed_class_names, checkpoint_path, load_network
-from engine.cli import add_restore_file, add_testing_flags, experiment_parser, positive, run_main
+from engine.cli import add_folder, add_restore_file, experiment_parser, positive, run_main
 from engine.devices import autocast, input_options, pick_device
 from model import UserError, cores
 from model.data_loader import leave_signals_to_the_main_process
-from model.encoders import fold_batch_norm
-from model.inference import Segmenter
+from model.inference import Segmenter, fold_batch_norm
 from model.layouts import find_split
 from model.net import FCN_GCN
 from model.photos import IMAGE_SUFFIXES, read_photo
@@ -41,12 +40,17 @@ def parse_args() -> argparse.Namespace:
     parser = experiment_parser(__doc__, data="data set whose class names must be the checkpoint's")
     parser.add_argument("photos", nargs="+", metavar="PHOTO", help="files, folders and quoted patterns as 'a/*.jpg'")
     add_restore_file(parser)
-    parser.add_argument(
-        "--output_dir", type=Path, default=Path("predictions"), help="folder of the results (default: %(default)s)"
-    )
+    add_folder(parser, "--output_dir", "predictions", "folder of the results")
     parser.add_argument("--tile", type=positive, metavar="N", help="look at overlapping tiles of N x N pixels")
     add_testing_flags(parser)
     return parser.parse_args()
+
+
+def add_testing_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say at which sizes a photo is predicted."""
+    scales = "average over these multiples of image_size, as 0.75 1 1.25"
+    parser.add_argument("--scales", type=float, nargs="+", metavar="S", help=scales)
+    parser.add_argument("--flip", action="store_true", help="average with the mirror image")
 
 
 def find_photos(given: Sequence[str], output_dir: Path) -> dict[Path, Path]:

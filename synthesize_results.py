@@ -158,10 +158,7 @@ def trained_with(folder: Path) -> tuple[Params, str]:
         return now, ""
     trained = Params.parse(record["params"] | {"precision": now.precision}, folder / "run.json")
     keys = ", ".join(key for key in changed_keys(trained, now) if key not in WITHOUT_EFFECT)
-    return (
-        trained,
-        keys and f"params.json has been changed since it was trained, and the table does not show it: {keys}",
-    )
+    return trained, keys and f"params.json has been changed since, and the table does not show it: {keys}"
 
 
 def read_own_size(folder: Path, epoch: int | None) -> tuple[dict[str, dict[str, Any]], str]:

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -30,9 +29,8 @@ from engine.run import (
     Start,
     advising_to_resume,
     begin,
-    best_line,
     changes_since,
-    check_batches,
+    check_last_batch,
     find_splits,
     open_outputs,
     sole_run,
@@ -47,19 +45,19 @@ from params import Params
 
 
 def parse_args() -> argparse.Namespace:
-    parser = experiment_parser(__doc__)
-    parser.add_argument(
-        "--resume", action="store_true", help="continue from last.pth.tar if model_dir has one, else start"
-    )
+    parser = experiment_parser(__doc__)  # has --model_dir, --data_dir, --device
+    resume = "continue from last.pth.tar if model_dir has one, else start"
+    parser.add_argument("--resume", action="store_true", help=resume)
     parser.add_argument("--restore_file", type=checkpoint_name, help="last: another way to say --resume")
-    parser.add_argument(
-        "--init_from", type=Path, metavar="FILE", help="a checkpoint whose weights a run starts from, unless it resumes"
-    )
+    weights = "a checkpoint whose weights a run starts from, unless it resumes"
+    parser.add_argument("--init_from", type=Path, metavar="FILE", help=weights)
     parser.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in model_dir")
     changes = "values that take the place of those of params.json"
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=changes)
     parser.add_argument("--tensorboard", action="store_true", help="write events for TensorBoard to model_dir too")
-    args = parser.parse_args()
+    args, others = parser.parse_known_args()
+    if others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}; a key of params.json is set by --set KEY=VALUE")
     if args.restore_file not in (None, "last"):
         parser.error("a run resumes from last.pth.tar only; --init_from starts a new one from the weights of another")
     args.resume |= args.restore_file == "last"
@@ -70,20 +68,19 @@ def parse_args() -> argparse.Namespace:
 
 
 def train(training: Training, train_loader: Loader, val_loader: Loader, outputs: EpochOutputs) -> None:
-    """Train until num_epochs or the early stop, and write every output of an epoch when it ends."""
+    """Train until num_epochs or the early stop, which end_epoch() notes, and write what each epoch leaves."""
     while training.stop_reason is None:
         start = time.perf_counter()
         train_loader.batch_sampler.set_epoch(training.epoch)
         train_metrics = train_epoch(training, train_loader)
         speed = len(train_loader.dataset) / (time.perf_counter() - start)
-        scores = evaluate(training.eval_model, val_loader, training.params, training.device)  # in every process
-        training.check_epoch(train_metrics, scores.metrics)
+        scores = evaluate(training.eval_model, val_loader, training.params, training.device)  # the average, if any
+        training.check_epoch(train_metrics, scores.metrics)  # raises unless what is about to be saved is finite
         training.end_epoch(train_metrics, scores.metrics, seconds=time.perf_counter() - start, images_per_second=speed)
         if is_main():
             outputs.write_epoch(training, val_loader.dataset)
-    logging.info(f"{training.stop_reason}; {best_line(training)}, in {outputs.model_dir}")
     if is_main():
-        outputs.close(training)
+        outputs.finish(training)
 
 
 def train_epoch(training: Training, loader: Loader) -> dict:
@@ -95,7 +92,7 @@ def train_epoch(training: Training, loader: Loader) -> dict:
     """
     training.model.train()
     params, device = training.params, training.device
-    criterion = SegmentationLoss(**params.loss_options(), over_processes=True)
+    criterion = SegmentationLoss(**params.loss_options(), over_processes=True)  # each gets that of the whole batch
     metrics = Metrics(params.num_classes, device)
     batch_sizes = loader.batch_sampler.sizes  # over all processes
     losses = torch.zeros(len(loader), device=device)  # stays on the device: reading it at every step would wait for it
@@ -104,9 +101,9 @@ def train_epoch(training: Training, loader: Loader) -> dict:
     for step, (images, labels, seeds) in enumerate(loader):
         images, labels = (part.to(device, non_blocking=True) for part in (images, labels))
         if params.augment:
-            images, labels = augment(images, labels, seeds, training.model.encoder.padding)
+            images, labels = augment(images, labels, seeds, padding=training.model.encoder.padding)  # a colour
         if params.cutmix:
-            images, labels = cutmix(images, labels, seeds, params.cutmix)
+            images, labels = cutmix(images, labels, seeds, probability=params.cutmix)
         accumulated, updates = training.accumulation(step, batch_sizes)
         learning_rates.append(training.learning_rate)
         losses[step], logits = train_step(
@@ -133,13 +130,14 @@ def train_step(
     accumulated: float = 1,
     updates: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Train on a batch, uint8 (B, 3, S, S) and (B, S, S) on the device; return its loss and logits (B, C, S, S).
+    """Train on images (B, 3, S, S) of values from 0 to 255 and labels (B, S, S); return loss and logits (B, C, S, S).
 
-    batch_size counts the images of all processes; accumulated and updates are those of Training.accumulation().
+    B is this process's part of a batch, perhaps 0; batch_size and the loss are those of the whole. accumulated and
+    updates are those of Training.accumulation().
     """
     params, device = training.params, training.device
-    training.set_batch_size(batch_size)
-    with training.no_sync(unless=updates), autocast(device, params.precision):  # DistributedDataParallel looks here
+    training.share_dropout(batch_size)  # of which this process has a part
+    with training.no_sync(unless=updates), autocast(device, params.precision):  # which decides for backward() too
         logits = training.wrapped_model(to_input(images, device, **input_options(training.model, params)))
     loss = criterion(logits, labels)
     backward(training, loss / accumulated, updates=updates)
@@ -157,7 +155,7 @@ def backward(training: Training, loss: Tensor, *, updates: bool = True) -> None:
     training.scaler.step(training.optimizer)
     training.scaler.update()
     training.optimizer.zero_grad()
-    training.end_step()
+    training.end_step()  # sets the next learning rate, averages the weights
 
 
 def build_model(params: Params, weights: Path | None, *, resumed: bool) -> tuple[FCN_GCN, list[str]]:
@@ -181,23 +179,27 @@ def build_model(params: Params, weights: Path | None, *, resumed: bool) -> tuple
 
 
 def build_and_train(start: Start, device: torch.device, args: argparse.Namespace) -> None:
-    """Build data, network and training state, as the checkpoint left them if the run resumes, and train."""
+    """Build data, network and training state, as last.pth.tar has it if the run resumes, and train.
+
+    What --overwrite deletes goes last, when nothing can be wrong with the new run any more.
+    """
     params, state = start.params, start.state
     train_split, val_split, names = find_splits(start)
     seed_everything(params.seed, deterministic=params.deterministic)  # from here on all processes draw alike
     model, notes = build_model(params, start.init_from, resumed=state is not None)
-    check_batches(model, params, len(train_split.ids))
+    check_last_batch(model, params, len(train_split.ids))
     to_device(model, params, device)
     train_set, val_set = (make_dataset(split, names, params, model) for split in (train_split, val_split))
-    own: dict[str, Any] = {"device": device, **loading_options(params)}
-    train_loader = make_loader(train_set, batch_size=params.batch_size, seed=params.seed, **own)
-    val_loader = make_loader(val_set, batch_size=params.scoring_batch_size, **own)
-    reuse_memory(device)
+    own: dict[str, Any] = {"device": device, **loading_options(params)}  # workers, rank, number of processes
+    train_loader = make_loader(train_set, batch_size=params.batch_size, seed=params.seed, **own)  # shuffled
+    val_loader = make_loader(val_set, batch_size=params.scoring_batch_size, **own)  # in the order of the list
+    iter(val_loader)  # starts its processes: those that start later keep a copy of a training step's memory
+    reuse_memory(device)  # on the CPU
     training = Training(
         model, params, batches=len(train_loader), splits=(train_split, val_split), class_names=names, changes=start.set
     )
     if start.set:
-        notes.append(f"--set, before params.json: {json.dumps(start.set)}")
+        notes.append(f"--set, in the place of values in params.json: {json.dumps(start.set)}")
     if state is not None:
         training.load_state_dict(state, args.model_dir / "last.pth.tar")
         notes.append(f"continuing after epoch {training.epoch}; changed since: {changes_since(start, training, args)}")
@@ -213,11 +215,11 @@ def build_and_train(start: Start, device: torch.device, args: argparse.Namespace
 
 def main(args: argparse.Namespace) -> None:
     if args.tensorboard:
-        require("torch.utils.tensorboard", "events")
+        require("torch.utils.tensorboard", purpose="events")
     with processes(args.device) as device, sole_run(args.model_dir):
-        if start := begin(args, device):
+        if start := begin(args, device):  # None: has finished, and last.pth.tar was not kept
             build_and_train(start, device, args)
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_main(lambda: main(parse_args()), shared=True))
+    raise SystemExit(run_main(lambda: main(parse_args()), several_processes=True))

@@ -20,7 +20,7 @@ from model import UserError, first_line
 from model.encoders import ENCODERS
 from model.layouts import Split, class_names, default_class_names
 from model.net import FCN_GCN, class_count, is_of_score_layer, without_unused
-from params import ARCHITECTURE, INPUT, WITHOUT_EFFECT, Params
+from params import NEEDED_BY_WEIGHTS, WITHOUT_EFFECT, Params
 from utils import is_out_of_memory, replacing
 
 
@@ -38,9 +38,7 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
 def checkpoint_path(model_dir: Path, restore_file: str) -> Path:
     """Return <model_dir>/<restore_file>.pth.tar. Raises UserError for anything but a plain name."""
     if not restore_file or Path(restore_file).name != restore_file:
-        raise UserError(
-            f"--restore_file {restore_file!r}: give the name of a checkpoint in {model_dir}, as best or last"
-        )
+        raise UserError(f"--restore_file {restore_file!r}: give the name of a checkpoint in {model_dir}, as best")
     return model_dir / f"{restore_file}.pth.tar"
 
 
@@ -108,7 +106,7 @@ def init_from(model: FCN_GCN, file: Path, params: Params) -> list[str]:
     check_unchanged(needed, checkpoint, params, file)
     check_normalization(model, checkpoint, file)
     given, fresh = predicting_weights(checkpoint), model.state_dict()
-    others = {*ARCHITECTURE, *INPUT} - {*needed, "num_classes"}
+    others = {*NEEDED_BY_WEIGHTS} - {*needed, "num_classes"}
     changes = changed_keys(Params.parse(checkpoint["params"], file), params) if checkpoint["params"] else {}
     notes = [f"{file} was trained with other values: {text}"] if (text := spell_changes(changes, others)) else []
     if class_count(given) != class_count(fresh):
@@ -205,12 +203,11 @@ def check_unchanged(
 def agreed_class_names(checkpoint: dict[str, Any], file: Path, split: Split | None, num_classes: int) -> list[str]:
     """Return the names of the classes in a checkpoint, read from file, and in a data set, which must agree.
 
-    Where only one of them has names, those; None is a data set that is not there. Raises UserError naming the first
-    class that they call differently.
+    Where only one of them has names, those; {} is no checkpoint, None a data set that is not there. Raises UserError
+    naming the first class that they call differently.
     """
     numbers = [str(index) for index in range(num_classes)]  # which stand for names that are not known
-    trained = checkpoint.get("class_names") or []
-    trained = trained if len(trained) == num_classes else numbers
+    trained = checkpoint.get("class_names") or numbers
     if split is None:
         return default_class_names(num_classes) if trained == numbers else trained
     if trained == numbers:

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch.distributed as dist
 
@@ -34,17 +34,17 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, as batch systems send it at the end of the time."""
 
 
-def run_main(main: Callable[[], int | None], *, shared: bool = False) -> int:
+def run_main(main: Callable[[], int | None], *, several_processes: bool = False) -> int:
     """Call main and turn the errors a user can do something about into one line on stderr and an exit status.
 
-    2 for a mistake in the input, 1 for any other failure, 130 for SIGINT, 143 for SIGTERM. shared: main is for several
-    processes too.
+    2 for a mistake in the input, 1 for any other failure, 130 for SIGINT, 143 for SIGTERM. several_processes: torchrun
+    may start more than one.
     """
     if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
         signal.signal(signal.SIGTERM, _terminate)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # about odd photos, which are read
     try:
-        if not shared and world_size() > 1:
+        if not several_processes and world_size() > 1:
             raise UserError("this is work for one process; start it without torchrun")
         status = main() or 0
         sys.stdout.flush()
@@ -71,7 +71,9 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 def explained(error: BaseException) -> tuple[int, str] | None:
     """Return the exit status and the line for an error that a user can do something about, None for any other."""
-    text = _last_line_if_from_a_worker(error)
+    text = str(error)
+    if "Original Traceback" in text:  # of a loader process: PyTorch puts its traceback before what it said
+        text = text.strip().splitlines()[-1].removeprefix("model.").removeprefix("UserError: ")
     if isinstance(error, UserError):
         return 2, text
     if isinstance(error, Terminated):
@@ -89,61 +91,24 @@ def explained(error: BaseException) -> tuple[int, str] | None:
     return None
 
 
-def _last_line_if_from_a_worker(error: BaseException) -> str:
-    """Return what a loader process said, without the traceback that PyTorch wraps it in."""
-    text = str(error)
-    if "Original Traceback" not in text:
-        return text
-    return text.strip().splitlines()[-1].removeprefix("model.").removeprefix("UserError: ")
-
-
-class _Parser(argparse.ArgumentParser):
-    """Of several processes only one prints usage, help and errors. A key of params.json as a flag is told of --set."""
-
-    def error(self, message: str) -> NoReturn:
-        flag = re.search(r"unrecognized arguments: --([\w-]+)[= ]?(\S*)", message)
-        if flag and "--set" in self._option_string_actions:
-            message += f"; keys of params.json: --set {flag[1].replace('-', '_')}={flag[2] or 'true'}"
-        super().error(message)
-
-    def _print_message(self, message: str, file: Any = None) -> None:
-        if is_main():
-            super()._print_message(message, file)
-
-
 def experiment_parser(
     description: str, *, data: str = "folder of the data set (default: the one of the run, or data)"
 ) -> argparse.ArgumentParser:
     """Make a parser with the flags that every script on one experiment has; data says what --data_dir is for."""
-    parser = _Parser(description=description)
+    parser = argparse.ArgumentParser(description=description)
+    if not is_main():  # of several processes only one prints usage, help and errors
+        parser._print_message = lambda *_: None  # type: ignore[method-assign]
     add_folder(parser, "--model_dir", "experiments/base_model", "folder of the experiment: params.json and all output")
     parser.add_argument("--data_dir", type=Path, help=data)
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda", "mps", "xpu"), default="auto", help="(default: %(default)s)"
-    )
+    devices = ("auto", "cpu", "cuda", "mps", "xpu")
+    parser.add_argument("--device", choices=devices, default="auto", help="(default: %(default)s)")
     return parser
 
 
 def add_restore_file(parser: argparse.ArgumentParser) -> None:
     """Add the flag that names the checkpoint to predict with."""
-    parser.add_argument(
-        "--restore_file",
-        type=checkpoint_name,
-        default="best",
-        help="which checkpoint of model_dir: best, last (default: %(default)s)",
-    )
-
-
-def add_testing_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say at which sizes a photo is predicted."""
-    parser.add_argument(
-        "--scales",
-        type=float,
-        nargs="+",
-        metavar="S",
-        help="average over these multiples of image_size, as 0.75 1 1.25",
-    )
-    parser.add_argument("--flip", action="store_true", help="average with the mirror image")
+    which = "which checkpoint of model_dir: best, last (default: %(default)s)"
+    parser.add_argument("--restore_file", type=checkpoint_name, default="best", help=which)
 
 
 def checkpoint_name(text: str) -> str:
@@ -165,13 +130,13 @@ def key_and_value(given: list[str]) -> dict[str, Any]:
     return values
 
 
-def require(package: str, purpose: str) -> None:
-    """Raise UserError unless a package can be imported."""
+def require(package: str, purpose: str, install: str = "") -> None:
+    """Raise UserError unless a package can be imported; install is what pip is given, where not its name alone."""
     try:
         importlib.import_module(package)
     except ImportError as error:
         name = package.rsplit(".", 1)[-1]
-        raise UserError(f"{purpose} cannot be made without {name} ({error}): pip install {name}") from None
+        raise UserError(f"{purpose} cannot be made without {name} ({error}): pip install {install or name}") from None
 
 
 def positive(text: str) -> int:

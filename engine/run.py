@@ -38,13 +38,13 @@ from engine.checkpoints import (
     weights_digest,
 )
 from engine.devices import autocast, device_name, input_options, resolve_precision
-from engine.training import Training, list_digest, scalars, why_finished
+from engine.training import Training, list_digest, scalars, score, why_finished
 from model import UserError
 from model.data_loader import SegmentationDataset
-from model.layouts import Split, class_names, find_split
+from model.layouts import Split, find_split
 from model.net import FCN_GCN
 from model.transforms import photo_edges, to_input
-from params import ARCHITECTURE, INPUT, Params, comparable_over
+from params import NEEDED_BY_WEIGHTS, Params, comparable_over
 from utils import ROOT, read_history, read_json, save_figure, save_picture, set_logger, write_history, write_json
 from visualize import comparison, training_curves
 
@@ -60,7 +60,7 @@ RESULTS = (  # that are there once an epoch has ended
 OUTPUTS = (*RESULTS, "train.log", "run.json", "trial.json", "tensorboard/events.*")
 RUN_LOCK = ".lock"  # held while train.py works in a folder
 LOCK_PATIENCE = 8.0  # seconds; loader processes of a killed run, which inherit its lock, end within five
-RESUME_NEEDS = (*ARCHITECTURE, *INPUT, "optimizer", "dataset", "best_metric")  # as they were
+RESUME_NEEDS = (*NEEDED_BY_WEIGHTS, "optimizer", "dataset", "best_metric")  # as they were
 LINE_INTERVAL = 30.0  # seconds at least between two lines about an epoch, where no progress bar is drawn
 DRAWING_INTERVAL = 10.0  # seconds between two drawings of curves.png, or short epochs would wait for it
 
@@ -206,9 +206,7 @@ def find_splits(start: Start) -> tuple[Split, Split, list[str]]:
         raise UserError(f'"batch_size" is {params.batch_size}, but {params.train_split} has {count} images; lower it')
     for split in (train, val):
         check_alike(list_digest(split), f"{split.name}.txt")
-    if start.state is None:
-        return train, val, class_names(val, params.num_classes)
-    return train, val, agreed_class_names(start.state, start.file, val, params.num_classes)
+    return train, val, agreed_class_names(start.state or {}, start.file, val, params.num_classes)
 
 
 def changes_since(start: Start, training: Training, args: argparse.Namespace) -> str:
@@ -240,19 +238,16 @@ def advising_to_resume(args: argparse.Namespace) -> Iterator[None]:
         raise type(error)(f"{what}; the same command with --resume{instead} continues the run") from None
 
 
-def check_batches(model: FCN_GCN, params: Params, count: int) -> None:
+def check_last_batch(model: FCN_GCN, params: Params, count: int) -> None:
     """Raise UserError where a network cannot train on the last batch, the smallest, or on a process's share of it."""
     last = count % params.batch_size or params.batch_size
+    left = f'"batch_size" {params.batch_size} leaves a batch of {last} among {count} images'
     if last == 1 and not _takes(model, 1, params):
-        raise UserError(
-            f'"batch_size" {params.batch_size} leaves a batch of one among {count} images, and at "image_size" '
-            f"{params.image_size} it gives batch norm a single value a channel; change one of the two"
-        )
+        size = f'at "image_size" {params.image_size} it gives batch norm a single value a channel'
+        raise UserError(f"{left}, and {size}; change one of the two")
     if last < (processes := devices.world_size()) and not _takes(model, 0, params):
-        raise UserError(
-            f'"batch_size" {params.batch_size} leaves a batch of {last} among {count} images, in which some of '
-            f'{processes} processes have none, as "{params.encoder}" cannot; change "batch_size"'
-        )
+        idle = f'in which some of {processes} processes have none, as "{params.encoder}" cannot'
+        raise UserError(f'{left}, {idle}; change "batch_size"')
 
 
 @torch.no_grad()
@@ -353,8 +348,11 @@ class EpochOutputs:
         for tracker in self.trackers:
             tracker.log(state["history"][-1], picture)
 
-    def close(self, training: Training) -> None:
-        """End the trackers, and delete last.pth.tar of a finished run where params.json asks for that."""
+    def finish(self, training: Training) -> None:
+        """Log the best epoch, end the trackers, and delete last.pth.tar where params.json asks for that."""
+        metric, epoch = training.params.best_metric, training.best_epoch
+        best = f"best {metric} {score(training.history[epoch - 1], metric):.4f} at epoch {epoch}"
+        logging.info(f"{training.stop_reason}; {best}, in {self.model_dir}")
         for tracker in self.trackers:
             tracker.close(training.params, training.metrics["best"])
         if not training.params.keep_last:
@@ -416,9 +414,7 @@ class TensorBoard:
 
     def close(self, params: Params, best: dict) -> None:
         """Write the hyperparameters beside the metrics of the best epoch, for TensorBoard's HPARAMS page."""
-        values = {
-            key: value if isinstance(value, int | float | str) else str(value) for key, value in asdict(params).items()
-        }
+        values = {k: v if isinstance(v, int | float | str) else str(v) for k, v in asdict(params).items()}
         found = {f"best/{key}": value for key, value in scalars(best).items() if value is not None}
         self.writer.add_hparams(values, found, run_name=".")  # in this folder, not in one below it
         self.writer.close()
@@ -445,23 +441,11 @@ def sample_predictions(training: Training, dataset: SegmentationDataset, count: 
 
 
 def epoch_line(record: dict, params: Params, *, is_best: bool) -> str:
-    """Return an epoch in one line for people."""
     shown = dict.fromkeys(("mIoU", "pixel_accuracy", params.best_metric))
-    values = [f"{key} {decimal(record['val'][key])}".replace("_", " ") for key in shown if key != "loss"]
+    values = [f"{key} {score(record, key):.4f}".replace("_", " ") for key in shown if key != "loss"]
     return (
         f"epoch {record['epoch']}/{params.num_epochs}: "
         f"train loss {record['train']['loss']:.4f}, val loss {record['val']['loss']:.4f}, "
         f"{', '.join(values)}, lr {record['learning_rate']:.3g}, "
         f"{record['seconds']:.1f} s, {record['images_per_second']:.1f} images/s{' (best)' if is_best else ''}"
     )
-
-
-def best_line(training: Training) -> str:
-    """Return the best epoch in a few words for people."""
-    metric = training.params.best_metric
-    return f"best {metric} {decimal(training.metrics['best'][metric])} at epoch {training.best_epoch}"
-
-
-def decimal(value: float | None) -> str:
-    """Return a metric for people; "-" where it is undefined."""
-    return "-" if value is None else f"{value:.4f}"

@@ -113,7 +113,7 @@ class Training:
         shared = sizes[first : first + self.params.accumulation_steps]
         return sum(shared) / sizes[step], step + 1 == first + len(shared)
 
-    def set_batch_size(self, batch_size: int) -> None:
+    def share_dropout(self, batch_size: int) -> None:
         """Let dropout draw for the next batch as a whole, of which this process has its shard."""
         if self.ddp is not None and isinstance(self.model.dropout, Dropout2d):
             self.model.dropout.whole = shard(batch_size, rank(), world_size()).start, batch_size
@@ -317,12 +317,8 @@ def better_of(metric: str) -> Callable:
 
 def scalars(metrics: dict) -> dict[str, float | None]:
     """Return the metrics that are one number for all classes, which history.jsonl and TensorBoard show."""
-    others = ("epoch", "images", "learning_rate", "image_size")
-    return {
-        key: value
-        for key, value in metrics.items()
-        if key not in others and (value is None or (isinstance(value, int | float) and not isinstance(value, bool)))
-    }
+    others = ("epoch", "images", "learning_rate")
+    return {key: value for key, value in metrics.items() if key not in others and not isinstance(value, dict | list)}
 
 
 def distribute(model: nn.Module, device: torch.device) -> DistributedDataParallel:

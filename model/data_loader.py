@@ -7,8 +7,7 @@ import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from functools import cached_property, partial
-from itertools import islice
+from functools import cached_property
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,8 @@ from tqdm import tqdm
 from model import UserError, cores, replacing
 from model.layouts import Split, list_faults
 from model.parallel import shard
-from model.photos import read_example
-from model.transforms import PADDING, Colour, resize_tag
+from model.transforms import PADDING, Colour, resize_tag, to_square
+from model.voc import VOID
 
 AT_ONCE = 256  # examples in memory while a split is decoded
 CACHE_VERSION = 1  # part of every cache's name: raise it when files are decoded otherwise; resizing has its own tag
@@ -76,17 +75,22 @@ class SegmentationDataset(Dataset):
         # A worker that is sent the data set maps the file itself.
         return {name: value for name, value in self.__dict__.items() if name != "_examples"}
 
+    def collate(self, examples: list[tuple]) -> Sequence[Tensor]:
+        """Make a batch of examples, also of none, as a process's share of a small batch may be."""
+        if examples:
+            return default_collate(examples)
+        images = torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8)
+        return images, images[:, 0], torch.empty(0, dtype=torch.int64)
+
     def decode(self, index: int) -> np.ndarray:
-        """Return uint8 (S, S, 4) from the files, see read_example."""
-        return read_example(
-            self.split.images[index],
-            self.split.masks[index] if self.split.masks else None,
-            image_size=self.image_size,
-            num_classes=len(self.class_names),
-            resize=self.resize,
-            padding=self.padding,
-            label_map=self.split.label_map,
-        )
+        """Return uint8 (S, S, 4) from the files: red, green, blue, class index (void without a mask)."""
+        photo, mask = self.split.read(index, len(self.class_names))
+        photo, mask = to_square(photo, mask, self.image_size, self.resize, self.padding)
+        example = np.full((self.image_size, self.image_size, 4), VOID, dtype=np.uint8)
+        example[..., :3] = np.array(photo)
+        if mask is not None:
+            example[..., 3] = np.array(mask)
+        return example
 
     def decode_all(self) -> Iterator[np.ndarray]:
         """Yield every example in order, decoded on all cores. Raises UserError at the end, naming every faulty file."""
@@ -175,9 +179,6 @@ class EpochSampler(Sampler):
         self.seed = seed
         self.epoch = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
     def __len__(self) -> int:
         return self.length
 
@@ -214,18 +215,18 @@ class DistributedBatchSampler(Sampler):
 
     def set_epoch(self, epoch: int) -> None:
         if isinstance(self.sampler, EpochSampler):
-            self.sampler.set_epoch(epoch)
+            self.sampler.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.sizes)
 
     def __iter__(self) -> Iterator[list]:
-        if not self.split:
-            yield from islice(self._batches, self.rank, None, self.world_size)
-            return
-        for batch in self._batches:
+        for number, batch in enumerate(self._batches):
             own = shard(len(batch), self.rank, self.world_size)
-            yield batch[own.start : own.stop]
+            if self.split:
+                yield batch[own.start : own.stop]
+            elif number % self.world_size == self.rank:
+                yield batch
 
 
 class Loader(DataLoader):
@@ -252,10 +253,8 @@ def make_loader(
     for each example; without, they come in the order of the list. One of several processes gets its part of them, see
     DistributedBatchSampler. For a GPU they lie in pinned memory.
 
-    collate makes a batch of a list of examples; a SegmentationDataset needs none.
+    collate makes a batch of a list of examples, by default as the data set does.
     """
-    if isinstance(dataset, SegmentationDataset):
-        collate = partial(_collate, image_size=dataset.image_size)
     sampler = SequentialSampler(dataset) if seed is None else EpochSampler(len(dataset), seed=seed)
     batches = DistributedBatchSampler(sampler, batch_size, split=seed is not None, rank=rank, world_size=world_size)
     workers = min(num_workers, cores(), len(batches))
@@ -264,18 +263,11 @@ def make_loader(
         batch_sampler=batches,
         num_workers=workers,
         worker_init_fn=leave_signals_to_the_main_process,
-        collate_fn=collate,
+        collate_fn=collate or dataset.collate,
         persistent_workers=workers > 0,
         pin_memory=torch.device(device).type == "cuda",
         generator=torch.Generator(),  # its own, so that fetching data does not advance the network's random numbers
     )
-
-
-def _collate(examples: list[tuple], image_size: int) -> Sequence[Tensor]:
-    if examples:
-        return default_collate(examples)
-    images = torch.empty(0, 3, image_size, image_size, dtype=torch.uint8)  # of a share of nothing
-    return images, images[:, 0], torch.empty(0, dtype=torch.int64)
 
 
 def leave_signals_to_the_main_process(worker: int) -> None:

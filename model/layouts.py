@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from PIL import Image
 from torchvision.datasets import Cityscapes
 
 from model import UserError
-from model.photos import IMAGE_SUFFIXES
+from model.photos import IMAGE_SUFFIXES, read_mask, read_photo
 from model.sample import draw_sample
 from model.voc import CLASS_NAMES, VOID
 
@@ -29,6 +30,13 @@ class Split:
     names_source: str = ""  # where the names stand, for messages
     label_map: Mapping[int, int] | None = None  # of the values in masks; None: they are class indices and void
     root: Path | None = None  # the folder to keep a cache in; None: the one above the photos
+
+    def read(self, index: int, num_classes: int) -> tuple[Image.Image, Image.Image | None]:
+        """Decode a photo and its mask, None without masks; see read_photo() and read_mask()."""
+        photo = read_photo(self.images[index])
+        if self.masks is None:
+            return photo, None
+        return photo, read_mask(self.masks[index], photo.size, num_classes, self.label_map)
 
 
 def find_split(dataset: str, data_dir: str | Path, name: str, *, masks_required: bool = False) -> Split:

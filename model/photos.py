@@ -1,4 +1,4 @@
-"""Photos and masks as files: decoded, checked, and brought to one size."""
+"""Photos and masks as files: decoded and checked."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -7,38 +7,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from model import UserError
-from model.transforms import PADDING, Colour, to_square
+from model import UserError, first_line
 from model.voc import VOID
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # whatever the suffix; for EPS Pillow runs a program
 STRETCHED = {"1": 255, "L;2": 85, "L;4": 17}  # what Pillow multiplies grey values of fewer than 8 bits by
-
-
-def read_example(
-    image_path: Path,
-    mask_path: Path | None,
-    *,
-    image_size: int,
-    num_classes: int,
-    resize: str = "squash",
-    padding: Colour = PADDING,
-    label_map: Mapping[int, int] | None = None,
-) -> np.ndarray:
-    """Decode a photo and its mask at their own size, check them, and resize both to a square; see read_mask().
-
-    Returns uint8 (image_size, image_size, 4): red, green, blue, class index (void without a mask).
-    Raises UserError naming the file and what is wrong with it.
-    """
-    image = read_photo(image_path)
-    mask = None if mask_path is None else read_mask(mask_path, image.size, num_classes, label_map)
-    image, mask = to_square(image, mask, image_size, resize, padding)
-    example = np.full((image_size, image_size, 4), VOID, dtype=np.uint8)
-    example[..., :3] = np.array(image)
-    if mask is not None:
-        example[..., 3] = np.array(mask)
-    return example
 
 
 def read_photo(path: Path) -> Image.Image:
@@ -105,5 +79,4 @@ def _naming(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:  # by format OSError, SyntaxError, ValueError, RuntimeError, struct.error, KeyError, ...
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path}: cannot be read as an image ({reason})") from None
+        raise UserError(f"{path}: cannot be read as an image ({first_line(error)})") from None

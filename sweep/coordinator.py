@@ -200,7 +200,7 @@ class Coordinator:
 
 def outcome(folder: Path) -> tuple[str, list[dict]]:
     """Return how a trial has ended, "finished" or "pruned", and its epochs; ("failed", []) for all others."""
-    with suppress(UserError, KeyError, TypeError):  # absent or damaged
+    with suppress(UserError, OSError, KeyError, TypeError):  # absent or damaged
         state, history = read_json(folder / "trial.json", if_absent="")["state"], read_history(folder)
         if state in ENDED and history:
             return state, history

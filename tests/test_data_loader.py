@@ -14,7 +14,7 @@ import torch
 from PIL import EpsImagePlugin, Image, ImageFile, ImageOps
 from torch import Tensor
 
-from model import UserError, data_loader, photos, transforms
+from model import UserError, data_loader, transforms
 from model.data_loader import EpochSampler, SegmentationDataset, make_loader
 from model.layouts import Split, class_names, find_split
 from model.photos import read_mask, read_photo
@@ -387,7 +387,7 @@ def test_cache_follows_a_change_of_resizing_by_itself(data, monkeypatch, part):
         result[part] = result[part] and result[part].transpose(Image.Transpose.FLIP_TOP_BOTTOM)
         return tuple(result)
 
-    for module in (transforms, photos):
+    for module in (transforms, data_loader):
         monkeypatch.setattr(module, "to_square", changed)
     transforms.resize_tag.cache_clear()
     after = arrays(load(data))
@@ -497,7 +497,7 @@ def test_workers_that_stay_change_no_batch_of_any_epoch_nor_the_global_generator
 
 def epoch_of(seed: int, epoch: int) -> list[tuple[int, int]]:
     sampler = EpochSampler(50, seed=seed)
-    sampler.set_epoch(epoch)
+    sampler.epoch = epoch
     return list(sampler)
 
 

@@ -81,7 +81,7 @@ def main_of(script, *args) -> tuple[int, str, str]:
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         cli.MOMENT = 0.0  # there is no torchrun that would end this process
         try:
-            status = cli.run_main(lambda: script.main(script.parse_args()), shared=True)
+            status = cli.run_main(lambda: script.main(script.parse_args()), several_processes=True)
         except SystemExit as end:
             status = end.code
     return status, stdout.getvalue(), stderr.getvalue()

@@ -24,11 +24,11 @@ from torchvision.transforms.functional import pil_to_tensor
 from engine import devices
 from engine.checkpoints import load_checkpoint
 from engine.evaluation import evaluate
-from engine.run import check_batches
+from engine.run import check_last_batch
 from engine.training import Training
 from model import UserError, encoders
 from model.data_loader import SegmentationDataset, make_loader
-from model.encoders import fold_batch_norm
+from model.inference import fold_batch_norm
 from model.layouts import find_split
 from model.losses import SegmentationLoss
 from model.net import FCN_GCN
@@ -222,7 +222,7 @@ def step_in_float64(encoder: str, images: int, frozen: bool) -> dict:
     own = shard(images, devices.rank(), devices.world_size())
     rows = slice(own.start, own.stop)
     training.model.train()
-    training.set_batch_size(images)
+    training.share_dropout(images)
     logits = training.wrapped_model(x[rows])
     loss = SegmentationLoss(params.loss_weights, over_processes=True)(logits, labels[rows])
     loss.backward()
@@ -244,10 +244,10 @@ def test_two_processes_make_the_step_of_one(encoder, frozen, images):
 def test_a_process_without_photos_is_refused_where_the_encoder_cannot_do_nothing(monkeypatch):
     monkeypatch.setattr(devices, "world_size", lambda: 2)
     swin, params = network(SWIN), Params(encoder=SWIN, image_size=64, batch_size=4)
-    check_batches(swin, params, 6)
-    check_batches(network(CONVNEXT), params, 5)
+    check_last_batch(swin, params, 6)
+    check_last_batch(network(CONVNEXT), params, 5)
     with pytest.raises(UserError, match="leaves a batch of 1 among 5 images, in which some of 2 processes have none"):
-        check_batches(swin, params, 5)
+        check_last_batch(swin, params, 5)
 
 
 def test_a_batch_norm_that_processes_cannot_share_is_refused_by_name():
@@ -271,7 +271,7 @@ def test_a_batch_of_one_image_is_refused_where_batch_norm_would_have_one_value(e
     params = Params(encoder=encoder, image_size=size, batch_size=1, stem_maxpool=encoder == "resnet18")
     model = network(encoder, stem_maxpool=params.stem_maxpool)
     with pytest.raises(UserError, match="a single value a channel") if refused else nullcontext():
-        check_batches(model, params, 5)
+        check_last_batch(model, params, 5)
 
 
 # -------------------------------------------------------------------------------------------------- prediction

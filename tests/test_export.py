@@ -23,7 +23,7 @@ from torch import nn
 import export
 from engine import checkpoints, run
 from model import UserError
-from model.encoders import ENCODERS, pad_statically
+from model.encoders import ENCODERS
 from model.inference import Segmenter
 from model.net import FCN_GCN, HEADS
 from model.photos import read_photo
@@ -247,7 +247,7 @@ def test_an_encoder_of_timm_is_exported_for_sides_that_are_multiples(tmp_path):
     """With TensorFlow's padding made static, the network gives the same logits; "image_size" is checked."""
     model = build(encoder="timm/tf_mobilenetv3_small_minimal_100")
     static, images = copy.deepcopy(model), torch.randn(2, 3, 96, 64)
-    pad_statically(static)
+    export.pad_statically(static)
     assert not [layer for layer in static.modules() if type(layer).__name__.endswith("Same")]
     with torch.inference_mode():
         torch.testing.assert_close(static(images), model(images))

@@ -26,9 +26,9 @@ import utils
 from engine import checkpoints
 from engine.training import Training
 from model import UserError
-from model.layouts import find_split
+from model.layouts import Split, find_split
 from model.net import FCN_GCN
-from model.photos import read_example, read_mask, read_photo
+from model.photos import read_mask, read_photo
 from model.sample import draw_scene
 from model.transforms import to_square
 from model.voc import colour_mask
@@ -398,7 +398,7 @@ def test_any_photo_and_any_mask(tmp_path, data):
     photo, mask = tmp_path / "a.jpg", tmp_path / "a.png"
     photo.write_bytes(data.draw(st.just(PHOTO) | mutated(PHOTO)))
     mask.write_bytes(data.draw(mutated(MASK) | st.binary(max_size=30)))
-    only_user_errors(read_example, photo, mask, image_size=32, num_classes=21)
+    only_user_errors(Split("a", ["a"], [photo], [mask]).read, 0, 21)
 
 
 MODES = ("RGB", "RGBA", "CMYK", "LAB", "L", "P", "1", "I;16", "F")
