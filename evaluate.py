@@ -77,13 +77,14 @@ def score_originals(
 
 
 def find_other(
-    name: str, split: Split, names: Sequence[str], device: torch.device, args: argparse.Namespace
+    folder: Path, split: Split, names: Sequence[str], device: torch.device, args: argparse.Namespace
 ) -> tuple[Counts, Segmenter]:
     """Return the counts of the experiment of --against, and what it segments photos with.
 
-    Raises UserError unless its scores of this name are of the same photos, --scales and --flip, and of the checkpoint
-    that it has now.
+    Raises UserError unless it was scored on the same photos, with the same --scales and --flip and the checkpoint that
+    it has now.
     """
+    name = name_scores(args.against, folder, args)
     model, params, checkpoint = load_network(args.against, args.restore_file, device)
     counts, file = read_counts(args.against / f"counts_{name}.npz"), args.against / f"metrics_{name}.json"
     check_same_photos(Counts(split.ids, [*names], counts.pixels), counts, (str(args.model_dir), str(args.against)))
@@ -203,9 +204,7 @@ def score_checkpoint(device: torch.device, args: argparse.Namespace) -> None:
         record["data_dir"] = str(folder.resolve())
     if args.original_size:
         size, overlays = "their own size", args.model_dir / f"overlays_{name}"
-        other = None
-        if args.against:
-            other = find_other(name_scores(args.against, folder, args), split, names, device, args)
+        other = find_other(folder, split, names, device, args) if args.against else None
         segmenter = make_segmenter(model, params, device, scales=args.scales, flip=args.flip)
         if args.save_overlays:
             make_folder(overlays, "--save_overlays")

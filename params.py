@@ -64,7 +64,7 @@ def _typed(kind: Any, value: Any) -> Any:
     """Return a value as its key's type has it: JSON writes 1 and 1.0, which are one experiment."""
     if isinstance(value, dict):
         return {name: float(weight) for name, weight in value.items()}
-    return float(value) if kind in (float, float | None) and value is not None else value
+    return float(value) if type(value) is int and kind in (float, float | None) else value
 
 
 def _meant(key: str, known: Iterable[str]) -> list[str]:
@@ -112,7 +112,8 @@ class Params:
         {"bce": 0.4, "dice": 0.4, "inverse_dice": 0.2},
         f"weights of at least 0, not all of them 0, for {', '.join(TERMS)}",
         _are_loss_weights,
-        "replaces the default as a whole. `balanced_cross_entropy`: pixels of a class of n in the batch weigh 1/√n",
+        "replaces the default as a whole. `balanced_cross_entropy`: pixels of a class of n in the batch weigh 1/√n. "
+        "Validation: photo by photo",
     )
     focal_gamma: float = _number(Focal.gamma, "from 0 to 100", "the larger, the less well-classified pixels count")
     optimizer: str = _one_of("sgd", OPTIMIZERS, "SGD with momentum, or AdamW")
@@ -169,10 +170,7 @@ class Params:
 
     @classmethod
     def parse(cls, values: dict[str, Any], source: str | Path) -> "Params":
-        """Make params of keys and values, 0 as 0.0 where it is a number with a fraction.
-
-        Raises UserError that begins with source and names every fault.
-        """
+        """Make params of keys and values. Raises UserError that begins with source and names every fault."""
         if faults := [fault for key, value in values.items() if (fault := cls.fault(key, value))]:
             raise UserError(f"{source}: {'; '.join(faults)}")
         params = cls(**{key: _typed(cls.__annotations__[key], value) for key, value in values.items()})
@@ -192,7 +190,7 @@ class Params:
         if rule["check"](value):
             return None
         of_two = key == "image_size" and isinstance(value, list | str)
-        hint = '; it is the side of a square, in which "resize": "letterbox" keeps the shape of a photo' * of_two
+        hint = '; it is the side of a square: "resize": "letterbox" keeps the shape of photos' if of_two else ""
         return f'"{key}" is {json.dumps(value)}; allowed: {rule["allowed"]}{hint}'
 
     def broken_rules(self, processes: int | None = None) -> list[str]:
@@ -237,10 +235,7 @@ TRAINING_OPTIONS = (
 )
 NEEDED_BY_WEIGHTS = (*(key for key in NETWORK if key not in TRAINING_OPTIONS), "resize")
 # Whatever these are, a run ends with the same result.
-WITHOUT_EFFECT = (
-    *("save_summary_steps", "num_workers", "num_channels", "cache", "keep_last"),
-    *("channels_last", "compile"),
-)
+WITHOUT_EFFECT = ("save_summary_steps", "num_workers", "num_channels", "cache", "keep_last", "channels_last", "compile")
 
 
 def comparable_over(metric: str) -> tuple[str, ...]:

@@ -31,11 +31,10 @@ OWN_SIZE = "_original_size_mIoU"  # ends the column of a split's mIoU at the pho
 BOUNDARY = [name for name in METRICS if name in BETTER and name in AT_ORIGINAL_SIZE]  # at that size, on val
 PUBLISHABLE = ("mIoU", "pixel_accuracy", *BOUNDARY)
 DATA = ("dataset", "num_classes")  # what differs in one has other photos or labels
-BEGAN = ("data_dir", "init_from")  # columns of what a run was trained on and began from, as run.json says
 DIFFERENCE = ("difference", "low", "high", "verdict")  # columns of a comparison, after the name of a split
 COUNTED = ("best_epoch", "epochs", "minutes")
 KEYS = [key.name for key in fields(Params)]
-EVIDENCE = ("params.json", "history.jsonl", "last.pth.tar", "best.pth.tar")  # one of them makes a folder an experiment
+SIGNS = {"params.json", "history.jsonl", "last.pth.tar", "best.pth.tar"}  # one of them makes a folder an experiment
 Tables = tuple[pd.DataFrame, pd.DataFrame]  # a comparison on a split: by row, and by class
 NOTE = """Metrics are of each run's best epoch, on val at the size that the network reads where no split is named.
 mIoU is the mean over the classes in the labels. Metrics rank only rows of the same data_dir, num_classes, image_size
@@ -86,7 +85,7 @@ class Run:
 
     def row(self) -> dict[str, Any]:
         """Return all columns of the table; metrics are of the best epoch, on val where no split is named."""
-        row = {"name": self.name, **{key: getattr(self, key) for key in BEGAN}, **self.params}
+        row = {"name": self.name, "data_dir": self.data_dir, "init_from": self.init_from, **self.params}
         row |= {"mIoU": None, **self.best["val"]}
         for split, metrics in self.own_size.items():
             row[split + OWN_SIZE] = metrics.get("mIoU")
@@ -109,6 +108,9 @@ class Run:
     def counts_file(self, split: str) -> Path:
         return self.folder / f"counts_{split}_{BEST}.npz"
 
+    def has_counts(self, split: str) -> bool:
+        return split in self.own_size and self.counts_file(split).exists()
+
     def read_counts(self, split: str) -> Counts:
         """Read the counts of every photo. Raises UserError unless they are of the same evaluation as the metrics."""
         path, metrics = self.counts_file(split), self.own_size.get(split, {})
@@ -124,7 +126,7 @@ def find(parent_dir: Path) -> list[Path]:
     found = []
     for folder, subfolders, files in walk(parent_dir):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        if "search_space.json" not in files and not {*EVIDENCE}.isdisjoint(files):
+        if "search_space.json" not in files and not SIGNS.isdisjoint(files):
             found.append(folder)
     if not found:
         raise UserError(f"{parent_dir} holds no experiments, which are folders with a params.json")
@@ -162,10 +164,9 @@ def trained_with(folder: Path) -> tuple[Params, str]:
 
 
 def read_own_size(folder: Path, epoch: int | None) -> tuple[dict[str, dict[str, Any]], str]:
-    """Return by split the metrics at the photos' own size, as evaluate.py wrote them, and which are left out.
+    """Return by split the metrics at the photos' own size, and which are left out, as of other weights than the best.
 
-    Those are of other weights than the best epoch's; of a run of an older program, which kept no digest, of another
-    epoch.
+    Of a run of an older program, which kept no digest of them, the epoch decides.
     """
     best = folder / "metrics_val_best_weights.json"
     weights = read_json(best, if_absent="").get("weights") if best.exists() else None
@@ -231,14 +232,14 @@ def tabulate_runs(runs: list[Run], published: dict[str, Any]) -> pd.DataFrame:
     readable = [run for run in runs if run.params]
     vary = ["data_dir"] if len({run.data_dir for run in readable} - {None}) > 1 else []
     vary += ["init_from"] if len({run.init_from for run in readable}) > 1 else []
-    keys = [key for key in KEYS if key not in WITHOUT_EFFECT]
-    vary += [key for key in keys if len({spell(run.params[key]) for run in readable}) > 1]
+    vary += [key for key in KEYS if key not in WITHOUT_EFFECT and len({spell(run.params[key]) for run in readable}) > 1]
     return table[["name", *vary, *sorted(filter(is_metric, table), key=metric_order), *COUNTED, "state"]]
 
 
 def is_metric(column: str) -> bool:
     """Return whether a column of the table has a metric, so that its best value comes first."""
-    return column not in ("name", *BEGAN, *KEYS, "seeds", *COUNTED, "state") and "_verdict" not in column
+    others = ("name", "data_dir", "init_from", *KEYS, "seeds", *COUNTED, "state")
+    return column not in others and "_verdict" not in column
 
 
 def metric_order(column: str) -> tuple:
@@ -265,10 +266,8 @@ def by_seed(runs: list[Run], parent_dir: Path) -> dict[str, list[Run]]:
 
 def one_per_seed(group: list[Run]) -> list[Run]:
     """Return the first run of each seed, a finished one if there is one: a copy is no other seed."""
-    kept: dict[Any, Run] = {}
-    for run in sorted(group, key=lambda run: run.state != "finished"):
-        kept.setdefault(run.params.get("seed"), run)
-    return [run for run in group if kept[run.params.get("seed")] is run]
+    by_rank = sorted(group, key=lambda run: run.state != "finished")
+    return [*{run.params.get("seed"): run for run in reversed(by_rank)}.values()]
 
 
 def without_seed(name: str, parent: str) -> str:
@@ -347,11 +346,7 @@ def compare(rows: dict[str, list[Run]], baseline: str, families: list[list[Run]]
     data = {name: [runs[0].params[key] for key in DATA] for name, runs in finished.items() if runs}
     found = []
     for split in sorted({split for run in finished[baseline] for split in run.own_size}):
-        scored = [
-            name
-            for name in data
-            if all(split in run.own_size and run.counts_file(split).exists() for run in finished[name])
-        ]
+        scored = [name for name in data if all(run.has_counts(split) for run in finished[name])]
         if baseline in scored:
             alike = {name: finished[name] for name in scored if data[name] == data[baseline]}
             found.append(compare_on(split, alike, baseline, families))

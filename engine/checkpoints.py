@@ -106,9 +106,10 @@ def init_from(model: FCN_GCN, file: Path, params: Params) -> list[str]:
     check_unchanged(needed, checkpoint, params, file)
     check_normalization(model, checkpoint, file)
     given, fresh = predicting_weights(checkpoint), model.state_dict()
-    others = {*NEEDED_BY_WEIGHTS} - {*needed, "num_classes"}
-    changes = changed_keys(Params.parse(checkpoint["params"], file), params) if checkpoint["params"] else {}
-    notes = [f"{file} was trained with other values: {text}"] if (text := spell_changes(changes, others)) else []
+    others = [key for key in NEEDED_BY_WEIGHTS if key not in (*needed, "num_classes")]
+    then = Params.parse(checkpoint["params"], file) if checkpoint["params"] else params
+    changes = spell_changes(changed_keys(then, params, others))
+    notes = [f"{file} was trained with other values: {changes}"] if changes else []
     if class_count(given) != class_count(fresh):
         given = {name: tensor for name, tensor in given.items() if not is_of_score_layer(name)}
         given |= {name: tensor for name, tensor in fresh.items() if is_of_score_layer(name)}
@@ -175,16 +176,14 @@ def trained_params(checkpoint: dict[str, Any], now: Params, file: Path) -> Param
     return trained
 
 
-def changed_keys(then: Params, now: Params) -> dict[str, tuple[Any, Any]]:
-    """Return the keys in which params differ, with both values."""
+def changed_keys(then: Params, now: Params, keys: Iterable[str] = ()) -> dict[str, tuple[Any, Any]]:
+    """Return the keys, all or those that are given, in which params differ, with both values."""
     before, after = asdict(then), asdict(now)
-    return {key: (before[key], after[key]) for key in before if before[key] != after[key]}
+    return {key: (before[key], after[key]) for key in keys or before if before[key] != after[key]}
 
 
-def spell_changes(changes: Mapping[str, tuple[Any, Any]], keys: Iterable[str] | None = None) -> str:
-    """Return what changed_keys() has found, in those keys if they are given, for people."""
-    shown = {key: map(json.dumps, values) for key, values in changes.items() if keys is None or key in keys}
-    return ", ".join(f'"{key}" {then} -> {now}' for key, (then, now) in shown.items())
+def spell_changes(changes: Mapping[str, tuple[Any, Any]]) -> str:
+    return ", ".join(f'"{key}" {json.dumps(then)} -> {json.dumps(now)}' for key, (then, now) in changes.items())
 
 
 def check_unchanged(
@@ -193,11 +192,9 @@ def check_unchanged(
     """Raise UserError if params.json has since changed a key without which the checkpoint means something else."""
     if not checkpoint["params"]:
         return
-    changes = changed_keys(Params.parse(checkpoint["params"], file), params)
-    for key in keys:
-        if key in changes:
-            then, now = map(json.dumps, changes[key])
-            raise UserError(f'{file} was trained with "{key}": {then}, params.json says {now}; {way_on}')
+    for key, values in changed_keys(Params.parse(checkpoint["params"], file), params, keys).items():
+        then, now = map(json.dumps, values)
+        raise UserError(f'{file} was trained with "{key}": {then}, params.json says {now}; {way_on}')
 
 
 def agreed_class_names(checkpoint: dict[str, Any], file: Path, split: Split | None, num_classes: int) -> list[str]:

@@ -44,8 +44,8 @@ def evaluate(
 ) -> Scores:
     """Score a network on every image of a loader, at the loader's image size; each process on its part of them.
 
-    "loss" is the mean of the losses of single images: of some terms that of a batch depends on which images share it.
-    by_photo: keep the counts of each, for which a GPU has to be waited for. Leaves the network in evaluation mode.
+    "loss" is the mean over images of the loss of each alone. by_photo: keep the counts of each, for which a GPU has to
+    be waited for. Leaves the network in evaluation mode.
     """
     model.eval()
     criterion, metrics = SegmentationLoss(**params.loss_options()), Metrics(params.num_classes, device)

@@ -117,8 +117,8 @@ def records(model_dir: Path) -> list[dict[str, Any]]:
 def began_from(model_dir: Path) -> str | None:
     """Return the digest of the weights of --init_from, or what older programs kept, the path; None if not given."""
     first = records(model_dir)[0]
-    *_, path = None, *(after for flag, after in pairwise(first.get("argv", [])) if flag == "--init_from")
-    return first.get("init_from", path)
+    given = [after for flag, after in pairwise(first.get("argv", [])) if flag == "--init_from"]
+    return first.get("init_from", given[-1] if given else None)
 
 
 def find_data_dir(args: argparse.Namespace, dataset: str) -> Path:
@@ -174,9 +174,8 @@ def begin(args: argparse.Namespace, device: torch.device) -> Start | None:
             print(f"nothing to do in {args.model_dir}: {reason}; last.pth.tar was not kept to train on from")
         return None
     if state:
-        check_unchanged(RESUME_NEEDS, state, params, last)
         way_on = f"set it back, or start another run from {last} with --init_from"
-        check_unchanged(comparable_over(params.best_metric), state, params, last, way_on)
+        check_unchanged((*RESUME_NEEDS, *comparable_over(params.best_metric)), state, params, last, way_on)
     elif not args.overwrite and (earlier := existing(args.model_dir)):
         way_on = "continue it with --resume" if last.exists() else "without last.pth.tar it cannot be resumed"
         raise UserError(f"{args.model_dir} already holds a run ({earlier[0].name}); {way_on}, or --overwrite it")

@@ -57,7 +57,9 @@ class Coordinator:
     def __post_init__(self) -> None:
         params = Params.parse(self.base, self.parent_dir / "params.json")
         self.metric, seed = params.best_metric, (params.seed + len(self.trials)) % 2**32  # as NumPy takes it
-        self.mixed = [key for key in comparable_over(self.metric) if self.varies(key)]
+        vary = {key for key, options in self.space.items() if not options.single()}
+        vary |= {key for values in self.trials.values() for key in self.space.keys() - values.keys()}
+        self.mixed = [key for key in comparable_over(self.metric) if key in vary]
         if self.mixed and (self.metric == "loss" or self.tpe or self.prune_from is not None):
             remedy = 'take another "best_metric"' if self.metric == "loss" else "run a grid, without --prune"
             said = f'trials of different {", ".join(self.mixed)} cannot be compared by "best_metric": "{self.metric}"'
@@ -73,12 +75,6 @@ class Coordinator:
         self.study = optuna.create_study(direction=direction, sampler=self.sampler)
         for name, values in self.trials.items():
             self.enter(name, values)
-
-    def varies(self, key: str) -> bool:
-        """Return whether trials differ in a key."""
-        return key in self.space and not (
-            self.space[key].single() and all(key in values for values in self.trials.values())
-        )
 
     def enter(self, name: str, values: Values) -> None:
         """Tell the study of a trial: of its epochs if it has ended, or else what to run."""

@@ -204,11 +204,14 @@ def test_photos_on_which_two_experiments_differ_most_are_drawn_with_both(experim
     split, device = find_split("voc", data, "val"), torch.device("cpu")
     args = Namespace(model_dir=experiment, against=other, restore_file="best", scales=[1.0], flip=False)
     args.original_size = True
-    find = partial(find_other, "val_best_original_size", names=ours.class_names, device=device)
+    args.split = "val"
+    find = partial(find_other, data, names=ours.class_names, device=device)
     assert find(split, args=args)[0].ids == ours.ids
     with pytest.raises(UserError, match="were scored on different photos"):
         find(replace(split, ids=split.ids[:2]), args=args)
     stale = rf"is of another checkpoint, other --scales or --flip; score {other} again"
+    shutil.copy(other / "metrics_val_best_original_size.json", other / "metrics_val_best_multi_scale.json")
+    shutil.copy(absent, other / "counts_val_best_multi_scale.npz")
     with pytest.raises(UserError, match=stale):
         find(split, args=Namespace(**vars(args) | {"scales": [1.0, 1.5]}))
     state["state_dict"]["br9.conv2.bias"][3] += 1
