@@ -317,7 +317,7 @@ def better_of(metric: str) -> Callable:
 
 def scalars(metrics: dict) -> dict[str, float | None]:
     """Return the metrics that are one number for all classes, which history.jsonl and TensorBoard show."""
-    others = ("epoch", "images", "learning_rate")
+    others = ("epoch", "weights", "images", "learning_rate")
     return {key: value for key, value in metrics.items() if key not in others and not isinstance(value, dict | list)}
 
 

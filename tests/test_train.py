@@ -884,7 +884,7 @@ def test_init_from_says_what_is_not_as_it_was_for_the_weights(tmp_path):
     torch.save({"state_dict": model.state_dict(), "params": then}, file)
     now = Params(encoder=TINY["encoder"], resize="letterbox")
     (said,) = checkpoints.init_from(model, file, now)
-    assert said.endswith('other values: "resize" "squash" -> "letterbox", "stem_maxpool" true -> false')
+    assert said.endswith('other values: "stem_maxpool" true -> false, "resize" "squash" -> "letterbox"')
 
 
 @pytest.mark.slow
