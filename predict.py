@@ -20,7 +20,7 @@ from engine.checkpoints import agreed_class_names, checkpoint_path, load_network
 from engine.cli import add_folder, add_restore_file, experiment_parser, positive, run_main
 from engine.devices import autocast, input_options, pick_device
 from model import UserError, cores
-from model.data_loader import leave_signals_to_the_main_process
+from model.data_loader import begin_loader_process
 from model.inference import Segmenter, fold_batch_norm
 from model.layouts import find_split
 from model.net import FCN_GCN
@@ -178,7 +178,7 @@ def main(args: argparse.Namespace) -> int:
         batch_size=None,
         collate_fn=read_or_error,
         num_workers=0 if args.tile else min(READERS, cores(), len(photos)),  # photos that need tiles are large
-        worker_init_fn=leave_signals_to_the_main_process,
+        worker_init_fn=begin_loader_process,
     )
     faults = 0
     bar = tqdm(loader, desc="predicting", unit="img", leave=False, disable=None)

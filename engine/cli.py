@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import io
 import json
 import logging
 import os
@@ -28,6 +29,12 @@ OUT_OF_MEMORY = (
     'out of memory; lower "batch_size" (raising "accumulation_steps" makes up for it) or "image_size", '
     'or set "precision" to "bf16"'
 )
+LOADER_ADVICE = {  # by what is said where loader processes cannot send batches, or one has died
+    "AF_UNIX path too long": "set TMPDIR to a folder with a shorter name",
+    "Too many open files": "allow more (ulimit -n 65536)",
+    "</torch_|Bus error": "/dev/shm is full; make it larger (docker run --shm-size 8g)",
+    "DataLoader worker|Pin memory thread": "memory may have been short",
+}
 
 
 class Terminated(KeyboardInterrupt):
@@ -42,6 +49,8 @@ def run_main(main: Callable[[], int | None], *, several_processes: bool = False)
     """
     if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
         signal.signal(signal.SIGTERM, _terminate)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # folders may have any name, and Windows's pipes few letters
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # about odd photos, which are read
     try:
         if not several_processes and world_size() > 1:
@@ -51,7 +60,7 @@ def run_main(main: Callable[[], int | None], *, several_processes: bool = False)
         return status
     except BrokenPipeError:  # as after `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        return 141  # 128 + SIGPIPE, which Windows has not
     except (Exception, KeyboardInterrupt) as error:
         if (found := explained(error)) is None:
             raise
@@ -80,12 +89,15 @@ def explained(error: BaseException) -> tuple[int, str] | None:
         return 143, text
     if isinstance(error, KeyboardInterrupt):
         return 130, text or "interrupted"
+    for pattern, advice in LOADER_ADVICE.items() if isinstance(error, RuntimeError | OSError) else ():
+        if re.search(pattern, text):
+            return 1, f'loader processes have failed ({text}); {advice}, or set "num_workers" lower, or to 0 for none'
     if isinstance(error, RunFailed | OSError):
         return 1, text
     if is_out_of_memory(error):
         return 2, OUT_OF_MEMORY
-    if isinstance(error, RuntimeError) and "DataLoader worker" in text:
-        return 1, f'a loader process died ({first_line(error)}); lower "num_workers" if memory is short'
+    if type(error).__module__.startswith("torch._inductor"):
+        return 1, f'"compile" is true, but: {first_line(error)}; install what is missing, or set it to false'
     if world_size() > 1 and (isinstance(error, dist.DistError) or re.search("gloo|Gloo|NCCL", text)):
         return 1, f"another process of this run has ended, or has not answered in time ({first_line(error)})"
     return None

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from PIL import Image
 from tqdm import tqdm
 
@@ -39,7 +39,7 @@ from engine.checkpoints import (
 )
 from engine.devices import autocast, device_name, input_options, resolve_precision
 from engine.training import Training, list_digest, scalars, score, why_finished
-from model import UserError
+from model import UserError, locked
 from model.data_loader import SegmentationDataset
 from model.layouts import Split, find_split
 from model.net import FCN_GCN
@@ -88,10 +88,11 @@ def sole_run(folder: Path, script: str = "train.py") -> Iterator[None]:
     if not (folder / "params.json").exists():
         raise UserError(f"no {folder}/params.json; an experiment is a folder with one, {{}} for the defaults")
     try:
-        with FileLock(folder / RUN_LOCK, timeout=LOCK_PATIENCE) if devices.is_main() else nullcontext():
+        with locked(folder / RUN_LOCK, LOCK_PATIENCE) if devices.is_main() else nullcontext():
             yield
-    except Timeout:
-        raise UserError(f"another {script} is at work in {folder}; wait for it, or stop it first") from None
+    except Timeout as error:
+        held = f" (or delete {error.lock_file} if there is none)" if error.lock_file.endswith(".held") else ""
+        raise UserError(f"another {script} is at work in {folder}; wait for it, or stop it first{held}") from None
 
 
 def is_running(folder: Path) -> bool:
@@ -99,7 +100,7 @@ def is_running(folder: Path) -> bool:
     if not (folder / RUN_LOCK).exists():
         return False
     try:
-        with FileLock(folder / RUN_LOCK, timeout=0):
+        with locked(folder / RUN_LOCK, 0):
             return False
     except Timeout:
         return True
@@ -232,7 +233,7 @@ def advising_to_resume(args: argparse.Namespace) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, OSError) as error:
-        what = str(error) or "interrupted"
+        what = str(error).strip() or "interrupted"
         instead = " in the place of --overwrite" if args.overwrite else ""
         raise type(error)(f"{what}; the same command with --resume{instead} continues the run") from None
 

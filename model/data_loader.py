@@ -8,17 +8,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
 from multiprocessing.pool import ThreadPool
+from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor
+from torch._utils import ExceptionWrapper
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, SequentialSampler, default_collate
 from tqdm import tqdm
 
-from model import UserError, cores, replacing
+from model import UserError, cores, locked, replacing
 from model.layouts import Split, list_faults
 from model.parallel import shard
 from model.transforms import PADDING, Colour, resize_tag, to_square
@@ -156,7 +157,7 @@ def build_cache(dataset: SegmentationDataset) -> Path:
     shape = f"{size}px" if dataset.resize == "squash" else f"{size}px-{dataset.resize}"
     prefix = f"{split.name}-{shape}-{len(dataset.class_names)}classes"
     file = folder / f"{prefix}-{_digest(dataset, root)}.npy"
-    with FileLock(folder / f"{prefix}.lock"):
+    with locked(folder / f"{prefix}.lock"):
         if not file.exists() or file.stat().st_size < len(dataset) * size**2 * 4:  # as after half a copy
             # Not a writable map: a full disk would end that with SIGBUS.
             with replacing(file) as temporary, open(temporary, "wb") as stream:
@@ -165,7 +166,8 @@ def build_cache(dataset: SegmentationDataset) -> Path:
                 stream.writelines(example.data for example in dataset.decode_all())
             name = glob.escape(prefix)
             for stale in {*folder.glob(f"{name}-*"), *folder.glob(f".{name}-*")} - {file}:
-                stale.unlink()
+                with suppress(OSError):  # another run has it open, on Windows
+                    stale.unlink()
     return file
 
 
@@ -289,7 +291,7 @@ def make_loader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
-        worker_init_fn=leave_signals_to_the_main_process,
+        worker_init_fn=begin_loader_process,
         collate_fn=collate or dataset.collate,
         persistent_workers=workers > 0,
         pin_memory=torch.device(device).type == "cuda",
@@ -297,9 +299,24 @@ def make_loader(
     )
 
 
-def leave_signals_to_the_main_process(worker: int) -> None:
+def begin_loader_process(worker: int) -> None:
+    """Leave signals to the main process, and let it know where a batch cannot be sent."""
+    Queue._on_queue_feeder_error = _send_error  # type: ignore[attr-defined]  # which prints it only
     # Ctrl-C and batch systems signal all processes; a worker that dies before the main process has understood would
     # look like a crash. So it dies a little later, for at the end the main process itself ends workers by SIGTERM.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))  # a death by signal is raised in the main process
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(2))
+    if hasattr(signal, "SIGALRM"):  # Windows has neither this nor a SIGTERM that can be caught
+        signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))  # a death by signal is raised in the main one
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(2))
+
+
+def _send_error(queue: Queue, error: Exception, batch: Any) -> None:
+    """Send the main process the error that is handled now, in the place of (number, batch), for it to raise."""
+    if not isinstance(batch, tuple):
+        os._exit(1)  # bytes that nobody takes
+    number, result = batch
+    if isinstance(result, ExceptionWrapper):
+        result.exc_type = RuntimeError  # an error of whose own kind none can be sent
+    else:
+        result = ExceptionWrapper(where="in a loader process that sends a batch")
+    queue.put((number, result))

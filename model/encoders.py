@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -124,8 +125,12 @@ def _downloaded(name: str, weights: Any) -> dict[str, Tensor]:
     try:
         return weights.get_state_dict(check_hash=True)
     except Exception as error:  # no network, a full disk; in the cache a damaged file, an empty one, an HTML page
-        place = f"{hub.get_dir()}/checkpoints/{weights.url.rsplit('/', 1)[-1]}"
-        raise no_weights(name, name, error, f"put {weights.url} at {place}") from error
+        raise no_weights(name, name, error, weights.url, _cached(weights.url)) from error
+
+
+def _cached(address: str) -> Path:
+    """Return where PyTorch keeps a file that it has downloaded."""
+    return Path(hub.get_dir(), "checkpoints", address.rsplit("/", 1)[-1])
 
 
 # Models of timm, which is imported only where one is named: that takes seconds
@@ -240,7 +245,9 @@ def _load_timm_weights(backbone: nn.Module, name: str, pretrained: bool | str) -
     try:
         whole = timm.create_model(short, pretrained=file is None)
     except Exception as error:  # huggingface_hub has errors of its own, and so have damaged files in its cache
-        raise no_weights(name, short, error, address) from error
+        hubs = importlib.import_module("huggingface_hub").constants.HF_HUB_CACHE
+        cached = Path(hubs, f"models--{cfg.hf_hub_id}".replace("/", "--")) if cfg.hf_hub_id else _cached(cfg.url or "")
+        raise no_weights(name, short, error, address, cached) from error
     state = whole.state_dict()
     if file is not None:
         classifier = whole.pretrained_cfg.get("classifier") or ()

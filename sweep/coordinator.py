@@ -161,7 +161,7 @@ class Coordinator:
         history = read_history(folder)
         if code or not history:
             how = f"killed by signal {-code}, {signal.strsignal(-code)}" if code < 0 else f"exit status {code}"
-            lines = (folder / "train.log").read_text(errors="replace").splitlines()
+            lines = (folder / "train.log").read_text(encoding="utf-8", errors="replace").splitlines()
             raise UserError("\n".join([how, *lines[-LOG_LINES:]]))
         return best_epoch(history, self.metric)
 

@@ -179,6 +179,16 @@ def test_a_file_may_have_the_longest_name_there_is(tmp_path):
         assert (tmp_path / name).read_text() == "text"
 
 
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-8"])
+def test_a_folder_may_have_any_name_whatever_the_encoding_of_the_terminal(tmp_path, encoding):
+    folder = tmp_path / os.fsdecode(b"\xff\xe6\x95\xb0")
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.stdout.reconfigure(encoding={encoding!r})"
+    code += "; import build_dataset as b; b.run_main(lambda: b.main(b.parse_args()))"
+    (script := tmp_path / "script.py").write_text(code)
+    result = run_script(script, "--sample", "--data_dir", folder)
+    assert "the sample is in" in result.stdout and (folder / "sample").is_dir()
+
+
 def test_json_never_holds_nan(tmp_path):
     with pytest.raises(ValueError):
         utils.write_json(tmp_path / "x.json", {"loss": float("nan")})
