@@ -10,6 +10,8 @@ import re
 import tarfile
 from bisect import bisect_right
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from http.client import HTTPException
 from itertools import accumulate, chain
 from pathlib import Path
@@ -23,7 +25,8 @@ from tqdm import tqdm
 
 from engine.cli import add_folder, require, run_main
 from model import UserError, first_line
-from model.layouts import find_split, photos_by_id, voc_folders
+from model.data_loader import SegmentationDataset, seen_in_training
+from model.layouts import find_split, images_by_name, voc_folders
 from model.sample import draw_sample
 from utils import RunFailed, write_text
 
@@ -241,8 +244,8 @@ def write_lists(data_dir: Path, shares: list[float], seed: int, group: str | Non
     images, masks, lists = voc_folders(data_dir)
     if there := [name for name in SPLITS if (lists / f"{name}.txt").exists()]:
         raise UserError(f"{lists / there[0]}.txt is already there; delete the lists to deal them anew")
-    photos = photos_by_id(images)
-    ids = sorted(id_ for id_ in photos if (masks / f"{id_}.png").is_file())
+    photos = images_by_name(images)
+    ids = sorted(photos.keys() & images_by_name(masks, photos))
     groups = [[id_] for id_ in ids] if group is None else grouped(ids, group)
     parts = deal(groups, shares, seed)
     if empty := [name for name in (SPLITS if shares[2] and group else SPLITS[:2]) if not parts[name]]:
@@ -254,6 +257,11 @@ def write_lists(data_dir: Path, shares: list[float], seed: int, group: str | Non
             print(f"{sum(map(len, part))} photos{f' of {len(part)} groups' if group else ''} -> {lists / name}.txt")
     if len(photos) > len(ids):
         print(f"{len(photos) - len(ids)} photos without a mask are in no list")
+    splits = [replace(find_split("voc", data_dir, name), masks=None) for name, part in parts.items() if part]
+    with suppress(UserError):  # of photos that cannot be read, which train.py names
+        train, *others = [SegmentationDataset(split, class_names=(), image_size=64, cache=False) for split in splits]
+        for line in chain(*(seen_in_training(train, other) for other in others)):
+            print(line)
 
 
 def grouped(ids: list[str], pattern: str) -> list[list[str]]:

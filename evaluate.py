@@ -12,10 +12,11 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from comparing import Counts, check_same_photos, mIoU, read_counts, write_counts
-from engine.checkpoints import load_network
+from engine.checkpoints import load_network, predicting_weights, weights_digest
 from engine.cli import add_restore_file, experiment_parser, positive, run_main
 from engine.devices import is_main, loading_options, processes
 from engine.evaluation import Scores, add_up, evaluate, find_data, make_dataset, progress
+from engine.run import name_of_split
 from model import UserError
 from model.data_loader import make_loader
 from model.inference import OriginalDataset, Segmenter, class_map, collate_originals
@@ -45,6 +46,7 @@ def parse_args() -> argparse.Namespace:
     if args.against and not args.save_overlays:
         parser.error("--against goes with --save_overlays N")
     args.original_size |= args.flip or bool(args.scales or args.save_predictions or args.save_overlays)
+    args.scales = args.scales or [1.0]
     return args
 
 
@@ -75,19 +77,19 @@ def score_originals(
 
 
 def find_other(
-    name: str, record: dict, device: torch.device, args: argparse.Namespace
-) -> tuple[Counts, Segmenter] | None:
+    folder: Path, split: Split, names: Sequence[str], device: torch.device, args: argparse.Namespace
+) -> tuple[Counts, Segmenter]:
     """Return the counts of the experiment of --against, and what it segments photos with.
 
-    Raises UserError unless it was scored in the same way as record says, with the checkpoint that it has now.
+    Raises UserError unless it was scored on the same photos, with the same --scales and --flip and the checkpoint that
+    it has now.
     """
-    if not args.against:
-        return None
+    name = name_scores(args.against, folder, args)
     model, params, checkpoint = load_network(args.against, args.restore_file, device)
     counts, file = read_counts(args.against / f"counts_{name}.npz"), args.against / f"metrics_{name}.json"
-    found = read_json(file, if_absent="evaluate.py writes it")
-    needed = record | {"epoch": checkpoint.get("epoch")}
-    alike = isinstance(found, dict) and needed.items() <= found.items()
+    check_same_photos(Counts(split.ids, [*names], counts.pixels), counts, (str(args.model_dir), str(args.against)))
+    found, needed = read_json(file, if_absent="evaluate.py writes it"), describe(checkpoint, args)
+    alike = isinstance(found, dict) and needed.items() <= ({"weights": needed["weights"]} | found).items()
     if not alike or not counts.are_of(found.get("pixel_accuracy")):
         raise UserError(f"{file} is of another checkpoint, other --scales or --flip; score {args.against} again")
     return counts, make_segmenter(model, params, device, scales=args.scales, flip=args.flip)
@@ -180,24 +182,36 @@ def write_scores(
     print(table(metrics))
 
 
+def describe(checkpoint: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """Return what is written beside scores: which weights were scored, and how if at the photos' own size."""
+    record = {"epoch": checkpoint.get("epoch"), "weights": weights_digest(predicting_weights(checkpoint))}
+    return record | ({"scales": args.scales, "flip": args.flip} if args.original_size else {})
+
+
+def name_scores(model_dir: Path, folder: Path, args: argparse.Namespace) -> str:
+    """Return what the files of an experiment's scores on a data folder are named by."""
+    kind = "_original_size" if args.scales == [1.0] and not args.flip else "_multi_scale"
+    return f"{name_of_split(model_dir, args.split, folder)}_{args.restore_file}{kind * args.original_size}"
+
+
 def score_checkpoint(device: torch.device, args: argparse.Namespace) -> None:
     model, params, checkpoint = load_network(args.model_dir, args.restore_file, device)
     predicted_only = bool(args.save_predictions and not args.save_overlays)
     folder, split, names = find_data(params, checkpoint, args, args.split, masks_required=not predicted_only)
-    where, name, saved = f"{args.split} of {folder}", f"{args.split}_{args.restore_file}", None
-    record: dict[str, Any] = {"epoch": checkpoint.get("epoch")}
+    where, name, saved = f"{args.split} of {folder}", name_scores(args.model_dir, folder, args), None
+    record = describe(checkpoint, args)
+    if "@" in name:
+        record["data_dir"] = str(folder.resolve())
     if args.original_size:
-        scales = args.scales or [1.0]
-        name += "_original_size" if scales == [1.0] and not args.flip else "_multi_scale"
-        record |= {"scales": scales, "flip": args.flip}
         size, overlays = "their own size", args.model_dir / f"overlays_{name}"
-        segmenter = make_segmenter(model, params, device, scales=scales, flip=args.flip)
+        other = find_other(folder, split, names, device, args) if args.against else None
+        segmenter = make_segmenter(model, params, device, scales=args.scales, flip=args.flip)
         if args.save_overlays:
             make_folder(overlays, "--save_overlays")
         if args.save_predictions:  # for VOC's classes where its server looks (comp5: VOC's data only)
             below = f"results/VOC2012/Segmentation/comp5_{split.name}_cls" if is_voc(names) else split.name
             make_folder(saved := args.save_predictions / below, "--save_predictions")
-        other, photos = find_other(name, record, device, args), OriginalDataset(split, class_names=names)
+        photos = OriginalDataset(split, class_names=names)
         scores = score_originals(segmenter, photos, params, saved)
     else:
         record |= {"image_size": params.image_size, "resize": params.resize}

@@ -60,6 +60,21 @@ def _flag(default: bool, meaning: str) -> Any:
     return _key(default, "true, false", lambda v: isinstance(v, bool), meaning)
 
 
+def _typed(kind: Any, value: Any) -> Any:
+    """Return a value as its key's type has it: JSON writes 1 and 1.0, which are one experiment."""
+    if isinstance(value, dict):
+        return {name: float(weight) for name, weight in value.items()}
+    return float(value) if type(value) is int and kind in (float, float | None) else value
+
+
+def _meant(key: str, known: Iterable[str]) -> list[str]:
+    """Return the known keys that may be meant: lr is learning_rate, epochs one of several, others are misspelt."""
+    words = {name: name.split("_") for name in known}
+    shortened = [name for name in known if key == "".join(word[0] for word in words[name])]
+    parts = [name for name in known if {*key.split("_")} <= {*words[name]}]
+    return shortened or parts or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+
+
 def _are_loss_weights(value: Any) -> bool:
     if not isinstance(value, dict) or not set(value) <= set(TERMS):
         return False
@@ -97,7 +112,8 @@ class Params:
         {"bce": 0.4, "dice": 0.4, "inverse_dice": 0.2},
         f"weights of at least 0, not all of them 0, for {', '.join(TERMS)}",
         _are_loss_weights,
-        "replaces the default as a whole. `balanced_cross_entropy`: pixels of a class of n in the batch weigh 1/√n",
+        "replaces the default as a whole. `balanced_cross_entropy`: pixels of a class of n in the batch weigh 1/√n. "
+        "Validation: photo by photo",
     )
     focal_gamma: float = _number(Focal.gamma, "from 0 to 100", "the larger, the less well-classified pixels count")
     optimizer: str = _one_of("sgd", OPTIMIZERS, "SGD with momentum, or AdamW")
@@ -157,20 +173,25 @@ class Params:
         """Make params of keys and values. Raises UserError that begins with source and names every fault."""
         if faults := [fault for key, value in values.items() if (fault := cls.fault(key, value))]:
             raise UserError(f"{source}: {'; '.join(faults)}")
-        if broken := cls(**values).broken_rules():
+        params = cls(**{key: _typed(cls.__annotations__[key], value) for key, value in values.items()})
+        if broken := params.broken_rules():
             raise UserError(f"{source}: {'; '.join(broken)}")
-        return cls(**values)
+        return params
 
     @classmethod
     def fault(cls, key: str, value: Any) -> str | None:
         """Say what is wrong with a key and its value; None if nothing is."""
         known: dict[str, Field] = {f.name: f for f in fields(cls)}
         if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f"did you mean {json.dumps(nearest[0])}?" if nearest else f"known keys: {', '.join(known)}"
+            meant = " or ".join(map(json.dumps, _meant(key.lower(), known)))
+            hint = f"did you mean {meant}?" if meant else f"known keys: {', '.join(known)}"
             return f"unknown key {json.dumps(key)}; {hint}"
         rule = known[key].metadata
-        return None if rule["check"](value) else f'"{key}" is {json.dumps(value)}; allowed: {rule["allowed"]}'
+        if rule["check"](value):
+            return None
+        of_two = key == "image_size" and isinstance(value, list | str)
+        hint = '; it is the side of a square: "resize": "letterbox" keeps the shape of photos' if of_two else ""
+        return f'"{key}" is {json.dumps(value)}; allowed: {rule["allowed"]}{hint}'
 
     def broken_rules(self, processes: int | None = None) -> list[str]:
         """Say what is wrong with several keys together, for training in that many processes if given."""
@@ -213,6 +234,14 @@ TRAINING_OPTIONS = (
     *("freeze_encoder_statistics", "activation_checkpointing"),
 )
 NEEDED_BY_WEIGHTS = (*(key for key in NETWORK if key not in TRAINING_OPTIONS), "resize")
+# Whatever these are, a run ends with the same result.
+WITHOUT_EFFECT = ("save_summary_steps", "num_workers", "num_channels", "cache", "keep_last", "channels_last", "compile")
+
+
+def comparable_over(metric: str) -> tuple[str, ...]:
+    """Return the keys in which epochs and experiments agree that a metric of validation can rank among each other."""
+    pixels = ("dataset", "num_classes", "image_size", "resize")
+    return (*pixels, "loss_weights", *constants()) if metric == "loss" else pixels
 
 
 def table() -> str:

@@ -30,7 +30,6 @@ from params import Params
 from utils import make_folder, save_picture, walk, write_json
 from visualize import overlay
 
-SUFFIXES = (*IMAGE_SUFFIXES, ".bmp", ".tif", ".tiff", ".webp")  # of photos in folders
 RESULTS = (".png", "_overlay.png", ".json")
 LEAST_AREA = 0.0005  # of a photo, to be in the legend
 READERS = 4  # processes at most that read photos ahead
@@ -62,7 +61,7 @@ def find_photos(given: Sequence[str], output_dir: Path) -> dict[Path, Path]:
     for pattern in given:
         photos = list(_matches(pattern, output_dir))
         if not photos:
-            raise UserError(f"{pattern}: no photo is there ({', '.join(SUFFIXES)})")
+            raise UserError(f"{pattern}: no photo is there ({', '.join(IMAGE_SUFFIXES)})")
         for file, root in photos:
             found.setdefault(os.path.realpath(file), (file, root))
 
@@ -98,7 +97,7 @@ def _matches(pattern: str, output_dir: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def _is_photo(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES)
+    return name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def result_paths(output: Path) -> list[Path]:

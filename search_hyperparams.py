@@ -71,7 +71,9 @@ def print_summary(sweep: Coordinator) -> int:
     """Print how the sweep stands. Returns the exit status: 1 if a trial has failed."""
     count, states = len(sweep.trials), Counter(outcome(sweep.parent_dir / name)[0] for name in sweep.trials)
     line = ", ".join(f"{states[state]} {state}" for state in ("finished", "pruned", "failed") if states[state])
-    if states["finished"]:
+    if sweep.mixed:
+        line += f"; trials of different {', '.join(sweep.mixed)} are not ranked"
+    elif states["finished"]:
         best = sweep.study.best_trial
         line += f"; best {sweep.metric} {best.value:.4f} by {best.user_attrs['folder']}"
     print(f"{count} trial{'s' * (count != 1)}: {line}")

@@ -44,8 +44,8 @@ def evaluate(
 ) -> Scores:
     """Score a network on every image of a loader, at the loader's image size; each process on its part of them.
 
-    "loss" is its mean over images. by_photo: keep the counts of each, for which a GPU has to be waited for. Leaves the
-    network in evaluation mode.
+    "loss" is the mean over images of the loss of each alone. by_photo: keep the counts of each, for which a GPU has to
+    be waited for. Leaves the network in evaluation mode.
     """
     model.eval()
     criterion, metrics = SegmentationLoss(**params.loss_options()), Metrics(params.num_classes, device)
@@ -56,7 +56,8 @@ def evaluate(
             labels = labels.to(device, non_blocking=True)
             with autocast(device, params.precision):
                 logits = model(to_input(images, device, **input_options(model, params)))
-            loss_sum += criterion(logits, labels) * len(images)
+            for image in zip(logits.split(1), labels.split(1), strict=True):
+                loss_sum += criterion(*image)
             of_images = metrics.update(logits.argmax(1), labels)
             if by_photo:
                 own |= zip(indices, map(sparse, of_images.cpu()), strict=True)

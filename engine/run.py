@@ -6,6 +6,7 @@ A run is its last.pth.tar: everything else of an epoch is written after it and f
 import argparse
 import copy
 import logging
+import math
 import os
 import platform
 import subprocess
@@ -15,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,10 @@ from engine.checkpoints import (
     changed_keys,
     check_unchanged,
     load_checkpoint,
+    predicting_weights,
     save_checkpoint,
     to_predict_with,
+    weights_digest,
 )
 from engine.devices import autocast, device_name, input_options, resolve_precision
 from engine.training import Training, list_digest, scalars, score, why_finished
@@ -40,7 +44,7 @@ from model.data_loader import SegmentationDataset
 from model.layouts import Split, find_split
 from model.net import FCN_GCN
 from model.transforms import photo_edges, to_input
-from params import NEEDED_BY_WEIGHTS, Params
+from params import NEEDED_BY_WEIGHTS, Params, comparable_over
 from utils import ROOT, read_history, read_json, save_figure, save_picture, set_logger, write_history, write_json
 from visualize import comparison, training_curves
 
@@ -104,12 +108,18 @@ def is_running(folder: Path) -> bool:
         return False
 
 
-def last_record(model_dir: Path) -> dict[str, Any]:
-    """Return what run.json says of the last start of a run, or its resume; {} where there is none."""
-    if not (model_dir / "run.json").exists():
-        return {}
-    record = read_json(model_dir / "run.json", if_absent="")
-    return [record, *record.get("resumed", [])][-1]
+def records(model_dir: Path) -> list[dict[str, Any]]:
+    """Return what run.json says of the start of a run and of every resume; {} alone where there is none."""
+    file = model_dir / "run.json"
+    first = read_json(file, if_absent="") if file.exists() else {}
+    return [first, *first.get("resumed", [])]
+
+
+def began_from(model_dir: Path) -> str | None:
+    """Return the digest of the weights of --init_from, or what older programs kept, the path; None if not given."""
+    first = records(model_dir)[0]
+    given = [after for flag, after in pairwise(first.get("argv", [])) if flag == "--init_from"]
+    return first.get("init_from", given[-1] if given else None)
 
 
 def find_data_dir(args: argparse.Namespace, dataset: str) -> Path:
@@ -119,7 +129,7 @@ def find_data_dir(args: argparse.Namespace, dataset: str) -> Path:
     """
     if args.data_dir is not None:
         return args.data_dir
-    recorded = last_record(args.model_dir).get("data_dir")
+    recorded = records(args.model_dir)[-1].get("data_dir")
     if recorded is None or (dataset == "sample" and not os.path.isdir(recorded)):
         return Path("data")
     if not os.path.isdir(recorded):
@@ -127,15 +137,26 @@ def find_data_dir(args: argparse.Namespace, dataset: str) -> Path:
     return Path(recorded)
 
 
+def name_of_split(model_dir: Path, split: str, data_dir: Path) -> str:
+    """Return what the files of a split's scores are named by: with its folder if a run was trained on other data.
+
+    Where the folder of the run is gone, the data have moved.
+    """
+    own = records(model_dir)[-1].get("data_dir")
+    other = own is not None and os.path.isdir(own) and not os.path.samefile(own, data_dir)
+    return f"{split}@{data_dir.resolve().name}" if other else split
+
+
 @dataclass(frozen=True)
 class Start:
-    """How a run begins: its params, the values of --set among them, its data, and last.pth.tar if it resumes."""
+    """How a run begins: its params, the values of --set among them, its data, and what it resumes or starts from."""
 
     params: Params
     set: dict[str, Any]
     data_dir: Path
     file: Path  # last.pth.tar
-    state: dict[str, Any] | None
+    state: dict[str, Any] | None  # of last.pth.tar if the run resumes
+    init_from: Path | None  # the file of the weights that another run starts from
 
 
 def begin(args: argparse.Namespace, device: torch.device) -> Start | None:
@@ -154,7 +175,8 @@ def begin(args: argparse.Namespace, device: torch.device) -> Start | None:
             print(f"nothing to do in {args.model_dir}: {reason}; last.pth.tar was not kept to train on from")
         return None
     if state:
-        check_unchanged(RESUME_NEEDS, state, params, last)
+        way_on = f"set it back, or start another run from {last} with --init_from"
+        check_unchanged((*RESUME_NEEDS, *comparable_over(params.best_metric)), state, params, last, way_on)
     elif not args.overwrite and (earlier := existing(args.model_dir)):
         way_on = "continue it with --resume" if last.exists() else "without last.pth.tar it cannot be resumed"
         raise UserError(f"{args.model_dir} already holds a run ({earlier[0].name}); {way_on}, or --overwrite it")
@@ -162,7 +184,7 @@ def begin(args: argparse.Namespace, device: torch.device) -> Start | None:
         raise UserError(f"--overwrite would delete {args.init_from}; move it to another folder first")
     check_alike([asdict(params), state and state.get("epoch")], f"{args.model_dir}, its params.json or last.pth.tar,")
     data_dir = find_data_dir(args, params.dataset) if state else args.data_dir or Path("data")
-    return Start(params, changes, data_dir, last, state)
+    return Start(params, changes, data_dir, last, state, None if state else args.init_from)
 
 
 def check_alike(value: Any, what: str) -> None:
@@ -191,12 +213,17 @@ def changes_since(start: Start, training: Training, args: argparse.Namespace) ->
     """Return what has changed since the checkpoint that is resumed: keys of params.json, and the data."""
     assert start.state is not None
     keys = [*changed_keys(Params.parse(start.state["params"], start.file), training.params)]
+    rate, before = training.learning_rate, training.history[-1]["learning_rate"]
+    jumps = not math.isclose(rate, before) and {"learning_rate", "num_epochs", "schedule", "warmup_epochs"} & {*keys}
     lists = {"images": "the list of training images", "val_images": "the list of validation images"}
     keys += [lists[key] for key, digest in training.lists.items() if start.state.get(key, digest) != digest]
     if "set" not in start.state:  # of an older program
         keys.append("mIoU, which is over the classes in the labels now")
-    before = last_record(args.model_dir).get("data_dir")
-    keys += [] if before in (None, os.path.abspath(start.data_dir)) else [f"the data folder, before {before}"]
+    if "weights" not in training.metrics["last"]:
+        keys.append("the validation loss, which is a mean over photos now")
+    folder = records(args.model_dir)[-1].get("data_dir")
+    keys += [] if folder in (None, os.path.abspath(start.data_dir)) else [f"the data folder, before {folder}"]
+    keys += [f"so the learning rate, {before:.3g} in the last step, {rate:.3g} in the next"] if jumps else []
     return ", ".join(keys) or "nothing"
 
 
@@ -257,6 +284,7 @@ def write_provenance(model_dir: Path, device: torch.device, start: Start) -> Non
         "platform": platform.platform(),
         "processes": devices.world_size(),
         "seed": start.params.seed,
+        "init_from": start.init_from and weights_digest(predicting_weights(load_checkpoint(start.init_from))),
         "set": start.set,
         "params": asdict(start.params),
     }
@@ -353,9 +381,16 @@ def open_outputs(
         outputs.trackers.append(TensorBoard(args.model_dir, first=max(1, training.epoch)))
     if start.state:
         outputs.write_rest(start.state, sample_predictions(training, val_set))
-        if not (args.model_dir / "best.pth.tar").exists():
+        if not holds(args.model_dir / "best.pth.tar", training.metrics["best"].get("weights")):
             logging.info(f"best.pth.tar, of epoch {training.best_epoch}, is gone; a better epoch will write one")
     return outputs
+
+
+def holds(file: Path, digest: str | None) -> bool:
+    """Return whether a checkpoint is there and has the weights of a digest, where that is known."""
+    with suppress(UserError):  # absent or damaged
+        return digest in (None, weights_digest(predicting_weights(load_checkpoint(file))))
+    return False
 
 
 class TensorBoard:

@@ -1,5 +1,7 @@
 """The training loss: a weighted sum of terms over the pixels that are not void.
 
+In validation every photo is a batch: some terms would depend on which photos share one.
+
 A new term is a class here, with sums over the pixels of a batch and the term's value from those of all processes, and
 its name in TERMS. A number that it takes is a field of the class, a dataclass, with a default, and a field of Params
 under the name of the term and its own: focal_gamma.

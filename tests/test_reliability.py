@@ -568,7 +568,7 @@ def test_any_image_of_any_format(tmp_path, monkeypatch, kind):
     sound, path = colour_mask(np.zeros((16, 24), np.uint8)), tmp_path / f"a.{'jpg' if kind == 'photo' else 'png'}"
     ways = {
         "photo": lambda: to_square(read_photo(path), sound, 32, "squash"),
-        "mask": lambda: read_mask(path, (24, 16), 255),
+        "mask": lambda: read_mask(path, Image.new("RGB", (24, 16)), 255),
     }
 
     @settings(deadline=None)
