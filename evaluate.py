@@ -1,31 +1,32 @@
 """Score a checkpoint on a split: a table per class on the terminal, metrics_<split>_<restore_file>.json and .png."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from comparing import Counts, check_same_photos, mIoU, read_counts, write_counts
-from engine.checkpoints import load_network
-from engine.cli import add_restore_file, add_testing_flags, experiment_parser, positive, run_main
+from engine.checkpoints import load_network, predicting_weights, weights_digest
+from engine.cli import add_restore_file, experiment_parser, positive, run_main
 from engine.devices import is_main, loading_options, processes
 from engine.evaluation import Scores, add_up, evaluate, find_data, make_dataset, progress
+from engine.run import name_of_split
 from model import UserError
 from model.data_loader import make_loader
 from model.inference import OriginalDataset, Segmenter, class_map, collate_originals
 from model.layouts import Split
 from model.metrics import BETTER, METRICS, Metrics, sparse
-from model.net import FCN_GCN
 from model.voc import colour_mask, is_voc
 from params import Params
-from predict import make_segmenter
+from predict import add_testing_flags, make_segmenter
 from utils import make_folder, read_json, replacing, save_figure, save_picture, table_text, write_json
-from visualize import confusion_figure, error_picture
+from visualize import error_picture, spelling
 
 
 def parse_args() -> argparse.Namespace:
@@ -45,14 +46,8 @@ def parse_args() -> argparse.Namespace:
     if args.against and not args.save_overlays:
         parser.error("--against goes with --save_overlays N")
     args.original_size |= args.flip or bool(args.scales or args.save_predictions or args.save_overlays)
+    args.scales = args.scales or [1.0]
     return args
-
-
-def score_squares(model: FCN_GCN, split: Split, names: Sequence[str], params: Params, device: torch.device) -> Scores:
-    """Score a network, and each photo, at the size that it reads."""
-    dataset = make_dataset(split, names, params, model)
-    loader = make_loader(dataset, batch_size=params.scoring_batch_size, device=device, **loading_options(params))
-    return evaluate(model, loader, params, device, by_photo=True)
 
 
 def score_originals(
@@ -82,19 +77,19 @@ def score_originals(
 
 
 def find_other(
-    name: str, record: dict, device: torch.device, args: argparse.Namespace
-) -> tuple[Counts, Segmenter] | None:
+    folder: Path, split: Split, names: Sequence[str], device: torch.device, args: argparse.Namespace
+) -> tuple[Counts, Segmenter]:
     """Return the counts of the experiment of --against, and what it segments photos with.
 
-    Raises UserError unless it was scored in the same way as record says, with the checkpoint that it has now.
+    Raises UserError unless it was scored on the same photos, with the same --scales and --flip and the checkpoint that
+    it has now.
     """
-    if not args.against:
-        return None
+    name = name_scores(args.against, folder, args)
     model, params, checkpoint = load_network(args.against, args.restore_file, device)
     counts, file = read_counts(args.against / f"counts_{name}.npz"), args.against / f"metrics_{name}.json"
-    found = read_json(file, if_absent="evaluate.py writes it")
-    needed = record | {"epoch": checkpoint.get("epoch")}
-    alike = isinstance(found, dict) and needed.items() <= found.items()
+    check_same_photos(Counts(split.ids, [*names], counts.pixels), counts, (str(args.model_dir), str(args.against)))
+    found, needed = read_json(file, if_absent="evaluate.py writes it"), describe(checkpoint, args)
+    alike = isinstance(found, dict) and needed.items() <= ({"weights": needed["weights"]} | found).items()
     if not alike or not counts.are_of(found.get("pixel_accuracy")):
         raise UserError(f"{file} is of another checkpoint, other --scales or --flip; score {args.against} again")
     return counts, make_segmenter(model, params, device, scales=args.scales, flip=args.flip)
@@ -147,6 +142,34 @@ def table(metrics: dict[str, Any]) -> str:
     return f"{classes}\n\n{tabulate(overall, headers=('metric', 'value'), **options)}"
 
 
+def confusion_figure(counts: np.ndarray, iou: Mapping[str, float | None]) -> Figure:
+    """Return where the pixels of each class went, as shares of its pixels, and each class's IoU as a bar.
+
+    counts has the pixels (C, C) by label and prediction, iou a value for each of the C names; None: in no
+    label or prediction.
+    """
+    names = [spelling(name if len(name) <= 18 else f"{name[:17]}…") for name in iou]
+    side = max(5.0, 2.5 + 0.32 * len(names))
+    figure = Figure(figsize=(1.7 * side, side), layout="constrained")
+    matrix, bars = figure.subplots(1, 2, width_ratios=(1.5, 1))
+    totals = counts.sum(1, keepdims=True)
+    shares = np.divide(counts, totals, out=np.full(counts.shape, np.nan), where=totals > 0)
+    image = matrix.imshow(shares, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    figure.colorbar(image, ax=matrix, shrink=0.7, label="share of the pixels of the label")
+    matrix.set(xlabel="prediction", ylabel="label")
+    matrix.set_xticks(range(len(names)), names, rotation=90)
+    matrix.set_yticks(range(len(names)), names)
+    drawn = bars.barh(range(len(names)), [value or 0 for value in iou.values()])
+    texts = ["-" if value is None else f"{value:.2f}" for value in iou.values()]
+    bars.bar_label(drawn, texts, padding=2, fontsize="small")
+    bars.set(xlim=(0, 1.1), ylim=(len(names) - 0.5, -0.5), xlabel="IoU")  # the rows of the matrix
+    bars.set_yticks(range(len(names)), names)
+    if present := [value or 0 for value, total in zip(iou.values(), totals[:, 0], strict=True) if total]:
+        bars.axvline(np.mean(present), color="grey", linestyle="--", linewidth=1)
+        bars.set_xlabel(f"IoU; the line is the mean, {np.mean(present):.3f}")
+    return figure
+
+
 def write_scores(
     scores: Scores, record: dict[str, Any], name: str, split: Split, names: Sequence[str], model_dir: Path
 ) -> None:
@@ -159,30 +182,43 @@ def write_scores(
     print(table(metrics))
 
 
+def describe(checkpoint: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """Return what is written beside scores: which weights were scored, and how if at the photos' own size."""
+    record = {"epoch": checkpoint.get("epoch"), "weights": weights_digest(predicting_weights(checkpoint))}
+    return record | ({"scales": args.scales, "flip": args.flip} if args.original_size else {})
+
+
+def name_scores(model_dir: Path, folder: Path, args: argparse.Namespace) -> str:
+    """Return what the files of an experiment's scores on a data folder are named by."""
+    kind = "_original_size" if args.scales == [1.0] and not args.flip else "_multi_scale"
+    return f"{name_of_split(model_dir, args.split, folder)}_{args.restore_file}{kind * args.original_size}"
+
+
 def score_checkpoint(device: torch.device, args: argparse.Namespace) -> None:
-    """Score a checkpoint, and write and print what was found."""
     model, params, checkpoint = load_network(args.model_dir, args.restore_file, device)
     predicted_only = bool(args.save_predictions and not args.save_overlays)
     folder, split, names = find_data(params, checkpoint, args, args.split, masks_required=not predicted_only)
-    where, name, saved = f"{args.split} of {folder}", f"{args.split}_{args.restore_file}", None
-    record: dict[str, Any] = {"epoch": checkpoint.get("epoch")}
+    where, name, saved = f"{args.split} of {folder}", name_scores(args.model_dir, folder, args), None
+    record = describe(checkpoint, args)
+    if "@" in name:
+        record["data_dir"] = str(folder.resolve())
     if args.original_size:
-        scales = args.scales or [1.0]
-        name += "_original_size" if scales == [1.0] and not args.flip else "_multi_scale"
-        record |= {"scales": scales, "flip": args.flip}
         size, overlays = "their own size", args.model_dir / f"overlays_{name}"
-        segmenter = make_segmenter(model, params, device, scales=scales, flip=args.flip)
+        other = find_other(folder, split, names, device, args) if args.against else None
+        segmenter = make_segmenter(model, params, device, scales=args.scales, flip=args.flip)
         if args.save_overlays:
             make_folder(overlays, "--save_overlays")
         if args.save_predictions:  # for VOC's classes where its server looks (comp5: VOC's data only)
             below = f"results/VOC2012/Segmentation/comp5_{split.name}_cls" if is_voc(names) else split.name
             make_folder(saved := args.save_predictions / below, "--save_predictions")
-        other, photos = find_other(name, record, device, args), OriginalDataset(split, class_names=names)
+        photos = OriginalDataset(split, class_names=names)
         scores = score_originals(segmenter, photos, params, saved)
     else:
         record |= {"image_size": params.image_size, "resize": params.resize}
         size = f"{params.image_size}x{params.image_size}"
-        scores = score_squares(model, split, names, params, device)
+        squares, batch = make_dataset(split, names, params, model), params.scoring_batch_size
+        loader = make_loader(squares, batch_size=batch, device=device, **loading_options(params))
+        scores = evaluate(model, loader, params, device, by_photo=True)
     scored = scores is not None and scores.metrics["mIoU"] is not None  # not so for Cityscapes' test, all of it void
     if scores and not scored and not predicted_only:
         raise UserError(f"split {where} has masks of nothing but void: it can be predicted, not scored")

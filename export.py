@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-import importlib
 import json
 import math
 import warnings
@@ -16,18 +15,18 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
 from engine.checkpoints import load_network
-from engine.cli import add_restore_file, experiment_parser, run_main
+from engine.cli import add_restore_file, experiment_parser, require, run_main
 from engine.devices import pick_device
 from engine.evaluation import find_data
 from engine.run import git_commit
 from model import UserError, cores, first_line
-from model.encoders import pad_statically
 from model.net import FCN_GCN
 from model.photos import read_photo
 from model.transforms import to_input, to_square
 from params import Params
 from utils import RunFailed, replacing
 
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # what PyTorch needs for ONNX, and what the check needs
 TOLERANCE = 1e-4  # of the largest logit; what rounding in another order makes is about 1e-6
 
 
@@ -35,27 +34,9 @@ def parse_args() -> argparse.Namespace:
     parser = experiment_parser(__doc__)
     parser.set_defaults(device="cpu")  # where PyTorch computes what the file is held against
     add_restore_file(parser)
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="the file to write (default: <restore_file>.onnx in model_dir)"
-    )
+    output = "the file to write (default: <restore_file>.onnx in model_dir)"
+    parser.add_argument("--output", type=Path, metavar="FILE", help=output)
     return parser.parse_args()
-
-
-def require_packages() -> None:
-    """Raise UserError unless what PyTorch needs for ONNX, and what the check needs, can be imported."""
-    try:
-        for name in ("onnx", "onnxscript", "onnxruntime"):
-            importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(f"{error}: pip install --upgrade -r requirements-export.txt") from None
-
-
-def output_path(args: argparse.Namespace) -> Path:
-    """Return the file to write. Raises UserError where its name or folder is not one for it."""
-    output = args.output or args.model_dir / f"{args.restore_file}.onnx"
-    if output.suffix != ".onnx" or not output.parent.is_dir():
-        raise UserError(f"--output {output}: give the name of a file that ends in .onnx, in a folder that is there")
-    return output
 
 
 def onnx_metadata(model: FCN_GCN, params: Params, names: list[str], epoch: int | None) -> dict[str, str]:
@@ -66,6 +47,24 @@ def onnx_metadata(model: FCN_GCN, params: Params, names: list[str], epoch: int |
         **{"multiple": model.encoder.exported_multiple, "epoch": epoch, "git_commit": git_commit()},
     }
     return {key: json.dumps(value) for key, value in values.items()}
+
+
+def pad_statically(model: Any) -> None:
+    """Let convolutions with TensorFlow's padding pad as for sides that are multiples of their stride, in place.
+
+    How much they pad depends on the photo's size otherwise, and torch.export would work at that for hours. Raises
+    UserError for other layers that pad so.
+    """
+    for name, layer in [*model.named_modules()]:
+        if not type(layer).__name__.endswith("Same"):
+            continue
+        if type(layer).__name__ != "Conv2dSame":
+            raise UserError(f"{name} is {type(layer).__name__}, which cannot be exported; choose another encoder")
+        layer.__class__ = nn.Conv2d  # whose own padding is 0
+        shapes = zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
+        down, across = (max(0, (kernel - 1) * dilation + 1 - stride) for kernel, stride, dilation in shapes)
+        pad = nn.ZeroPad2d((across // 2, across - across // 2, down // 2, down - down // 2))
+        model.set_submodule(name, nn.Sequential(pad, layer))
 
 
 def write_onnx(model: FCN_GCN, file: Path, metadata: dict[str, str]) -> None:
@@ -154,8 +153,11 @@ def compare(session: Any, model: nn.Module, images: Tensor) -> dict[str, Any]:
 
 
 def main(args: argparse.Namespace) -> None:
-    require_packages()
-    output = output_path(args)
+    for package in PACKAGES:
+        require(package, "an ONNX file", "--upgrade -r requirements-export.txt")
+    output = args.output or args.model_dir / f"{args.restore_file}.onnx"
+    if output.suffix != ".onnx" or not output.parent.is_dir():
+        raise UserError(f"--output {output}: give the name of a file that ends in .onnx, in a folder that is there")
     device = pick_device(args.device)
     model, params, checkpoint = load_network(args.model_dir, args.restore_file, torch.device("cpu"))
     model.to(memory_format=torch.contiguous_format)

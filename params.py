@@ -14,7 +14,7 @@ from typing import Any
 from model import UserError
 from model.encoders import ENCODERS, TIMM
 from model.layouts import LAYOUTS
-from model.losses import TERMS, constants
+from model.losses import TERMS, Focal, constants
 from model.metrics import CHOOSING
 from model.net import FCN_GCN, GCN_PADDINGS, HEADS
 from model.transforms import RESIZES
@@ -37,21 +37,12 @@ RANGES: dict[str, Callable[[float], bool]] = {
     "of at least 0": lambda v: v >= 0,
     "from 0 to below 1": lambda v: 0 <= v < 1,
     "from 0 to 1": lambda v: 0 <= v <= 1,
+    "from 0 to 100": lambda v: 0 <= v <= 100,
 }
 
 
 def _number(default: float | None, range_: str, meaning: str) -> Any:
     return _key(default, f"a number {range_}", lambda v: is_number(v) and RANGES[range_](v), meaning)
-
-
-def _constant(key: str) -> Any:
-    """Return the field of a constant that a term of the loss declares."""
-    if key not in constants():
-        raise TypeError(f"no term in TERMS declares {key}: is it a dataclass, its field made by constant()?")
-    constant = constants()[key][1]
-    low, high, meaning = constant.metadata.values()
-    allowed = f"a number from {low} to {high}"
-    return _key(constant.default, allowed, lambda v: is_number(v) and low <= v <= high, meaning)
 
 
 def _integer(default: int | None, minimum: int, meaning: str, *, maximum: int = 2**31 - 1) -> Any:
@@ -67,6 +58,21 @@ def _one_of(default: str, registry: Iterable[str], meaning: str) -> Any:
 
 def _flag(default: bool, meaning: str) -> Any:
     return _key(default, "true, false", lambda v: isinstance(v, bool), meaning)
+
+
+def _typed(kind: Any, value: Any) -> Any:
+    """Return a value as its key's type has it: JSON writes 1 and 1.0, which are one experiment."""
+    if isinstance(value, dict):
+        return {name: float(weight) for name, weight in value.items()}
+    return float(value) if type(value) is int and kind in (float, float | None) else value
+
+
+def _meant(key: str, known: Iterable[str]) -> list[str]:
+    """Return the known keys that may be meant: lr is learning_rate, epochs one of several, others are misspelt."""
+    words = {name: name.split("_") for name in known}
+    shortened = [name for name in known if key == "".join(word[0] for word in words[name])]
+    parts = [name for name in known if {*key.split("_")} <= {*words[name]}]
+    return shortened or parts or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
 
 
 def _are_loss_weights(value: Any) -> bool:
@@ -106,9 +112,10 @@ class Params:
         {"bce": 0.4, "dice": 0.4, "inverse_dice": 0.2},
         f"weights of at least 0, not all of them 0, for {', '.join(TERMS)}",
         _are_loss_weights,
-        "replaces the default as a whole. `balanced_cross_entropy`: pixels of a class of n in the batch weigh 1/√n",
+        "replaces the default as a whole. `balanced_cross_entropy`: pixels of a class of n in the batch weigh 1/√n. "
+        "Validation: photo by photo",
     )
-    focal_gamma: float = _constant("focal_gamma")
+    focal_gamma: float = _number(Focal.gamma, "from 0 to 100", "the larger, the less well-classified pixels count")
     optimizer: str = _one_of("sgd", OPTIMIZERS, "SGD with momentum, or AdamW")
     momentum: float = _number(0.99, "from 0 to below 1", "SGD's")
     weight_decay: float = _number(0.0005, "of at least 0", "of the weights")
@@ -166,20 +173,25 @@ class Params:
         """Make params of keys and values. Raises UserError that begins with source and names every fault."""
         if faults := [fault for key, value in values.items() if (fault := cls.fault(key, value))]:
             raise UserError(f"{source}: {'; '.join(faults)}")
-        if broken := cls(**values).broken_rules():
+        params = cls(**{key: _typed(cls.__annotations__[key], value) for key, value in values.items()})
+        if broken := params.broken_rules():
             raise UserError(f"{source}: {'; '.join(broken)}")
-        return cls(**values)
+        return params
 
     @classmethod
     def fault(cls, key: str, value: Any) -> str | None:
         """Say what is wrong with a key and its value; None if nothing is."""
         known: dict[str, Field] = {f.name: f for f in fields(cls)}
         if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f"did you mean {json.dumps(nearest[0])}?" if nearest else f"known keys: {', '.join(known)}"
+            meant = " or ".join(map(json.dumps, _meant(key.lower(), known)))
+            hint = f"did you mean {meant}?" if meant else f"known keys: {', '.join(known)}"
             return f"unknown key {json.dumps(key)}; {hint}"
         rule = known[key].metadata
-        return None if rule["check"](value) else f'"{key}" is {json.dumps(value)}; allowed: {rule["allowed"]}'
+        if rule["check"](value):
+            return None
+        of_two = key == "image_size" and isinstance(value, list | str)
+        hint = '; it is the side of a square: "resize": "letterbox" keeps the shape of photos' if of_two else ""
+        return f'"{key}" is {json.dumps(value)}; allowed: {rule["allowed"]}{hint}'
 
     def broken_rules(self, processes: int | None = None) -> list[str]:
         """Say what is wrong with several keys together, for training in that many processes if given."""
@@ -211,18 +223,25 @@ class Params:
 
 
 if _missing := sorted(constants().keys() - Params.__dataclass_fields__):
-    raise TypeError(f'Params lacks {_missing}; add a line as {_missing[0]}: float = _constant("{_missing[0]}")')
+    raise TypeError(f"Params lacks {_missing}, which terms of the loss take; add a line for each, as focal_gamma")
 
 
 SCORED_AT_ONCE = 32 * 224**2  # pixels
-# Options of the network: its keywords. Weights depend on all but TRAINING_OPTIONS and what they were trained to read.
+# Options of the network: its keywords. Weights depend on all but TRAINING_OPTIONS, and on how photos are resized.
 NETWORK = tuple(key for key in inspect.signature(FCN_GCN).parameters if key != "pretrained")
 TRAINING_OPTIONS = (
     *("dropout_rate", "zero_init_residual", "zero_init_heads"),
     *("freeze_encoder_statistics", "activation_checkpointing"),
 )
-INPUT = ("normalize", "resize")  # what the weights were trained to read
-ARCHITECTURE = tuple(key for key in NETWORK if key not in (*TRAINING_OPTIONS, *INPUT))
+NEEDED_BY_WEIGHTS = (*(key for key in NETWORK if key not in TRAINING_OPTIONS), "resize")
+# Whatever these are, a run ends with the same result.
+WITHOUT_EFFECT = ("save_summary_steps", "num_workers", "num_channels", "cache", "keep_last", "channels_last", "compile")
+
+
+def comparable_over(metric: str) -> tuple[str, ...]:
+    """Return the keys in which epochs and experiments agree that a metric of validation can rank among each other."""
+    pixels = ("dataset", "num_classes", "image_size", "resize")
+    return (*pixels, "loss_weights", *constants()) if metric == "loss" else pixels
 
 
 def table() -> str:

@@ -17,12 +17,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from engine.checkpoints import agreed_class_names, checkpoint_path, load_network
-from engine.cli import add_restore_file, add_testing_flags, experiment_parser, positive, run_main
+from engine.cli import add_folder, add_restore_file, experiment_parser, positive, run_main
 from engine.devices import autocast, input_options, pick_device
 from model import UserError, cores
-from model.data_loader import leave_signals_to_the_main_process
-from model.encoders import fold_batch_norm
-from model.inference import Segmenter
+from model.data_loader import begin_loader_process
+from model.inference import Segmenter, fold_batch_norm
 from model.layouts import find_split
 from model.net import FCN_GCN
 from model.photos import IMAGE_SUFFIXES, read_photo
@@ -31,7 +30,6 @@ from params import Params
 from utils import make_folder, save_picture, walk, write_json
 from visualize import overlay
 
-SUFFIXES = (*IMAGE_SUFFIXES, ".bmp", ".tif", ".tiff", ".webp")  # of photos in folders
 RESULTS = (".png", "_overlay.png", ".json")
 LEAST_AREA = 0.0005  # of a photo, to be in the legend
 READERS = 4  # processes at most that read photos ahead
@@ -41,12 +39,17 @@ def parse_args() -> argparse.Namespace:
     parser = experiment_parser(__doc__, data="data set whose class names must be the checkpoint's")
     parser.add_argument("photos", nargs="+", metavar="PHOTO", help="files, folders and quoted patterns as 'a/*.jpg'")
     add_restore_file(parser)
-    parser.add_argument(
-        "--output_dir", type=Path, default=Path("predictions"), help="folder of the results (default: %(default)s)"
-    )
+    add_folder(parser, "--output_dir", "predictions", "folder of the results")
     parser.add_argument("--tile", type=positive, metavar="N", help="look at overlapping tiles of N x N pixels")
     add_testing_flags(parser)
     return parser.parse_args()
+
+
+def add_testing_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say at which sizes a photo is predicted."""
+    scales = "average over these multiples of image_size, as 0.75 1 1.25"
+    parser.add_argument("--scales", type=float, nargs="+", metavar="S", help=scales)
+    parser.add_argument("--flip", action="store_true", help="average with the mirror image")
 
 
 def find_photos(given: Sequence[str], output_dir: Path) -> dict[Path, Path]:
@@ -58,7 +61,7 @@ def find_photos(given: Sequence[str], output_dir: Path) -> dict[Path, Path]:
     for pattern in given:
         photos = list(_matches(pattern, output_dir))
         if not photos:
-            raise UserError(f"{pattern}: no photo is there ({', '.join(SUFFIXES)})")
+            raise UserError(f"{pattern}: no photo is there ({', '.join(IMAGE_SUFFIXES)})")
         for file, root in photos:
             found.setdefault(os.path.realpath(file), (file, root))
 
@@ -94,7 +97,7 @@ def _matches(pattern: str, output_dir: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def _is_photo(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES)
+    return name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def result_paths(output: Path) -> list[Path]:
@@ -175,7 +178,7 @@ def main(args: argparse.Namespace) -> int:
         batch_size=None,
         collate_fn=read_or_error,
         num_workers=0 if args.tile else min(READERS, cores(), len(photos)),  # photos that need tiles are large
-        worker_init_fn=leave_signals_to_the_main_process,
+        worker_init_fn=begin_loader_process,
     )
     faults = 0
     bar = tqdm(loader, desc="predicting", unit="img", leave=False, disable=None)

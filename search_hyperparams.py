@@ -1,11 +1,13 @@
 """Run a sweep: one train.py per trial. parent_dir holds params.json, the base, and search_space.json, what varies."""
 
 import argparse
+import os
 import shlex
 from collections import Counter
 
+import torch
+
 from engine.cli import add_folder, positive, require, run_main
-from engine.devices import visible_gpus
 from engine.run import RUN_LOCK, sole_run
 from model import UserError
 from params import Params
@@ -28,6 +30,13 @@ def parse_args() -> argparse.Namespace:
     if (args.sampler == "grid") != (args.n_trials is None):
         parser.error("--n_trials goes with --sampler random or tpe, which need it; a grid runs every combination")
     return args
+
+
+def visible_gpus() -> list[str]:
+    """Return each GPU as CUDA_VISIBLE_DEVICES calls it, or by its number where that is not set."""
+    if (listed := os.environ.get("CUDA_VISIBLE_DEVICES")) is None:
+        return [str(number) for number in range(torch.cuda.device_count())]
+    return [name for part in listed.split(",") if (name := part.strip()) not in ("", "-1")]
 
 
 def make_coordinator(args: argparse.Namespace) -> Coordinator:
@@ -62,7 +71,9 @@ def print_summary(sweep: Coordinator) -> int:
     """Print how the sweep stands. Returns the exit status: 1 if a trial has failed."""
     count, states = len(sweep.trials), Counter(outcome(sweep.parent_dir / name)[0] for name in sweep.trials)
     line = ", ".join(f"{states[state]} {state}" for state in ("finished", "pruned", "failed") if states[state])
-    if states["finished"]:
+    if sweep.mixed:
+        line += f"; trials of different {', '.join(sweep.mixed)} are not ranked"
+    elif states["finished"]:
         best = sweep.study.best_trial
         line += f"; best {sweep.metric} {best.value:.4f} by {best.user_attrs['folder']}"
     print(f"{count} trial{'s' * (count != 1)}: {line}")

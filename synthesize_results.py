@@ -15,14 +15,14 @@ from typing import Any
 import pandas as pd
 
 import comparing
-from comparing import Counts, Difference
+from comparing import FEW, Counts, Difference
 from engine.checkpoints import changed_keys
 from engine.cli import add_folder, run_main
-from engine.run import existing, is_running, last_record
+from engine.run import began_from, existing, is_running, records
 from engine.training import best_epoch, better_of, score, why_finished
 from model import UserError
 from model.metrics import AT_ORIGINAL_SIZE, BETTER, METRICS
-from params import Params
+from params import WITHOUT_EFFECT, Params, comparable_over
 from utils import is_number, read_history, read_json, save_figure, table_text, walk, write_text
 from visualize import results_figure
 
@@ -30,16 +30,15 @@ BEST = "best_original_size"  # in the names of evaluate.py's files: the best wei
 OWN_SIZE = "_original_size_mIoU"  # ends the column of a split's mIoU at the photos' own size
 BOUNDARY = [name for name in METRICS if name in BETTER and name in AT_ORIGINAL_SIZE]  # at that size, on val
 PUBLISHABLE = ("mIoU", "pixel_accuracy", *BOUNDARY)
-TASK = ("dataset", "num_classes", "image_size", "resize")  # what differs in one is scored on different pixels
-DATA = TASK[:2]  # what differs in one has other photos or labels
+DATA = ("dataset", "num_classes")  # what differs in one has other photos or labels
 DIFFERENCE = ("difference", "low", "high", "verdict")  # columns of a comparison, after the name of a split
 COUNTED = ("best_epoch", "epochs", "minutes")
 KEYS = [key.name for key in fields(Params)]
+SIGNS = {"params.json", "history.jsonl", "last.pth.tar", "best.pth.tar"}  # one of them makes a folder an experiment
 Tables = tuple[pd.DataFrame, pd.DataFrame]  # a comparison on a split: by row, and by class
-FEW = 10  # photos: of a class that is in fewer nothing is said
 NOTE = """Metrics are of each run's best epoch, on val at the size that the network reads where no split is named.
 mIoU is the mean over the classes in the labels. Metrics rank only rows of the same data_dir, num_classes, image_size
-and resize.
+and resize, loss only those of the same loss.
 """
 SEEDS_NOTE = "A row has the means over its finished seeds, and in _std the standard deviation of a run.\n"
 DIFFERENCES_NOTE = """
@@ -74,6 +73,7 @@ class Run:
     params: dict[str, Any] = field(default_factory=dict)  # every key of params.json; {} if unreadable
     history: list[dict] = field(default_factory=list)
     data_dir: str | None = None  # of the last start
+    init_from: str | None = None  # the weights that it began from
     own_size: dict[str, dict[str, Any]] = field(default_factory=dict)  # by split, the metrics at the photos' own size
     state: str = "unreadable"  # or finished, running, pruned (by a sweep), not started, failed (none of these)
     problem: str = ""
@@ -85,7 +85,8 @@ class Run:
 
     def row(self) -> dict[str, Any]:
         """Return all columns of the table; metrics are of the best epoch, on val where no split is named."""
-        row = {"name": self.name, "data_dir": self.data_dir, **self.params, "mIoU": None, **self.best["val"]}
+        row = {"name": self.name, "data_dir": self.data_dir, "init_from": self.init_from, **self.params}
+        row |= {"mIoU": None, **self.best["val"]}
         for split, metrics in self.own_size.items():
             row[split + OWN_SIZE] = metrics.get("mIoU")
         row |= {key: value for key, value in self.own_size.get("val", {}).items() if key in BOUNDARY}
@@ -95,8 +96,9 @@ class Run:
 
     def task(self, metric: str) -> str:
         """Return what is the same for experiments that a metric can rank among each other."""
-        keys = DATA if metric.endswith((OWN_SIZE, "_difference")) else TASK
-        return json.dumps([self.data_dir, *(self.params.get(key) for key in keys)])
+        keys = DATA if metric.endswith((OWN_SIZE, "_difference")) else comparable_over(metric)
+        scored_on = self.own_size.get(metric.removesuffix(OWN_SIZE), {}).get("data_dir")  # if not on its own data
+        return json.dumps([self.data_dir, scored_on, *(self.params.get(key) for key in keys)], sort_keys=True)
 
     def curve(self, metric: str) -> list[float]:
         """Return a metric by epoch, [] where it is defined after none."""
@@ -105,6 +107,9 @@ class Run:
 
     def counts_file(self, split: str) -> Path:
         return self.folder / f"counts_{split}_{BEST}.npz"
+
+    def has_counts(self, split: str) -> bool:
+        return split in self.own_size and self.counts_file(split).exists()
 
     def read_counts(self, split: str) -> Counts:
         """Read the counts of every photo. Raises UserError unless they are of the same evaluation as the metrics."""
@@ -121,7 +126,7 @@ def find(parent_dir: Path) -> list[Path]:
     found = []
     for folder, subfolders, files in walk(parent_dir):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        if "search_space.json" not in files and ("params.json" in files or existing(folder)):
+        if "search_space.json" not in files and not SIGNS.isdisjoint(files):
             found.append(folder)
     if not found:
         raise UserError(f"{parent_dir} holds no experiments, which are folders with a params.json")
@@ -136,10 +141,10 @@ def read(folder: Path, parent_dir: Path) -> Run:
         history = read_history(folder)
         params, changes = trained_with(folder) if history else (Params.load(folder / "params.json"), "")
         run.params, run.history = asdict(params), history
-        run.data_dir = last_record(folder).get("data_dir")
-        run.own_size = read_own_size(folder, run.best["epoch"])
+        run.data_dir, run.init_from = records(folder)[-1].get("data_dir"), began_from(folder)
+        run.own_size, others = read_own_size(folder, run.best["epoch"])
         run.state, run.problem = state(folder, params, run.history)
-        run.problem = "; ".join(filter(None, (run.problem, changes)))
+        run.problem = "; ".join(filter(None, (run.problem, changes, others)))
     except (UserError, OSError) as error:
         run.problem = str(error)
     except (AttributeError, KeyError, TypeError) as error:  # JSON of another shape
@@ -149,26 +154,31 @@ def read(folder: Path, parent_dir: Path) -> Run:
 
 def trained_with(folder: Path) -> tuple[Params, str]:
     """Return the params that a run was last trained with, and which keys of params.json have been changed since."""
-    record = last_record(folder)
+    record = records(folder)[-1]
     now = Params.load(folder / "params.json", record.get("set"))
     if "params" not in record:
         return now, ""
     trained = Params.parse(record["params"] | {"precision": now.precision}, folder / "run.json")
-    keys = ", ".join(changed_keys(trained, now))
-    return (
-        trained,
-        keys and f"params.json has been changed since it was trained, and the table does not show it: {keys}",
-    )
+    keys = ", ".join(key for key in changed_keys(trained, now) if key not in WITHOUT_EFFECT)
+    return trained, keys and f"params.json has been changed since, and the table does not show it: {keys}"
 
 
-def read_own_size(folder: Path, epoch: int | None) -> dict[str, dict[str, Any]]:
-    """Return by split the metrics at the photos' own size, as evaluate.py wrote them, if they are of this epoch."""
-    found = {}
+def read_own_size(folder: Path, epoch: int | None) -> tuple[dict[str, dict[str, Any]], str]:
+    """Return by split the metrics at the photos' own size, and which are left out, as of other weights than the best.
+
+    Of a run of an older program, which kept no digest of them, the epoch decides.
+    """
+    best = folder / "metrics_val_best_weights.json"
+    weights = read_json(best, if_absent="").get("weights") if best.exists() else None
+    found, others = {}, []
     for path in sorted(folder.glob(f"metrics_*_{BEST}.json")):
         metrics = read_json(path, if_absent="")
-        if metrics.get("epoch") == epoch:
+        if metrics.get("epoch") == epoch and weights in (None, metrics.get("weights")):
             found[path.name.removeprefix("metrics_").removesuffix(f"_{BEST}.json")] = metrics
-    return found
+        elif epoch is not None:
+            others.append(path.name)
+    names = ", ".join(others)
+    return found, names and f"{names}: not of the weights of the best epoch; score again with evaluate.py"
 
 
 def state(folder: Path, params: Params, history: list[dict]) -> tuple[str, str]:
@@ -221,13 +231,15 @@ def tabulate_runs(runs: list[Run], published: dict[str, Any]) -> pd.DataFrame:
     table = pd.DataFrame([run.row() | published_columns(published, run.params) for run in runs], dtype=object)
     readable = [run for run in runs if run.params]
     vary = ["data_dir"] if len({run.data_dir for run in readable} - {None}) > 1 else []
-    vary += [key for key in KEYS if len({spell(run.params[key]) for run in readable}) > 1]
+    vary += ["init_from"] if len({run.init_from for run in readable}) > 1 else []
+    vary += [key for key in KEYS if key not in WITHOUT_EFFECT and len({spell(run.params[key]) for run in readable}) > 1]
     return table[["name", *vary, *sorted(filter(is_metric, table), key=metric_order), *COUNTED, "state"]]
 
 
 def is_metric(column: str) -> bool:
     """Return whether a column of the table has a metric, so that its best value comes first."""
-    return column not in ("name", "data_dir", *KEYS, "seeds", *COUNTED, "state") and "_verdict" not in column
+    others = ("name", "data_dir", "init_from", *KEYS, "seeds", *COUNTED, "state")
+    return column not in others and "_verdict" not in column
 
 
 def metric_order(column: str) -> tuple:
@@ -243,12 +255,19 @@ def by_seed(runs: list[Run], parent_dir: Path) -> dict[str, list[Run]]:
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        alike = json.dumps([run.params | {"seed": None}, run.data_dir], sort_keys=True)
+        params = run.params | dict.fromkeys(("seed", *WITHOUT_EFFECT))
+        alike = json.dumps([params, run.data_dir, run.init_from], sort_keys=True)
         groups.setdefault(alike if run.params else run.name, []).append(run)
     first = [group[0] for group in groups.values()]
     short = [(run.params and without_seed(run.name, parent_dir.resolve().name)) or run.name for run in first]
     names = [name if short.count(name) == 1 else run.name for name, run in zip(short, first, strict=True)]
     return dict(zip(names, groups.values(), strict=True))
+
+
+def one_per_seed(group: list[Run]) -> list[Run]:
+    """Return the first run of each seed, a finished one if there is one: a copy is no other seed."""
+    by_rank = sorted(group, key=lambda run: run.state != "finished")
+    return [*{run.params.get("seed"): run for run in reversed(by_rank)}.values()]
 
 
 def without_seed(name: str, parent: str) -> str:
@@ -327,7 +346,7 @@ def compare(rows: dict[str, list[Run]], baseline: str, families: list[list[Run]]
     data = {name: [runs[0].params[key] for key in DATA] for name, runs in finished.items() if runs}
     found = []
     for split in sorted({split for run in finished[baseline] for split in run.own_size}):
-        scored = [name for name in data if all(run.counts_file(split).exists() for run in finished[name])]
+        scored = [name for name in data if all(run.has_counts(split) for run in finished[name])]
         if baseline in scored:
             alike = {name: finished[name] for name in scored if data[name] == data[baseline]}
             found.append(compare_on(split, alike, baseline, families))
@@ -348,12 +367,15 @@ def compare_on(split: str, rows: dict[str, list[Run]], baseline: str, families: 
     sides = {name: [drawn[run.name] for run in runs] for name, runs in rows.items()}
     ours, photos = sides.pop(baseline), (counts[first].labelled > 0).sum(0)
     found = {name: comparing.difference(side, ours, others=spread) for name, side in sides.items()}
-    words = comparing.verdicts({name: whole for name, (whole, _) in found.items()})
+    few = len(counts[first].ids) < FEW
+    words = comparing.verdicts({name: whole for name, (whole, _) in found.items() if not few})
     lines: dict[str, list] = {baseline: [None, None, None, "baseline"]}
     for name, (whole, _) in found.items():
         one_seed = spread is None and 1 in (len(sides[name]), len(ours))
         doubts = ", ".join(["optimistic"] * (split == "val") + ["one seed"] * one_seed)
-        lines[name] = [*whole[:3], f"{words[name]} ({doubts})" if doubts and words[name] != "open" else words[name]]
+        word = words.get(name, "few photos")
+        marked = f"{word} ({doubts})" if doubts and word in ("better", "worse") else word
+        lines[name] = [whole.value, None, None, word] if few else [*whole[:3], marked]
     columns = [f"{split}_{column}" for column in DIFFERENCE]
     by_class = {f"IoU on {split}": counts[first].class_names, "photos": photos.tolist()}
     by_class |= {name: class_words(classes, photos) for name, (_, classes) in found.items()}
@@ -384,13 +406,14 @@ def main(args: argparse.Namespace) -> None:
     runs = [read(folder, args.parent_dir) for folder in folders]
     rows, table = {run.name: [run] for run in runs}, tabulate_runs(runs, published)
     groups = by_seed(runs, args.parent_dir)
+    families = {name: one_per_seed(group) for name, group in groups.items()}
     if args.over_seeds:
-        rows, table = groups, over_seeds(table, groups)
+        rows, table = families, over_seeds(table, families)
+        for name, run in ((name, run) for name, group in groups.items() for run in group if run not in families[name]):
+            run.problem = "; ".join(filter(None, (run.problem, f"not counted, for {name} has another run of its seed")))
     comparisons = []
     if args.baseline:
-        # Runs that are alike in their seed too differ in what they were begun from.
-        families = [runs for runs in groups.values() if len({run.params.get("seed") for run in runs}) == len(runs)]
-        comparisons = compare(rows, args.baseline, families)
+        comparisons = compare(rows, args.baseline, [*families.values()])
     for columns, _ in comparisons:
         table = table.join(columns, on="name")
     chosen_by = {run.params["best_metric"] for run in runs if run.history}

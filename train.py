@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,6 @@ from engine.run import (
     Start,
     advising_to_resume,
     begin,
-    best_line,
     changes_since,
     check_last_batch,
     find_splits,
@@ -38,7 +36,7 @@ from engine.run import (
     sole_run,
 )
 from engine.training import Training
-from model.data_loader import Loader, make_loader
+from model.data_loader import Loader, make_loader, seen_in_training
 from model.losses import SegmentationLoss
 from model.metrics import Metrics
 from model.net import FCN_GCN
@@ -48,18 +46,18 @@ from params import Params
 
 def parse_args() -> argparse.Namespace:
     parser = experiment_parser(__doc__)  # has --model_dir, --data_dir, --device
-    parser.add_argument(
-        "--resume", action="store_true", help="continue from last.pth.tar if model_dir has one, else start"
-    )
+    resume = "continue from last.pth.tar if model_dir has one, else start"
+    parser.add_argument("--resume", action="store_true", help=resume)
     parser.add_argument("--restore_file", type=checkpoint_name, help="last: another way to say --resume")
-    parser.add_argument(
-        "--init_from", type=Path, metavar="FILE", help="a checkpoint whose weights a run starts from, unless it resumes"
-    )
+    weights = "a checkpoint whose weights a run starts from, unless it resumes"
+    parser.add_argument("--init_from", type=Path, metavar="FILE", help=weights)
     parser.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in model_dir")
     changes = "values that take the place of those of params.json"
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=changes)
     parser.add_argument("--tensorboard", action="store_true", help="write events for TensorBoard to model_dir too")
-    args = parser.parse_args()
+    args, others = parser.parse_known_args()
+    if others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}; a key of params.json is set by --set KEY=VALUE")
     if args.restore_file not in (None, "last"):
         parser.error("a run resumes from last.pth.tar only; --init_from starts a new one from the weights of another")
     args.resume |= args.restore_file == "last"
@@ -81,7 +79,6 @@ def train(training: Training, train_loader: Loader, val_loader: Loader, outputs:
         training.end_epoch(train_metrics, scores.metrics, seconds=time.perf_counter() - start, images_per_second=speed)
         if is_main():
             outputs.write_epoch(training, val_loader.dataset)
-    logging.info(f"{training.stop_reason}; {best_line(training)}, in {outputs.model_dir}")
     if is_main():
         outputs.finish(training)
 
@@ -107,7 +104,7 @@ def train_epoch(training: Training, loader: Loader) -> dict:
             images, labels = augment(images, labels, seeds, padding=training.model.encoder.padding)  # a colour
         if params.cutmix:
             images, labels = cutmix(images, labels, seeds, probability=params.cutmix)
-        accumulated, updates = training.accumulation(step, len(loader))
+        accumulated, updates = training.accumulation(step, batch_sizes)
         learning_rates.append(training.learning_rate)
         losses[step], logits = train_step(
             training, criterion, images, labels, batch_size=batch_sizes[step], accumulated=accumulated, updates=updates
@@ -130,13 +127,13 @@ def train_step(
     labels: Tensor,
     *,
     batch_size: int,
-    accumulated: int = 1,
+    accumulated: float = 1,
     updates: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Train on images (B, 3, S, S) of values from 0 to 255 and labels (B, S, S); return loss and logits (B, C, S, S).
 
-    B is this process's part of a batch, perhaps 0; batch_size and the loss are those of the whole. accumulated counts
-    the batches that share a step of the optimizer, and updates says whether this is the last of them.
+    B is this process's part of a batch, perhaps 0; batch_size and the loss are those of the whole. accumulated and
+    updates are those of Training.accumulation().
     """
     params, device = training.params, training.device
     training.share_dropout(batch_size)  # of which this process has a part
@@ -164,7 +161,7 @@ def backward(training: Training, loss: Tensor, *, updates: bool = True) -> None:
 def build_model(params: Params, weights: Path | None, *, resumed: bool) -> tuple[FCN_GCN, list[str]]:
     """Build the network, on the CPU, in rank 0 with the weights that it starts from. Returns it and lines for the log.
 
-    The layers that start afresh, though there is a file of weights, are named there.
+    What is not as it was for a file of weights, layers that start afresh say, is named there.
     """
     # Training() sends what rank 0 has to the other processes.
     pretrained = params.pretrained if is_main() and not resumed and weights is None else False
@@ -174,8 +171,8 @@ def build_model(params: Params, weights: Path | None, *, resumed: bool) -> tuple
         notes.append('"num_channels" is accepted for old params.json files; this network has no use for it')
     if model.encoder.weights:
         notes.append(f"the encoder begins with the weights of {model.encoder.weights}")
-    if weights and is_main() and (fresh := init_from(model, weights, params)):
-        notes.append(f"{weights} has another number of classes; these layers start afresh: {fresh}")
+    if weights and is_main():
+        notes += init_from(model, weights, params)
     if params.freeze_encoder_statistics and not (params.pretrained or weights or resumed):
         notes.append('"freeze_encoder_statistics" without weights to start from: the encoder is not normalized at all')
     return model, notes
@@ -189,13 +186,15 @@ def build_and_train(start: Start, device: torch.device, args: argparse.Namespace
     params, state = start.params, start.state
     train_split, val_split, names = find_splits(start)
     seed_everything(params.seed, deterministic=params.deterministic)  # from here on all processes draw alike
-    model, notes = build_model(params, None if state else args.init_from, resumed=state is not None)
+    model, notes = build_model(params, start.init_from, resumed=state is not None)
     check_last_batch(model, params, len(train_split.ids))
     to_device(model, params, device)
     train_set, val_set = (make_dataset(split, names, params, model) for split in (train_split, val_split))
+    notes += seen_in_training(train_set, val_set) if is_main() else []
     own: dict[str, Any] = {"device": device, **loading_options(params)}  # workers, rank, number of processes
     train_loader = make_loader(train_set, batch_size=params.batch_size, seed=params.seed, **own)  # shuffled
     val_loader = make_loader(val_set, batch_size=params.scoring_batch_size, **own)  # in the order of the list
+    iter(val_loader)  # starts its processes: those that start later keep a copy of a training step's memory
     reuse_memory(device)  # on the CPU
     training = Training(
         model, params, batches=len(train_loader), splits=(train_split, val_split), class_names=names, changes=start.set

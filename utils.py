@@ -55,14 +55,10 @@ def read_json(path: str | Path, *, if_absent: str) -> Any:
     """Read a JSON file. Raises UserError naming the file; if_absent says what to do where there is none."""
     path = Path(path)
     try:
-        return json.loads(
-            path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique_keys, parse_constant=_no_constant
-        )
+        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique_keys)
     except FileNotFoundError:
         raise UserError(f"no {path}; {if_absent}") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # JSON, UTF-8, a repeated key, NaN
+    except (ValueError, RecursionError) as error:  # JSON, UTF-8, a repeated key
         raise UserError(f"{path} is not valid JSON: {error}") from None
 
 
@@ -75,10 +71,6 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if repeated := {key for key, _ in pairs if [k for k, _ in pairs].count(key) > 1}:
         raise ValueError(f"{', '.join(sorted(repeated))} given twice")
     return dict(pairs)
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a number")
 
 
 def save_picture(picture: Any, path: Path) -> None:
@@ -98,7 +90,7 @@ def save_figure(figure: Any, path: Path, *, dpi: int = 100) -> None:
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file whole or not at all."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -109,23 +101,17 @@ def write_json(path: str | Path, value: Any) -> None:
 def read_history(model_dir: Path) -> list[dict]:
     """Read the epochs of history.jsonl, oldest first; [] where there is none. Raises UserError for a damaged one."""
     path = model_dir / "history.jsonl"
-    try:
-        history = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError:
-        return []
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}); mend or remove the line") from None
-    for number, record in enumerate(history, 1):
-        if not is_epoch(record, number):
+    history: list[dict] = []
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
+        try:
+            record = json.loads(line)
+            sound = record["epoch"] == number and all(v is None or is_number(v) for v in record["val"].values())
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            sound = False
+        if not sound:
             raise UserError(f"{path} is damaged in line {number}; mend or remove the line")
+        history.append(record)
     return history
-
-
-def is_epoch(record: Any, number: int) -> bool:
-    """Return whether a line of history.jsonl is an epoch of that number."""
-    if not isinstance(record, dict) or not isinstance(record.get("val"), dict) or record.get("epoch") != number:
-        return False
-    return all(value is None or is_number(value) for value in record["val"].values())
 
 
 def write_history(model_dir: Path, history: list[dict]) -> None:
@@ -136,12 +122,7 @@ def write_history(model_dir: Path, history: list[dict]) -> None:
 def set_logger(log_file: Path) -> None:
     """Log to the terminal, and with times to log_file."""
     logging.raiseExceptions = False  # a line that cannot be written is dropped
-    logger = logging.getLogger()
-    logger.setLevel(logging.INFO)
-    for handler in logger.handlers[:]:
-        logger.removeHandler(handler)
-        handler.close()
     to_file = logging.FileHandler(log_file, encoding="utf-8", errors="backslashreplace")  # folders may have any name
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger.addHandler(to_file)
-    logger.addHandler(logging.StreamHandler(sys.stdout))
+    handlers: list[logging.Handler] = [to_file, logging.StreamHandler(sys.stdout)]
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=handlers, force=True)

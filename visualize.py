@@ -149,34 +149,6 @@ def training_curves(history: Sequence[Mapping]) -> Figure:
     return figure
 
 
-def confusion_figure(counts: np.ndarray, iou: Mapping[str, float | None]) -> Figure:
-    """Return where the pixels of each class went, as shares of its pixels, and each class's IoU as a bar.
-
-    counts has the pixels (C, C) by label and prediction, iou a value for each of the C names; None: in no
-    label or prediction.
-    """
-    names = [_spelling(name if len(name) <= 18 else f"{name[:17]}…") for name in iou]
-    side = max(5.0, 2.5 + 0.32 * len(names))
-    figure = Figure(figsize=(1.7 * side, side), layout="constrained")
-    matrix, bars = figure.subplots(1, 2, width_ratios=(1.5, 1))
-    totals = counts.sum(1, keepdims=True)
-    shares = np.divide(counts, totals, out=np.full(counts.shape, np.nan), where=totals > 0)
-    image = matrix.imshow(shares, vmin=0, vmax=1, cmap="Blues", aspect="auto")
-    figure.colorbar(image, ax=matrix, shrink=0.7, label="share of the pixels of the label")
-    matrix.set(xlabel="prediction", ylabel="label")
-    matrix.set_xticks(range(len(names)), names, rotation=90)
-    matrix.set_yticks(range(len(names)), names)
-    drawn = bars.barh(range(len(names)), [value or 0 for value in iou.values()])
-    texts = ["-" if value is None else f"{value:.2f}" for value in iou.values()]
-    bars.bar_label(drawn, texts, padding=2, fontsize="small")
-    bars.set(xlim=(0, 1.1), ylim=(len(names) - 0.5, -0.5), xlabel="IoU")  # the rows of the matrix
-    bars.set_yticks(range(len(names)), names)
-    if present := [value or 0 for value, total in zip(iou.values(), totals[:, 0], strict=True) if total]:
-        bars.axvline(np.mean(present), color="grey", linestyle="--", linewidth=1)
-        bars.set_xlabel(f"IoU; the line is the mean, {np.mean(present):.3f}")
-    return figure
-
-
 def results_figure(curves: Mapping[str, Sequence[Sequence[float]]], *, metric: str, better: Callable) -> Figure:
     """Return a validation metric by epoch, and beside it the best value of every run.
 
@@ -191,18 +163,18 @@ def results_figure(curves: Mapping[str, Sequence[Sequence[float]]], *, metric: s
     for row, (name, runs) in enumerate(curves.items()):
         colour = f"C{row % 10}"
         mean = [np.mean([value for value in epoch if value is not None]) for epoch in zip_longest(*runs)]
-        options: dict[str, Any] = {"label": _spelling(name), "zorder": 3 - row / len(curves)}  # the first on top
+        options: dict[str, Any] = {"label": spelling(name), "zorder": 3 - row / len(curves)}  # the first on top
         by_epoch.plot(range(1, len(mean) + 1), mean, ".-", color=colour, **options)
         by_name.plot([better(run) for run in runs], [row] * len(runs), "o", color=colour)
     by_epoch.set(xlabel="epoch", ylabel=f"validation {metric}")
     by_epoch.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
-    by_name.set_yticks(range(len(curves)), [_spelling(name) for name in curves], fontsize="small")
+    by_name.set_yticks(range(len(curves)), [spelling(name) for name in curves], fontsize="small")
     by_name.set(xlabel=f"best validation {metric}", ylim=(len(curves) - 0.5, -0.5))
     handles, names = by_epoch.get_legend_handles_labels()
     figure.legend(handles[:10], names[:10], loc="outside lower center", ncols=3, fontsize="small")
     return figure
 
 
-def _spelling(name: str) -> str:
+def spelling(name: str) -> str:
     """Return a name as matplotlib draws it: it hides "_x" from a legend, and reads "$x$" as a formula."""
     return (f" {name}" if name.startswith("_") else name).replace("$", r"\$")

@@ -24,7 +24,6 @@ from engine.devices import pick_device, resolve_precision, seed_everything
 from model.data_loader import Loader, SegmentationDataset, make_loader
 from model.layouts import Split, find_split
 from model.losses import SegmentationLoss
-from model.photos import read_example
 from model.voc import CLASS_NAMES
 from params import Params
 from train import train_step
@@ -91,16 +90,15 @@ def input_rows(split: Split, repeats: int) -> list[tuple]:
     cores, threads, cpu = os.sched_getaffinity(0), torch.get_num_threads(), torch.device("cpu")
     os.sched_setaffinity(0, {min(cores)})
     torch.set_num_threads(1)
-    pairs = list(zip(split.images, split.masks, strict=True))[:DECODED]
     loader = cached(split, DECODED, cpu)
 
     def first_pass() -> None:
-        torch.from_numpy(np.stack([read_example(*pair, image_size=SIZE, num_classes=21) for pair in pairs]))
+        torch.from_numpy(np.stack([loader.dataset.decode(index) for index in range(len(loader.dataset))]))
 
     rows = []
     for what, function in {"first pass": first_pass, "cached": lambda: list(loader)}.items():
         seconds = in_turn(function, lambda: decoded(split, DECODED), repeats=repeats, device=cpu)
-        rows.append(row(f"input, {what}, an image, one core", *seconds, len(pairs)))
+        rows.append(row(f"input, {what}, an image, one core", *seconds, len(loader.dataset)))
     os.sched_setaffinity(0, cores)
     torch.set_num_threads(threads)
     return rows

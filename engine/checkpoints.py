@@ -1,9 +1,11 @@
 """Checkpoints: written whole, read as plain data only, and refused where they do not fit."""
 
+import hashlib
 import json
+import re
 import sys
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from itertools import zip_longest
@@ -18,7 +20,7 @@ from model import UserError, first_line
 from model.encoders import ENCODERS
 from model.layouts import Split, class_names, default_class_names
 from model.net import FCN_GCN, class_count, is_of_score_layer, without_unused
-from params import Params
+from params import NEEDED_BY_WEIGHTS, WITHOUT_EFFECT, Params
 from utils import is_out_of_memory, replacing
 
 
@@ -36,9 +38,7 @@ def save_checkpoint(state: dict[str, Any], path: Path) -> None:
 def checkpoint_path(model_dir: Path, restore_file: str) -> Path:
     """Return <model_dir>/<restore_file>.pth.tar. Raises UserError for anything but a plain name."""
     if not restore_file or Path(restore_file).name != restore_file:
-        raise UserError(
-            f"--restore_file {restore_file!r}: give the name of a checkpoint in {model_dir}, as best or last"
-        )
+        raise UserError(f"--restore_file {restore_file!r}: give the name of a checkpoint in {model_dir}, as best")
     return model_dir / f"{restore_file}.pth.tar"
 
 
@@ -59,7 +59,15 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise UserError(f'{path} is not a checkpoint of this network: it has no "state_dict"')
     checkpoint.setdefault("params", {})
-    return checkpoint
+    return checkpoint | {"state_dict": _unwrapped(checkpoint["state_dict"])}
+
+
+def _unwrapped(weights: dict[str, Any]) -> dict[str, Any]:
+    """Return weights under the network's own names, before which DataParallel and torch.compile put one of theirs."""
+    wrapped = re.compile(r"((module|_orig_mod)\.)+")
+    if not all(isinstance(name, str) and wrapped.match(name) for name in weights):
+        return weights
+    return {wrapped.sub("", name, count=1): tensor for name, tensor in weights.items()}
 
 
 def load_weights(model: nn.Module, state_dict: dict[str, Any], source: str | Path) -> None:
@@ -88,19 +96,36 @@ def check_normalization(model: FCN_GCN, checkpoint: dict[str, Any], file: Path) 
         )
 
 
-def init_from(model: FCN_GCN, file: Path, params: Params) -> str:
-    """Load weights only. Score layers stay as initialised if their class count differs; returns which those are."""
+def init_from(model: FCN_GCN, file: Path, params: Params) -> list[str]:
+    """Load weights only. Score layers stay as initialised if their class count differs.
+
+    Returns lines that say which those are, and what else is not as it was for these weights.
+    """
     checkpoint = load_checkpoint(file)
-    check_unchanged(("encoder", "head", "kernel_size", "boundary_refinement"), checkpoint, params, file)
+    needed = ("encoder", "head", "kernel_size", "boundary_refinement")
+    check_unchanged(needed, checkpoint, params, file)
     check_normalization(model, checkpoint, file)
     given, fresh = predicting_weights(checkpoint), model.state_dict()
-    layers = ""
+    others = [key for key in NEEDED_BY_WEIGHTS if key not in (*needed, "num_classes")]
+    then = Params.parse(checkpoint["params"], file) if checkpoint["params"] else params
+    changes = spell_changes(changed_keys(then, params, others))
+    notes = [f"{file} was trained with other values: {changes}"] if changes else []
     if class_count(given) != class_count(fresh):
         given = {name: tensor for name, tensor in given.items() if not is_of_score_layer(name)}
         given |= {name: tensor for name, tensor in fresh.items() if is_of_score_layer(name)}
         layers = ", ".join(n for n, part in model.named_children() if is_of_score_layer(n) and [*part.parameters()])
+        notes.append(f"{file} has another number of classes; these layers start afresh: {layers}")
     load_weights(model, given, file)
-    return layers
+    return notes
+
+
+def weights_digest(weights: Mapping[str, torch.Tensor]) -> str:
+    """Return 16 hexadecimal digits that tell these weights from all others, on whatever device they are."""
+    digest = hashlib.sha256()
+    for name, tensor in weights.items():
+        digest.update(f"{name} {tensor.dtype} {[*tensor.shape]}".encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def predicting_weights(checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -135,7 +160,7 @@ def load_network(model_dir: Path, restore_file: str, device: torch.device) -> tu
     return model.eval(), params, checkpoint
 
 
-HOW_TO_COMPUTE = ("batch_size", "num_workers", "cache", "precision", "channels_last")  # and nothing of the result
+HOW_TO_COMPUTE = ("batch_size", "precision", *WITHOUT_EFFECT)  # what is predicted, all but rounding the same
 
 
 def trained_params(checkpoint: dict[str, Any], now: Params, file: Path) -> Params:
@@ -146,38 +171,40 @@ def trained_params(checkpoint: dict[str, Any], now: Params, file: Path) -> Param
     if not checkpoint["params"]:  # of the original implementation
         return now
     trained = replace(Params.parse(checkpoint["params"], file), **{key: getattr(now, key) for key in HOW_TO_COMPUTE})
-    if (changes := changed_keys(trained, now)) and is_main():
-        text = ", ".join(f'"{key}" {json.dumps(then)} -> {json.dumps(value)}' for key, (then, value) in changes.items())
+    if (text := spell_changes(changed_keys(trained, now))) and is_main():
         print(f"params.json has been changed since {file} was trained, and counts as it was: {text}", file=sys.stderr)
     return trained
 
 
-def changed_keys(then: Params, now: Params) -> dict[str, tuple[Any, Any]]:
-    """Return the keys in which params differ, with both values."""
+def changed_keys(then: Params, now: Params, keys: Iterable[str] = ()) -> dict[str, tuple[Any, Any]]:
+    """Return the keys, all or those that are given, in which params differ, with both values."""
     before, after = asdict(then), asdict(now)
-    return {key: (before[key], after[key]) for key in before if before[key] != after[key]}
+    return {key: (before[key], after[key]) for key in keys or before if before[key] != after[key]}
 
 
-def check_unchanged(keys: Iterable[str], checkpoint: dict[str, Any], params: Params, file: Path) -> None:
+def spell_changes(changes: Mapping[str, tuple[Any, Any]]) -> str:
+    return ", ".join(f'"{key}" {json.dumps(then)} -> {json.dumps(now)}' for key, (then, now) in changes.items())
+
+
+def check_unchanged(
+    keys: Iterable[str], checkpoint: dict[str, Any], params: Params, file: Path, way_on: str = "set it back"
+) -> None:
     """Raise UserError if params.json has since changed a key without which the checkpoint means something else."""
     if not checkpoint["params"]:
         return
-    changes = changed_keys(Params.parse(checkpoint["params"], file), params)
-    for key in keys:
-        if key in changes:
-            then, now = map(json.dumps, changes[key])
-            raise UserError(f'{file} was trained with "{key}": {then}, params.json says {now}; set it back')
+    for key, values in changed_keys(Params.parse(checkpoint["params"], file), params, keys).items():
+        then, now = map(json.dumps, values)
+        raise UserError(f'{file} was trained with "{key}": {then}, params.json says {now}; {way_on}')
 
 
 def agreed_class_names(checkpoint: dict[str, Any], file: Path, split: Split | None, num_classes: int) -> list[str]:
     """Return the names of the classes in a checkpoint, read from file, and in a data set, which must agree.
 
-    Where only one of them has names, those; None is a data set that is not there. Raises UserError naming the first
-    class that they call differently.
+    Where only one of them has names, those; {} is no checkpoint, None a data set that is not there. Raises UserError
+    naming the first class that they call differently.
     """
     numbers = [str(index) for index in range(num_classes)]  # which stand for names that are not known
-    trained = checkpoint.get("class_names") or []
-    trained = trained if len(trained) == num_classes else numbers
+    trained = checkpoint.get("class_names") or numbers
     if split is None:
         return default_class_names(num_classes) if trained == numbers else trained
     if trained == numbers:

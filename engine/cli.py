@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import io
 import json
 import logging
 import os
@@ -28,6 +29,12 @@ OUT_OF_MEMORY = (
     'out of memory; lower "batch_size" (raising "accumulation_steps" makes up for it) or "image_size", '
     'or set "precision" to "bf16"'
 )
+LOADER_ADVICE = {  # by what is said where loader processes cannot send batches, or one has died
+    "AF_UNIX path too long": "set TMPDIR to a folder with a shorter name",
+    "Too many open files": "allow more (ulimit -n 65536)",
+    "</torch_|Bus error": "/dev/shm is full; make it larger (docker run --shm-size 8g)",
+    "DataLoader worker|Pin memory thread": "memory may have been short",
+}
 
 
 class Terminated(KeyboardInterrupt):
@@ -42,6 +49,8 @@ def run_main(main: Callable[[], int | None], *, several_processes: bool = False)
     """
     if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
         signal.signal(signal.SIGTERM, _terminate)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # folders may have any name, and Windows's pipes few letters
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # about odd photos, which are read
     try:
         if not several_processes and world_size() > 1:
@@ -51,7 +60,7 @@ def run_main(main: Callable[[], int | None], *, several_processes: bool = False)
         return status
     except BrokenPipeError:  # as after `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        return 141  # 128 + SIGPIPE, which Windows has not
     except (Exception, KeyboardInterrupt) as error:
         if (found := explained(error)) is None:
             raise
@@ -71,73 +80,47 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 def explained(error: BaseException) -> tuple[int, str] | None:
     """Return the exit status and the line for an error that a user can do something about, None for any other."""
-    text = _last_line_if_from_a_worker(error)
+    text = str(error)
+    if "Original Traceback" in text:  # of a loader process: PyTorch puts its traceback before what it said
+        text = text.strip().splitlines()[-1].removeprefix("model.").removeprefix("UserError: ")
     if isinstance(error, UserError):
         return 2, text
     if isinstance(error, Terminated):
         return 143, text
     if isinstance(error, KeyboardInterrupt):
         return 130, text or "interrupted"
+    for pattern, advice in LOADER_ADVICE.items() if isinstance(error, RuntimeError) or "AF_UNIX" in text else ():
+        if re.search(pattern, text):
+            return 1, f'loader processes have failed ({text}); {advice}, or set "num_workers" lower, or to 0 for none'
     if isinstance(error, RunFailed | OSError):
         return 1, text
     if is_out_of_memory(error):
         return 2, OUT_OF_MEMORY
-    if isinstance(error, RuntimeError) and "DataLoader worker" in text:
-        return 1, f'a loader process died ({first_line(error)}); lower "num_workers" if memory is short'
+    if type(error).__module__.startswith("torch._inductor"):
+        return 1, f'"compile" is true, but: {first_line(error)}; install what is missing, or set it to false'
     if world_size() > 1 and (isinstance(error, dist.DistError) or re.search("gloo|Gloo|NCCL", text)):
         return 1, f"another process of this run has ended, or has not answered in time ({first_line(error)})"
     return None
-
-
-def _last_line_if_from_a_worker(error: BaseException) -> str:
-    """Return what a loader process said, without the traceback that PyTorch wraps it in."""
-    text = str(error)
-    if "Original Traceback" not in text:
-        return text
-    return text.strip().splitlines()[-1].removeprefix("model.").removeprefix("UserError: ")
-
-
-class _Parser(argparse.ArgumentParser):
-    """Of several processes only one prints usage, help and errors."""
-
-    def _print_message(self, message: str, file: Any = None) -> None:
-        if is_main():
-            super()._print_message(message, file)
 
 
 def experiment_parser(
     description: str, *, data: str = "folder of the data set (default: the one of the run, or data)"
 ) -> argparse.ArgumentParser:
     """Make a parser with the flags that every script on one experiment has; data says what --data_dir is for."""
-    parser = _Parser(description=description)
+    parser = argparse.ArgumentParser(description=description)
+    if not is_main():  # of several processes only one prints usage, help and errors
+        parser._print_message = lambda *_: None  # type: ignore[method-assign]
     add_folder(parser, "--model_dir", "experiments/base_model", "folder of the experiment: params.json and all output")
     parser.add_argument("--data_dir", type=Path, help=data)
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda", "mps", "xpu"), default="auto", help="(default: %(default)s)"
-    )
+    devices = ("auto", "cpu", "cuda", "mps", "xpu")
+    parser.add_argument("--device", choices=devices, default="auto", help="(default: %(default)s)")
     return parser
 
 
 def add_restore_file(parser: argparse.ArgumentParser) -> None:
     """Add the flag that names the checkpoint to predict with."""
-    parser.add_argument(
-        "--restore_file",
-        type=checkpoint_name,
-        default="best",
-        help="which checkpoint of model_dir: best, last (default: %(default)s)",
-    )
-
-
-def add_testing_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say at which sizes a photo is predicted."""
-    parser.add_argument(
-        "--scales",
-        type=float,
-        nargs="+",
-        metavar="S",
-        help="average over these multiples of image_size, as 0.75 1 1.25",
-    )
-    parser.add_argument("--flip", action="store_true", help="average with the mirror image")
+    which = "which checkpoint of model_dir: best, last (default: %(default)s)"
+    parser.add_argument("--restore_file", type=checkpoint_name, default="best", help=which)
 
 
 def checkpoint_name(text: str) -> str:
@@ -159,13 +142,13 @@ def key_and_value(given: list[str]) -> dict[str, Any]:
     return values
 
 
-def require(package: str, purpose: str) -> None:
-    """Raise UserError unless a package can be imported."""
+def require(package: str, purpose: str, install: str = "") -> None:
+    """Raise UserError unless a package can be imported; install is what pip is given, where not its name alone."""
     try:
         importlib.import_module(package)
     except ImportError as error:
         name = package.rsplit(".", 1)[-1]
-        raise UserError(f"{purpose} cannot be made without {name} ({error}): pip install {name}") from None
+        raise UserError(f"{purpose} cannot be made without {name} ({error}): pip install {install or name}") from None
 
 
 def positive(text: str) -> int:

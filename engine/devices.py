@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,6 @@ from model import UserError, cores
 from optimization import PRECISIONS
 from params import Params
 
-T = TypeVar("T")
 PATIENCE = timedelta(hours=1)  # that a process waits for the others, one of which may be decoding its photos
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 MALLOC_VARIABLES = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES"}
@@ -122,20 +121,13 @@ def _store() -> dist.Store:
             time.sleep(0.2)
 
 
-def gather(value: T) -> list[T]:
+def gather(value: Any) -> list[Any]:
     """Return the values of all processes, by rank, in every process."""
     if world_size() == 1:
         return [value]
-    values: list[Any] = [None] * world_size()
+    values = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
-
-
-def visible_gpus() -> list[str]:
-    """Return each GPU as CUDA_VISIBLE_DEVICES calls it, or by its number where that is not set."""
-    if (listed := os.environ.get("CUDA_VISIBLE_DEVICES")) is None:
-        return [str(number) for number in range(torch.cuda.device_count())]
-    return [name for part in listed.split(",") if (name := part.strip()) not in ("", "-1")]
 
 
 def to_device(model: nn.Module, params: Params, device: torch.device) -> None:
@@ -147,30 +139,24 @@ def reuse_memory(device: torch.device) -> None:
     """Let malloc keep the memory that a step on the CPU frees, for the next step.
 
     Otherwise it goes back to the kernel, which fills it with zeros before it gives it out again; benchmarks/RESULTS.md
-    says what that takes. The options are those of mallopt(3): nothing changes where libc is not glibc, or where the
-    environment sets one of them.
+    says what that takes. The options are those of mallopt(3), unless the environment sets one of them.
     """
     if device.type == "cpu" and sys.platform == "linux" and not MALLOC_VARIABLES & os.environ.keys():
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt:
-            mallopt(M_TRIM_THRESHOLD, -1)
-            mallopt(M_MMAP_MAX, 0)
+        glibc = ctypes.CDLL(None)
+        glibc.mallopt(M_TRIM_THRESHOLD, -1)
+        glibc.mallopt(M_MMAP_MAX, 0)
 
 
 def rng_states(device: torch.device) -> list[torch.Tensor]:
     """Return the state of an accelerator's random numbers; [] for the CPU, whose own is PyTorch's default one."""
-    if device.type == "cpu":
-        return []
-    module = torch.get_device_module(device)
-    return [module.get_rng_state() if device.type == "mps" else module.get_rng_state(device)]
+    return [] if device.type == "cpu" else [torch.get_device_module(device).get_rng_state()]
 
 
 def set_rng_states(states: list[torch.Tensor], device: torch.device) -> None:
     """Set what rng_states() has returned; that of another kind of device, which has another size, is passed over."""
     for state, own in zip(states, rng_states(device), strict=False):
         if state.shape == own.shape:
-            module = torch.get_device_module(device)
-            module.set_rng_state(state) if device.type == "mps" else module.set_rng_state(state, device)
+            torch.get_device_module(device).set_rng_state(state)
 
 
 def resolve_precision(params: Params, device: torch.device) -> Params:

@@ -44,21 +44,22 @@ def evaluate(
 ) -> Scores:
     """Score a network on every image of a loader, at the loader's image size; each process on its part of them.
 
-    "loss" is its mean over images. by_photo: keep the counts of each, for which a GPU has to be waited for. Leaves the
-    network in evaluation mode.
+    "loss" is the mean over images of the loss of each alone. by_photo: keep the counts of each, for which a GPU has to
+    be waited for. Leaves the network in evaluation mode.
     """
     model.eval()
     criterion, metrics = SegmentationLoss(**params.loss_options()), Metrics(params.num_classes, device)
     loss_sum = torch.zeros((), dtype=exact_dtype(device), device=device)
-    own: dict[int, np.ndarray] | None = {} if by_photo else None
+    own: dict[int, np.ndarray] = {}
     with progress(loader, "evaluating") as bar:
         for indices, (images, labels, *_) in zip(loader.batch_sampler, loader, strict=True):
             labels = labels.to(device, non_blocking=True)
             with autocast(device, params.precision):
                 logits = model(to_input(images, device, **input_options(model, params)))
-            loss_sum += criterion(logits, labels) * len(images)
+            for image in zip(logits.split(1), labels.split(1), strict=True):
+                loss_sum += criterion(*image)
             of_images = metrics.update(logits.argmax(1), labels)
-            if own is not None:
+            if by_photo:
                 own |= zip(indices, map(sparse, of_images.cpu()), strict=True)
             bar.update(len(images))
     all_reduce_sum(loss_sum)
@@ -66,10 +67,9 @@ def evaluate(
     return add_up(metrics, own, loader.dataset, loss=loss if math.isfinite(loss) else None)
 
 
-def add_up(metrics: Metrics, own: dict[int, np.ndarray] | None, dataset: Any, **others: float | None) -> Scores:
+def add_up(metrics: Metrics, own: dict[int, np.ndarray], dataset: Any, **others: float | None) -> Scores:
     """Add up what all processes have counted; own has the cells of a process's own photos by index."""
-    parts = [] if own is None else gather(own)
-    found = {index: cells for part in parts for index, cells in part.items()}
+    found = {index: cells for part in gather(own) for index, cells in part.items()}
     metrics.reduce()
     values = {
         name: dict(zip(dataset.class_names, value, strict=True)) if isinstance(value, list) else value

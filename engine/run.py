@@ -6,6 +6,7 @@ A run is its last.pth.tar: everything else of an epoch is written after it and f
 import argparse
 import copy
 import logging
+import math
 import os
 import platform
 import subprocess
@@ -15,12 +16,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from PIL import Image
 from tqdm import tqdm
 
@@ -30,17 +32,19 @@ from engine.checkpoints import (
     changed_keys,
     check_unchanged,
     load_checkpoint,
+    predicting_weights,
     save_checkpoint,
     to_predict_with,
+    weights_digest,
 )
 from engine.devices import autocast, device_name, input_options, resolve_precision
-from engine.training import Training, list_digest, scalars, why_finished
-from model import UserError
+from engine.training import Training, list_digest, scalars, score, why_finished
+from model import UserError, locked
 from model.data_loader import SegmentationDataset
-from model.layouts import Split, class_names, find_split
+from model.layouts import Split, find_split
 from model.net import FCN_GCN
 from model.transforms import photo_edges, to_input
-from params import ARCHITECTURE, INPUT, Params
+from params import NEEDED_BY_WEIGHTS, Params, comparable_over
 from utils import ROOT, read_history, read_json, save_figure, save_picture, set_logger, write_history, write_json
 from visualize import comparison, training_curves
 
@@ -56,7 +60,7 @@ RESULTS = (  # that are there once an epoch has ended
 OUTPUTS = (*RESULTS, "train.log", "run.json", "trial.json", "tensorboard/events.*")
 RUN_LOCK = ".lock"  # held while train.py works in a folder
 LOCK_PATIENCE = 8.0  # seconds; loader processes of a killed run, which inherit its lock, end within five
-RESUME_NEEDS = (*ARCHITECTURE, *INPUT, "optimizer", "dataset", "best_metric")  # as they were
+RESUME_NEEDS = (*NEEDED_BY_WEIGHTS, "optimizer", "dataset", "best_metric")  # as they were
 LINE_INTERVAL = 30.0  # seconds at least between two lines about an epoch, where no progress bar is drawn
 DRAWING_INTERVAL = 10.0  # seconds between two drawings of curves.png, or short epochs would wait for it
 
@@ -84,10 +88,11 @@ def sole_run(folder: Path, script: str = "train.py") -> Iterator[None]:
     if not (folder / "params.json").exists():
         raise UserError(f"no {folder}/params.json; an experiment is a folder with one, {{}} for the defaults")
     try:
-        with FileLock(folder / RUN_LOCK, timeout=LOCK_PATIENCE) if devices.is_main() else nullcontext():
+        with locked(folder / RUN_LOCK, LOCK_PATIENCE) if devices.is_main() else nullcontext():
             yield
-    except Timeout:
-        raise UserError(f"another {script} is at work in {folder}; wait for it, or stop it first") from None
+    except Timeout as error:
+        held = f" (or delete {error.lock_file} if there is none)" if error.lock_file.endswith(".held") else ""
+        raise UserError(f"another {script} is at work in {folder}; wait for it, or stop it first{held}") from None
 
 
 def is_running(folder: Path) -> bool:
@@ -95,7 +100,7 @@ def is_running(folder: Path) -> bool:
     if not (folder / RUN_LOCK).exists():
         return False
     try:
-        with FileLock(folder / RUN_LOCK, timeout=0):
+        with locked(folder / RUN_LOCK, 0):
             return False
     except Timeout:
         return True
@@ -103,12 +108,18 @@ def is_running(folder: Path) -> bool:
         return False
 
 
-def last_record(model_dir: Path) -> dict[str, Any]:
-    """Return what run.json says of the last start of a run, or its resume; {} where there is none."""
-    if not (model_dir / "run.json").exists():
-        return {}
-    record = read_json(model_dir / "run.json", if_absent="")
-    return [record, *record.get("resumed", [])][-1]
+def records(model_dir: Path) -> list[dict[str, Any]]:
+    """Return what run.json says of the start of a run and of every resume; {} alone where there is none."""
+    file = model_dir / "run.json"
+    first = read_json(file, if_absent="") if file.exists() else {}
+    return [first, *first.get("resumed", [])]
+
+
+def began_from(model_dir: Path) -> str | None:
+    """Return the digest of the weights of --init_from, or what older programs kept, the path; None if not given."""
+    first = records(model_dir)[0]
+    given = [after for flag, after in pairwise(first.get("argv", [])) if flag == "--init_from"]
+    return first.get("init_from", given[-1] if given else None)
 
 
 def find_data_dir(args: argparse.Namespace, dataset: str) -> Path:
@@ -118,7 +129,7 @@ def find_data_dir(args: argparse.Namespace, dataset: str) -> Path:
     """
     if args.data_dir is not None:
         return args.data_dir
-    recorded = last_record(args.model_dir).get("data_dir")
+    recorded = records(args.model_dir)[-1].get("data_dir")
     if recorded is None or (dataset == "sample" and not os.path.isdir(recorded)):
         return Path("data")
     if not os.path.isdir(recorded):
@@ -126,15 +137,26 @@ def find_data_dir(args: argparse.Namespace, dataset: str) -> Path:
     return Path(recorded)
 
 
+def name_of_split(model_dir: Path, split: str, data_dir: Path) -> str:
+    """Return what the files of a split's scores are named by: with its folder if a run was trained on other data.
+
+    Where the folder of the run is gone, the data have moved.
+    """
+    own = records(model_dir)[-1].get("data_dir")
+    other = own is not None and os.path.isdir(own) and not os.path.samefile(own, data_dir)
+    return f"{split}@{data_dir.resolve().name}" if other else split
+
+
 @dataclass(frozen=True)
 class Start:
-    """How a run begins: its params, the values of --set among them, its data, and last.pth.tar if it resumes."""
+    """How a run begins: its params, the values of --set among them, its data, and what it resumes or starts from."""
 
     params: Params
     set: dict[str, Any]
     data_dir: Path
     file: Path  # last.pth.tar
-    state: dict[str, Any] | None
+    state: dict[str, Any] | None  # of last.pth.tar if the run resumes
+    init_from: Path | None  # the file of the weights that another run starts from
 
 
 def begin(args: argparse.Namespace, device: torch.device) -> Start | None:
@@ -153,7 +175,8 @@ def begin(args: argparse.Namespace, device: torch.device) -> Start | None:
             print(f"nothing to do in {args.model_dir}: {reason}; last.pth.tar was not kept to train on from")
         return None
     if state:
-        check_unchanged(RESUME_NEEDS, state, params, last)
+        way_on = f"set it back, or start another run from {last} with --init_from"
+        check_unchanged((*RESUME_NEEDS, *comparable_over(params.best_metric)), state, params, last, way_on)
     elif not args.overwrite and (earlier := existing(args.model_dir)):
         way_on = "continue it with --resume" if last.exists() else "without last.pth.tar it cannot be resumed"
         raise UserError(f"{args.model_dir} already holds a run ({earlier[0].name}); {way_on}, or --overwrite it")
@@ -161,7 +184,7 @@ def begin(args: argparse.Namespace, device: torch.device) -> Start | None:
         raise UserError(f"--overwrite would delete {args.init_from}; move it to another folder first")
     check_alike([asdict(params), state and state.get("epoch")], f"{args.model_dir}, its params.json or last.pth.tar,")
     data_dir = find_data_dir(args, params.dataset) if state else args.data_dir or Path("data")
-    return Start(params, changes, data_dir, last, state)
+    return Start(params, changes, data_dir, last, state, None if state else args.init_from)
 
 
 def check_alike(value: Any, what: str) -> None:
@@ -183,21 +206,24 @@ def find_splits(start: Start) -> tuple[Split, Split, list[str]]:
         raise UserError(f'"batch_size" is {params.batch_size}, but {params.train_split} has {count} images; lower it')
     for split in (train, val):
         check_alike(list_digest(split), f"{split.name}.txt")
-    if start.state is None:
-        return train, val, class_names(val, params.num_classes)
-    return train, val, agreed_class_names(start.state, start.file, val, params.num_classes)
+    return train, val, agreed_class_names(start.state or {}, start.file, val, params.num_classes)
 
 
 def changes_since(start: Start, training: Training, args: argparse.Namespace) -> str:
     """Return what has changed since the checkpoint that is resumed: keys of params.json, and the data."""
     assert start.state is not None
     keys = [*changed_keys(Params.parse(start.state["params"], start.file), training.params)]
+    rate, before = training.learning_rate, training.history[-1]["learning_rate"]
+    jumps = not math.isclose(rate, before) and {"learning_rate", "num_epochs", "schedule", "warmup_epochs"} & {*keys}
     lists = {"images": "the list of training images", "val_images": "the list of validation images"}
     keys += [lists[key] for key, digest in training.lists.items() if start.state.get(key, digest) != digest]
     if "set" not in start.state:  # of an older program
         keys.append("mIoU, which is over the classes in the labels now")
-    before = last_record(args.model_dir).get("data_dir")
-    keys += [] if before in (None, os.path.abspath(start.data_dir)) else [f"the data folder, before {before}"]
+    if "weights" not in training.metrics["last"]:
+        keys.append("the validation loss, which is a mean over photos now")
+    folder = records(args.model_dir)[-1].get("data_dir")
+    keys += [] if folder in (None, os.path.abspath(start.data_dir)) else [f"the data folder, before {folder}"]
+    keys += [f"so the learning rate, {before:.3g} in the last step, {rate:.3g} in the next"] if jumps else []
     return ", ".join(keys) or "nothing"
 
 
@@ -207,7 +233,7 @@ def advising_to_resume(args: argparse.Namespace) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, OSError) as error:
-        what = str(error) or "interrupted"
+        what = str(error).strip() or "interrupted"
         instead = " in the place of --overwrite" if args.overwrite else ""
         raise type(error)(f"{what}; the same command with --resume{instead} continues the run") from None
 
@@ -215,16 +241,13 @@ def advising_to_resume(args: argparse.Namespace) -> Iterator[None]:
 def check_last_batch(model: FCN_GCN, params: Params, count: int) -> None:
     """Raise UserError where a network cannot train on the last batch, the smallest, or on a process's share of it."""
     last = count % params.batch_size or params.batch_size
+    left = f'"batch_size" {params.batch_size} leaves a batch of {last} among {count} images'
     if last == 1 and not _takes(model, 1, params):
-        raise UserError(
-            f'"batch_size" {params.batch_size} leaves a batch of one among {count} images, and at "image_size" '
-            f"{params.image_size} it gives batch norm a single value a channel; change one of the two"
-        )
+        size = f'at "image_size" {params.image_size} it gives batch norm a single value a channel'
+        raise UserError(f"{left}, and {size}; change one of the two")
     if last < (processes := devices.world_size()) and not _takes(model, 0, params):
-        raise UserError(
-            f'"batch_size" {params.batch_size} leaves a batch of {last} among {count} images, in which some of '
-            f'{processes} processes have none, as "{params.encoder}" cannot; change "batch_size"'
-        )
+        idle = f'in which some of {processes} processes have none, as "{params.encoder}" cannot'
+        raise UserError(f'{left}, {idle}; change "batch_size"')
 
 
 @torch.no_grad()
@@ -261,6 +284,7 @@ def write_provenance(model_dir: Path, device: torch.device, start: Start) -> Non
         "platform": platform.platform(),
         "processes": devices.world_size(),
         "seed": start.params.seed,
+        "init_from": start.init_from and weights_digest(predicting_weights(load_checkpoint(start.init_from))),
         "set": start.set,
         "params": asdict(start.params),
     }
@@ -325,7 +349,10 @@ class EpochOutputs:
             tracker.log(state["history"][-1], picture)
 
     def finish(self, training: Training) -> None:
-        """End the trackers, and delete last.pth.tar of a finished run where params.json asks for that."""
+        """Log the best epoch, end the trackers, and delete last.pth.tar where params.json asks for that."""
+        metric, epoch = training.params.best_metric, training.best_epoch
+        best = f"best {metric} {score(training.history[epoch - 1], metric):.4f} at epoch {epoch}"
+        logging.info(f"{training.stop_reason}; {best}, in {self.model_dir}")
         for tracker in self.trackers:
             tracker.close(training.params, training.metrics["best"])
         if not training.params.keep_last:
@@ -354,9 +381,16 @@ def open_outputs(
         outputs.trackers.append(TensorBoard(args.model_dir, first=max(1, training.epoch)))
     if start.state:
         outputs.write_rest(start.state, sample_predictions(training, val_set))
-        if not (args.model_dir / "best.pth.tar").exists():
+        if not holds(args.model_dir / "best.pth.tar", training.metrics["best"].get("weights")):
             logging.info(f"best.pth.tar, of epoch {training.best_epoch}, is gone; a better epoch will write one")
     return outputs
+
+
+def holds(file: Path, digest: str | None) -> bool:
+    """Return whether a checkpoint is there and has the weights of a digest, where that is known."""
+    with suppress(UserError):  # absent or damaged
+        return digest in (None, weights_digest(predicting_weights(load_checkpoint(file))))
+    return False
 
 
 class TensorBoard:
@@ -380,9 +414,7 @@ class TensorBoard:
 
     def close(self, params: Params, best: dict) -> None:
         """Write the hyperparameters beside the metrics of the best epoch, for TensorBoard's HPARAMS page."""
-        values = {
-            key: value if isinstance(value, int | float | str) else str(value) for key, value in asdict(params).items()
-        }
+        values = {k: v if isinstance(v, int | float | str) else str(v) for k, v in asdict(params).items()}
         found = {f"best/{key}": value for key, value in scalars(best).items() if value is not None}
         self.writer.add_hparams(values, found, run_name=".")  # in this folder, not in one below it
         self.writer.close()
@@ -409,23 +441,11 @@ def sample_predictions(training: Training, dataset: SegmentationDataset, count: 
 
 
 def epoch_line(record: dict, params: Params, *, is_best: bool) -> str:
-    """Return an epoch in one line for people."""
     shown = dict.fromkeys(("mIoU", "pixel_accuracy", params.best_metric))
-    values = [f"{key} {decimal(record['val'][key])}".replace("_", " ") for key in shown if key != "loss"]
+    values = [f"{key} {score(record, key):.4f}".replace("_", " ") for key in shown if key != "loss"]
     return (
         f"epoch {record['epoch']}/{params.num_epochs}: "
         f"train loss {record['train']['loss']:.4f}, val loss {record['val']['loss']:.4f}, "
         f"{', '.join(values)}, lr {record['learning_rate']:.3g}, "
         f"{record['seconds']:.1f} s, {record['images_per_second']:.1f} images/s{' (best)' if is_best else ''}"
     )
-
-
-def best_line(training: Training) -> str:
-    """Return the best epoch in a few words for people."""
-    metric = training.params.best_metric
-    return f"best {metric} {decimal(training.metrics['best'][metric])} at epoch {training.best_epoch}"
-
-
-def decimal(value: float | None) -> str:
-    """Return a metric for people; "-" where it is undefined."""
-    return "-" if value is None else f"{value:.4f}"

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from engine.checkpoints import check_normalization, load_weights, predicting_weights
+from engine.checkpoints import check_normalization, load_weights, predicting_weights, weights_digest
 from engine.devices import rank, rng_states, set_rng_states, world_size
 from model import UserError
 from model.layouts import Split
@@ -103,14 +103,15 @@ class Training:
         """The network to evaluate: the averaged one where there is one."""
         return self.model if self.ema is None else self.ema
 
-    def accumulation(self, step: int, steps: int) -> tuple[int, bool]:
-        """Return how many batches share the optimizer step of a batch, and whether it is the last of them.
+    def accumulation(self, step: int, sizes: Sequence[int]) -> tuple[float, bool]:
+        """Return how many batches like a batch share its step of the optimizer, and whether it is the last of them.
 
-        step counts the batches of an epoch from 0, of which there are steps; fewer may share the last step.
+        sizes has the images of each batch of an epoch, in which step counts from 0. A smaller batch weighs by its
+        images; fewer batches may share the last step.
         """
-        position = step % self.params.accumulation_steps
-        shared = min(self.params.accumulation_steps, steps - step + position)
-        return shared, position + 1 == shared
+        first = step - step % self.params.accumulation_steps
+        shared = sizes[first : first + self.params.accumulation_steps]
+        return sum(shared) / sizes[step], step + 1 == first + len(shared)
 
     def share_dropout(self, batch_size: int) -> None:
         """Let dropout draw for the next batch as a whole, of which this process has its shard."""
@@ -198,7 +199,8 @@ class Training:
             "images_per_second": round(images_per_second, 2),
         }
         self.history.append(record)
-        self.metrics["last"] = {"epoch": self.epoch, **val_metrics}
+        weights = weights_digest(self.eval_model.state_dict())
+        self.metrics["last"] = {"epoch": self.epoch, "weights": weights, **val_metrics}
         if self.is_best:
             self.metrics["best"] = self.metrics["last"]
 
@@ -315,12 +317,8 @@ def better_of(metric: str) -> Callable:
 
 def scalars(metrics: dict) -> dict[str, float | None]:
     """Return the metrics that are one number for all classes, which history.jsonl and TensorBoard show."""
-    others = ("epoch", "images", "learning_rate", "image_size")
-    return {
-        key: value
-        for key, value in metrics.items()
-        if key not in others and (value is None or (isinstance(value, int | float) and not isinstance(value, bool)))
-    }
+    others = ("epoch", "weights", "images", "learning_rate")
+    return {key: value for key, value in metrics.items() if key not in others and not isinstance(value, dict | list)}
 
 
 def distribute(model: nn.Module, device: torch.device) -> DistributedDataParallel:

@@ -1,10 +1,17 @@
 """The network, its losses, metrics and data. Nothing here knows about params.json or the command line."""
 
+import errno
+import logging
 import os
 import textwrap
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, SoftFileLock, Timeout
+
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what Lustre and NFS answer that are mounted so
 
 
 class UserError(ValueError):
@@ -27,17 +34,45 @@ def replacing(path: str | Path) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb+") as stream:
             os.fsync(stream.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        with suppress(OSError):  # not every file system can
-            os.fsync(folder)  # or a power cut could undo the renaming
-        os.close(folder)
+        _replace(temporary, path)
+        if os.name != "nt":  # which cannot open a folder
+            folder = os.open(path.parent, os.O_RDONLY)
+            with suppress(OSError):  # not every file system can
+                os.fsync(folder)  # or a power cut could undo the renaming
+            os.close(folder)
     except OSError as error:
         if error.errno is not None and error.filename is None:
             error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _replace(source: Path, target: Path) -> None:
+    for _ in range(50 if os.name == "nt" else 0):  # Windows refuses while somebody reads target
+        with suppress(PermissionError):
+            return os.replace(source, target)
+        time.sleep(0.1)
+    os.replace(source, target)
+
+
+def locked(file: Path, timeout: float = -1) -> AbstractContextManager:
+    """Return a lock that is held now and until its block ends. Raises filelock.Timeout after that many seconds.
+
+    On a file system without locks another file, there while the lock is held, serves as one. It stays behind after a
+    kill, and is taken over by the next process on the same machine only.
+    """
+    try:
+        return FileLock(file, fallback_to_soft=False).acquire(timeout)
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            raise
+    lock = SoftFileLock(f"{file}.held")
+    if timeout < 0:
+        with suppress(Timeout):
+            return lock.acquire(1)
+        logging.warning(f"waiting for the process that {lock.lock_file} tells of; delete it if there is none")
+    return lock.acquire(timeout)
 
 
 def cores() -> int:

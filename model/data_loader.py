@@ -4,30 +4,31 @@ import glob
 import hashlib
 import os
 import signal
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from functools import cached_property, partial
-from itertools import islice
+from functools import cached_property
 from multiprocessing.pool import ThreadPool
+from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor
+from torch._utils import ExceptionWrapper
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, SequentialSampler, default_collate
 from tqdm import tqdm
 
-from model import UserError, cores, replacing
+from model import UserError, cores, locked, replacing
 from model.layouts import Split, list_faults
 from model.parallel import shard
-from model.photos import read_example
-from model.transforms import PADDING, Colour, resize_tag
+from model.transforms import PADDING, Colour, resize_tag, to_square
+from model.voc import VOID
 
+ALIKE = 0.93  # see seen_in_training()
+COMPARED = 2e7  # pairs of photos at most; of VOC2012 with SBD there are 1.5e7
 AT_ONCE = 256  # examples in memory while a split is decoded
-CACHE_VERSION = 1  # part of every cache's name: raise it when files are decoded otherwise; resizing has its own tag
+CACHE_VERSION = 2  # part of every cache's name: raise it when files are decoded otherwise; resizing has its own tag
 
 
 class SegmentationDataset(Dataset):
@@ -56,13 +57,21 @@ class SegmentationDataset(Dataset):
         self.resize = resize
         self.padding = padding
         self.cache_file = build_cache(self) if cache else None
-        _ = self._examples  # mapped now: a run with other files may replace the cache
-        if not cache:
-            deque(self.decode_all(), maxlen=0)  # to find every faulty file now
+        # Now: a run with other files may replace the cache, and without one every faulty file is to be found.
+        _ = self._examples if cache else self.thumbnails
 
     @cached_property
     def _examples(self) -> np.ndarray | None:
         return None if self.cache_file is None else np.load(self.cache_file, mmap_mode="r")
+
+    @cached_property
+    def thumbnails(self) -> np.ndarray:
+        """float32 (N, 192): the mean colours of every photo in 8 x 8 cells, from about 64 x 64 of its pixels."""
+        step = max(1, self.image_size // 64)
+        side = -(-self.image_size // step) // 8  # of a cell
+        squares = self.decode_all() if self._examples is None else self._examples
+        cells = (x[::step, ::step][: 8 * side, : 8 * side, :3].reshape(8, side, 8, side, 3) for x in squares)
+        return np.stack([x.mean((1, 3), dtype=np.float32).ravel() for x in cells])
 
     def __len__(self) -> int:
         return len(self.split.ids)
@@ -74,19 +83,24 @@ class SegmentationDataset(Dataset):
 
     def __getstate__(self) -> dict:
         # A worker that is sent the data set maps the file itself.
-        return {name: value for name, value in self.__dict__.items() if name != "_examples"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_examples", "thumbnails")}
+
+    def collate(self, examples: list[tuple]) -> Sequence[Tensor]:
+        """Make a batch of examples, also of none, as a process's share of a small batch may be."""
+        if examples:
+            return default_collate(examples)
+        images = torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8)
+        return images, images[:, 0], torch.empty(0, dtype=torch.int64)
 
     def decode(self, index: int) -> np.ndarray:
-        """Return uint8 (S, S, 4) from the files, see read_example."""
-        return read_example(
-            self.split.images[index],
-            self.split.masks[index] if self.split.masks else None,
-            image_size=self.image_size,
-            num_classes=len(self.class_names),
-            resize=self.resize,
-            padding=self.padding,
-            label_map=self.split.label_map,
-        )
+        """Return uint8 (S, S, 4) from the files: red, green, blue, class index (void without a mask)."""
+        photo, mask = self.split.read(index, len(self.class_names))
+        photo, mask = to_square(photo, mask, self.image_size, self.resize, self.padding)
+        example = np.full((self.image_size, self.image_size, 4), VOID, dtype=np.uint8)
+        example[..., :3] = np.array(photo)
+        if mask is not None:
+            example[..., 3] = np.array(mask)
+        return example
 
     def decode_all(self) -> Iterator[np.ndarray]:
         """Yield every example in order, decoded on all cores. Raises UserError at the end, naming every faulty file."""
@@ -112,6 +126,25 @@ class SegmentationDataset(Dataset):
             raise list_faults(f"split {self.split.name}", faults)
 
 
+def seen_in_training(train: SegmentationDataset, other: SegmentationDataset) -> list[str]:
+    """Return a line where photos of a split are those that are trained on, or nearly, as frames of a video are.
+
+    They are if the concordance of their thumbnails (Lin, 1989) is above ALIKE. On VOC2012's photos: none of 314 in val;
+    of photos that are moved by 1, 2, 3, 4 %, a part of them elsewhere, 89, 85, 60, 37 %.
+    """
+    if len(train) * len(other) > COMPARED:
+        return []
+    a, b = other.thumbnails, train.thumbnails
+    distance = (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T
+    alike = np.argwhere(distance <= (1 - ALIKE) * a.shape[1] * (a.var(1)[:, None] + b.var(1)))
+    name, pairs = other.split.name, [(other.split.ids[index], train.split.ids[like]) for index, like in alike]
+    return [
+        f"{len({*alike[:, 0]})} of {len(other)} photos of {name} are, or nearly are, one of {train.split.name}: "
+        f"{example} and {trained}, for example; scores of {name} say little: see data/README.md"
+        for example, trained in pairs[:1]
+    ]
+
+
 def build_cache(dataset: SegmentationDataset) -> Path:
     """Return the cache file of a data set, uint8 (N, S, S, 4), built now unless it is there.
 
@@ -124,7 +157,7 @@ def build_cache(dataset: SegmentationDataset) -> Path:
     shape = f"{size}px" if dataset.resize == "squash" else f"{size}px-{dataset.resize}"
     prefix = f"{split.name}-{shape}-{len(dataset.class_names)}classes"
     file = folder / f"{prefix}-{_digest(dataset, root)}.npy"
-    with FileLock(folder / f"{prefix}.lock"):
+    with locked(folder / f"{prefix}.lock"):
         if not file.exists() or file.stat().st_size < len(dataset) * size**2 * 4:  # as after half a copy
             # Not a writable map: a full disk would end that with SIGBUS.
             with replacing(file) as temporary, open(temporary, "wb") as stream:
@@ -133,7 +166,8 @@ def build_cache(dataset: SegmentationDataset) -> Path:
                 stream.writelines(example.data for example in dataset.decode_all())
             name = glob.escape(prefix)
             for stale in {*folder.glob(f"{name}-*"), *folder.glob(f".{name}-*")} - {file}:
-                stale.unlink()
+                with suppress(OSError):  # another run has it open, on Windows
+                    stale.unlink()
     return file
 
 
@@ -141,9 +175,8 @@ def _digest(dataset: SegmentationDataset, root: Path) -> str:
     """Return what the name of a cache says of its content."""
     split = dataset.split
     tag = resize_tag(dataset.image_size, dataset.resize, dataset.padding)
-    parts: list[object] = [(CACHE_VERSION, tag, len(dataset.class_names))]
-    if split.label_map is not None:
-        parts.append(sorted(split.label_map.items()))
+    label_map = sorted((split.label_map or {}).items(), key=str)
+    parts: list[object] = [(CACHE_VERSION, tag, len(dataset.class_names), label_map)]
     for path in [*split.images, *(split.masks or [])]:
         status = path.stat()
         parts.append((os.path.relpath(path, root), status.st_size, status.st_mtime_ns))
@@ -174,9 +207,6 @@ class EpochSampler(Sampler):
         self.length = length
         self.seed = seed
         self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
 
     def __len__(self) -> int:
         return self.length
@@ -214,18 +244,18 @@ class DistributedBatchSampler(Sampler):
 
     def set_epoch(self, epoch: int) -> None:
         if isinstance(self.sampler, EpochSampler):
-            self.sampler.set_epoch(epoch)
+            self.sampler.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.sizes)
 
     def __iter__(self) -> Iterator[list]:
-        if not self.split:
-            yield from islice(self._batches, self.rank, None, self.world_size)
-            return
-        for batch in self._batches:
+        for number, batch in enumerate(self._batches):
             own = shard(len(batch), self.rank, self.world_size)
-            yield batch[own.start : own.stop]
+            if self.split:
+                yield batch[own.start : own.stop]
+            elif number % self.world_size == self.rank:
+                yield batch
 
 
 class Loader(DataLoader):
@@ -252,10 +282,8 @@ def make_loader(
     for each example; without, they come in the order of the list. One of several processes gets its part of them, see
     DistributedBatchSampler. For a GPU they lie in pinned memory.
 
-    collate makes a batch of a list of examples; a SegmentationDataset needs none.
+    collate makes a batch of a list of examples, by default as the data set does.
     """
-    if isinstance(dataset, SegmentationDataset):
-        collate = partial(_collate, image_size=dataset.image_size)
     sampler = SequentialSampler(dataset) if seed is None else EpochSampler(len(dataset), seed=seed)
     batches = DistributedBatchSampler(sampler, batch_size, split=seed is not None, rank=rank, world_size=world_size)
     workers = min(num_workers, cores(), len(batches))
@@ -263,24 +291,32 @@ def make_loader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
-        worker_init_fn=leave_signals_to_the_main_process,
-        collate_fn=collate,
+        worker_init_fn=begin_loader_process,
+        collate_fn=collate or dataset.collate,
         persistent_workers=workers > 0,
         pin_memory=torch.device(device).type == "cuda",
         generator=torch.Generator(),  # its own, so that fetching data does not advance the network's random numbers
     )
 
 
-def _collate(examples: list[tuple], image_size: int) -> Sequence[Tensor]:
-    if examples:
-        return default_collate(examples)
-    images = torch.empty(0, 3, image_size, image_size, dtype=torch.uint8)  # of a share of nothing
-    return images, images[:, 0], torch.empty(0, dtype=torch.int64)
-
-
-def leave_signals_to_the_main_process(worker: int) -> None:
+def begin_loader_process(worker: int) -> None:
+    """Leave signals to the main process, and let it know where a batch cannot be sent."""
+    Queue._on_queue_feeder_error = _send_error  # type: ignore[attr-defined]  # which prints it only
     # Ctrl-C and batch systems signal all processes; a worker that dies before the main process has understood would
     # look like a crash. So it dies a little later, for at the end the main process itself ends workers by SIGTERM.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))  # a death by signal is raised in the main process
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(2))
+    if hasattr(signal, "SIGALRM"):  # Windows has neither this nor a SIGTERM that can be caught
+        signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))  # a death by signal is raised in the main one
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(2))
+
+
+def _send_error(queue: Queue, error: Exception, batch: Any) -> None:
+    """Send the main process the error that is handled now, in the place of (number, batch), for it to raise."""
+    if not isinstance(batch, tuple):
+        os._exit(1)  # bytes that nobody takes
+    number, result = batch
+    if isinstance(result, ExceptionWrapper):
+        result.exc_type = RuntimeError  # an error of whose own kind none can be sent
+    else:
+        result = ExceptionWrapper(where="in a loader process that sends a batch")
+    queue.put((number, result))

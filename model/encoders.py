@@ -5,25 +5,23 @@ Another kind of encoder is one more function that returns an Encoder, and a line
 
 import difflib
 import importlib
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, compiler, fx, hub, is_grad_enabled, nn
+from torch import Tensor, compiler, hub, is_grad_enabled, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import get_model, get_model_weights
 
 from model import UserError, first_line
-from model.parallel import is_plain_batch_norm
 from model.transforms import IMAGENET_MEAN, IMAGENET_STD
 from model.weights import installed_weights, matched, no_weights, read_weights
 
@@ -127,8 +125,12 @@ def _downloaded(name: str, weights: Any) -> dict[str, Tensor]:
     try:
         return weights.get_state_dict(check_hash=True)
     except Exception as error:  # no network, a full disk; in the cache a damaged file, an empty one, an HTML page
-        place = f"{hub.get_dir()}/checkpoints/{weights.url.rsplit('/', 1)[-1]}"
-        raise no_weights(name, name, error, f"put {weights.url} at {place}") from error
+        raise no_weights(name, name, error, weights.url, _cached(weights.url)) from error
+
+
+def _cached(address: str) -> Path:
+    """Return where PyTorch keeps a file that it has downloaded."""
+    return Path(hub.get_dir(), "checkpoints", address.rsplit("/", 1)[-1])
 
 
 # Models of timm, which is imported only where one is named: that takes seconds
@@ -243,7 +245,9 @@ def _load_timm_weights(backbone: nn.Module, name: str, pretrained: bool | str) -
     try:
         whole = timm.create_model(short, pretrained=file is None)
     except Exception as error:  # huggingface_hub has errors of its own, and so have damaged files in its cache
-        raise no_weights(name, short, error, address) from error
+        hubs = importlib.import_module("huggingface_hub").constants.HF_HUB_CACHE
+        cached = Path(hubs, f"models--{cfg.hf_hub_id}".replace("/", "--")) if cfg.hf_hub_id else _cached(cfg.url or "")
+        raise no_weights(name, short, error, address, cached) from error
     state = whole.state_dict()
     if file is not None:
         classifier = whole.pretrained_cfg.get("classifier") or ()
@@ -257,54 +261,3 @@ def _load_timm_weights(backbone: nn.Module, name: str, pretrained: bool | str) -
         raise UserError(f'the weights of "{name}" cannot be told apart: timm calls {missing[0]} otherwise elsewhere')
     backbone.load_state_dict({tensor: by_key[key(tensor)] for tensor in backbone.state_dict()})
     return str(file or address)
-
-
-def pad_statically(model: Any) -> None:
-    """Let convolutions with TensorFlow's padding pad as for sides that are multiples of their stride, in place.
-
-    How much they pad depends on the photo's size otherwise, and torch.export would work at that for hours. Raises
-    UserError for other layers that pad so.
-    """
-    for name, layer in [*model.named_modules()]:
-        if not type(layer).__name__.endswith("Same"):
-            continue
-        if type(layer).__name__ != "Conv2dSame":
-            raise UserError(f"{name} is {type(layer).__name__}, which cannot be exported; choose another encoder")
-        layer.__class__ = nn.Conv2d  # whose own padding is 0
-        shapes = zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
-        down, across = (max(0, (kernel - 1) * dilation + 1 - stride) for kernel, stride, dilation in shapes)
-        pad = nn.ZeroPad2d((across // 2, across - across // 2, down // 2, down - down // 2))
-        model.set_submodule(name, nn.Sequential(pad, layer))
-
-
-# Folding
-
-
-def fold_batch_norm(model: Any) -> None:
-    """Multiply the encoder's batch norm, in evaluation mode, into the convolutions before it, in place.
-
-    The network is then one to predict with, not to train or to save. Batch norm stays where it does not follow a
-    convolution of its own, and where torch.fx cannot trace the encoder.
-    """
-    try:
-        graph = _Tracer().trace(model)
-    except Exception:  # as for control flow that depends on values; torch.fx and the models raise what they like
-        return
-    calls = [node for node in graph.nodes if node.op == "call_module"]
-    once = {target for target, count in Counter(node.target for node in calls).items() if count == 1}
-    for node in calls:
-        before = node.args[0]
-        alone = isinstance(before, fx.Node) and len(before.users) == 1 and once >= {node.target, before.target}
-        if not alone:
-            continue
-        convolution, norm = map(model.get_submodule, (before.target, node.target))
-        if isinstance(convolution, nn.Conv2d) and is_plain_batch_norm(norm):
-            model.set_submodule(before.target, fuse_conv_bn_eval(convolution, norm))
-            model.set_submodule(node.target, getattr(norm, "act", nn.Identity()))
-
-
-class _Tracer(fx.Tracer):
-    traced_func_name = "maps"  # of the network
-
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, nn.Conv2d | _BatchNorm) or super().is_leaf_module(module, name)

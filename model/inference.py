@@ -1,5 +1,6 @@
-"""Class maps of photos at their own size: several scales, mirror images, overlapping tiles."""
+"""Class maps of photos at their own size: several scales, mirror images, overlapping tiles; batch norm folded."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -7,13 +8,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.data import Dataset
 from torchvision.transforms.functional import pil_to_tensor
 
 from model import UserError
 from model.layouts import Split
-from model.photos import read_mask, read_photo
+from model.parallel import is_plain_batch_norm
 from model.transforms import PADDING, RESIZES, Box, Colour, squares, to_input
 
 OVERLAP = 0.25  # of a tile, at least, with its neighbour
@@ -102,10 +105,7 @@ class OriginalDataset(Dataset):
         return len(self.split.ids)
 
     def __getitem__(self, index: int) -> tuple[int, Image.Image, Image.Image | None]:
-        photo, masks = read_photo(self.split.images[index]), self.split.masks
-        if masks is None:
-            return index, photo, None
-        return index, photo, read_mask(masks[index], photo.size, len(self.class_names), self.split.label_map)
+        return index, *self.split.read(index, len(self.class_names))
 
 
 def collate_originals(
@@ -210,3 +210,33 @@ def _upsampled(logits: Tensor, rows: range, width: int, height: int) -> Tensor:
     below = (above + 1).clamp(max=last)
     lines = torch.lerp(logits.index_select(1, above), logits.index_select(1, below), share)
     return F.interpolate(lines.flatten(0, 1).unsqueeze(0), size=width, mode="linear").view(-1, len(rows), width)
+
+
+def fold_batch_norm(model: Any) -> None:
+    """Multiply the encoder's batch norm, in evaluation mode, into the convolutions before it, in place.
+
+    The network is then one to predict with, not to train or to save. Batch norm stays where it does not follow a
+    convolution of its own, and where torch.fx cannot trace the encoder.
+    """
+    try:
+        graph = _Tracer().trace(model)
+    except Exception:  # as for control flow that depends on values; torch.fx and the models raise what they like
+        return
+    calls = [node for node in graph.nodes if node.op == "call_module"]
+    once = {target for target, count in Counter(node.target for node in calls).items() if count == 1}
+    for node in calls:
+        before = node.args[0]
+        alone = isinstance(before, fx.Node) and len(before.users) == 1 and once >= {node.target, before.target}
+        if not alone:
+            continue
+        convolution, norm = map(model.get_submodule, (before.target, node.target))
+        if isinstance(convolution, nn.Conv2d) and is_plain_batch_norm(norm):
+            model.set_submodule(before.target, fuse_conv_bn_eval(convolution, norm))
+            model.set_submodule(node.target, getattr(norm, "act", nn.Identity()))
+
+
+class _Tracer(fx.Tracer):
+    traced_func_name = "maps"  # of the network
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, nn.Conv2d | _BatchNorm) or super().is_leaf_module(module, name)

@@ -1,14 +1,15 @@
 """The training loss: a weighted sum of terms over the pixels that are not void.
 
+In validation every photo is a batch: some terms would depend on which photos share one.
+
 A new term is a class here, with sums over the pixels of a batch and the term's value from those of all processes, and
-its name in TERMS. A number that it takes is a field of the class, declared by constant(), and a field of Params under
-the name of the term and its own: focal_gamma.
+its name in TERMS. A number that it takes is a field of the class, a dataclass, with a default, and a field of Params
+under the name of the term and its own: focal_gamma.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import Field, dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,11 +61,6 @@ class Term:
     def value(self, sums: Mapping[str, Tensor], num_classes: int) -> Tensor:
         """Return the mean over the pixels of what "total" sums; other terms have their own formula."""
         return sums["total"] / sums["pixels"].clamp(min=1)
-
-
-def constant(default: float, low: float, high: float, meaning: str) -> Any:
-    """Declare a constant of a term, a number from low to high, as a field of a dataclass."""
-    return field(default=default, metadata={"low": low, "high": high, "meaning": meaning})
 
 
 class BinaryCrossEntropy(Term):
@@ -125,7 +121,7 @@ class BalancedCrossEntropy(Term):
 class Focal(Term):
     """Mean over pixels of (1 - q)^gamma (-log q), q = softmax(x) at the label (Lin et al., arXiv 1708.02002, eq. 4)."""
 
-    gamma: float = constant(2.0, 0, 100, "the larger, the less well-classified pixels count")
+    gamma: float = 2.0  # the larger, the less well-classified pixels count
 
     def sums(self, batch: Batch) -> dict[str, Tensor]:
         # 1 - q without the loss of digits, and at least where every power has a finite slope.
@@ -166,10 +162,10 @@ TERMS: dict[str, Callable[..., Term]] = {
 }
 
 
-def constants() -> dict[str, tuple[str, Field]]:
+def constants() -> dict[str, tuple[str, str]]:
     """Return the term and the field of every constant by its key, as focal_gamma."""
-    declared = {term: getattr(kind, "__dataclass_fields__", {}) for term, kind in TERMS.items()}
-    return {f"{term}_{name}": (term, own) for term, all_ in declared.items() for name, own in all_.items()}
+    declared = {term: getattr(kind, "__dataclass_fields__", ()) for term, kind in TERMS.items()}
+    return {f"{term}_{name}": (term, name) for term, names in declared.items() for name in names}
 
 
 class SegmentationLoss(nn.Module):
@@ -196,7 +192,7 @@ class SegmentationLoss(nn.Module):
         self.weights = {term: float(weights[term]) for term in TERMS if weights.get(term)}
         self.terms: dict[str, Term] = {}
         for term in self.weights:
-            own = {known[key][1].name: float(value) for key, value in chosen.items() if known[key][0] == term}
+            own = {known[key][1]: float(value) for key, value in chosen.items() if known[key][0] == term}
             self.terms[term] = TERMS[term](**own)
         self.over_processes = over_processes
 

@@ -37,7 +37,7 @@ def draw_sample(folder: Path) -> Path:
                 image, mask = draw_scene(np.random.default_rng([SEED, *split.encode(), index]))
                 image.save(images / f"{id_}.jpg", quality=90)
                 mask.save(masks / f"{id_}.png")
-            (unfinished / f"{split}.txt").write_text("".join(f"{id_}\n" for id_ in ids))
+            (unfinished / f"{split}.txt").write_text("".join(f"{id_}\n" for id_ in ids), encoding="utf-8")
         unfinished.rename(folder)
     except OSError:
         if not folder.exists():  # another process may have been faster

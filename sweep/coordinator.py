@@ -24,9 +24,9 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from engine.training import best_epoch, better_of, score
 from model import UserError, cores
-from params import Params
+from params import Params, comparable_over
 from sweep.space import Space, Values, choice, suggest, trial_name
-from utils import ROOT, read_history, read_json, write_json
+from utils import ROOT, read_history, read_json, write_json, write_text
 
 POLL = 0.2  # seconds between two looks at a trial
 LOG_LINES = 5  # of a failed trial
@@ -57,6 +57,13 @@ class Coordinator:
     def __post_init__(self) -> None:
         params = Params.parse(self.base, self.parent_dir / "params.json")
         self.metric, seed = params.best_metric, (params.seed + len(self.trials)) % 2**32  # as NumPy takes it
+        vary = {key for key, options in self.space.items() if not options.single()}
+        vary |= {key for values in self.trials.values() for key in self.space.keys() - values.keys()}
+        self.mixed = [key for key in comparable_over(self.metric) if key in vary]
+        if self.mixed and (self.metric == "loss" or self.tpe or self.prune_from is not None):
+            remedy = 'take another "best_metric"' if self.metric == "loss" else "run a grid, without --prune"
+            said = f'trials of different {", ".join(self.mixed)} cannot be compared by "best_metric": "{self.metric}"'
+            raise UserError(f"{self.parent_dir}: {said}; {remedy}, or a sweep for each")
         self.begun, self.misses, self.beginning = 0, 0, threading.Lock()
         self.stopping = threading.Event()  # after a signal
         self.random, tpe = RandomSampler(seed), TPESampler(seed=seed, constant_liar=True)  # running trials count as bad
@@ -143,6 +150,7 @@ class Coordinator:
         """Train, resume, or count what is trained already, and return the best epoch. Raises as objective() does."""
         values = self.base | self.trials[folder.name]
         folder.mkdir(exist_ok=True)
+        write_text(folder / ".gitignore", "*\n")  # its params.json is made here, unlike those of other experiments
         write_json(folder / "params.json", values)
         (folder / "trial.json").unlink(missing_ok=True)
         params, gpu = Params.parse(values, folder), self.gpus.pop() if self.gpus else None
@@ -153,7 +161,7 @@ class Coordinator:
         history = read_history(folder)
         if code or not history:
             how = f"killed by signal {-code}, {signal.strsignal(-code)}" if code < 0 else f"exit status {code}"
-            lines = (folder / "train.log").read_text(errors="replace").splitlines()
+            lines = (folder / "train.log").read_text(encoding="utf-8", errors="replace").splitlines()
             raise UserError("\n".join([how, *lines[-LOG_LINES:]]))
         return best_epoch(history, self.metric)
 
@@ -188,7 +196,7 @@ class Coordinator:
 
 def outcome(folder: Path) -> tuple[str, list[dict]]:
     """Return how a trial has ended, "finished" or "pruned", and its epochs; ("failed", []) for all others."""
-    with suppress(UserError, KeyError, TypeError):  # absent or damaged
+    with suppress(UserError, OSError, KeyError, TypeError):  # absent or damaged
         state, history = read_json(folder / "trial.json", if_absent="")["state"], read_history(folder)
         if state in ENDED and history:
             return state, history

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import traceback
 import urllib.request
 import warnings
@@ -87,6 +88,7 @@ def run_in_fork(args: list[str], environment: Mapping[str, str], pass_fds: Seque
         sys.argv, subprocess.Popen = args, Forked
         sys.modules |= dict.fromkeys(without)
         sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", closefd=False) for descriptor in (1, 2))
+        tempfile.tempdir = None  # of the old environment
         urllib.request.install_opener(None)  # which knows the proxies of the old environment
         logging.getLogger().handlers.clear()  # pytest's
         warnings.resetwarnings()

@@ -8,6 +8,7 @@ table.
 
 import argparse
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -170,7 +171,8 @@ class Export(Outputs):
     script = "export.py"
 
     def prepare(self) -> None:
-        export.require_packages()  # and, once for all, what else PyTorch imports for an export
+        for package in export.PACKAGES:  # and, once for all, what else PyTorch imports for an export
+            importlib.import_module(package)
         with tempfile.TemporaryDirectory() as folder:
             export.write_onnx(FCN_GCN(encoder="resnet18", pretrained=False), Path(folder, "first.onnx"), {})
         super().prepare()

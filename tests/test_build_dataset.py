@@ -3,10 +3,14 @@
 import gzip
 import hashlib
 import io
+import random
+import re
+import socket
 import sys
 import tarfile
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -137,69 +141,153 @@ def test_another_data_set_is_left_alone(tmp_path, archive):
 # ---------------------------------------------------------------------------------------------------- downloads
 
 
+WHOLE = np.random.default_rng(0).bytes(100_000)
+MD5 = hashlib.md5(WHOLE).hexdigest()
+SILENCE = 0.3
+
+
 class Handler(BaseHTTPRequestHandler):
-    """Answers with server.content[path]; counts in server.requests."""
+    """Answers in the way that the last part of the path names; keeps paths and Range headers in server.requests."""
 
     def do_GET(self):
-        self.server.requests.append(self.path)
-        if (body := self.server.content.get(self.path.rpartition("/")[2])) is None:
-            self.send_error(404)
-            return
-        self.send_response(200)
-        # A chunk that is announced and not sent in full is what a connection lost on the way looks like.
-        kind = ("Transfer-Encoding", "chunked") if body.startswith(b"chunk") else ("Content-Length", str(len(body)))
-        self.send_header(*kind)
+        way, asked = self.path.rpartition("/")[2], self.headers.get("Range", "")
+        self.server.requests.append((way, asked))
+        if way == "refuses" or (way == "half" and asked):
+            return self.reply(403, b"<html>Forbidden</html>", "text/html")
+        if way == "page":
+            return self.reply(200, b"<html>Sign in</html>", "text/html")
+        if way in ("circle", "elsewhere"):
+            return self.reply(302, b"", location={"circle": self.path, "elsewhere": self.server.other}[way])
+        if way == "silent":
+            return self.server.closing.wait(10)
+        begin = int(asked[6:-1]) if asked and way != "whole" else 0
+        if begin >= len(WHOLE):
+            return self.reply(416, b"")
+        body = (b"wrong" + WHOLE[5:] if way.startswith("wrong") else WHOLE)[begin:]
+        cut = way in ("cuts", "stalls", "chunks", "half", "wrong_chunks")
+        self.reply(206 if begin else 200, body, cut=cut, chunked=way.endswith("chunks"))
+        if way == "stalls":
+            self.server.closing.wait(10)
+
+    def reply(self, status, body, kind="application/x-tar", *, location=None, cut=False, chunked=False):
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header(*(("Transfer-Encoding", "chunked") if chunked else ("Content-Length", str(len(body)))))
+        if location:
+            self.send_header("Location", location)
         self.end_headers()
-        self.wfile.write(b"ff\r\n" + body if body.startswith(b"chunk") else body)
+        size = len(WHOLE) // 2 if self.path == "/half" else self.server.random.randint(1, len(body) + 1)
+        self.wfile.write((b"%x\r\n" % len(body) if chunked else b"") + (body[:size] if cut else body))
 
     def log_message(self, *args):
         pass
 
 
-@pytest.fixture
-def server(monkeypatch) -> Iterator[ThreadingHTTPServer]:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")  # this machine is reached without the user's proxy
+@contextmanager
+def serving(other: str = "") -> Iterator[ThreadingHTTPServer]:
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.content, server.requests = {"good": b"the archive", "damaged": b"half the arch", "lost": b"chunk"}, []
+        server.requests, server.closing, server.random, server.other = [], threading.Event(), random.Random(1), other
         server.address = f"http://127.0.0.1:{server.server_port}"
         threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
         yield server
+        server.closing.set()
         server.shutdown()
 
 
-MD5 = hashlib.md5(b"the archive").hexdigest()
+@pytest.fixture
+def server(monkeypatch) -> Iterator[ThreadingHTTPServer]:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")  # this machine is reached without the user's proxy
+    with serving() as other, serving(f"{other.address}/good") as server:
+        yield server
 
 
-def test_download_comes_from_the_first_address_that_has_it_whole(tmp_path, server):
-    for first in ("good", "absent", "damaged", "lost"):
-        folder = tmp_path / first
-        path = download([f"{server.address}/{first}", f"{server.address}/good"], folder, ARCHIVE, MD5)
-        assert path == folder / ARCHIVE and contents(folder) == {ARCHIVE: b"the archive"}
+def fetched(server, file: Path, *ways: str) -> bytes:
+    """What a download brings from a server that answers in these ways."""
+    urls = [way if ":" in way else f"{server.address}/{way}" for way in ways]
+    assert download(urls, file, MD5, "--archive", silence=SILENCE) == file
+    return file.read_bytes()
+
+
+WAYS = ["refuses", "page", "circle", "silent", "wrong", "nonsense", "stalls", "chunks", "wrong_chunks"]
+
+
+@pytest.mark.parametrize("first", WAYS)
+def test_a_download_comes_from_the_first_address_that_has_it_whole(tmp_path, server, first):
+    file = tmp_path / "new" / ARCHIVE
+    assert fetched(server, file, first, "good", "refuses") == WHOLE and contents(tmp_path / "new").keys() == {ARCHIVE}
+    assert "refuses" not in [way for way, _ in server.requests[1:]]
     server.requests.clear()
-    assert download([f"{server.address}/good"], folder, ARCHIVE, MD5) == path and server.requests == []
-    path.write_bytes(b"the arch")
-    assert download([f"{server.address}/good"], folder, ARCHIVE, MD5).read_bytes() == b"the archive"
+    assert fetched(server, file, "good") == WHOLE and server.requests == [], "nothing is fetched that is there"
 
 
-def test_a_failed_download_names_every_address_and_leaves_nothing(tmp_path, server):
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as closed:
-        port = closed.server_port
-    urls = [*(f"{server.address}/{name}" for name in ("damaged", "absent", "lost")), f"http://127.0.0.1:{port}/good"]
+@pytest.mark.parametrize("way", ["cuts", "whole", "elsewhere"])
+@pytest.mark.parametrize("before", [0, 60_000, 99_999])
+def test_a_download_that_broke_off_goes_on_where_it_was(tmp_path, server, way, before):
+    file = tmp_path / ARCHIVE
+    file.write_bytes(WHOLE[:before])  # of an earlier start, at whatever address
+    assert fetched(server, file, "silent", way) == WHOLE
+    asked = [begin for way_, begin in server.requests if way_ == way]
+    assert asked[0] == (f"bytes={before}-" if before else "") and (way != "cuts" or asked == sorted(set(asked)))
+
+
+@pytest.mark.parametrize("before", [b"of another file", b"wrong" + WHOLE[5:], WHOLE + b"more"])
+def test_wrong_bytes_of_an_earlier_start_are_fetched_anew(tmp_path, server, before):
+    (tmp_path / ARCHIVE).write_bytes(before)
+    assert fetched(server, tmp_path / ARCHIVE, "good") == WHOLE
+
+
+def test_a_failed_download_names_every_address_and_what_it_answered(tmp_path, server):
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    said = {
+        "refuses": "HTTP Error 403: Forbidden",
+        "page": "a web page",
+        "circle": "infinite loop",
+        "silent": "timed out",
+        "wrong": "another file than",
+        f"http://127.0.0.1:{port}/good": "refused",
+    }
     with pytest.raises(RunFailed) as failure:
-        download(urls, tmp_path, ARCHIVE, MD5)
-    assert all(text in str(failure.value) for text in (*urls, "--help"))
+        fetched(server, tmp_path / ARCHIVE, *said)
+    message = str(failure.value)
+    for way, answer in said.items():
+        assert re.search(rf"{re.escape(way)}: [^;]*{re.escape(answer)}", message), message
+    assert "\n" not in message and "--archive FILE" in message and "--url ADDRESS" in message
     assert contents(tmp_path) == {}
+    with pytest.raises(RunFailed, match="half: HTTP Error 403"):
+        fetched(server, tmp_path / ARCHIVE, "half", "refuses")
+    assert (tmp_path / ARCHIVE).read_bytes() == WHOLE[:50_000], "which the next start continues"
+
+
+def test_a_full_disk_is_no_fault_of_an_address(tmp_path, server):
+    (tmp_path / ARCHIVE).symlink_to("/dev/full")
+    with pytest.raises(OSError, match=f"the disk is full.*{ARCHIVE}"):
+        fetched(server, tmp_path / ARCHIVE, "good", "good")
+    assert len(server.requests) == 1
+
+
+def test_the_script_downloads_from_an_address_of_ones_own_and_from_no_other(tmp_path, server, monkeypatch):
+    archive = pack(tmp_path / ARCHIVE, official(["a"], ["b"]))
+    monkeypatch.setitem(VOC, "md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    build("--data_dir", tmp_path / "data", "--url", archive.as_uri())
+    assert find_split("voc", tmp_path / "data", "train").ids == ["a"]
+    monkeypatch.setattr(build_dataset, "VOC_FOLDERS", [server.address])
+    with pytest.raises(RunFailed, match=r"/wrong: another file than the official one\)\. The same"):
+        build("--data_dir", tmp_path / "other", "--url", f"{server.address}/wrong")
+    assert {way for way, _ in server.requests} == {"wrong"}
+    with pytest.raises(SystemExit):
+        build("--archive", archive, "--url", f"{server.address}/good")
 
 
 def test_where_nothing_can_be_downloaded_the_script_says_so_with_status_1(tmp_path, server):
     """The server poses as the proxy, so that the real addresses are asked for and never reached."""
-    server.content[ARCHIVE] = b"not VOC2012"
     proxies = dict.fromkeys(("http_proxy", "https_proxy"), server.address)
-    result = run_script("build_dataset.py", "--data_dir", tmp_path / "data", check=1, no_proxy="", **proxies)
+    flags = ("--url", f"http://example.invalid/{ARCHIVE}")
+    result = run_script("build_dataset.py", "--data_dir", tmp_path / "data", *flags, check=1, no_proxy="", **proxies)
     message = result.stderr.splitlines()[-1]
     assert message.startswith(f"build_dataset.py: error: no download of {ARCHIVE} ")
     assert "Traceback" not in result.stderr and contents(tmp_path) == {}
-    assert any(ARCHIVE in request for request in server.requests)
+    assert any(ARCHIVE in way for way, _ in server.requests)
 
 
 # ---------------------------------------------------------------------------------------------------- SBD
@@ -294,10 +382,12 @@ def test_without_scipy_sbd_says_what_to_install(voc, sbd, monkeypatch):
 
 
 def test_sbd_is_downloaded_where_no_file_is_given(voc, sbd, monkeypatch):
-    asked = []
-    monkeypatch.setattr(build_dataset, "download", lambda *args: asked.append(args) or sbd)
-    build("--sbd", "--data_dir", voc)
-    assert asked == [([SBDataset.url], voc, SBD_ARCHIVE, SBDataset.md5)] and (voc / "trainaug.txt").exists()
+    for url, more in ((sbd.as_uri(), []), ("nowhere", ["--url", sbd.as_uri()])):
+        monkeypatch.setattr(SBDataset, "url", url)
+        (voc / SBD_ARCHIVE).unlink(missing_ok=True)
+        (voc / "trainaug.txt").unlink(missing_ok=True)
+        build("--sbd", "--data_dir", voc, *more)
+        assert (voc / "trainaug.txt").exists() and (voc / SBD_ARCHIVE).exists()
 
 
 # ---------------------------------------------------------------------------------------------------- lists

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from comparing import Counts, between_seeds, difference, mIoU, read_counts, resample
+from comparing import FEW, Counts, between_seeds, difference, mIoU, read_counts, resample
 
 RUNS = ROOT / "docs" / "runs" / "recipes"
 EXPERIMENTS, RESAMPLES = 200, 300
@@ -55,7 +55,7 @@ def share_missed(ours: list[Counts], baseline: list[Counts], *, photos: int, see
 
 @pytest.mark.slow
 @pytest.mark.parametrize("baseline", ["64px_112_epochs", "64px_112_epochs_then_96px"], ids=["another", "the same"])
-@pytest.mark.parametrize(("photos", "seeds", "others"), [(60, 3, 0), (500, 3, 0), (500, 1, 3)])
+@pytest.mark.parametrize(("photos", "seeds", "others"), [(FEW, 3, 0), (500, 3, 0), (500, 1, 3)])
 def test_an_interval_leaves_out_the_truth_one_time_in_twenty(baseline, photos, seeds, others):
     ours = recipe("64px_112_epochs_then_96px")
     assert len(ours) == 3

@@ -130,6 +130,27 @@ def test_a_changed_base_is_refused_before_anything_is_written(tmp_path):
         start(tmp_path, RATES, base={"num_epochs": 3})
 
 
+@pytest.mark.parametrize(
+    ("key", "values", "metric", "tpe", "refused"),
+    [
+        ("loss_weights", [{"bce": 1}, {"dice": 1}], "loss", False, 'take another "best_metric"'),
+        ("focal_gamma", [1, 2], "loss", False, 'take another "best_metric"'),
+        ("image_size", [32, 64], "mIoU", True, "run a grid, without --prune"),
+        ("image_size", [32, 64], "mIoU", False, None),
+        ("loss_weights", [{"bce": 1}, {"dice": 1}], "mIoU", True, None),
+        ("image_size", [32], "mIoU", True, None),
+    ],
+)
+def test_trials_that_their_metric_cannot_rank_are_refused_or_not_ranked(tmp_path, key, values, metric, tpe, refused):
+    trials = [{key: value} for value in values]
+    options = {"base": {"best_metric": metric}, "tpe": tpe, "n_trials": len(values) if tpe else 0}
+    if refused:
+        with pytest.raises(UserError, match=f'trials of different {key} cannot be .*"{metric}"; {refused}, or a sweep'):
+            start(tmp_path, trials, **options)
+    else:
+        assert start(tmp_path, trials, **options).mixed == [key] * (key == "image_size" and len(values) > 1)
+
+
 def test_the_journal_is_made_anew_from_the_folders(tmp_path):
     trials = [{"learning_rate": rate, "loss_weights": {"dice": rate}} for rate in (0.1, 0.01)]
     (tmp_path / "study.journal").write_text('{"half a li')

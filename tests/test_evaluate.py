@@ -4,6 +4,7 @@ import re
 import shutil
 from argparse import Namespace
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,11 +17,15 @@ from torchvision.io import ImageReadMode, decode_image
 import utils
 from comparing import mIoU, read_counts
 from engine import checkpoints, run
+from engine.evaluation import evaluate
 from evaluate import draw_overlays, find_other, table
 from model import UserError
+from model.data_loader import SegmentationDataset, make_loader
+from model.layouts import class_names, find_split
 from model.photos import read_photo
 from model.transforms import squares, to_input
 from model.voc import palette
+from params import Params
 
 SERVER_FOLDER = "results/VOC2012/Segmentation/comp5_{}_cls"
 
@@ -104,6 +109,33 @@ def test_the_score_at_the_size_of_the_network_is_that_of_validation(experiment, 
     assert Image.open(experiment / "metrics_val_best.png").size > (1000, 500)
 
 
+def test_scores_on_other_data_have_files_of_their_own_that_say_which(experiment, trained, tmp_path):
+    _, data = trained
+    other = shutil.copytree(data, tmp_path / "street")
+    run_evaluate(experiment, other)
+    metrics = json.loads((experiment / "metrics_val@street_best.json").read_text())
+    assert metrics["data_dir"] == str(other) and (experiment / "counts_val@street_best.npz").exists()
+    assert not (experiment / "metrics_val_best.json").exists()
+    moved = json.loads((experiment / "run.json").read_text()) | {"data_dir": str(tmp_path / "gone")}
+    (experiment / "run.json").unlink()  # a link to the one that other tests read
+    utils.write_json(experiment / "run.json", moved)
+    assert run.name_of_split(experiment, "val", other) == "val", "the data have moved"
+
+
+def test_the_loss_of_validation_does_not_depend_on_the_batch(trained):
+    """Some terms are no means over photos."""
+    experiment, data = trained
+    params = Params(loss_weights={"balanced_cross_entropy": 1, "lovasz": 1, "dice": 1}, precision="fp32")
+    model, _, _ = checkpoints.load_network(experiment, "best", torch.device("cpu"))
+    split = find_split("voc", data, "val")
+    dataset = SegmentationDataset(split, class_names=class_names(split, 21), image_size=32)
+    found = [
+        evaluate(model, make_loader(dataset, batch_size=size), params, torch.device("cpu")).metrics["loss"]
+        for size in (1, 2, 3)
+    ]
+    assert found == pytest.approx([found[0]] * 3, rel=1e-5)
+
+
 def test_scales_and_flip_reach_the_predictions(experiment, trained, tmp_path):
     _, data = trained
     flags = "--scales", 1, 2, "--flip", "--save_predictions", tmp_path / "out", "--save_overlays", 1
@@ -166,15 +198,27 @@ def test_photos_on_which_two_experiments_differ_most_are_drawn_with_both(experim
     ours, theirs = (read_counts(run / absent.name) for run in (experiment, other))
     order = np.argsort(-abs(mIoU(ours.pixels) - mIoU(theirs.pixels)), kind="stable")[:2]
     assert [path.stem.split("_", 1)[1] for path in sorted(folder.iterdir())] == [ours.ids[index] for index in order]
+    with pytest.raises(UserError, match="were scored against different masks"):
+        relabelled = replace(ours, pixels=ours.pixels + 1)
+        draw_overlays(None, None, relabelled, (theirs, None), folder, Namespace(model_dir=experiment, against=other))
+    split, device = find_split("voc", data, "val"), torch.device("cpu")
+    args = Namespace(model_dir=experiment, against=other, restore_file="best", scales=[1.0], flip=False)
+    args.original_size = True
+    args.split = "val"
+    find = partial(find_other, data, names=ours.class_names, device=device)
+    assert find(split, args=args)[0].ids == ours.ids
     with pytest.raises(UserError, match="were scored on different photos"):
-        fewer = replace(ours, ids=ours.ids[:2], pixels=ours.pixels[:2])
-        draw_overlays(None, None, fewer, (theirs, None), folder, Namespace(model_dir=experiment, against=other))
+        find(replace(split, ids=split.ids[:2]), args=args)
     stale = rf"is of another checkpoint, other --scales or --flip; score {other} again"
-    args = Namespace(against=other, restore_file="best", scales=None, flip=False)
+    shutil.copy(other / "metrics_val_best_original_size.json", other / "metrics_val_best_multi_scale.json")
+    shutil.copy(absent, other / "counts_val_best_multi_scale.npz")
     with pytest.raises(UserError, match=stale):
-        find_other("val_best_original_size", {"scales": [1.0, 1.5], "flip": False}, torch.device("cpu"), args)
-    shutil.copy(experiment / absent.name, absent)
+        find(split, args=Namespace(**vars(args) | {"scales": [1.0, 1.5]}))
+    state["state_dict"]["br9.conv2.bias"][3] += 1
+    torch.save(state, other / "best.pth.tar")  # of the same epoch
+    shutil.rmtree(folder)
     assert stale in run_evaluate(experiment, data, *flags, check=2).stderr
+    assert not folder.exists(), "said before anything is written"
     assert "goes with --save_overlays" in run_evaluate(experiment, data, "--against", other, check=2).stderr
 
 
@@ -207,7 +251,7 @@ def test_a_split_whose_masks_are_all_void_is_predicted_and_not_scored(experiment
     stdout = run_evaluate(experiment, target, *save).stdout
     assert f"val of {target} has masks of nothing but void and is not scored" in stdout
     assert len([*(tmp_path / "out").rglob("*.png")]) == 3
-    assert {path.name for path in set(experiment.iterdir()) - before} <= {"overlays_val_best_original_size"}
+    assert {path.name for path in set(experiment.iterdir()) - before} <= {"overlays_val@data_best_original_size"}
 
 
 def test_predictions_of_other_classes_than_vocs_go_to_a_plain_folder_in_colours_of_their_own(

@@ -17,12 +17,13 @@ import pytest
 import torch
 from conftest import ROOT, make_data, make_experiment, run_script
 from PIL import Image
+from PIL.ExifTags import Base
 from torch import nn
 
 import export
 from engine import checkpoints, run
 from model import UserError
-from model.encoders import ENCODERS, pad_statically
+from model.encoders import ENCODERS
 from model.inference import Segmenter
 from model.net import FCN_GCN, HEADS
 from model.photos import read_photo
@@ -131,19 +132,24 @@ def test_the_file_says_what_it_is_and_nothing_of_the_machine(exported):
 
 
 @pytest.mark.parametrize(
-    ("resize", "size", "seen"),
-    [("squash", (90, 53), (32, 32)), ("letterbox", (90, 53), (19, 32)), ("letterbox", (4000, 1), (1, 32))],
+    ("resize", "size", "turned", "seen"),
+    [
+        ("squash", (90, 53), 1, (32, 32)),
+        ("letterbox", (90, 53), 6, (32, 19)),
+        ("letterbox", (4000, 1), 1, (1, 32)),
+    ],
     ids=str,
 )
 def test_the_example_of_the_page_finds_the_classes_that_evaluate_scores(
-    exported, networks, tmp_path, monkeypatch, capsys, resize, size, seen
+    exported, networks, tmp_path, monkeypatch, capsys, resize, size, turned, seen
 ):
     experiment, data, _ = exported
     (tmp_path / "experiments" / "quickstart").mkdir(parents=True)
     model = onnx.load(experiment / "best.onnx")
     next(entry for entry in model.metadata_props if entry.key == "resize").value = json.dumps(resize)
     onnx.save(model, tmp_path / "experiments" / "quickstart" / "best.onnx")
-    Image.open(data / "JPEGImages" / "val1.jpg").resize(size).save(tmp_path / "photo.jpg")
+    (exif := Image.Exif())[Base.Orientation] = turned
+    Image.open(data / "JPEGImages" / "val1.jpg").resize(size).save(tmp_path / "photo.jpg", exif=exif)
     monkeypatch.chdir(tmp_path)
     section = (ROOT / "docs" / "EXPORT.md").read_text()
     names = {}
@@ -241,7 +247,7 @@ def test_an_encoder_of_timm_is_exported_for_sides_that_are_multiples(tmp_path):
     """With TensorFlow's padding made static, the network gives the same logits; "image_size" is checked."""
     model = build(encoder="timm/tf_mobilenetv3_small_minimal_100")
     static, images = copy.deepcopy(model), torch.randn(2, 3, 96, 64)
-    pad_statically(static)
+    export.pad_statically(static)
     assert not [layer for layer in static.modules() if type(layer).__name__.endswith("Same")]
     with torch.inference_mode():
         torch.testing.assert_close(static(images), model(images))

@@ -9,7 +9,8 @@ from torchvision.models.resnet import BasicBlock
 
 from engine.checkpoints import load_weights
 from model import UserError
-from model.encoders import ENCODERS, _recomputed, fold_batch_norm
+from model.encoders import ENCODERS, _recomputed
+from model.inference import fold_batch_norm
 from model.net import BR, FCN_GCN, GCN, HEADS, _upsample
 
 

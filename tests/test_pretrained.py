@@ -9,7 +9,7 @@ from PIL import Image
 
 from engine.checkpoints import load_checkpoint
 from model.voc import CLASS_NAMES, VOID
-from params import ARCHITECTURE, INPUT, Params
+from params import NEEDED_BY_WEIGHTS, Params
 from predict import load
 
 FOLDER = ROOT / "pretrained" / "voc2012_lite0"
@@ -18,7 +18,7 @@ FOLDER = ROOT / "pretrained" / "voc2012_lite0"
 def test_it_is_small_and_is_that_of_the_experiment():
     assert (FOLDER / "best.pth.tar").stat().st_size < 8e6
     recipe, params = (Params.load(folder / "params.json") for folder in (ROOT / "experiments" / FOLDER.name, FOLDER))
-    for key in (*ARCHITECTURE, *INPUT, "image_size"):
+    for key in (*NEEDED_BY_WEIGHTS, "image_size"):
         assert getattr(recipe, key) == getattr(params, key), key
     checkpoint = load_checkpoint(FOLDER / "best.pth.tar")
     assert checkpoint["class_names"] == list(CLASS_NAMES)

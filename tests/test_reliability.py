@@ -1,15 +1,19 @@
-"""Runs that are killed, stopped, starved of disk or memory, and input of any bytes."""
+"""Runs that are killed, stopped, starved of disk or memory, on odd systems, and input of any bytes."""
 
+import errno
 import io
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import product
 from pathlib import Path
@@ -17,21 +21,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, as_network, make_data, make_experiment, paused, run_script, start_script
+from conftest import ROOT, TINY, as_network, make_data, make_experiment, paused, run_script, start_script
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 import utils
-from engine import checkpoints
+from engine import checkpoints, cli, run
+from engine.run import sole_run
 from engine.training import Training
 from model import UserError
-from model.layouts import find_split
+from model.data_loader import SegmentationDataset, make_loader
+from model.layouts import Split, find_split
 from model.net import FCN_GCN
-from model.photos import read_example, read_mask, read_photo
+from model.photos import read_mask, read_photo
 from model.sample import draw_scene
 from model.transforms import to_square
-from model.voc import colour_mask
+from model.voc import CLASS_NAMES, colour_mask
 from params import Params
 from train import backward
 
@@ -219,6 +225,129 @@ def test_a_reader_who_leaves_costs_no_traceback_and_no_epoch(tmp_path, data):
     assert "trained 2 of 2 epochs" in (experiment / "train.log").read_text()
 
 
+# ---------------------------------------------------------------------------------------- loader processes
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+def test_a_name_that_is_too_long_for_the_sockets_of_loader_processes_is_one_line(script, trained, experiment, tmp_path):
+    (folder := tmp_path / ("x" * 90)).mkdir()
+    flags = ["--model_dir", experiment, "--data_dir", trained[1], *(["--overwrite"] if script == "train.py" else [])]
+    stderr = run_script(script, *flags, check=1, TMPDIR=str(folder)).stderr
+    assert stderr.startswith(f"{script}: error: loader processes have failed (OSError: AF_UNIX path too long")
+    assert stderr.endswith(
+        '; set TMPDIR to a folder with a shorter name, or set "num_workers" lower, or to 0 for none\n'
+    )
+    assert stderr.count("\n") == 1 and ("--resume" in stderr) == (script == "train.py")
+
+
+class Unsendable:
+    """A batch that raises an error when it is sent, or ends its process then."""
+
+    def __init__(self, error: Exception | None):
+        self.error = error
+
+    def __reduce__(self):
+        if self.error is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise self.error
+
+
+class OwnError(RuntimeError):
+    pass
+
+
+class Unnamed(Exception):
+    """Cannot be sent itself: it is not found by its name."""
+
+
+Unnamed.__qualname__ = "nowhere"
+
+
+SHARED = "unable to open shared memory object </torch_1_2>: "
+LOADERS = r"^loader processes have failed \(.*\); {}, or set \"num_workers\" lower, or to 0 for none$"
+
+
+@pytest.mark.parametrize(
+    ("sent", "error", "said"),
+    [
+        (True, RuntimeError(f"{SHARED}No space left (28)"), LOADERS.format(r".*\(docker run --shm-size 8g\)")),
+        (False, RuntimeError(f"{SHARED}Too many open files (24)"), LOADERS.format(r".*\(ulimit -n 65536\)")),
+        (True, None, LOADERS.format("memory may have been short")),
+        (False, FileNotFoundError(2, "No such", "a.jpg"), r"^FileNotFoundError: \[Errno 2\] No such: 'a\.jpg'$"),
+        (True, UserError("a.jpg is no photo"), r"^a\.jpg is no photo$"),
+        (True, Unnamed("last"), r"(?s)Caught RuntimeError in .*nowhere: last"),  # a traceback: the code is wrong
+        (False, OwnError("first\nlast"), r"(?s)Caught OwnError in .*OwnError: first\nlast$"),
+    ],
+)
+def test_what_ends_a_loader_process_is_raised_in_the_main_process(sent, error, said):
+    """Where a batch is made, and where a thread sends it."""
+
+    def collate(examples):
+        if sent:
+            return Unsendable(error)
+        raise error
+
+    with pytest.raises(Exception) as caught:
+        next(iter(make_loader(list(range(4)), batch_size=2, num_workers=1, collate=collate)))
+    assert re.search(said, (cli.explained(caught.value) or (1, str(caught.value).strip()))[1])
+
+
+@pytest.mark.slow
+def test_compiling_without_a_compiler_is_one_line(tmp_path, monkeypatch):
+    for name, value in {"PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "g++"))
+    with pytest.raises(Exception) as caught:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(100))
+    status, line = cli.explained(caught.value)
+    assert status == 1 and line.startswith('"compile" is true, but: ') and "\n" not in line
+    assert "C++ compiler" in line and line.endswith("; install what is missing, or set it to false")
+
+
+# ---------------------------------------------------------------------------------------- locks
+
+HOLD = """
+import fcntl, pathlib, sys
+def refuse(*args):
+    raise OSError(int(sys.argv[1]), "no locks here")
+fcntl.flock = refuse
+from model import locked
+held = [locked(pathlib.Path(file)) for file in sys.argv[2:]]
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_does(tmp_path, data, monkeypatch, caplog, number):
+    def refuse(*args):
+        raise OSError(number, "no locks here")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    monkeypatch.setattr(run, "LOCK_PATIENCE", 0.1)
+    experiment, split = make_experiment(tmp_path / "run"), find_split("voc", data, "val")
+    (data / ".cache").mkdir()
+    files = [experiment / ".lock", data / ".cache" / "val-32px-21classes.lock"]
+    command = [sys.executable, "-c", HOLD, str(number), *map(str, files)]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
+    assert holder.stdout.readline() == b"held\n"
+    assert run.is_running(experiment)
+    with pytest.raises(UserError, match=rf"in {experiment}; .* \(or delete {files[0]}\.held if"), sole_run(experiment):
+        pass
+    with ThreadPoolExecutor(1) as pool:
+        dataset = pool.submit(SegmentationDataset, split, class_names=CLASS_NAMES, image_size=32)
+        while "delete it if there is none" not in caplog.text:
+            time.sleep(0.01)
+        holder.kill()
+        holder.wait()
+        assert len(dataset.result(timeout=60)) == 3
+    assert not run.is_running(experiment)
+    with sole_run(experiment):
+        assert Path(f"{files[0]}.held").exists()
+    assert [*tmp_path.rglob("*.held")] == []
+    holder.communicate()
+
+
 # ---------------------------------------------------------------------------------------- disk and memory
 
 
@@ -398,7 +527,7 @@ def test_any_photo_and_any_mask(tmp_path, data):
     photo, mask = tmp_path / "a.jpg", tmp_path / "a.png"
     photo.write_bytes(data.draw(st.just(PHOTO) | mutated(PHOTO)))
     mask.write_bytes(data.draw(mutated(MASK) | st.binary(max_size=30)))
-    only_user_errors(read_example, photo, mask, image_size=32, num_classes=21)
+    only_user_errors(Split("a", ["a"], [photo], [mask]).read, 0, 21)
 
 
 MODES = ("RGB", "RGBA", "CMYK", "LAB", "L", "P", "1", "I;16", "F")
@@ -439,7 +568,7 @@ def test_any_image_of_any_format(tmp_path, monkeypatch, kind):
     sound, path = colour_mask(np.zeros((16, 24), np.uint8)), tmp_path / f"a.{'jpg' if kind == 'photo' else 'png'}"
     ways = {
         "photo": lambda: to_square(read_photo(path), sound, 32, "squash"),
-        "mask": lambda: read_mask(path, (24, 16), 255),
+        "mask": lambda: read_mask(path, Image.new("RGB", (24, 16)), 255),
     }
 
     @settings(deadline=None)

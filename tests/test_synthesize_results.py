@@ -148,11 +148,15 @@ def test_the_metric_that_chose_the_epochs_sorts_the_table(tmp_path):
         worst = {} if name == "a" else {"worst_IoU": None if name == "b" else 0.4}
         write_history(folder, [epoch(n, n / 10, loss=loss, **worst) for n, loss in enumerate(losses, 1)])
     rows = synthesize(tmp_path).rows
-    assert [(row["name"], row["loss"], row["best_epoch"]) for row in rows] == [
-        ("c", "0.1000", "1"),
-        ("b", "0.2000", "2"),
-        ("a", "0.3000", "1"),
-    ]
+    ranked = [("c", "0.1000", "1"), ("b", "0.2000", "2"), ("a", "0.3000", "1")]
+    assert [(row["name"], row["loss"], row["best_epoch"]) for row in rows] == ranked
+    other = experiment(tmp_path / "d", [0.1], best_metric="loss", loss_weights={"bce": 0.01})
+    write_history(other, [epoch(1, 0.1, loss=0.01)])
+    names = [row["name"] for row in synthesize(tmp_path).rows]
+    assert names in (["d", "c", "b", "a"], ["c", "b", "a", "d"]), "another loss is not ranked among these"
+    write_history(other, [epoch(1, 0.1, loss=0.25)])
+    assert [row["name"] for row in synthesize(tmp_path).rows] == names
+    shutil.rmtree(other)
     assert [row["worst_IoU"] for row in synthesize(tmp_path, "--sort", "worst_IoU").rows] == ["0.4000", "-", "-"]
 
 
@@ -193,7 +197,9 @@ def test_a_damaged_file_is_a_row_and_not_a_crash(tmp_path, file, content):
 def test_an_experiment_without_results_is_a_row(tmp_path):
     experiment(tmp_path / "sweep" / "new")
     (tmp_path / "sweep" / "lost").mkdir()
-    (tmp_path / "sweep" / "lost" / "metrics_val_best_weights.json").write_text("{}")
+    (tmp_path / "sweep" / "lost" / "last.pth.tar").touch()
+    (tmp_path / "sweep" / "docs").mkdir()
+    (tmp_path / "sweep" / "docs" / "curves.png").touch()
     rows = synthesize(tmp_path / "sweep").rows
     assert {row["name"]: row["state"] for row in rows} == {"new": "not started", "lost": "unreadable"}
     assert not (tmp_path / "sweep" / "results.png").exists()
@@ -345,6 +351,32 @@ def test_over_seeds_has_a_row_for_runs_that_differ_in_their_seed_only(tmp_path):
     assert (sweep / "results.png").read_bytes() == finished_only, "the plot is of the runs that the table counts"
 
 
+def test_what_changes_no_result_is_in_no_table_and_what_a_run_began_from_is(tmp_path):
+    for seed, options in ((1, {"num_workers": 0}), (2, {"num_workers": 2, "compile": True, "num_channels": 32})):
+        experiment(tmp_path / f"a__seed_{seed}", [0.2 * seed], seed=seed, **options)
+        folder = experiment(tmp_path / f"b__seed_{seed}", [0.3 * seed], seed=seed)
+        began = [{"init_from": "0123456789abcdef"}, {"argv": ["train.py", "--init_from", "x.pth.tar"]}][seed - 1]
+        (folder / "run.json").write_text(json.dumps(began))
+    rows = {row["name"]: row for row in synthesize(tmp_path).rows}
+    assert [rows[f"{name}__seed_{seed}"]["init_from"] for name in "ab" for seed in (1, 2)] == [
+        *("-", "-", "0123456789abcdef", "x.pth.tar")
+    ]
+    assert not {"num_workers", "compile", "num_channels"} & {*rows["a__seed_1"]}
+    rows = {row["name"]: row for row in synthesize(tmp_path, "--over_seeds").rows}
+    assert {name: row["seeds"] for name, row in rows.items()} == {"a": "1 2", "b__seed_1": "1", "b__seed_2": "2"}
+
+
+def test_a_run_and_its_copy_are_one_seed(tmp_path):
+    for name in ("a copy of it", "it"):
+        experiment(tmp_path / name, [0.3], seed=1, num_epochs=1 + (name != "it"))
+    experiment(tmp_path / "third", [0.5], seed=2)
+    shutil.copytree(tmp_path / "it", tmp_path / "twin")
+    result = synthesize(tmp_path, "--over_seeds", "--sort", "seeds")
+    assert [(row["seeds"], row["mIoU"]) for row in result.rows if row["state"] == "2 finished"] == [("1 2", "0.4000")]
+    assert "twin: finished, not counted, for it has another run of its seed" in result.err
+    assert result.err.count("not counted") == 1 and "not counted" not in synthesize(tmp_path).err
+
+
 @pytest.mark.parametrize(
     "names, expected",  # "name:batch_size", the batch size in place of all that is not the seed
     [
@@ -424,6 +456,44 @@ def test_every_row_is_compared_with_the_baseline_on_every_split(tmp_path):
     assert [row["good"].partition(") ")[2] for row in classes] == ["better", "better", "better", "few photos"]
     file = {row["name"]: row for row in results_csv(sweep)}
     assert float(file["good"]["test_low"]) > 0 and file["sample"]["test_low"] == ""
+
+
+def test_scores_of_other_weights_than_the_best_epochs_are_not_shown_nor_compared(tmp_path):
+    """As after a resume from an earlier checkpoint, where the number of the best epoch is the same again."""
+    rng = np.random.default_rng(3)
+    first = simulated(rng, 60, quality=0.2)
+    for name, quality in (("old", 0.2), ("new", 0.9)):
+        scored(tmp_path / name, simulated(rng, 60, quality=quality, shared=first.labelled), "val")
+        digest(tmp_path / name, "metrics_val_best_weights.json", name)
+        digest(tmp_path / name, "metrics_val_best_original_size.json", name)
+    rows = {row["name"]: row for row in synthesize(tmp_path, "--baseline", "old").rows}
+    assert rows["new"]["val_verdict"].startswith("better")
+    digest(tmp_path / "new", "metrics_val_best_weights.json", "of another network")
+    result = synthesize(tmp_path, "--baseline", "old")
+    rows = {row["name"]: row for row in result.rows}
+    assert (rows["new"]["val_original_size_mIoU"], rows["new"]["val_verdict"]) == ("-", "-")
+    assert result.err == (
+        "new: finished, metrics_val_best_original_size.json: not of the weights of the best epoch; "
+        "score again with evaluate.py\n"
+    )
+    with pytest.raises(UserError, match="it needs finished runs with counts of their photos; score each"):
+        synthesize(tmp_path, "--baseline", "new")
+
+
+def digest(folder: Path, file: str, weights: str) -> None:
+    """Let a file of metrics be of weights."""
+    metrics = json.loads((folder / file).read_text()) if (folder / file).exists() else {"epoch": 1}
+    (folder / file).write_text(json.dumps(metrics | {"weights": weights}))
+
+
+def test_nothing_is_said_of_few_photos(tmp_path):
+    rng = np.random.default_rng(0)
+    shared = simulated(rng, 9, quality=0.2).labelled
+    for name, quality in (("old", 0.1), ("new", 0.9)):
+        scored(tmp_path / name, simulated(rng, 9, quality=quality, shared=shared), "val")
+    new, _ = synthesize(tmp_path, "--baseline", "old").rows
+    assert [new[f"val_{column}"] for column in ("low", "high", "verdict")] == ["-", "-", "few photos"]
+    assert float(new["val_difference"]) > 0.2
 
 
 def test_seeds_are_compared_as_one(tmp_path):

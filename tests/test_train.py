@@ -8,13 +8,16 @@ import re
 import shutil
 import sys
 import warnings
+from argparse import Namespace
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, as_network, make_data, make_experiment, run_script
+from conftest import TINY, as_network, make_data, make_experiment, run_script, start_script
 from PIL import Image
 from torch import nn
 
@@ -24,7 +27,7 @@ from engine import checkpoints, run, training
 from engine.devices import M_MMAP_MAX, M_TRIM_THRESHOLD, reuse_memory
 from engine.evaluation import evaluate
 from engine.training import Training
-from model import UserError
+from model import UserError, cores
 from model.data_loader import SegmentationDataset, make_loader
 from model.layouts import Split, class_names, find_split
 from model.losses import SegmentationLoss
@@ -152,6 +155,7 @@ def test_evaluate_gives_exactly_the_score_of_training(finished):
     result = run_script("evaluate.py", "--model_dir", experiment, "--data_dir", data)
     written = json.loads((experiment / "metrics_val_best.json").read_text())
     assert written == best | {"image_size": 32, "resize": "squash"}
+    assert best["weights"] == checkpoints.weights_digest(weights(experiment, "best"))
     assert f"| mIoU                   | {best['mIoU']:7.4f} |" in result.stdout
     assert [line.split("|")[1].strip() for line in result.stdout.splitlines()[2:4]] == ["background", "aeroplane"]
     run_script(
@@ -227,6 +231,16 @@ def test_what_an_epoch_leaves_is_written_anew_from_the_checkpoint(finished, tmp_
     assert not list(cut.glob(".*.tmp"))
 
 
+def test_a_best_checkpoint_of_a_network_that_is_gone_is_not_taken_for_this_runs(finished, tmp_path):
+    experiment, _, _ = finished
+    digest = json.loads((experiment / "metrics_val_best_weights.json").read_text())["weights"]
+    assert run.holds(experiment / "best.pth.tar", digest) and run.holds(experiment / "best.pth.tar", None)
+    state = checkpoints.load_checkpoint(experiment / "best.pth.tar")
+    state["state_dict"]["br9.conv2.bias"][3] += 1e-3
+    torch.save(state, tmp_path / "best.pth.tar")
+    assert not run.holds(tmp_path / "best.pth.tar", digest) and not run.holds(tmp_path / "absent.pth.tar", None)
+
+
 @pytest.mark.parametrize("begins", [False, True], ids=["ends", "begins"])
 def test_the_best_weights_stay_those_that_were_scored_where_averaging_begins_or_ends(finished, tmp_path, begins):
     experiment, data, _ = finished
@@ -264,7 +278,11 @@ def test_set_takes_the_place_of_params_json_also_in_a_resume_and_in_prediction(d
 
 @pytest.mark.parametrize(
     ("value", "said"),
-    [("image_size=3", '"image_size" is 3'), ("size=3", 'unknown key "size"'), ("x", "give every key once")],
+    [
+        ("image_size=3", '"image_size" is 3'),
+        ("size=3", 'did you mean "batch_size" or "image_size" or "kernel_size"?'),
+        ("x", "give every key once"),
+    ],
 )
 def test_a_mistake_in_set_is_named(data, tmp_path, monkeypatch, value, said):
     assert said in mistake(monkeypatch, make_experiment(tmp_path / "run"), data, "--set", value)
@@ -283,8 +301,10 @@ def test_params_that_were_edited_after_the_training_count_as_they_were_and_are_n
 def test_a_resume_takes_the_data_of_the_run(finished, tmp_path):
     experiment, data, _ = finished
     again = shutil.copytree(experiment, tmp_path / "run")
-    run_script("train.py", "--model_dir", again, "--resume", "--set", "num_epochs=3")
+    said = run_script("train.py", "--model_dir", again, "--resume", "--set", "num_epochs=3").stdout
     assert json.loads((again / "run.json").read_text())["resumed"][0]["data_dir"] == str(data)
+    # Under a cosine the raised number of epochs lifts the rate again.
+    assert "changed since: num_epochs, so the learning rate, 0.000146 in the last step, 0.00025 in the next\n" in said
 
 
 def test_overwrite_leaves_nothing_of_the_earlier_run(data, tmp_path):
@@ -312,8 +332,8 @@ def test_without_data_one_line_names_the_two_ways_on(tmp_path):
         ({"batch_size": 7}, [], '"batch_size" is 7, but train has 6 images'),
         ({"train_split": "trainaug"}, [], "trainaug.txt; splits here: train, val"),
         ({}, ["--init_from", "nowhere.pth.tar"], "no checkpoint nowhere.pth.tar"),
-        ({"image_size": 32, "stem_maxpool": True, "batch_size": 5}, [], "leaves a batch of one among 6 images"),
-        ({"image_size": 32, "stem_maxpool": True, "batch_size": 1}, [], "leaves a batch of one among 6 images"),
+        ({"image_size": 32, "stem_maxpool": True, "batch_size": 5}, [], "leaves a batch of 1 among 6 images"),
+        ({"image_size": 32, "stem_maxpool": True, "batch_size": 1}, [], "leaves a batch of 1 among 6 images"),
         ({"batch_size": 1, "cutmix": 0.5}, [], 'which has only one; raise "batch_size"'),
     ],
 )
@@ -331,6 +351,14 @@ def test_a_mistake_ends_with_status_2(data, tmp_path):
     assert "class index" in stderr
     assert "Traceback" not in stderr
     assert "give one of them" in run_train(experiment, data, "--restore_file", "last", "--overwrite", check=2).stderr
+
+
+@pytest.mark.parametrize("given", [["--learning-rate", "1e-3"], ["--learning_rate=1e-3"]], ids=str)
+def test_a_key_of_params_json_as_a_flag_is_told_of_set(monkeypatch, capsys, given):
+    monkeypatch.setattr(sys, "argv", ["train.py", *given])
+    with pytest.raises(SystemExit):
+        train.parse_args()
+    assert capsys.readouterr().err.endswith("; a key of params.json is set by --set KEY=VALUE\n")
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
@@ -354,6 +382,14 @@ def test_objects_painted_in_255_are_no_perfect_score(data, tmp_path):
     experiment = make_experiment(tmp_path / "run", num_classes=2)
     assert "hold one class and void (255)" in run_train(experiment, data, check=2).stderr
     assert not (experiment / "last.pth.tar").exists()
+
+
+def test_photos_of_val_that_are_trained_on_are_counted_in_the_log(data, tmp_path):
+    shutil.copy(data / "train.txt", data / "val.txt")
+    experiment = make_experiment(tmp_path / "run", num_epochs=1)
+    run_train(experiment, data)
+    line = "6 of 6 photos of val are, or nearly are, one of train: train0 and train0, for example; scores of val"
+    assert (experiment / "train.log").read_text().count(line) == 1
 
 
 @pytest.mark.slow
@@ -500,6 +536,24 @@ def test_a_group_of_batches_steps_on_the_mean_of_their_losses(data):
     torch.testing.assert_close(train_tiny(data, **options).model.gcn2.conv_l1.weight, expected)
 
 
+def test_a_smaller_last_batch_weighs_by_its_images():
+    """Sixteen photos and one, accumulated, have the gradient of the seventeen at once; equal batches as ever."""
+    images = torch.randint(256, (17, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    labels, sizes = images[:, 0] % 3, [16, 1]
+    criterion = SegmentationLoss({"bce": 1.0, "cross_entropy": 1.0})
+    steps = {}
+    for count in (1, 2):
+        torch.manual_seed(0)
+        params = Params(accumulation_steps=count, momentum=0.0, weight_decay=0.0, num_classes=3, precision="fp32")
+        steps[count] = Training(as_network(nn.Conv2d(3, 3, 3, padding=1)), params, 2)
+    train.train_step(steps[1], criterion, images, labels, batch_size=17)
+    for step, (x, y) in enumerate(zip(images.split(sizes), labels.split(sizes), strict=True)):
+        shared, last = steps[2].accumulation(step, sizes)
+        train.train_step(steps[2], criterion, x, y, batch_size=sizes[step], accumulated=shared, updates=last)
+    torch.testing.assert_close(steps[2].model.weight, steps[1].model.weight, rtol=0, atol=1e-8)
+    assert [steps[2].accumulation(step, [5, 5, 5]) for step in range(3)] == [(2, False), (2, True), (1, True)]
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_clipping_bounds_the_step(precision):
     training = linear_training(clip_grad_norm=0.5, learning_rate=0.1, precision=precision)
@@ -603,6 +657,19 @@ def test_freed_memory_is_kept_unless_the_environment_says_how_much():
             assert after < 300 if variables else after >= 3000  # of 6000
 
 
+@pytest.mark.skipif(cores() < 2 or not Path("/proc/self/task").exists(), reason="needs two cores, and Linux")
+def test_processes_of_the_validation_loader_start_before_a_step_has_taken_memory(data, tmp_path):
+    experiment = make_experiment(tmp_path / "run", num_epochs=1)
+    run_script("train.py", "--model_dir", experiment, "--data_dir", data)
+    again = ("--model_dir", experiment, "--data_dir", data, "--resume", "--set", "num_workers=2")  # trains no epoch
+    process, most = start_script("train.py", *again), 0
+    while process.poll() is None:
+        with suppress(OSError):  # it has just ended
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            most = max(most, len(children))
+    assert process.returncode == 0 and most >= 2  # git, which is asked for the commit, is one at most
+
+
 def test_metrics_of_training_count_every_batch(data):
     loader = loader_of(data, batch_size=2)
     labels = torch.cat([batch.flatten() for _, batch, _ in loader]).long()
@@ -687,9 +754,6 @@ def test_the_metric_of_params_json_chooses_the_best_epoch():
             training.metrics["best"]["epoch"],
             training.stop_reason,
         )
-        assert run.best_line(training) == f"best {key} {values[training.best_epoch - 1][key]:.4f} at epoch " + str(
-            training.best_epoch
-        )
     stopped = "stopped early after epoch 3: no better loss in 1 epochs"
     assert found == {("mIoU", None): (1, 1, None), ("loss", None): (2, 2, None), ("loss", 1): (2, 2, stopped)}
 
@@ -741,6 +805,31 @@ def test_resume_refuses_by_name_what_must_not_change(finished, tmp_path, monkeyp
     assert f'was trained with "{key}": ' in mistake(monkeypatch, changed, data, "--restore_file", "last")
 
 
+@pytest.mark.parametrize(
+    ("best_metric", "key", "value", "refused"),
+    [
+        ("mIoU", "image_size", 64, True),
+        ("mIoU", "loss_weights", {"bce": 1}, False),
+        ("loss", "loss_weights", {"bce": 1}, True),
+        ("loss", "focal_gamma", 1, True),
+    ],
+)
+def test_a_resume_keeps_what_its_best_epoch_was_measured_by(
+    finished, tmp_path, monkeypatch, best_metric, key, value, refused
+):
+    experiment, data, _ = finished
+    state = checkpoints.load_checkpoint(experiment / "last.pth.tar")
+    state["params"]["best_metric"] = best_metric
+    folder = make_experiment(tmp_path / "run", **state["params"] | {key: value})
+    torch.save(state, folder / "last.pth.tar")
+    args = Namespace(model_dir=folder, data_dir=data, resume=True, overwrite=False, init_from=None, set={})
+    if not refused:
+        assert run.begin(args, torch.device("cpu"))
+        return
+    with pytest.raises(UserError, match=rf'with "{key}": .*; set it back, or start another run from .* --init_from'):
+        run.begin(args, torch.device("cpu"))
+
+
 def test_a_resume_with_other_class_names_is_refused_by_the_first(finished, tmp_path, monkeypatch):
     experiment, data, _ = finished
     shutil.copytree(experiment, tmp_path / "run")
@@ -762,6 +851,7 @@ def test_weights_alone_can_start_a_run_but_not_continue_one(finished, tmp_path):
     assert json.loads((old / "metrics_val_best.json").read_text())["epoch"] == 7
     new = make_experiment(tmp_path / "new", num_epochs=1, learning_rate=1e-12)
     run_train(new, data, "--init_from", old / "best.pth.tar")
+    assert json.loads((new / "run.json").read_text())["init_from"] == checkpoints.weights_digest(state)
     torch.testing.assert_close(weights(new)["gcn1.conv_l1.weight"], state["gcn1.conv_l1.weight"])
 
 
@@ -794,6 +884,15 @@ def test_init_from_refuses_any_other_misfit_by_name(tmp_path):
     torch.save({"state_dict": network().state_dict(), "params": {"kernel_size": 9}}, file)
     with pytest.raises(UserError, match=r'was trained with "kernel_size": 9, params\.json says 7; set it back'):
         checkpoints.init_from(network(), file, Params())
+
+
+def test_init_from_says_what_is_not_as_it_was_for_the_weights(tmp_path):
+    file, model = tmp_path / "x.pth.tar", network()
+    then = {"encoder": TINY["encoder"], "stem_maxpool": True, "image_size": 64, "learning_rate": 0.5}
+    torch.save({"state_dict": model.state_dict(), "params": then}, file)
+    now = Params(encoder=TINY["encoder"], resize="letterbox")
+    (said,) = checkpoints.init_from(model, file, now)
+    assert said.endswith('other values: "stem_maxpool" true -> false, "resize" "squash" -> "letterbox"')
 
 
 @pytest.mark.slow

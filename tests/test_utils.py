@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import subprocess
 import tomllib
 from dataclasses import asdict, fields
 from itertools import chain
@@ -71,7 +72,7 @@ def test_every_default_is_allowed_and_every_key_refuses_nonsense(key):
         ('{"batch_size": 0}', ['"batch_size" is 0', "an integer of at least 1"]),
         ('{"batch_size": 2.0}', ['"batch_size" is 2.0', "an integer"]),
         ('{"learning_rate": "0.1"}', ['"learning_rate" is "0.1"', "a number above 0"]),
-        ('{"learning_rate": NaN}', ["NaN is not a number"]),
+        ('{"learning_rate": NaN}', ['"learning_rate" is NaN', "a number above 0"]),
         ('{"learning_rate": 1e999}', ['"learning_rate" is Infinity']),
         ('{"learning_rate": 1' + 400 * "0" + "}", ['"learning_rate" is 1000']),
         ('{"optimizer": "nonesuch"}', ['"optimizer" is "nonesuch"', '"sgd", "adamw"']),
@@ -99,6 +100,36 @@ def test_a_fault_in_params_json_names_file_key_value_and_what_is_allowed(tmp_pat
     assert str(tmp_path / "params.json") in str(caught.value)
     assert [words for words in said if words not in str(caught.value)] == []
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("lr", '"learning_rate"'),
+        ("WD", '"weight_decay"'),
+        ("bs", '"batch_size"'),
+        ("epochs", '"num_epochs" or "warmup_epochs"'),
+        ("grad_clip", '"clip_grad_norm"'),
+        ("kernal_size", '"kernel_size"'),
+    ],
+)
+def test_an_unknown_key_names_the_known_ones_that_are_meant(key, meant):
+    assert Params.fault(key, 1) == f'unknown key "{key}"; did you mean {meant}?'
+
+
+@pytest.mark.parametrize("value", [[320, 240], "320x240"])
+def test_photos_that_are_no_squares_are_told_of_letterbox(value):
+    assert '"resize": "letterbox"' in Params.fault("image_size", value)
+    assert "letterbox" not in Params.fault("image_size", 8)
+
+
+def test_a_number_is_one_value_however_json_writes_it():
+    whole = {"weight_decay": 0, "clip_grad_norm": 1, "loss_weights": {"bce": 1}, "batch_size": 4, "ema_decay": None}
+    written = asdict(Params.parse(whole, ""))
+    assert json.dumps(written) == json.dumps(
+        asdict(Params.parse(whole | {"weight_decay": 0.0, "clip_grad_norm": 1.0, "loss_weights": {"bce": 1.0}}, ""))
+    )
+    assert (type(written["batch_size"]), type(written["weight_decay"]), written["ema_decay"]) == (int, float, None)
 
 
 def test_null_is_allowed_only_where_it_is_the_default(tmp_path):
@@ -148,6 +179,16 @@ def test_a_file_may_have_the_longest_name_there_is(tmp_path):
         assert (tmp_path / name).read_text() == "text"
 
 
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-8"])
+def test_a_folder_may_have_any_name_whatever_the_encoding_of_the_terminal(tmp_path, encoding):
+    folder = tmp_path / os.fsdecode(b"\xff\xe6\x95\xb0")
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.stdout.reconfigure(encoding={encoding!r})"
+    code += "; import build_dataset as b; b.run_main(lambda: b.main(b.parse_args()))"
+    (script := tmp_path / "script.py").write_text(code)
+    result = run_script(script, "--sample", "--data_dir", folder)
+    assert "the sample is in" in result.stdout and (folder / "sample").is_dir()
+
+
 def test_json_never_holds_nan(tmp_path):
     with pytest.raises(ValueError):
         utils.write_json(tmp_path / "x.json", {"loss": float("nan")})
@@ -188,6 +229,40 @@ def test_an_absent_checkpoint_lists_those_there_are(tmp_path):
     checkpoints.save_checkpoint({"state_dict": {}}, tmp_path / "last.pth.tar")
     with pytest.raises(UserError, match=r"no checkpoint .*best\.pth\.tar; in this folder: last\.pth\.tar"):
         checkpoints.load_checkpoint(tmp_path / "best.pth.tar")
+
+
+def test_weights_under_the_names_of_a_wrapper_are_read_as_the_networks(tmp_path):
+    for prefix in ("module.", "_orig_mod.", "_orig_mod.module."):
+        torch.save({"state_dict": {f"{prefix}{name}": torch.ones(1) for name in "ab"}}, tmp_path / "x.pth.tar")
+        assert [*checkpoints.load_checkpoint(tmp_path / "x.pth.tar")["state_dict"]] == ["a", "b"]
+    torch.save({"state_dict": {"module.a": torch.ones(1), "b": torch.ones(1)}}, tmp_path / "x.pth.tar")
+    assert [*checkpoints.load_checkpoint(tmp_path / "x.pth.tar")["state_dict"]] == ["module.a", "b"]
+
+
+def test_a_digest_is_of_names_values_and_types_and_not_of_how_they_lie_in_memory():
+    weights = {"a": torch.arange(16.0).view(1, 4, 2, 2), "count": torch.tensor(3)}
+    digest = checkpoints.weights_digest(weights)
+    assert len(digest) == 16 and int(digest, 16)
+    tensor = weights["a"]
+    assert checkpoints.weights_digest(weights | {"a": tensor.to(memory_format=torch.channels_last)}) == digest
+    for other in (tensor + torch.eye(2), tensor.half(), tensor.bfloat16(), tensor.view(4, 4), tensor[:, :0]):
+        assert checkpoints.weights_digest(weights | {"a": other}) != digest
+
+
+def test_git_takes_what_is_written_by_hand_below_experiments_and_no_results():
+    paths = [
+        "params.json",
+        "a/params.json",
+        "a/b/c/search_space.json",
+        "a/results.md",
+        "a/b/last.pth.tar",
+        "results.md",
+    ]
+    command = ["git", "-C", ROOT, "check-ignore", "--no-index", *(f"experiments/{path}" for path in paths)]
+    ignored = subprocess.run(command, capture_output=True, text=True)
+    if ignored.returncode > 1:
+        pytest.skip("no git repository")
+    assert ignored.stdout.split() == [f"experiments/{path}" for path in paths[3:]]
 
 
 def test_other_torch_files_are_not_taken_for_checkpoints(tmp_path):

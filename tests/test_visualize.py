@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from evaluate import confusion_figure
 from model.voc import CLASS_NAMES, ERROR_COLOUR, VOID, VOID_COLOUR, colour_mask, palette, voc_palette
-from visualize import MARGIN, TEXT, comparison, confusion_figure, error_picture, overlay, training_curves
+from visualize import MARGIN, TEXT, comparison, error_picture, overlay, training_curves
 
 STREETS = ("road", "sky", "car")
 

@@ -1,0 +1,427 @@
+"""What people's data really look like: each form is read, or refused in a line that says what to do."""
+
+import re
+import shutil
+import struct
+import unicodedata
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageEnhance
+from test_data_loader import arrays, blank, load, mask, paint, photo
+
+from build_dataset import write_lists
+from model import UserError
+from model.data_loader import SegmentationDataset, seen_in_training
+from model.inference import OriginalDataset
+from model.layouts import class_names, find_split
+from model.photos import check_palette, read_mask, read_photo
+from model.voc import CLASS_NAMES, VOID, palette
+
+Change = Callable[[np.ndarray, Path], None]
+
+
+def masks(data: Path, change: Change) -> None:
+    """Let change(indices, path) write every mask anew."""
+    for path in (data / "SegmentationClass").iterdir():
+        with Image.open(path) as image:
+            indices = np.array(image)
+        change(indices, path)
+
+
+def said(data: Path, **options) -> str:
+    """What is said of the masks of train, in one line or a few."""
+    with pytest.raises(UserError) as fault:
+        load(data, cache=False, **options)
+    assert str(fault.value).count("\n") <= 3
+    return str(fault.value)
+
+
+def save(array: np.ndarray, path: Path, **options) -> None:
+    Image.fromarray(array).save(path, **options)
+
+
+# ---------------------------------------------------------------------------------------------------- forms of masks
+
+
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [
+        ("JPEG", {"format": "JPEG", "quality": 95}),
+        ("WEBP", {"format": "WEBP", "lossless": True}),
+        ("TIFF", {"format": "TIFF", "compression": "jpeg"}),
+    ],
+)
+def test_lossy_masks_are_refused_whatever_the_suffix_and_whatever_noise_they_hold(data, form, options):
+    masks(data, lambda indices, path: save(np.where(indices % VOID, 7, 0).astype(np.uint8), path, **options))
+    message = said(data)
+    assert f".png: the mask is {form}, lossy: class indices in it are noise" in message and "num_classes" not in message
+    assert "make it anew as PNG (and 5 more of this kind)" in message
+
+
+WHOLE: dict[str, Change] = {
+    "grey and alpha": lambda indices, path: Image.fromarray(indices).convert("LA").save(path),
+    "equal channels": lambda indices, path: Image.fromarray(indices).convert("RGB").save(path),
+    "equal channels and alpha": lambda indices, path: Image.fromarray(indices).convert("RGBA").save(path),
+    "16 bits": lambda indices, path: save(indices.astype(np.uint16), path),
+    "32 bits": lambda indices, path: save(indices.astype(np.int32), path, format="TIFF"),
+    "floats": lambda indices, path: save(indices.astype(np.float32), path, format="TIFF"),
+}
+
+
+@pytest.mark.parametrize("form", WHOLE)
+def test_masks_in_which_nothing_is_lost_are_read(data, form):
+    expected = arrays(load(data, cache=False))[1]
+    masks(data, WHOLE[form])
+    assert torch.equal(arrays(load(data, cache=False))[1], expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda i, path: save(i.astype(np.uint16) * 256, path),
+            "is I;16, .*: values are whole numbers from 0 to 255",
+        ),
+        (
+            lambda i, path: save(i / np.float32(2), path, format="TIFF"),
+            "is F, .*: values are whole numbers from 0 to 255",
+        ),
+        (lambda i, path: save(np.dstack([i, i // 2]), path), "is LA, .*, and nothing is transparent"),
+        (
+            lambda i, path: save(palette()[i], path),
+            "is RGB, not a palette or grey PNG .* labelmap.txt can say which class",
+        ),
+    ],
+    ids=["16 bits", "floats", "alpha", "colours"],
+)
+def test_masks_in_which_something_is_lost_are_refused_by_kind(data, change, message):
+    masks(data, change)
+    assert re.search(rf"the mask {message}.*\(and 5 more of this kind\)", said(data))
+
+
+def test_sixteen_bits_a_channel_are_not_halved_to_nothing(tmp_path):
+    """Pillow keeps the high byte of each channel, which is 0 of every class index."""
+    rows = b"".join(b"\0" + np.full((9, 3), 7, ">u2").tobytes() for _ in range(8))
+    png = b"\x89PNG\r\n\x1a\n"
+    parts = (b"IHDR", struct.pack(">IIBBBBB", 9, 8, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")
+    for name, content in parts:
+        png += struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    (tmp_path / "mask.png").write_bytes(png)
+    with pytest.raises(UserError, match="the mask is RGB, not a palette or grey PNG"):
+        read_mask(tmp_path / "mask.png", blank(9, 8), 21)
+
+
+def test_advice_to_raise_num_classes_comes_last(data):
+    masks(data, lambda indices, path: paint(path, 77))
+    message = said(data)
+    assert re.search(r"class index 77 .*; correct it, or, .* line 78 of classes\.txt, or raise num_classes", message)
+
+
+# ---------------------------------------------------------------------------------------------------- colours
+
+
+def renumber(order: list[int], path: Path) -> None:
+    """Let index i of a palette mask become order[i], and take its colour along."""
+    with Image.open(path) as image:
+        indices, colours = np.array(image), np.array(image.getpalette()).reshape(-1, 3)
+    anew = np.zeros_like(colours)
+    anew[order] = colours[: len(order)]
+    colours[: len(order)] = anew[: len(order)]
+    again = Image.fromarray(np.array([*order, *range(len(order), 256)], np.uint8)[indices]).convert("P")
+    again.putpalette(colours.astype(np.uint8).tobytes())
+    again.save(path)
+
+
+SWAPPED = [*range(21)]
+SWAPPED[1], SWAPPED[20] = 20, 1
+
+
+def originals(data: Path, names: Sequence[str] = CLASS_NAMES) -> list[np.ndarray]:
+    """The masks of train as evaluate.py --original_size reads them."""
+    dataset = OriginalDataset(find_split("voc", data, "train"), class_names=names)
+    return [np.array(dataset[index][2]) for index in range(len(dataset))]
+
+
+def test_an_index_of_two_colours_is_refused_with_both_files(data):
+    (data / "classes.txt").write_text("\n".join(f"kind {index}" for index in range(21)))
+    for index in range(6):
+        with Image.open(mask(data, f"train{index}")) as image:
+            image.putpalette([(7 * value + index // 3) % 256 for value in range(768)])
+            image.save(mask(data, f"train{index}"))
+    named = r"train\d.png: index \d+ has the colour \(.*\), but \(.*\) in .*train\d\.png: a program numbered colours"
+    assert re.search(named, said(data))
+    with pytest.raises(UserError, match="a program numbered colours afresh"):
+        originals(data)
+
+
+@pytest.mark.parametrize("names", [None, [f"kind {index}" for index in range(21)]], ids=["VOC's names", "others"])
+def test_palettes_numbered_afresh_all_alike_are_refused_by_vocs_colours(data, names):
+    """Others use VOC's colours too, as labelme does."""
+    if names:
+        (data / "classes.txt").write_text("\n".join(names))
+    masks(data, lambda indices, path: renumber(SWAPPED, path))
+    named = r"index \d+ has the colour \(.*\), VOC's for (aeroplane|tvmonitor|kind \d+): a program numbered"
+    assert re.search(named, said(data))
+    with pytest.raises(UserError, match="a program numbered colours afresh"):
+        originals(data, names or CLASS_NAMES)
+
+
+def test_a_palette_of_ones_own_is_no_fault(data):
+    """CamVid's has two of VOC's colours at other indices."""
+    colours = [(128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (0, 0, 192)]
+    (data / "classes.txt").write_text("sky\nbuilding\npole\nroad\npavement\n")
+
+    def own(indices: np.ndarray, path: Path) -> None:
+        image = Image.fromarray((np.arange(indices.size).reshape(indices.shape) % 5).astype(np.uint8)).convert("P")
+        image.putpalette(np.array(colours, np.uint8).tobytes())
+        image.save(path)
+
+    masks(data, own)
+    assert sorted(arrays(load(data, num_classes=5))[1].unique().tolist()) == [0, 1, 2, 3, 4]
+
+
+def test_the_colours_of_real_masks_are_no_fault(voc2012):
+    split = find_split("voc", voc2012, "val")
+    for path in split.masks[::8]:
+        with Image.open(path) as image:
+            image.load()
+        check_palette(path, image, CLASS_NAMES, split.colours)
+    assert len(split.colours) > 10
+
+
+# ---------------------------------------------------------------------------------------------------- names of classes
+
+LABELMAP = "# label:color_rgb:parts:actions\nbackground:0,0,0::\nroad:10,128,0:a,b:\nvoid:1,2,3::\ncar:250,50,83::\n"
+COLOURS = np.array([(0, 0, 0), (10, 128, 0), (1, 2, 3), (250, 50, 83)], np.uint8)
+
+
+@pytest.mark.parametrize("form", ["colours", "palette", "indices"])
+def test_labelmap_of_cvat_names_classes_and_their_colours(data, form):
+    (data / "labelmap.txt").write_text(LABELMAP)
+    masks(data, lambda i, path: save((np.arange(i.size) % 4).astype(np.uint8).reshape(i.shape), path))
+    expected = [np.array([0, 1, VOID, 2])[np.array(Image.open(mask(data, f"train{index}")))] for index in range(6)]
+    if form != "indices":
+        masks(data, lambda i, path: save(COLOURS[i], path))
+    if form == "palette":  # in any order
+        masks(data, lambda i, path: Image.fromarray(i).convert("P", palette=1).save(path))
+    names = ["background", "road", "car"]
+    assert find_split("voc", data, "train").class_names == names
+    assert all(np.array_equal(*pair) for pair in zip(originals(data, names), expected, strict=True))
+    assert load(data, num_classes=3)[0][1].unique().tolist() == [0, 1, 2, VOID]
+
+
+def test_a_colour_that_labelmap_does_not_name_is_named(data):
+    (data / "labelmap.txt").write_text(LABELMAP)
+    masks(data, lambda i, path: save(palette()[i], path))
+    assert re.search(r"colour \(.*\) is that of no class; correct it, or labelmap\.txt", said(data, num_classes=3))
+    (data / "labelmap.txt").write_text("a:0,0,0::\nb:0,0,0::\n")
+    with pytest.raises(UserError, match=r"labelmap\.txt: b has the colour of another class"):
+        find_split("voc", data, "train")
+
+
+def test_a_line_void_makes_an_index_void_and_later_ones_move_down(data):
+    (data / "classes.txt").write_text("background\nVoid\nroad\n")
+    masks(data, lambda i, path: save(np.where(i == VOID, VOID, i % 3).astype(np.uint8), path))
+    with Image.open(mask(data, "train0")) as image:
+        stored = np.array(image)
+    split = find_split("voc", data, "train")
+    assert split.class_names == ["background", "road"] and class_names(split, 2) == ["background", "road"]
+    found = originals(data, split.class_names)[0]
+    assert np.array_equal(found, np.select([stored == 0, stored == 2], [0, 1], VOID))
+    paint(mask(data, "train0"), 9)
+    assert "9 is not in the data set's label_map or classes.txt" in said(data, num_classes=2)
+
+
+# ---------------------------------------------------------------------------------------------------- lists and names
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "JPEGImages/{}.jpg SegmentationClass/{}.png",
+        "/JPEGImages/{}.jpg\t/SegmentationClass/{}.png",
+        "{}.jpg",
+        "JPEGImages\\{}.jpg",
+        "{}  1",
+    ],
+)
+def test_lists_of_other_programs_give_the_same(data, line):
+    before = find_split("voc", data, "train")
+    (data / "train.txt").write_text("".join(line.replace("{}", id_) + "\n" for id_ in before.ids))
+    after = find_split("voc", data, "train")
+    assert (after.ids, after.images, after.masks) == (before.ids, before.images, before.masks)
+
+
+def test_a_list_says_which_masks(data):
+    """In a folder of any name, and though others have the photos' names; a missing one is missed."""
+    shutil.copytree(data / "SegmentationClass", data / "Refined")
+    lines = [f"JPEGImages/train{index}.jpg Refined/train{index}.png" for index in range(2)]
+    (data / "train.txt").write_text("\n".join(lines))
+    assert {path.parent.name for path in find_split("voc", data, "train").masks} == {"Refined"}
+    (data / "Refined" / "train1.png").unlink()
+    with pytest.raises(UserError, match=r"no mask .*Refined/train1\.png \(there: train"):
+        find_split("voc", data, "train")
+
+
+def test_lines_that_are_no_photo_say_what_a_line_is(data):
+    (data / "train.txt").write_text("train0 -1\ntrain1 1\n")
+    with pytest.raises(
+        UserError,
+        match=r"train\.txt: 'train0 -1': a line is a photo, or a photo and its mask, or a photo and VOC's flag 1",
+    ):
+        find_split("voc", data, "train")
+    (data / "train.txt").write_text("JPEGImages/train0.jpg\nJPEGImages/other.jpg SegmentationClass/other.png\n")
+    with pytest.raises(UserError, match=r"no photo .*JPEGImages/other\.jpg \(there: "):
+        find_split("voc", data, "train")
+
+
+def test_names_may_have_blanks_and_suffixes_of_their_own(data):
+    for before, after in (("train0", "my photo 1"), ("train1", "a.png")):
+        photo(data, before).rename(photo(data, after))
+        mask(data, before).rename(mask(data, after))
+    (data / "train.txt").write_text("my photo 1\na.png\n")
+    assert find_split("voc", data, "train", masks_required=True).ids == ["my photo 1", "a.png"]
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_names_in_another_form_of_unicode_are_found(data, form):
+    there, listed = (unicodedata.normalize(each, "grün") for each in (form, "NFD" if form == "NFC" else "NFC"))
+    photo(data, "train0").rename(photo(data, there))
+    mask(data, "train0").rename(mask(data, there))
+    (data / "train.txt").write_text(f"{listed}\n", encoding="utf-8")
+    split = find_split("voc", data, "train", masks_required=True)
+    assert split.ids == [unicodedata.normalize("NFC", listed)] and split.images[0].stem == there
+
+
+@pytest.mark.parametrize("name", ["trainaug", "train_aug"])
+@pytest.mark.parametrize("asked", ["trainaug", "train_aug"])
+def test_trainaug_takes_the_masks_of_its_own_folder(data, name, asked):
+    shutil.copytree(data / "SegmentationClass", data / "SegmentationClassAug")
+    (data / f"{name}.txt").write_text("train0\ntrain1\n")
+    assert {path.parent.name for path in find_split("voc", data, asked).masks} == {"SegmentationClassAug"}
+    assert {path.parent.name for path in find_split("voc", data, "val").masks} == {"SegmentationClass"}
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".bmp", ".webp", ".TIFF"])
+def test_photos_of_other_formats_are_found(data, suffix):
+    for path in (data / "JPEGImages").glob("*"):
+        with Image.open(path) as image:
+            image.save(path.with_suffix(suffix))
+        path.unlink()
+    assert load(data, cache=False).split.images[0].suffix == suffix
+
+
+@pytest.mark.parametrize("name", ["{}.PNG", "{}_mask.png", "{}_L.png", "{}.bmp"])
+def test_masks_of_other_names_are_found_and_dealt(data, name):
+    for path in list((data / "SegmentationClass").iterdir()):
+        path.rename(path.with_name(name.format(path.stem)))
+    assert find_split("voc", data, "train", masks_required=True).masks[0].name == name.format("train0")
+    for path in data.glob("*.txt"):
+        path.unlink()
+    write_lists(data, [0.7, 0.3, 0], seed=1)
+    assert len(find_split("voc", data, "train", masks_required=True).ids) == 6
+
+
+def test_a_mask_is_not_guessed(data):
+    """Where two may be meant, where it is that of another photo, where it has another name; the one of old stays."""
+    path = mask(data, "train0")
+    shutil.copy(path, path.with_name("train0_mask.png"))
+    assert find_split("voc", data, "train").masks[0] == path
+    path.rename(path.with_name("train0_gt.png"))
+    with pytest.raises(
+        UserError, match=r"train0_gt\.png and .*train0_mask\.png have the same name, or are masks of one"
+    ):
+        find_split("voc", data, "train")
+    path.with_name("train0_gt.png").unlink()
+    shutil.copy(photo(data, "train0"), photo(data, "train0_mask"))
+    with pytest.raises(UserError, match=r"no mask .*train0\.png \(there: train0_mask\.png\)"):
+        find_split("voc", data, "train")
+    for other in (data / "SegmentationClass").iterdir():
+        other.rename(other.with_suffix(".tga"))
+    with pytest.raises(UserError, match=r"has no masks: .*; no mask .*train0\.png \(there: train0.*\.tga"):
+        find_split("voc", data, "train", masks_required=True)
+
+
+# ---------------------------------------------------------------------------------------------------- photos
+
+
+def test_a_mask_of_the_stored_pixels_is_told_that_its_photo_was_turned(data):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(photo(data, "train0")) as image:
+        width, height = image.size
+        image.save(photo(data, "train0"), exif=exif)
+    sizes = f"the mask is {width}x{height}, its photo {height}x{width}"
+    assert said(data).endswith(f"{sizes}, turned upright as its EXIF says: turn the mask too")
+    with Image.open(photo(data, "train0")) as image:
+        image.transpose(Image.Transpose.ROTATE_90).save(photo(data, "train0"))
+    assert said(data).endswith(sizes)
+
+
+def test_a_photo_of_too_many_pixels_has_a_way_on(tmp_path, monkeypatch):
+    Image.new("RGB", (30, 30)).save(tmp_path / "photo.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
+    with pytest.raises(UserError, match=r"photo\.png: more than 179 megapixels cannot be read; cut photo and mask"):
+        read_photo(tmp_path / "photo.png")
+
+
+def frame(image: Image.Image, rng: np.random.Generator, move: float) -> Image.Image:
+    """Another frame of the video that a photo is of: moved, brighter or darker, and something in another place."""
+    width, height = image.size
+    angle = rng.uniform(0, 2 * np.pi)
+    left, top = (round(side * (0.05 + move * way(angle))) for side, way in ((width, np.cos), (height, np.sin)))
+    image = image.crop((left, top, left + width * 9 // 10, top + height * 9 // 10))
+    image = ImageEnhance.Brightness(image).enhance(rng.uniform(0.97, 1.03))
+    image.paste(image.crop((5, 5, 5 + width // 6, 5 + height // 6)), (width // 2, height // 2))
+    return image
+
+
+@pytest.mark.parametrize(("move", "least"), [(0, 3), (0.02, 2)])
+def test_frames_of_what_is_trained_on_are_counted_and_others_are_not(data, move, least):
+    def datasets(cache: bool) -> list[SegmentationDataset]:
+        return [load(data, name, image_size=64, cache=cache) for name in ("train", "val")]
+
+    assert seen_in_training(*datasets(True)) == []
+    rng = np.random.default_rng(0)
+    for index in range(3):
+        with Image.open(photo(data, f"train{index}")) as image:
+            frame(image, rng, 0).save(photo(data, f"train{index}"))
+            other = frame(image, rng, move)
+        other.save(photo(data, f"val{index}"), quality=75)
+        Image.new("L", other.size).save(mask(data, f"val{index}"))
+        Image.new("L", other.size).save(mask(data, f"train{index}"))
+    (line,) = seen_in_training(*datasets(True))
+    assert [line] == seen_in_training(*datasets(False))
+    found = re.match(
+        r"(\d) of 3 photos of val are, or nearly are, one of train: val\d and train\d, for example; ", line
+    )
+    assert found and int(found[1]) >= least
+
+
+def test_photos_in_two_lists_are_counted_when_lists_are_dealt(data, capsys):
+    for path in data.glob("*.txt"):
+        path.unlink()
+    for path in (data / "JPEGImages").glob("val*"):
+        shutil.copy(photo(data, "train0"), path)
+    write_lists(data, [0.5, 0.5, 0], seed=4)
+    out = capsys.readouterr().out
+    assert re.search(r"\d of \d photos of val are, or nearly are, one of train: .*README.md\n$", out), out
+
+
+def test_many_faults_of_a_kind_are_one_line_and_few_are_all_named(data):
+    (data / "train.txt").write_text("train0\n" + "".join(f"absent{index}\n" for index in range(30)))
+    with pytest.raises(UserError, match="60 faults in split train") as fault:
+        find_split("voc", data, "train")
+    _, photos_line, masks_line = str(fault.value).splitlines()
+    assert photos_line.endswith("(and 29 more of this kind)") and "no photo" in photos_line and "no mask" in masks_line
+
+
+def test_names_of_hidden_files_are_no_photos(data):
+    """As macOS leaves them on other systems."""
+    shutil.copy(photo(data, "train0"), data / "JPEGImages" / "._train0.jpg")
+    assert len(find_split("voc", data, "train").ids) == 6
