@@ -3,7 +3,7 @@
 import argparse
 import os
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from model import UserError
 from model.inference import Segmenter, class_map
 from model.layouts import Split, find_split
 from model.metrics import ConfusionMatrix
-from model.photos import read_mask, read_photo
+from model.photos import read_photo
 from model.transforms import RESIZES, squares, to_input
 from model.voc import VOID, palette
 from params import Params
@@ -254,46 +254,41 @@ def field_figure(fields: Mapping[str, tuple[Field, np.ndarray | None]], photo: I
 # ---------------------------------------------------------------------------------------- photos
 
 
-def find_splits(args: argparse.Namespace) -> dict[str, Split]:
-    """Return the lists of the run's data by name. Raises UserError where they are needed and not there."""
-    params, found = Params.load(args.model_dir / "params.json"), {}
-    for name in (params.train_split, "val"):
+def find_data(args: argparse.Namespace) -> tuple[dict[Path, Path], dict[str, tuple[Split, int]]]:
+    """Return the photos by the name of their results, and for those of the run's data, by real path, list and place.
+
+    Photos of val are drawn by lot, always the same ones; those of one's own can be explained without a data set.
+    """
+    params, places = Params.load(args.model_dir / "params.json"), dict[str, tuple[Split, int]]()
+    photos = find_photos(args.photos, args.output_dir) if args.photos else {}
+    for name in dict.fromkeys((params.train_split, "val")):
         try:
-            found[name] = find_split(params.dataset, find_data_dir(args, params.dataset), name)
+            split = find_split(params.dataset, find_data_dir(args, params.dataset), name)
         except UserError:
-            if not args.photos:  # those of one's own can be explained without a data set
+            if not photos:
                 raise
-    return found
-
-
-def find_masks(splits: Iterable[Split]) -> dict[str, tuple[Path, Split]]:
-    """Return masks, and the list that each is of, by the real path of the photo."""
-    pairs = ((split, *pair) for split in splits for pair in zip(split.images, split.masks or (), strict=False))
-    return {os.path.realpath(photo): (mask, split) for split, photo, mask in pairs}
-
-
-def lot(split: Split, count: int) -> dict[Path, Path]:
-    """Return photos of a list by the name of their results, drawn by lot, always the same ones."""
-    places = random.Random(0).sample(range(len(split.ids)), min(count, len(split.ids)))
-    return {Path(split.ids[place]): split.images[place] for place in sorted(places)}
+            continue
+        places |= {os.path.realpath(photo): (split, place) for place, photo in enumerate(split.images)}
+    if not photos:
+        lot = random.Random(0).sample(range(len(split.ids)), min(args.count or 8, len(split.ids)))
+        photos = {Path(split.ids[place]): split.images[place] for place in sorted(lot)}
+    return photos, places
 
 
 def main(args: argparse.Namespace) -> None:
     folders = [args.model_dir, *filter(None, [args.against])]
     networks = {str(folder): load(folder, restore_file=args.restore_file, device=args.device) for folder in folders}
     segmenter, names = networks[str(args.model_dir)]
-    splits = find_splits(args)
-    masks = find_masks(splits.values())
-    photos = find_photos(args.photos, args.output_dir) if args.photos else lot(splits["val"], args.count or 8)
+    photos, places = find_data(args)
     make_folder(args.output_dir, "--output_dir")
     report, fields = {"photos": dict[str, Any]()}, {name: list[Field]() for name in networks}
     for name, file in photos.items():
-        photo, output = read_photo(file), args.output_dir / name
+        split, place = places.get(os.path.realpath(file), (None, 0))
+        photo, mask = split.read(place, len(names)) if split else (read_photo(file), None)
+        truth, output = None if mask is None else np.array(mask), args.output_dir / name
         at = args.at or (photo.width // 2, photo.height // 2)
         if not (0 <= at[0] < photo.width and 0 <= at[1] < photo.height):
             raise UserError(f"--at {at[0]} {at[1]} is not in {file}, which is {photo.width}x{photo.height}")
-        mask = masks.get(os.path.realpath(file))
-        truth = mask and np.array(read_mask(mask[0], photo.size, len(names), mask[1].label_map))
         maps = class_maps(segmenter, photo)
         stages = stage_numbers(maps, maps[LAST]["sum"] if truth is None else truth, len(names))
         drawn, found = {}, {}

@@ -13,7 +13,7 @@ import explain
 from explain import Field, class_maps, level, mean_field, receptive_field, stage_numbers
 from model import UserError
 from model.inference import Segmenter
-from model.photos import read_mask, read_photo
+from model.layouts import find_split
 from model.transforms import RESIZES
 from model.voc import VOID
 from predict import load
@@ -111,8 +111,8 @@ def test_the_mean_puts_every_logit_into_the_middle():
 
 def test_the_last_step_is_what_is_predicted_and_the_steps_add_up(experiment, data):
     segmenter, names = load(experiment)
-    photo = read_photo(data / "JPEGImages" / "val0.jpg")
-    truth = np.array(read_mask(data / "SegmentationClass" / "val0.png", photo.size, len(names)))
+    photo, mask = find_split("voc", data, "val").read(0, len(names))
+    truth = np.array(mask)
     maps = class_maps(segmenter, photo)
     assert list(maps) == ["s4", "+ s3", "+ s2", "+ s1", "the result"]
     assert all(part.shape == truth.shape for of_step in maps.values() for part in of_step.values())
