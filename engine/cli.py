@@ -89,7 +89,7 @@ def explained(error: BaseException) -> tuple[int, str] | None:
         return 143, text
     if isinstance(error, KeyboardInterrupt):
         return 130, text or "interrupted"
-    for pattern, advice in LOADER_ADVICE.items() if isinstance(error, RuntimeError | OSError) else ():
+    for pattern, advice in LOADER_ADVICE.items() if isinstance(error, RuntimeError) or "AF_UNIX" in text else ():
         if re.search(pattern, text):
             return 1, f'loader processes have failed ({text}); {advice}, or set "num_workers" lower, or to 0 for none'
     if isinstance(error, RunFailed | OSError):
