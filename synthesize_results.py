@@ -73,7 +73,7 @@ class Run:
     params: dict[str, Any] = field(default_factory=dict)  # every key of params.json; {} if unreadable
     history: list[dict] = field(default_factory=list)
     data_dir: str | None = None  # of the last start
-    init_from: str | None = None  # the weights that it began from
+    init_from: str | None = None  # the recipe of the weights that it began from
     own_size: dict[str, dict[str, Any]] = field(default_factory=dict)  # by split, the metrics at the photos' own size
     state: str = "unreadable"  # or finished, running, pruned (by a sweep), not started, failed (none of these)
     problem: str = ""

@@ -32,6 +32,7 @@ from engine.checkpoints import (
     changed_keys,
     check_unchanged,
     load_checkpoint,
+    origin,
     predicting_weights,
     save_checkpoint,
     to_predict_with,
@@ -116,7 +117,7 @@ def records(model_dir: Path) -> list[dict[str, Any]]:
 
 
 def began_from(model_dir: Path) -> str | None:
-    """Return the digest of the weights of --init_from, or what older programs kept, the path; None if not given."""
+    """Return the origin() of the weights of --init_from, or what older programs kept, the path; None if not given."""
     first = records(model_dir)[0]
     given = [after for flag, after in pairwise(first.get("argv", [])) if flag == "--init_from"]
     return first.get("init_from", given[-1] if given else None)
@@ -284,7 +285,7 @@ def write_provenance(model_dir: Path, device: torch.device, start: Start) -> Non
         "platform": platform.platform(),
         "processes": devices.world_size(),
         "seed": start.params.seed,
-        "init_from": start.init_from and weights_digest(predicting_weights(load_checkpoint(start.init_from))),
+        "init_from": start.init_from and origin(load_checkpoint(start.init_from)),
         "set": start.set,
         "params": asdict(start.params),
     }
