@@ -228,7 +228,7 @@ def field_figure(fields: Mapping[str, tuple[Field, np.ndarray | None]], photo: I
     Contours hold SHARES of the energy, in the densest area that does.
     """
     columns, shape = (2, photo.height / photo.width) if photo else (1, 1)
-    figure = Figure(figsize=(4.8 * columns, len(fields) * (4.8 * shape + 0.4)), layout="constrained")
+    figure = Figure(figsize=(4.8 * columns, len(fields) * (4.8 * shape + 0.6)), layout="constrained")
     axes = figure.subplots(len(fields), columns, squeeze=False)
     for row, (title, (field, coloured)) in enumerate(fields.items()):
         smooth, (down, across), (height, width) = field.smooth(), field.scale, field.energy.shape
