@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from engine.run import name_of_split
 from model import UserError
 from model.data_loader import make_loader
 from model.inference import OriginalDataset, Segmenter, class_map, collate_originals
-from model.layouts import Split
+from model.layouts import LAYOUTS, Split
 from model.metrics import BETTER, METRICS, Metrics, sparse
 from model.voc import colour_mask, is_voc
 from params import Params
@@ -228,6 +229,10 @@ def score_checkpoint(device: torch.device, args: argparse.Namespace) -> None:
         write_scores(scores, record, name, split, names, args.model_dir)
         output = args.model_dir / f"metrics_{name}.json"
         print(f"\n{len(split.ids)} images of {where} at {size}, epoch {record['epoch']} -> {output} and .png")
+        with suppress(UserError):  # the list that was trained on is not there
+            seen = {*split.ids} & {*LAYOUTS[params.dataset](folder, params.train_split).ids}
+            if seen and "@" not in name and args.split != params.train_split:
+                print(f"{len(seen)} of them are in {params.train_split} too, and were trained on: it says little")
         if args.save_overlays:
             counts = read_counts(args.model_dir / f"counts_{name}.npz")
             draw_overlays(segmenter, photos, counts, other, overlays, args)

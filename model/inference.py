@@ -81,6 +81,8 @@ class Segmenter:
 
         The photo is resized to the network's input as a whole, or tile by tile of that many pixels a side.
         """
+        if getattr(photo, "mode", "") != "RGB":  # indices of a palette, say, would pass for grey
+            raise UserError("a photo must be a Pillow image of mode RGB, as read_photo(file) of predict.py returns")
         if tile is None or tile >= max(photo.size):
             (maps,) = self._look([photo])
             return class_map(maps, width=photo.width, height=photo.height)
