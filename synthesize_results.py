@@ -103,8 +103,7 @@ class Run:
     def task(self, metric: str) -> str:
         """Return what is the same for experiments that a metric can rank among each other."""
         keys = DATA if metric.endswith((OWN_SIZE, "_difference")) else comparable_over(metric)
-        values = [self.params.get(key) for key in keys]
-        return json.dumps([self.data_dir, self.labels(metric), *values], sort_keys=True)
+        return json.dumps([self.data_dir, self.labels(metric), *map(self.params.get, keys)], sort_keys=True)
 
     def curve(self, metric: str) -> list[float]:
         """Return a metric by epoch, [] where it is defined after none."""
@@ -402,12 +401,6 @@ def class_words(classes: Sequence[Difference | None], photos: Sequence[int]) -> 
 # ---------------------------------------------------------------------------------------- the files
 
 
-def curves_of(runs: list[Run], metric: str) -> list[list[float]]:
-    """Return the curves of the runs that a row counts: of the finished ones, of all where none is finished."""
-    finished = [run for run in runs if run.state == "finished"]
-    return [curve for run in finished or runs if (curve := run.curve(metric))]
-
-
 def main(args: argparse.Namespace) -> None:
     folders, published = find(args.parent_dir), read_published(args.parent_dir / "published.json")
     runs = [read(folder, args.parent_dir) for folder in folders]
@@ -415,8 +408,9 @@ def main(args: argparse.Namespace) -> None:
     for run in filter(lambda run: run.validation, runs):
         other = first.setdefault((run.data_dir, *map(run.params.get, comparable_over("mIoU"))), run)
         if other.labels("mIoU") != run.labels("mIoU"):
-            other_labels = f"val had other photos or masks than for {other.name}: these two cannot be compared"
-            run.problem = "; ".join(filter(None, (run.problem, other_labels)))
+            run.problem += (
+                "; " * bool(run.problem) + f"val had other photos or masks than for {other.name}: not comparable"
+            )
     rows, table = {run.name: [run] for run in runs}, tabulate_runs(runs, published)
     groups = by_seed(runs, args.parent_dir)
     families = {name: one_per_seed(group) for name, group in groups.items()}
@@ -443,7 +437,9 @@ def main(args: argparse.Namespace) -> None:
     csv = table.map(lambda value: spell(value) if isinstance(value, dict | bool) else value)
     write_text(args.parent_dir / "results.csv", csv.to_csv(index=False))
     metric = column if any(run.curve(column) for run in runs) else "mIoU"
-    if curves := {name: found for name in table["name"] if (found := curves_of(rows[name], metric))}:
+    counted = {name: [run for run in rows[name] if run.state == "finished"] or rows[name] for name in table["name"]}
+    curves = {name: [curve for run in runs if (curve := run.curve(metric))] for name, runs in counted.items()}
+    if curves := {name: found for name, found in curves.items() if found}:
         figure = results_figure(curves, metric=metric, better=better_of(metric))
         save_figure(figure, args.parent_dir / "results.png", dpi=120)
     print(text)

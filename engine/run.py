@@ -139,11 +139,6 @@ def find_data_dir(args: argparse.Namespace, dataset: str) -> Path:
     return Path(recorded)
 
 
-def name_of_split(model_dir: Path, split: str, data_dir: Path) -> str:
-    """Return what the files of a split's scores are named by: with its folder if a run was trained on other data."""
-    return f"{split}@{data_dir.resolve().name}" if trained_elsewhere(model_dir, data_dir) else split
-
-
 def trained_elsewhere(model_dir: Path, data_dir: Path) -> str | None:
     """Return the data folder of a run if it is another one. Where it is gone, the data have moved."""
     own = records(model_dir)[-1].get("data_dir")

@@ -523,6 +523,7 @@ def test_photos_of_a_split_that_were_trained_on_are_counted(experiment, trained,
     for split, words in (("trainval", "6 of them are in train too"), ("val", ""), ("train", "")):
         out = run_script("evaluate.py", "--model_dir", experiment, "--split", split).stdout
         assert words in out and (words or "of them are in" not in out)
+        assert re.search(r" at 32x32, \d of 21 classes, epoch ", out)
 
 
 def test_a_folder_that_is_held_says_what_torchrun_is_for_under_slurm(tmp_path, monkeypatch):

@@ -560,4 +560,4 @@ def test_runs_on_other_photos_or_masks_of_one_folder_are_not_ranked_among_each_o
     for column in ("mIoU", "val_original_size_mIoU"):
         found = synthesize(tmp_path, "--sort", column)
         assert [row["name"] for row in found.rows] == ["c", "a", "b"]
-        assert found.err == "b: finished, val had other photos or masks than for a: these two cannot be compared\n"
+        assert found.err == "b: finished, val had other photos or masks than for a: not comparable\n"
