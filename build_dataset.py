@@ -40,6 +40,7 @@ SILENCE = 30.0  # seconds without a byte, after which a server counts as none
 SBD_ARCHIVE = "benchmark.tgz"
 SBD_MEMBER = re.compile(r"benchmark_RELEASE/dataset/(img|cls)/([^/]+)\.(?:jpg|mat)")
 SPLITS = ("train", "val", "test")
+COPIES = r"^(.*?)(?:\.rf\.\w+)?$"  # Roboflow's names of augmented copies of a photo, which stay together
 
 
 def parse_args() -> argparse.Namespace:
@@ -246,7 +247,7 @@ def write_lists(data_dir: Path, shares: list[float], seed: int, group: str | Non
         raise UserError(f"{lists / there[0]}.txt is already there; delete the lists to deal them anew")
     photos = images_by_name(images)
     ids = sorted(photos.keys() & images_by_name(masks, photos))
-    groups = [[id_] for id_ in ids] if group is None else grouped(ids, group)
+    groups = grouped(ids, COPIES if group is None else group)
     parts = deal(groups, shares, seed)
     if empty := [name for name in (SPLITS if shares[2] and group else SPLITS[:2]) if not parts[name]]:
         kind = f"with a mask in {masks}" if group is None else f"make {len(groups)} groups by --group {group!r}"
@@ -254,7 +255,8 @@ def write_lists(data_dir: Path, shares: list[float], seed: int, group: str | Non
     for name, part in parts.items():
         if part:
             write_text(lists / f"{name}.txt", "".join(f"{id_}\n" for id_ in sorted(chain(*part))))
-            print(f"{sum(map(len, part))} photos{f' of {len(part)} groups' if group else ''} -> {lists / name}.txt")
+            of_groups = f" of {len(part)} groups" if len(groups) < len(ids) else ""
+            print(f"{sum(map(len, part))} photos{of_groups} -> {lists / name}.txt")
     if len(photos) > len(ids):
         print(f"{len(photos) - len(ids)} photos without a mask are in no list")
     splits = [replace(find_split("voc", data_dir, name), masks=None) for name, part in parts.items() if part]

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ from engine.checkpoints import load_network, predicting_weights, weights_digest
 from engine.cli import add_restore_file, experiment_parser, positive, run_main
 from engine.devices import is_main, loading_options, processes
 from engine.evaluation import Scores, add_up, evaluate, find_data, make_dataset, progress
-from engine.run import name_of_split
+from engine.run import trained_elsewhere
 from model import UserError
 from model.data_loader import make_loader
 from model.inference import OriginalDataset, Segmenter, class_map, collate_originals
-from model.layouts import Split
+from model.layouts import LAYOUTS, Split
 from model.metrics import BETTER, METRICS, Metrics, sparse
 from model.voc import colour_mask, is_voc
 from params import Params
@@ -191,7 +192,8 @@ def describe(checkpoint: dict[str, Any], args: argparse.Namespace) -> dict[str, 
 def name_scores(model_dir: Path, folder: Path, args: argparse.Namespace) -> str:
     """Return what the files of an experiment's scores on a data folder are named by."""
     kind = "_original_size" if args.scales == [1.0] and not args.flip else "_multi_scale"
-    return f"{name_of_split(model_dir, args.split, folder)}_{args.restore_file}{kind * args.original_size}"
+    place = f"@{folder.resolve().name}" if trained_elsewhere(model_dir, folder) else ""
+    return f"{args.split}{place}_{args.restore_file}{kind * args.original_size}"
 
 
 def score_checkpoint(device: torch.device, args: argparse.Namespace) -> None:
@@ -227,7 +229,12 @@ def score_checkpoint(device: torch.device, args: argparse.Namespace) -> None:
     if scores and scored:
         write_scores(scores, record, name, split, names, args.model_dir)
         output = args.model_dir / f"metrics_{name}.json"
-        print(f"\n{len(split.ids)} images of {where} at {size}, epoch {record['epoch']} -> {output} and .png")
+        found = f"{(scores.matrix.sum(1) > 0).sum()} of {len(names)} classes"
+        print(f"\n{len(split.ids)} images of {where} at {size}, {found}, epoch {record['epoch']} -> {output} and .png")
+        with suppress(UserError):  # the list that was trained on is not there
+            seen = {*split.ids} & {*LAYOUTS[params.dataset](folder, params.train_split).ids}
+            if seen and "@" not in name and args.split != params.train_split:
+                print(f"{len(seen)} of them are in {params.train_split} too, and were trained on: it says little")
         if args.save_overlays:
             counts = read_counts(args.model_dir / f"counts_{name}.npz")
             draw_overlays(segmenter, photos, counts, other, overlays, args)

@@ -4,6 +4,7 @@ import argparse
 import copy
 import json
 import math
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
-from engine.checkpoints import load_network
+from engine.checkpoints import agreed_class_names, checkpoint_path, load_network
 from engine.cli import add_restore_file, experiment_parser, require, run_main
 from engine.devices import pick_device
 from engine.evaluation import find_data
-from engine.run import git_commit
+from engine.run import git_commit, records
 from model import UserError, cores, first_line
+from model.layouts import find_split
 from model.net import FCN_GCN
 from model.photos import read_photo
 from model.transforms import to_input, to_square
@@ -161,7 +163,13 @@ def main(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     model, params, checkpoint = load_network(args.model_dir, args.restore_file, torch.device("cpu"))
     model.to(memory_format=torch.contiguous_format)
-    _, split, names = find_data(params, checkpoint, args)
+    try:
+        _, split, names = find_data(params, checkpoint, args)
+    except UserError:
+        if args.data_dir is not None or os.path.isdir(records(args.model_dir)[-1].get("data_dir", "")):
+            raise  # there is a data set, and something is wrong with it
+        split, file = find_split("sample", Path("data"), "val"), checkpoint_path(args.model_dir, args.restore_file)
+        names = agreed_class_names(checkpoint, file, None, params.num_classes)
     metadata = onnx_metadata(model, params, names, checkpoint.get("epoch"))
     batches = photo_batches(split.images[0], model, params)
 

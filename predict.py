@@ -24,7 +24,7 @@ from model.data_loader import begin_loader_process
 from model.inference import Segmenter, fold_batch_norm
 from model.layouts import find_split
 from model.net import FCN_GCN
-from model.photos import IMAGE_SUFFIXES, read_photo
+from model.photos import IMAGE_SUFFIXES, UNREADABLE, read_photo
 from model.voc import colour_mask
 from params import Params
 from utils import make_folder, save_picture, walk, write_json
@@ -97,7 +97,7 @@ def _matches(pattern: str, output_dir: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def _is_photo(name: str) -> bool:
-    return name.lower().endswith(IMAGE_SUFFIXES)
+    return name.lower().endswith((*IMAGE_SUFFIXES, *UNREADABLE))
 
 
 def result_paths(output: Path) -> list[Path]:

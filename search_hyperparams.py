@@ -32,13 +32,6 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def visible_gpus() -> list[str]:
-    """Return each GPU as CUDA_VISIBLE_DEVICES calls it, or by its number where that is not set."""
-    if (listed := os.environ.get("CUDA_VISIBLE_DEVICES")) is None:
-        return [str(number) for number in range(torch.cuda.device_count())]
-    return [name for part in listed.split(",") if (name := part.strip()) not in ("", "-1")]
-
-
 def make_coordinator(args: argparse.Namespace) -> Coordinator:
     """Read the sweep's files and folders. Raises UserError for a mistake in them or in the flags."""
     base_file, space_file = args.parent_dir / "params.json", args.parent_dir / "search_space.json"
@@ -53,7 +46,9 @@ def make_coordinator(args: argparse.Namespace) -> Coordinator:
     datasets = {(base | values).get("dataset", "voc") for values in trials.values() or [{}]}
     if datasets != {"sample"} and not args.data_dir.is_dir():
         raise UserError(f"no folder {args.data_dir}; say where the data set is with --data_dir")
-    gpus, cluster, jobs = visible_gpus(), None, args.jobs or 1
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
+    gpus = [name for part in listed.split(",") if (name := part.strip()) not in ("", "-1")]
+    cluster, jobs = None, args.jobs or 1
     if args.cluster:
         require("ray", "a sweep on a cluster")
         from sweep.cluster import Cluster

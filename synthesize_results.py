@@ -75,6 +75,7 @@ class Run:
     data_dir: str | None = None  # of the last start
     init_from: str | None = None  # the recipe of the weights that it began from
     own_size: dict[str, dict[str, Any]] = field(default_factory=dict)  # by split, the metrics at the photos' own size
+    validation: dict[str, Any] = field(default_factory=dict)  # the metrics of the best epoch, as train.py wrote them
     state: str = "unreadable"  # or finished, running, pruned (by a sweep), not started, failed (none of these)
     problem: str = ""
 
@@ -94,11 +95,15 @@ class Run:
         counted = (self.best["epoch"], len(self.history), minutes) if self.history else (None, None, None)
         return row | dict(zip(COUNTED, counted, strict=True)) | {"state": self.state}
 
+    def labels(self, metric: str) -> list[Any]:
+        """Return what tells the photos and masks that a metric is of from others; the folder if not the run's own."""
+        scores = self.own_size.get(metric.removesuffix(OWN_SIZE), self.validation)
+        return [scores.get(key) for key in ("data_dir", "images", "frequency")]
+
     def task(self, metric: str) -> str:
         """Return what is the same for experiments that a metric can rank among each other."""
         keys = DATA if metric.endswith((OWN_SIZE, "_difference")) else comparable_over(metric)
-        scored_on = self.own_size.get(metric.removesuffix(OWN_SIZE), {}).get("data_dir")  # if not on its own data
-        return json.dumps([self.data_dir, scored_on, *(self.params.get(key) for key in keys)], sort_keys=True)
+        return json.dumps([self.data_dir, self.labels(metric), *map(self.params.get, keys)], sort_keys=True)
 
     def curve(self, metric: str) -> list[float]:
         """Return a metric by epoch, [] where it is defined after none."""
@@ -142,7 +147,10 @@ def read(folder: Path, parent_dir: Path) -> Run:
         params, changes = trained_with(folder) if history else (Params.load(folder / "params.json"), "")
         run.params, run.history = asdict(params), history
         run.data_dir, run.init_from = records(folder)[-1].get("data_dir"), began_from(folder)
-        run.own_size, others = read_own_size(folder, run.best["epoch"])
+        best = folder / "metrics_val_best_weights.json"
+        validation = read_json(best, if_absent="") if best.exists() else {}
+        run.own_size, others = read_own_size(folder, run.best["epoch"], validation.get("weights"))
+        run.validation = validation
         run.state, run.problem = state(folder, params, run.history)
         run.problem = "; ".join(filter(None, (run.problem, changes, others)))
     except (UserError, OSError) as error:
@@ -163,13 +171,11 @@ def trained_with(folder: Path) -> tuple[Params, str]:
     return trained, keys and f"params.json has been changed since, and the table does not show it: {keys}"
 
 
-def read_own_size(folder: Path, epoch: int | None) -> tuple[dict[str, dict[str, Any]], str]:
+def read_own_size(folder: Path, epoch: int | None, weights: str | None) -> tuple[dict[str, dict[str, Any]], str]:
     """Return by split the metrics at the photos' own size, and which are left out, as of other weights than the best.
 
     Of a run of an older program, which kept no digest of them, the epoch decides.
     """
-    best = folder / "metrics_val_best_weights.json"
-    weights = read_json(best, if_absent="").get("weights") if best.exists() else None
     found, others = {}, []
     for path in sorted(folder.glob(f"metrics_*_{BEST}.json")):
         metrics = read_json(path, if_absent="")
@@ -395,15 +401,16 @@ def class_words(classes: Sequence[Difference | None], photos: Sequence[int]) -> 
 # ---------------------------------------------------------------------------------------- the files
 
 
-def curves_of(runs: list[Run], metric: str) -> list[list[float]]:
-    """Return the curves of the runs that a row counts: of the finished ones, of all where none is finished."""
-    finished = [run for run in runs if run.state == "finished"]
-    return [curve for run in finished or runs if (curve := run.curve(metric))]
-
-
 def main(args: argparse.Namespace) -> None:
     folders, published = find(args.parent_dir), read_published(args.parent_dir / "published.json")
     runs = [read(folder, args.parent_dir) for folder in folders]
+    first: dict[tuple, Run] = {}
+    for run in filter(lambda run: run.validation, runs):
+        other = first.setdefault((run.data_dir, *map(run.params.get, comparable_over("mIoU"))), run)
+        if other.labels("mIoU") != run.labels("mIoU"):
+            run.problem += (
+                "; " * bool(run.problem) + f"val had other photos or masks than for {other.name}: not comparable"
+            )
     rows, table = {run.name: [run] for run in runs}, tabulate_runs(runs, published)
     groups = by_seed(runs, args.parent_dir)
     families = {name: one_per_seed(group) for name, group in groups.items()}
@@ -430,7 +437,9 @@ def main(args: argparse.Namespace) -> None:
     csv = table.map(lambda value: spell(value) if isinstance(value, dict | bool) else value)
     write_text(args.parent_dir / "results.csv", csv.to_csv(index=False))
     metric = column if any(run.curve(column) for run in runs) else "mIoU"
-    if curves := {name: found for name in table["name"] if (found := curves_of(rows[name], metric))}:
+    counted = {name: [run for run in rows[name] if run.state == "finished"] or rows[name] for name in table["name"]}
+    curves = {name: [curve for run in runs if (curve := run.curve(metric))] for name, runs in counted.items()}
+    if curves := {name: found for name, found in curves.items() if found}:
         figure = results_figure(curves, metric=metric, better=better_of(metric))
         save_figure(figure, args.parent_dir / "results.png", dpi=120)
     print(text)

@@ -32,11 +32,12 @@ from engine.run import (
     changes_since,
     check_last_batch,
     find_splits,
+    log_absent_classes,
     open_outputs,
     sole_run,
 )
 from engine.training import Training
-from model.data_loader import Loader, make_loader, seen_in_training
+from model.data_loader import Loader, make_loader, seen_in_training, too_dark
 from model.losses import SegmentationLoss
 from model.metrics import Metrics
 from model.net import FCN_GCN
@@ -76,6 +77,8 @@ def train(training: Training, train_loader: Loader, val_loader: Loader, outputs:
         speed = len(train_loader.dataset) / (time.perf_counter() - start)
         scores = evaluate(training.eval_model, val_loader, training.params, training.device)  # the average, if any
         training.check_epoch(train_metrics, scores.metrics)  # raises unless what is about to be saved is finite
+        if training.epoch == 0 and is_main():
+            log_absent_classes(training, train_metrics["frequency"], scores.metrics["frequency"].values())
         training.end_epoch(train_metrics, scores.metrics, seconds=time.perf_counter() - start, images_per_second=speed)
         if is_main():
             outputs.write_epoch(training, val_loader.dataset)
@@ -190,7 +193,7 @@ def build_and_train(start: Start, device: torch.device, args: argparse.Namespace
     check_last_batch(model, params, len(train_split.ids))
     to_device(model, params, device)
     train_set, val_set = (make_dataset(split, names, params, model) for split in (train_split, val_split))
-    notes += seen_in_training(train_set, val_set) if is_main() else []
+    notes += [*seen_in_training(train_set, val_set), *too_dark(train_set)] if is_main() else []
     own: dict[str, Any] = {"device": device, **loading_options(params)}  # workers, rank, number of processes
     train_loader = make_loader(train_set, batch_size=params.batch_size, seed=params.seed, **own)  # shuffled
     val_loader = make_loader(val_set, batch_size=params.scoring_batch_size, **own)  # in the order of the list

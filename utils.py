@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from model import UserError, replacing
+from model import UserError, read_text, replacing
 
 ROOT = Path(__file__).resolve().parent
 
@@ -55,7 +55,7 @@ def read_json(path: str | Path, *, if_absent: str) -> Any:
     """Read a JSON file. Raises UserError naming the file; if_absent says what to do where there is none."""
     path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique_keys)
+        return json.loads(read_text(path), object_pairs_hook=_unique_keys)
     except FileNotFoundError:
         raise UserError(f"no {path}; {if_absent}") from None
     except (ValueError, RecursionError) as error:  # JSON, UTF-8, a repeated key

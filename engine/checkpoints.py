@@ -47,7 +47,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     others = ", ".join(sorted(file.name for file in path.parent.glob("*.pth.tar") if file != path)) or "none"
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"no checkpoint {path}; in this folder: {others}") from None
     except Exception as error:  # whatever torch.load makes of other bytes: UnpicklingError, EOFError, KeyError, ...
         if is_out_of_memory(error):

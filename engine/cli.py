@@ -85,10 +85,8 @@ def explained(error: BaseException) -> tuple[int, str] | None:
         text = text.strip().splitlines()[-1].removeprefix("model.").removeprefix("UserError: ")
     if isinstance(error, UserError):
         return 2, text
-    if isinstance(error, Terminated):
-        return 143, text
     if isinstance(error, KeyboardInterrupt):
-        return 130, text or "interrupted"
+        return 143 if isinstance(error, Terminated) else 130, text or "interrupted"
     for pattern, advice in LOADER_ADVICE.items() if isinstance(error, RuntimeError) or "AF_UNIX" in text else ():
         if re.search(pattern, text):
             return 1, f'loader processes have failed ({text}); {advice}, or set "num_workers" lower, or to 0 for none'

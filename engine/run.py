@@ -12,7 +12,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -93,6 +93,8 @@ def sole_run(folder: Path, script: str = "train.py") -> Iterator[None]:
             yield
     except Timeout as error:
         held = f" (or delete {error.lock_file} if there is none)" if error.lock_file.endswith(".held") else ""
+        if any(os.environ.get(name, "1") != "1" for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")):
+            held += "; processes that train together are started by torchrun, not by srun or mpirun: docs/SCALING.md"
         raise UserError(f"another {script} is at work in {folder}; wait for it, or stop it first{held}") from None
 
 
@@ -138,14 +140,11 @@ def find_data_dir(args: argparse.Namespace, dataset: str) -> Path:
     return Path(recorded)
 
 
-def name_of_split(model_dir: Path, split: str, data_dir: Path) -> str:
-    """Return what the files of a split's scores are named by: with its folder if a run was trained on other data.
-
-    Where the folder of the run is gone, the data have moved.
-    """
+def trained_elsewhere(model_dir: Path, data_dir: Path) -> str | None:
+    """Return the data folder of a run if it is another one. Where it is gone, the data have moved."""
     own = records(model_dir)[-1].get("data_dir")
-    other = own is not None and os.path.isdir(own) and not os.path.samefile(own, data_dir)
-    return f"{split}@{data_dir.resolve().name}" if other else split
+    there = own is not None and os.path.isdir(own) and data_dir.is_dir()
+    return own if there and not os.path.samefile(str(own), data_dir) else None
 
 
 @dataclass(frozen=True)
@@ -358,6 +357,15 @@ class EpochOutputs:
             tracker.close(training.params, training.metrics["best"])
         if not training.params.keep_last:
             (self.model_dir / "last.pth.tar").unlink()
+
+
+def log_absent_classes(training: Training, train: Iterable[float | None], val: Iterable[float | None]) -> None:
+    """Say which classes the masks of the first epoch lack, given each class's share of their pixels."""
+    params = training.params
+    for name, shares, so in ((params.train_split, train, "cannot be learned"), ("val", val, "not in mIoU")):
+        absent = [class_ for class_, share in zip(training.class_names, shares, strict=True) if not share]
+        if absent and params.dataset != "sample":
+            logging.info(f"in no mask of {name}, at {params.image_size} pixels a side: {', '.join(absent)}; {so}")
 
 
 def open_outputs(

@@ -24,6 +24,12 @@ def first_line(error: BaseException) -> str:
     return textwrap.shorten(line, 160, placeholder=" ...")
 
 
+def read_text(path: Path, errors: str = "strict") -> str:
+    """Return the text of a file in UTF-8 or, as PowerShell writes it, UTF-16."""
+    content = path.read_bytes()
+    return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", errors)
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a path to write to that takes path's place, synced to disk, when the block ends without an error."""

@@ -25,7 +25,7 @@ from model.parallel import shard
 from model.transforms import PADDING, Colour, resize_tag, to_square
 from model.voc import VOID
 
-ALIKE = 0.93  # see seen_in_training()
+ALIKE, ALIKE_TURNED = 0.93, 0.97  # see seen_in_training()
 COMPARED = 2e7  # pairs of photos at most; of VOC2012 with SBD there are 1.5e7
 AT_ONCE = 256  # examples in memory while a split is decoded
 CACHE_VERSION = 2  # part of every cache's name: raise it when files are decoded otherwise; resizing has its own tag
@@ -130,19 +130,32 @@ def seen_in_training(train: SegmentationDataset, other: SegmentationDataset) -> 
     """Return a line where photos of a split are those that are trained on, or nearly, as frames of a video are.
 
     They are if the concordance of their thumbnails (Lin, 1989) is above ALIKE. On VOC2012's photos: none of 314 in val;
-    of photos that are moved by 1, 2, 3, 4 %, a part of them elsewhere, 89, 85, 60, 37 %.
+    of photos that are moved by 1, 2, 3, 4 %, a part of them elsewhere, 89, 85, 60, 37 %. Copies that are mirrored or
+    turned, as by an augmentation before the split, are alike above ALIKE_TURNED: none of VOC2012's.
     """
     if len(train) * len(other) > COMPARED:
         return []
     a, b = other.thumbnails, train.thumbnails
-    distance = (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T
-    alike = np.argwhere(distance <= (1 - ALIKE) * a.shape[1] * (a.var(1)[:, None] + b.var(1)))
+    squares = (a**2).sum(1)[:, None] + (b**2).sum(1)
+    spread = a.shape[1] * (a.var(1)[:, None] + b.var(1))
+    alike = np.argwhere(squares - 2 * a @ b.T <= (1 - ALIKE) * spread)
+    for cells in (b.reshape(-1, 8, 8, 3), b.reshape(-1, 8, 8, 3)[:, :, ::-1]):
+        for turned in (np.rot90(cells, quarter, (1, 2)).reshape(b.shape) for quarter in range(4)):
+            alike = np.concatenate([alike, np.argwhere(squares - 2 * a @ turned.T <= (1 - ALIKE_TURNED) * spread)])
     name, pairs = other.split.name, [(other.split.ids[index], train.split.ids[like]) for index, like in alike]
     return [
         f"{len({*alike[:, 0]})} of {len(other)} photos of {name} are, or nearly are, one of {train.split.name}: "
         f"{example} and {trained}, for example; scores of {name} say little: see data/README.md"
         for example, trained in pairs[:1]
     ]
+
+
+def too_dark(dataset: SegmentationDataset) -> list[str]:
+    """Return a line where none of some thirty photos has a value in the upper three quarters of the range."""
+    some = (dataset[index] for index in range(0, len(dataset), 1 + len(dataset) // 32))
+    brightest = max(int((photo * (labels != VOID)).max()) for photo, labels in some)  # padding is void
+    advice = "where 10 to 14 bits lie in files of 16, or values from 0 to 1, scale them to the whole range"
+    return [f"no photo of {dataset.split.name} is brighter than {brightest} of 255; {advice}"] * (brightest < 64)
 
 
 def build_cache(dataset: SegmentationDataset) -> Path:

@@ -15,8 +15,8 @@ from unicodedata import normalize
 from PIL import Image
 from torchvision.datasets import Cityscapes
 
-from model import UserError
-from model.photos import IMAGE_SUFFIXES, LabelMap, check_palette, read_mask, read_photo
+from model import UserError, read_text
+from model.photos import IMAGE_SUFFIXES, UNREADABLE, LabelMap, check_palette, read_mask, read_photo
 from model.sample import draw_sample
 from model.voc import CLASS_NAMES, VOID, Colour
 
@@ -130,9 +130,10 @@ def _classes(file: Path) -> tuple[list[str], LabelMap | None]:
     """Return the names in classes.txt or CVAT's labelmap.txt, and the class indices of what masks hold; None: the same.
 
     A line is a name, or name:red,green,blue:... Where it is void, its pixels are, and later indices move down by one.
+    labelme's __ignore__ is no line: it is 255 in masks.
     """
     names, label_map = list[str](), dict[int | Colour, int]({VOID: VOID})
-    for value, line in enumerate(line for line in read_list(file) if not line.startswith("#")):
+    for value, line in enumerate(line for line in read_list(file) if not line.startswith("#") and line != "__ignore__"):
         match = re.match(r"(.+?):(\d+),(\d+),(\d+)(:|$)", line)
         name = match[1] if match else line
         index = label_map[value] = VOID if name.casefold() == "void" else len(names)
@@ -195,7 +196,7 @@ def voc_folders(data_dir: Path) -> tuple[Path, Path, Path]:
 def read_list(path: Path) -> list[str]:
     """Return the lines of a list file. Raises UserError if it is absent or empty."""
     try:
-        lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+        lines = read_text(path, errors="replace").splitlines()
     except FileNotFoundError:
         found = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt") if p.name not in NAMES))
         found = found or "none; `python build_dataset.py --split 0.8 0.1 0.1` deals photos into lists"
@@ -213,7 +214,7 @@ def images_by_name(folder: Path, photos: Mapping[str, Path] | None = None) -> di
     found: dict[str, Path] = {}
     paths = folder.iterdir() if folder.is_dir() else ()
     for path in sorted(paths, key=lambda path: (path.suffix != ".png", path)):
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."):
+        if path.suffix.lower() in (*IMAGE_SUFFIXES, *UNREADABLE) and not path.name.startswith("."):
             name = normalize("NFC", path.stem)
             if photos is not None and name not in photos:
                 name = MASK_ENDS.sub("", name)

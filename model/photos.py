@@ -10,7 +10,8 @@ from PIL import Image, ImageOps
 from model import UserError, first_line
 from model.voc import VOID, Colour, indices_from_colours, is_voc, voc_colours
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp")
+UNREADABLE = (".heic", ".heif", ".avif")  # photos too, named as faults rather than passed over
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # whatever the suffix; for EPS Pillow runs a program
 LOSSY = {"JPEG", "MPO", "WEBP", "jpeg", "tiff_jpeg", "webp"}  # formats, and compressions of TIFF
 STRETCHED = {"1": 255, "L;2": 85, "L;4": 17}  # what Pillow multiplies grey values of fewer than 8 bits by
@@ -18,7 +19,7 @@ STRETCHED = {"1": 255, "L;2": 85, "L;4": 17}  # what Pillow multiplies grey valu
 LabelMap = Mapping[int | Colour, int]  # the class index, or void, of every value or colour that a mask may hold
 
 
-def read_photo(path: Path) -> Image.Image:
+def read_photo(path: str | Path) -> Image.Image:
     """Return an upright RGB photo. Raises UserError naming the file and what is wrong with it."""
     with _naming(path):
         image, _ = _decode(path)
@@ -113,16 +114,22 @@ def check_palette(path: Path, mask: Image.Image, names: Sequence[str], colours: 
             raise UserError(f"{path}: index {index} has the colour {colour}, VOC's for {name}: {advice}")
 
 
-def _decode(path: Path) -> tuple[Image.Image, str]:
+def _decode(path: str | Path) -> tuple[Image.Image, str]:
     """Return an image, and how its pixels are stored, which shows only before they are decoded."""
     with Image.open(path, formats=FORMATS) as image:
+        if image.format != "MPO" and (pages := getattr(image, "n_frames", 1)) > 1:  # a phone's MPO is one photo
+            size = image.size
+            image.seek(1)
+            if image.size == size:  # not a smaller copy of the first
+                raise UserError(f"has {pages} pages, of which only the first would count; save each as a file")
+            image.seek(0)
         stored_as = str(image.tile[0].args) if image.tile else ""
         image.load()
         return image, stored_as
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def _naming(path: str | Path) -> Iterator[None]:
     """Turn whatever Pillow makes of other bytes into a UserError that names the file."""
     try:
         yield

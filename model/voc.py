@@ -25,7 +25,7 @@ def is_voc(names: Sequence[str]) -> bool:
 
 def is_background(name: str) -> bool:
     """Return whether a class is the one that pictures leave uncoloured."""
-    return name.casefold() == "background"
+    return name.strip("_").casefold() == "background"  # labelme writes _background_
 
 
 def palette(names: Sequence[str] = CLASS_NAMES) -> np.ndarray:

@@ -1,5 +1,6 @@
 """What people's data really look like: each form is read, or refused in a line that says what to do."""
 
+import json
 import re
 import shutil
 import struct
@@ -11,16 +12,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import run_script
 from PIL import Image, ImageEnhance
 from test_data_loader import arrays, blank, load, mask, paint, photo
 
 from build_dataset import write_lists
-from model import UserError
-from model.data_loader import SegmentationDataset, seen_in_training
-from model.inference import OriginalDataset
-from model.layouts import class_names, find_split
+from engine import run
+from model import UserError, locked
+from model.data_loader import SegmentationDataset, seen_in_training, too_dark
+from model.inference import OriginalDataset, Segmenter
+from model.layouts import class_names, find_split, images_by_name
 from model.photos import check_palette, read_mask, read_photo
 from model.voc import CLASS_NAMES, VOID, palette
+from params import Params
+from predict import find_photos
 
 Change = Callable[[np.ndarray, Path], None]
 
@@ -425,3 +430,117 @@ def test_names_of_hidden_files_are_no_photos(data):
     """As macOS leaves them on other systems."""
     shutil.copy(photo(data, "train0"), data / "JPEGImages" / "._train0.jpg")
     assert len(find_split("voc", data, "train").ids) == 6
+
+
+def test_a_file_of_several_pages_is_refused_and_one_with_a_thumbnail_is_read(tmp_path):
+    """As ImageJ's stacks are, or masks with a page for each class; the first page would be taken for the whole."""
+    first, second, small = (Image.new("L", size, 1) for size in ((32, 32), (32, 32), (8, 8)))
+    first.save(file := tmp_path / "stack.tif", save_all=True, append_images=[second])
+    for read in (lambda: read_photo(file), lambda: read_mask(file, blank(32, 32), 2)):
+        with pytest.raises(UserError, match=r"stack.tif: has 2 pages, .* save each as a file"):
+            read()
+    first.save(file, save_all=True, append_images=[small])
+    assert read_photo(file).size == (32, 32) and np.array(read_mask(file, blank(32, 32), 2)).min() == 1
+    first.convert("RGB").save(
+        file := tmp_path / "phone.jpg", format="MPO", save_all=True, append_images=[blank(32, 32)]
+    )
+    assert read_photo(file).size == (32, 32)
+
+
+def test_the_names_of_labelme_are_those_of_its_indices(data):
+    """Its labels.txt begins with __ignore__, of index -1, which is 255 in the masks."""
+    (data / "classes.txt").write_text("__ignore__\n_background_\ncat\ndog\n")
+    assert find_split("voc", data, "train").class_names == ["_background_", "cat", "dog"]
+    assert tuple(palette(["_background_", "cat", "dog"])[0]) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
+def test_text_files_are_read_as_powershell_writes_them(data, encoding):
+    (data / "train.txt").write_text("train0\r\ntrain1\r\n", encoding=encoding)
+    (data / "params.json").write_text('{"num_epochs": 3}', encoding=encoding)
+    assert find_split("voc", data, "train").ids == ["train0", "train1"]
+    assert Params.load(data / "params.json").num_epochs == 3
+
+
+@pytest.mark.parametrize("mode", ["P", "RGBA", "LA", "1", "I;16", "CMYK", "HSV"])
+def test_photos_of_other_modes_than_rgb_are_refused_in_a_notebook(mode):
+    """The indices of a palette would pass for grey."""
+    segmenter = Segmenter(torch.nn.Identity(), torch.device("cpu"), image_size=32)
+    for photo_ in (Image.new(mode, (40, 40)), np.zeros((40, 40, 3), np.uint8), "photo.jpg"):
+        with pytest.raises(UserError, match="mode RGB"):
+            segmenter.segment(photo_)
+
+
+def test_copies_that_are_mirrored_or_turned_are_counted(data):
+    """As by an augmentation before the split."""
+    for index, turn in enumerate((Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_90)):
+        with Image.open(photo(data, f"train{index}")) as image:
+            image.transpose(turn).save(photo(data, f"val{index}"), quality=80)
+        with Image.open(mask(data, f"train{index}")) as image:
+            image.transpose(turn).save(mask(data, f"val{index}"))
+    (line,) = seen_in_training(*(load(data, name, image_size=64) for name in ("train", "val")))
+    assert line.startswith("2 of 3 photos of val are, or nearly are, one of train: ")
+
+
+def test_augmented_copies_of_roboflow_come_into_one_list(data, capsys):
+    for path in data.glob("*.txt"):
+        path.unlink()
+    for index in range(6):
+        for place in (photo, mask):
+            place(data, f"train{index}").rename(place(data, f"im{index // 2}_jpg.rf.{index:032x}"))
+    write_lists(data, [0.6, 0.4, 0], seed=1)
+    lists = [
+        {line.partition(".")[0] for line in (data / f"{name}.txt").read_text().split()} for name in ("train", "val")
+    ]
+    assert not lists[0] & lists[1] and len(lists[0] | lists[1]) == 6 and " groups -> " in capsys.readouterr().out
+
+
+def test_photos_that_use_a_small_part_of_the_range_are_named(data):
+    """Of 12 bits in files of 16, say."""
+    assert too_dark(load(data)) == []
+    for path in (data / "JPEGImages").iterdir():
+        with Image.open(path) as image:
+            grey = np.array(image.convert("L")).astype(np.uint16) * 16
+        path.unlink()
+        Image.fromarray(grey).save(path.with_suffix(".png"))
+    for resize in ("squash", "letterbox"):
+        (line,) = too_dark(load(data, resize=resize))
+        assert re.match(r"no photo of train is brighter than 1\d of 255; ", line)
+
+
+def test_classes_that_no_mask_has_are_named_after_the_first_epoch(trained):
+    (line,) = [line for line in (trained[0] / "train.log").read_text().splitlines() if "in no mask of train" in line]
+    assert "at 32 pixels a side: " in line and "person" in line and line.endswith("; cannot be learned")
+
+
+def test_photos_of_a_split_that_were_trained_on_are_counted(experiment, trained, tmp_path):
+    """As of VOC's trainval."""
+    data = shutil.copytree(trained[1], tmp_path / "moved")
+    (data / "trainval.txt").write_text((data / "train.txt").read_text() + (data / "val.txt").read_text())
+    record = json.loads((experiment / "run.json").read_text()) | {"data_dir": str(data)}
+    (experiment / "run.json").unlink()  # a link to the one that other tests read
+    (experiment / "run.json").write_text(json.dumps(record))
+    for split, words in (("trainval", "6 of them are in train too"), ("val", ""), ("train", "")):
+        out = run_script("evaluate.py", "--model_dir", experiment, "--split", split).stdout
+        assert words in out and (words or "of them are in" not in out)
+        assert re.search(r" at 32x32, \d of 21 classes, epoch ", out)
+
+
+def test_a_folder_that_is_held_says_what_torchrun_is_for_under_slurm(tmp_path, monkeypatch):
+    (tmp_path / "params.json").write_text("{}")
+    monkeypatch.setattr(run, "LOCK_PATIENCE", 0)
+    with locked(tmp_path / run.RUN_LOCK):
+        for tasks, hint in (("1", False), ("4", True)):
+            monkeypatch.setenv("SLURM_NTASKS", tasks)
+            with pytest.raises(UserError, match="another train") as error, run.sole_run(tmp_path):
+                pass
+            assert ("torchrun" in str(error.value)) == hint
+
+
+def test_photos_of_phones_that_cannot_be_read_are_named_and_not_passed_over(data):
+    for name in ("IMG_1.HEIC", "IMG_2.avif"):
+        (data / "JPEGImages" / name).write_bytes(b"no JPEG")
+        assert data / "JPEGImages" / name in find_photos([str(data / "JPEGImages")], data / "out").values()
+    assert images_by_name(data / "JPEGImages").keys() >= {"IMG_1", "IMG_2"}
+    photo(data, "train0").rename(file := data / "JPEGImages" / "train0.jfif")
+    assert find_split("voc", data, "train").images[0] == file

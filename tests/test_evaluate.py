@@ -119,7 +119,7 @@ def test_scores_on_other_data_have_files_of_their_own_that_say_which(experiment,
     moved = json.loads((experiment / "run.json").read_text()) | {"data_dir": str(tmp_path / "gone")}
     (experiment / "run.json").unlink()  # a link to the one that other tests read
     utils.write_json(experiment / "run.json", moved)
-    assert run.name_of_split(experiment, "val", other) == "val", "the data have moved"
+    assert run.trained_elsewhere(experiment, other) is None, "the data have moved"
 
 
 def test_the_loss_of_validation_does_not_depend_on_the_batch(trained):

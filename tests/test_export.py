@@ -7,6 +7,7 @@ import math
 import os
 import random
 import re
+import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -352,3 +353,17 @@ def test_every_encoder_goes_through_in_any_combination(tmp_path, encoder, number
     run_script("predict.py", data / "JPEGImages", "--model_dir", experiment, "--output_dir", tmp_path / "out")
     with Image.open(tmp_path / "out" / "val1.png") as prediction:
         assert prediction.size == (33, 70)
+
+
+def test_a_network_can_be_exported_where_its_data_set_is_not(experiment, tmp_path, monkeypatch):
+    record = json.loads((experiment / "run.json").read_text()) | {"data_dir": str(tmp_path / "gone")}
+    (experiment / "run.json").unlink()  # a link to the one that other tests read
+    (experiment / "run.json").write_text(json.dumps(record))
+    monkeypatch.chdir(tmp_path)
+    said = {}
+    monkeypatch.setattr(export, "write_onnx", lambda model, file, metadata: said.update(metadata))
+    monkeypatch.setattr(export, "open_onnx", lambda file: 1 / 0)  # the rest is as for other photos
+    monkeypatch.setattr(sys, "argv", ["export.py", "--model_dir", str(experiment)])
+    with pytest.raises(ZeroDivisionError):
+        export.main(export.parse_args())
+    assert json.loads(said["class_names"])[1] == "aeroplane"

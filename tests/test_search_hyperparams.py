@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -70,7 +71,8 @@ def data_dir(tmp_path_factory):
     return make_data(tmp_path_factory.mktemp("data") / "data")
 
 
-def test_a_sweep_trains_every_trial_and_those_that_fail_do_not_hinder_the_others(tmp_path, data_dir):
+def test_a_sweep_trains_every_trial_and_those_that_fail_do_not_hinder_the_others(tmp_path):
+    data_dir = make_data(tmp_path / "data")
     sweep = make_sweep(tmp_path / "my sweep; $(echo)", {"batch_size": [7, 2, 3, 4]})
     (sweep / "batch_size_4").write_text("in the way\n")
     result = search(sweep, data_dir, "--jobs", 2, check=1)
@@ -92,7 +94,8 @@ def test_a_sweep_trains_every_trial_and_those_that_fail_do_not_hinder_the_others
     # Again: the failed ones alone, which by now can succeed.
     (sweep / "batch_size_4").unlink()
     before = {trial: (sweep / trial / "last.pth.tar").stat() for trial in ("batch_size_2", "batch_size_3")}
-    result = search(sweep, make_data(tmp_path / "more", train=14))
+    shutil.rmtree(data_dir)
+    result = search(sweep, make_data(data_dir, train=14))
     assert "4 trials: 4 finished; best mIoU" in result.stdout and "batch_size_2: finished" not in result.stdout
     assert {trial: (sweep / trial / "last.pth.tar").stat() for trial in before} == before
 

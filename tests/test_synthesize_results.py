@@ -549,3 +549,15 @@ def test_the_table_shows_what_was_trained_with_and_names_what_was_edited_since(t
     run = synthesize_results.read(folder, tmp_path)
     assert (run.params["learning_rate"], run.state) == (1e-6, "finished")
     assert run.problem.endswith("the table does not show it: learning_rate, num_epochs")
+
+
+def test_runs_on_other_photos_or_masks_of_one_folder_are_not_ranked_among_each_other(tmp_path):
+    """As after new lists, or masks that were corrected, between two runs."""
+    for name, score, share in (("a", 0.5, 0.25), ("b", 0.7, 0.5), ("c", 0.6, 0.25)):
+        metrics = {"images": 3, "frequency": {"cat": share, "dog": 1 - share}}
+        folder = experiment(tmp_path / name, [score], own_size={"val": {"mIoU": score} | metrics})
+        (folder / "metrics_val_best_weights.json").write_text(json.dumps(metrics))
+    for column in ("mIoU", "val_original_size_mIoU"):
+        found = synthesize(tmp_path, "--sort", column)
+        assert [row["name"] for row in found.rows] == ["c", "a", "b"]
+        assert found.err == "b: finished, val had other photos or masks than for a: not comparable\n"
