@@ -81,55 +81,50 @@ def download(urls: Sequence[str], file: Path, md5: str, flag: str, *, silence: f
     answers = []
     for url in urls:
         print(f"downloading {url} to {file}, which is not needed later", flush=True)
-        if (answer := _fetch_whole(url, file, md5, silence)) is None:
-            return file
-        answers.append(f"{url}: {answer}")
+        try:
+            for _ in range(2 if file.exists() else 1):  # anew where what was there before were other bytes
+                while not _fetch(url, file, silence):
+                    pass
+                if check_integrity(file, md5):
+                    return file
+                file.unlink(missing_ok=True)
+            answers.append(f"{url}: another file than the official one")
+        except (OSError, HTTPException, ValueError) as error:  # no answer, half an answer, no address
+            if getattr(error, "errno", None) == errno.ENOSPC:
+                raise OSError(errno.ENOSPC, "the disk is full", str(file)) from None
+            answers.append(f"{url}: {first_line(error)}")
     raise RunFailed(
         f"no download of {file.name} ({'; '.join(answers)}). The same command goes on with what has come; {flag} FILE "
         "takes the archive, got by other means, --url ADDRESS another address"
     )
 
 
-def _fetch_whole(url: str, file: Path, md5: str, silence: float) -> str | None:
-    """Fetch an archive from one address, as long as every attempt brings more. Returns what it answers in its place."""
-    inherited = _size(file) > 0  # perhaps wrong bytes, of another address
-    while True:
-        before, ended, answer = _size(file), True, "another file than the official one"
-        try:
-            _fetch(url, file, silence)
-        except (OSError, HTTPException, ValueError) as error:  # no answer, half an answer, no address
-            if getattr(error, "errno", None) == errno.ENOSPC:
-                raise OSError(errno.ENOSPC, "the disk is full", str(file)) from None
-            ended, answer = getattr(error, "code", None) == 416, first_line(error)  # 416: there is nothing after it
-        if check_integrity(file, md5):
-            return None
-        if not ended and _size(file) > before:
-            continue
-        if ended:
-            file.unlink(missing_ok=True)
-        if not (ended and inherited):
-            return answer
-        inherited = False
+def _fetch(url: str, file: Path, silence: float) -> bool:
+    """Add to a file what an address has after it, anew where the server cannot begin in the middle.
 
-
-def _fetch(url: str, file: Path, silence: float) -> None:
-    """Add to a file what an address has after it; begin anew where the server cannot begin in the middle.
-
-    Raises OSError, HTTPException or ValueError; whatever has come by then is in the file.
+    Returns whether that was all. Raises OSError, HTTPException or ValueError where nothing came.
     """
     begun = _size(file)
     request = Request(url, headers={"User-Agent": "Mozilla/5.0"} | ({"Range": f"bytes={begun}-"} if begun else {}))
-    with urlopen(request, timeout=silence) as answer:
-        if answer.headers.get_content_type() == "text/html":
-            raise OSError("a web page in the place of the file")
-        begun = begun if answer.status == 206 else 0
-        total = begun + int(answer.headers["Content-Length"]) if "Content-Length" in answer.headers else None
-        options = {"unit": "B", "unit_scale": True, "desc": file.name, "disable": None, "leave": False}
-        with open(file, "ab" if begun else "wb") as stream, tqdm(total=total, initial=begun, **options) as bar:
-            while block := answer.read1(2**18):
-                bar.update(stream.write(block))
-    if total and _size(file) < total:
-        raise OSError(f"ended after {_size(file)} of {total} bytes")
+    try:
+        with urlopen(request, timeout=silence) as answer:
+            if answer.headers.get_content_type() == "text/html":
+                raise OSError("a web page in the place of the file")
+            kept = begun if answer.status == 206 else 0
+            total = kept + int(answer.headers["Content-Length"]) if "Content-Length" in answer.headers else None
+            options = {"unit": "B", "unit_scale": True, "desc": file.name, "disable": None, "leave": False}
+            with open(file, "ab" if kept else "wb") as stream, tqdm(total=total, initial=kept, **options) as bar:
+                while block := answer.read1(2**18):
+                    bar.update(stream.write(block))
+        if total and _size(file) < total:
+            raise OSError(f"ended after {_size(file)} of {total} bytes")
+    except (OSError, HTTPException, ValueError) as error:
+        if getattr(error, "code", None) == 416:  # there is nothing after what has come
+            return True
+        if _size(file) <= begun:
+            raise
+        return False
+    return True
 
 
 def _size(file: Path) -> int:
