@@ -1,6 +1,7 @@
 """Score a checkpoint on a split: a table per class on the terminal, metrics_<split>_<restore_file>.json and .png."""
 
 import argparse
+import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from engine.checkpoints import load_network, predicting_weights, weights_digest
 from engine.cli import add_restore_file, experiment_parser, positive, run_main
 from engine.devices import is_main, loading_options, processes
 from engine.evaluation import Scores, add_up, evaluate, find_data, make_dataset, progress
-from engine.run import name_of_split
+from engine.run import records
 from model import UserError
 from model.data_loader import make_loader
 from model.inference import OriginalDataset, Segmenter, class_map, collate_originals
@@ -52,11 +53,8 @@ def parse_args() -> argparse.Namespace:
 
 def score_originals(
     segmenter: Segmenter, dataset: OriginalDataset, params: Params, save_to: Path | None = None
-) -> Scores | None:
-    """Predict every photo at its own size, and save it in a folder if given; each process does its part.
-
-    Returns None where the split has no masks.
-    """
+) -> Scores:
+    """Predict every photo at its own size, and save it in a folder if given; each process does its part."""
     collate = partial(collate_originals, sizes=segmenter.sizes, resize=params.resize, padding=segmenter.padding)
     loader = make_loader(dataset, batch_size=params.scoring_batch_size, collate=collate, **loading_options(params))
     metrics, own = Metrics(params.num_classes, segmenter.device, original_size=True), dict[int, np.ndarray]()
@@ -72,8 +70,7 @@ def score_originals(
                     counts = metrics.update(prediction[None], mask.to(segmenter.device)[None])
                     own[index] = sparse(counts[0].cpu())
                 bar.update()
-    result = add_up(metrics, own, dataset)
-    return None if dataset.split.masks is None else result
+    return add_up(metrics, own, dataset)
 
 
 def find_other(
@@ -189,9 +186,15 @@ def describe(checkpoint: dict[str, Any], args: argparse.Namespace) -> dict[str, 
 
 
 def name_scores(model_dir: Path, folder: Path, args: argparse.Namespace) -> str:
-    """Return what the files of an experiment's scores on a data folder are named by."""
+    """Return what the files of an experiment's scores are named by, with the data folder if it was trained on another.
+
+    Where the folder of the run is gone, the data have moved.
+    """
     kind = "_original_size" if args.scales == [1.0] and not args.flip else "_multi_scale"
-    return f"{name_of_split(model_dir, args.split, folder)}_{args.restore_file}{kind * args.original_size}"
+    own = records(model_dir)[-1].get("data_dir")
+    other = own is not None and os.path.isdir(own) and not os.path.samefile(own, folder)
+    split = f"{args.split}@{folder.resolve().name}" if other else args.split
+    return f"{split}_{args.restore_file}{kind * args.original_size}"
 
 
 def score_checkpoint(device: torch.device, args: argparse.Namespace) -> None:
@@ -219,12 +222,12 @@ def score_checkpoint(device: torch.device, args: argparse.Namespace) -> None:
         squares, batch = make_dataset(split, names, params, model), params.scoring_batch_size
         loader = make_loader(squares, batch_size=batch, device=device, **loading_options(params))
         scores = evaluate(model, loader, params, device, by_photo=True)
-    scored = scores is not None and scores.metrics["mIoU"] is not None  # not so for Cityscapes' test, all of it void
-    if scores and not scored and not predicted_only:
+    scored = scores.metrics["mIoU"] is not None  # not so without masks, and for Cityscapes' test, all of it void
+    if not scored and not predicted_only:
         raise UserError(f"split {where} has masks of nothing but void: it can be predicted, not scored")
     if not is_main():
         return
-    if scores and scored:
+    if scored:
         write_scores(scores, record, name, split, names, args.model_dir)
         output = args.model_dir / f"metrics_{name}.json"
         print(f"\n{len(split.ids)} images of {where} at {size}, epoch {record['epoch']} -> {output} and .png")
@@ -233,7 +236,7 @@ def score_checkpoint(device: torch.device, args: argparse.Namespace) -> None:
             draw_overlays(segmenter, photos, counts, other, overlays, args)
             print(f"{'those that differ most' if args.against else 'the worst of them'} -> {overlays}")
     else:
-        print(f"{where} has {'masks of nothing but void' if scores else 'no masks'} and is not scored")
+        print(f"{where} has {'masks of nothing but void' if split.masks else 'no masks'} and is not scored")
     if saved:
         print(f"{len(split.ids)} predictions -> {saved}")
 

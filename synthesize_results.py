@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import comparing
 from comparing import FEW, Counts, Difference
 from engine.checkpoints import changed_keys
 from engine.cli import add_folder, run_main
-from engine.run import began_from, existing, is_running, records
+from engine.run import existing, is_running, records
 from engine.training import best_epoch, better_of, score, why_finished
 from model import UserError
 from model.metrics import AT_ORIGINAL_SIZE, BETTER, METRICS
@@ -138,10 +139,10 @@ def read(folder: Path, parent_dir: Path) -> Run:
     name = folder.resolve().name if folder == parent_dir else str(folder.relative_to(parent_dir))
     run = Run(folder, os.fsencode(name).decode(errors="replace"))
     try:
-        history = read_history(folder)
-        params, changes = trained_with(folder) if history else (Params.load(folder / "params.json"), "")
+        history, starts = read_history(folder), records(folder)
+        params, changes = trained_with(folder, starts[-1] if history else {})
         run.params, run.history = asdict(params), history
-        run.data_dir, run.init_from = records(folder)[-1].get("data_dir"), began_from(folder)
+        run.data_dir, run.init_from = starts[-1].get("data_dir"), began_from(starts[0])
         run.own_size, others = read_own_size(folder, run.best["epoch"])
         run.state, run.problem = state(folder, params, run.history)
         run.problem = "; ".join(filter(None, (run.problem, changes, others)))
@@ -152,9 +153,14 @@ def read(folder: Path, parent_dir: Path) -> Run:
     return run
 
 
-def trained_with(folder: Path) -> tuple[Params, str]:
-    """Return the params that a run was last trained with, and which keys of params.json have been changed since."""
-    record = records(folder)[-1]
+def began_from(record: dict[str, Any]) -> str | None:
+    """Return the digest of the weights of --init_from, or what older programs kept, the path; None if not given."""
+    given = [after for flag, after in pairwise(record.get("argv", [])) if flag == "--init_from"]
+    return record.get("init_from", given[-1] if given else None)
+
+
+def trained_with(folder: Path, record: dict[str, Any]) -> tuple[Params, str]:
+    """Return the params that a start of a run was given, and which keys of params.json have been changed since."""
     now = Params.load(folder / "params.json", record.get("set"))
     if "params" not in record:
         return now, ""
@@ -166,14 +172,15 @@ def trained_with(folder: Path) -> tuple[Params, str]:
 def read_own_size(folder: Path, epoch: int | None) -> tuple[dict[str, dict[str, Any]], str]:
     """Return by split the metrics at the photos' own size, and which are left out, as of other weights than the best.
 
-    Of a run of an older program, which kept no digest of them, the epoch decides.
+    A digest tells weights apart; of a run of an older program, which kept none, the epoch.
     """
-    best = folder / "metrics_val_best_weights.json"
-    weights = read_json(best, if_absent="").get("weights") if best.exists() else None
-    found, others = {}, []
+    file, best, found, others = folder / "metrics_val_best_weights.json", {"epoch": epoch}, {}, []
+    if file.exists():
+        best |= read_json(file, if_absent="")
+    mark = "weights" if "weights" in best else "epoch"
     for path in sorted(folder.glob(f"metrics_*_{BEST}.json")):
         metrics = read_json(path, if_absent="")
-        if metrics.get("epoch") == epoch and weights in (None, metrics.get("weights")):
+        if metrics.get(mark) == best[mark]:
             found[path.name.removeprefix("metrics_").removesuffix(f"_{BEST}.json")] = metrics
         elif epoch is not None:
             others.append(path.name)

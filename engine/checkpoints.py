@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping
@@ -20,6 +19,7 @@ from model import UserError, first_line
 from model.encoders import ENCODERS
 from model.layouts import Split, class_names, default_class_names
 from model.net import FCN_GCN, class_count, is_of_score_layer, without_unused
+from model.weights import unwrapped
 from params import NEEDED_BY_WEIGHTS, WITHOUT_EFFECT, Params
 from utils import is_out_of_memory, replacing
 
@@ -59,15 +59,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise UserError(f'{path} is not a checkpoint of this network: it has no "state_dict"')
     checkpoint.setdefault("params", {})
-    return checkpoint | {"state_dict": _unwrapped(checkpoint["state_dict"])}
-
-
-def _unwrapped(weights: dict[str, Any]) -> dict[str, Any]:
-    """Return weights under the network's own names, before which DataParallel and torch.compile put one of theirs."""
-    wrapped = re.compile(r"((module|_orig_mod)\.)+")
-    if not all(isinstance(name, str) and wrapped.match(name) for name in weights):
-        return weights
-    return {wrapped.sub("", name, count=1): tensor for name, tensor in weights.items()}
+    return checkpoint | {"state_dict": unwrapped(checkpoint["state_dict"])}
 
 
 def load_weights(model: nn.Module, state_dict: dict[str, Any], source: str | Path) -> None:
@@ -205,12 +197,10 @@ def agreed_class_names(checkpoint: dict[str, Any], file: Path, split: Split | No
     """
     numbers = [str(index) for index in range(num_classes)]  # which stand for names that are not known
     trained = checkpoint.get("class_names") or numbers
-    if split is None:
-        return default_class_names(num_classes) if trained == numbers else trained
+    named = (split and split.class_names) or default_class_names(num_classes)
     if trained == numbers:
-        return class_names(split, num_classes)
-    named = split.class_names or default_class_names(num_classes)
-    if named == numbers:
+        return class_names(split, num_classes) if split else named
+    if split is None or named == numbers:
         return trained
     for index, (then, now) in enumerate(zip_longest(trained, named)):
         if then != now:

@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,6 @@ from engine.checkpoints import (
     to_predict_with,
     weights_digest,
 )
-from engine.devices import autocast, device_name, input_options, resolve_precision
 from engine.training import Training, list_digest, scalars, score, why_finished
 from model import UserError, locked
 from model.data_loader import SegmentationDataset
@@ -115,13 +113,6 @@ def records(model_dir: Path) -> list[dict[str, Any]]:
     return [first, *first.get("resumed", [])]
 
 
-def began_from(model_dir: Path) -> str | None:
-    """Return the digest of the weights of --init_from, or what older programs kept, the path; None if not given."""
-    first = records(model_dir)[0]
-    given = [after for flag, after in pairwise(first.get("argv", [])) if flag == "--init_from"]
-    return first.get("init_from", given[-1] if given else None)
-
-
 def find_data_dir(args: argparse.Namespace, dataset: str) -> Path:
     """Return --data_dir; else the folder that the run was trained on; "data" where run.json does not say which.
 
@@ -135,16 +126,6 @@ def find_data_dir(args: argparse.Namespace, dataset: str) -> Path:
     if not os.path.isdir(recorded):
         raise UserError(f"{args.model_dir} was trained on {recorded}, which is not there; give --data_dir")
     return Path(recorded)
-
-
-def name_of_split(model_dir: Path, split: str, data_dir: Path) -> str:
-    """Return what the files of a split's scores are named by: with its folder if a run was trained on other data.
-
-    Where the folder of the run is gone, the data have moved.
-    """
-    own = records(model_dir)[-1].get("data_dir")
-    other = own is not None and os.path.isdir(own) and not os.path.samefile(own, data_dir)
-    return f"{split}@{data_dir.resolve().name}" if other else split
 
 
 @dataclass(frozen=True)
@@ -169,7 +150,7 @@ def begin(args: argparse.Namespace, device: torch.device) -> Start | None:
     state = load_checkpoint(last) if args.resume and last.exists() else None
     kept = load_checkpoint(best) if args.resume and state is None and best.exists() else None
     changes = (state or kept or {}).get("set", {}) | args.set
-    params = resolve_precision(Params.load(args.model_dir / "params.json", changes), device)
+    params = devices.resolve_precision(Params.load(args.model_dir / "params.json", changes), device)
     if kept and (reason := why_finished(read_history(args.model_dir), params)):
         if devices.is_main():
             print(f"nothing to do in {args.model_dir}: {reason}; last.pth.tar was not kept to train on from")
@@ -217,10 +198,8 @@ def changes_since(start: Start, training: Training, args: argparse.Namespace) ->
     jumps = not math.isclose(rate, before) and {"learning_rate", "num_epochs", "schedule", "warmup_epochs"} & {*keys}
     lists = {"images": "the list of training images", "val_images": "the list of validation images"}
     keys += [lists[key] for key, digest in training.lists.items() if start.state.get(key, digest) != digest]
-    if "set" not in start.state:  # of an older program
-        keys.append("mIoU, which is over the classes in the labels now")
-    if "weights" not in training.metrics["last"]:
-        keys.append("the validation loss, which is a mean over photos now")
+    if "weights" not in training.metrics["last"]:  # of an older program
+        keys.append("the validation loss, a mean over photos now, and perhaps mIoU, over the classes in the labels now")
     folder = records(args.model_dir)[-1].get("data_dir")
     keys += [] if folder in (None, os.path.abspath(start.data_dir)) else [f"the data folder, before {folder}"]
     keys += [f"so the learning rate, {before:.3g} in the last step, {rate:.3g} in the next"] if jumps else []
@@ -241,13 +220,11 @@ def advising_to_resume(args: argparse.Namespace) -> Iterator[None]:
 def check_last_batch(model: FCN_GCN, params: Params, count: int) -> None:
     """Raise UserError where a network cannot train on the last batch, the smallest, or on a process's share of it."""
     last = count % params.batch_size or params.batch_size
-    left = f'"batch_size" {params.batch_size} leaves a batch of {last} among {count} images'
+    left = f'change "batch_size", for {params.batch_size} leaves a batch of {last} among {count} images'
     if last == 1 and not _takes(model, 1, params):
-        size = f'at "image_size" {params.image_size} it gives batch norm a single value a channel'
-        raise UserError(f"{left}, and {size}; change one of the two")
+        raise UserError(f'{left}, for batch norm a single value a channel at "image_size" {params.image_size}')
     if last < (processes := devices.world_size()) and not _takes(model, 0, params):
-        idle = f'in which some of {processes} processes have none, as "{params.encoder}" cannot'
-        raise UserError(f'{left}, {idle}; change "batch_size"')
+        raise UserError(f'{left}, in which some of {processes} processes have none, as "{params.encoder}" cannot')
 
 
 @torch.no_grad()
@@ -280,7 +257,7 @@ def write_provenance(model_dir: Path, device: torch.device, start: Start) -> Non
         "argv": sys.argv,
         "data_dir": os.path.abspath(start.data_dir),
         "versions": versions | {name: version(name) for name in packages},
-        "device": device_name(device),
+        "device": devices.device_name(device),
         "platform": platform.platform(),
         "processes": devices.world_size(),
         "seed": start.params.seed,
@@ -429,8 +406,8 @@ def sample_predictions(training: Training, dataset: SegmentationDataset, count: 
     examples = [dataset[place * len(dataset) // number] for place in range(number)]
     images, labels = (torch.stack(part) for part in zip(*examples, strict=True))
     model = training.eval_model.eval()
-    inputs = to_input(images, training.device, **input_options(training.model, params))
-    with autocast(training.device, params.precision):
+    inputs = to_input(images, training.device, **devices.input_options(training.model, params))
+    with devices.autocast(training.device, params.precision):
         logits = torch.cat([model(part) for part in inputs.split(params.scoring_batch_size)])
     parts = zip(images.permute(0, 2, 3, 1), labels, logits.argmax(1).cpu(), strict=True)
     photos = zip(parts, photo_edges(images, labels, dataset.padding).tolist(), strict=True)

@@ -73,7 +73,8 @@ class Segmenter:
                 if self.flip:
                     maps.append(self.model(x.flip(-1)).flip(-1).float())
         for size, photo in zip(sizes, zip(*maps, strict=True), strict=True):
-            yield [_unpadded(logits, RESIZES[self.resize](*size, logits.shape[-1])) for logits in photo]
+            boxes = (RESIZES[self.resize](*size, logits.shape[-1]) for logits in photo)
+            yield [x[:, top:bottom, left:right] for x, (left, top, right, bottom) in zip(photo, boxes, strict=True)]
 
     @torch.inference_mode()
     def segment(self, photo: Image.Image, *, tile: int | None = None) -> Tensor:
@@ -115,11 +116,6 @@ def collate_originals(
     indices, photos, masks = map(list, zip(*examples, strict=True))
     masks = [mask and pil_to_tensor(mask)[0] for mask in masks]
     return indices, [photo.size for photo in photos], squares(photos, sizes, resize, padding), masks
-
-
-def _unpadded(logits: Tensor, box: Box) -> Tensor:
-    left, top, right, bottom = box
-    return logits[:, top:bottom, left:right]
 
 
 def tiles(width: int, height: int, side: int) -> list[Box]:

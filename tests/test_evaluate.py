@@ -18,7 +18,7 @@ import utils
 from comparing import mIoU, read_counts
 from engine import checkpoints, run
 from engine.evaluation import evaluate
-from evaluate import draw_overlays, find_other, table
+from evaluate import draw_overlays, find_other, name_scores, table
 from model import UserError
 from model.data_loader import SegmentationDataset, make_loader
 from model.layouts import class_names, find_split
@@ -119,7 +119,8 @@ def test_scores_on_other_data_have_files_of_their_own_that_say_which(experiment,
     moved = json.loads((experiment / "run.json").read_text()) | {"data_dir": str(tmp_path / "gone")}
     (experiment / "run.json").unlink()  # a link to the one that other tests read
     utils.write_json(experiment / "run.json", moved)
-    assert run.name_of_split(experiment, "val", other) == "val", "the data have moved"
+    args = Namespace(split="val", restore_file="best", scales=[1.0], flip=False, original_size=False)
+    assert name_scores(experiment, other, args) == "val_best", "the data have moved"
 
 
 def test_the_loss_of_validation_does_not_depend_on_the_batch(trained):
