@@ -138,21 +138,17 @@ def check_archive(archive: Path, filename: str, md5: str) -> None:
 
 
 def get_voc(data_dir: Path, archive: Path | None, url: str | None) -> None:
-    """Bring VOC2012 into data_dir, downloading it if no archive is given and it is not there."""
+    """Write the photos and masks of VOC2012 and, when all are there, its lists, downloading it if no archive is given.
+
+    Raises UserError, before anything is written, for any other file.
+    """
     if (data_dir / "trainval.txt").exists():
         print(f"{data_dir} is complete: {len(find_split('voc', data_dir, 'trainval').ids)} photos with masks")
         return
     if (data_dir / "train.txt").exists():
         raise UserError(f"{data_dir} holds the lists of another data set; delete them or choose another --data_dir")
     addresses = [url] if url else [f"{folder}/{VOC['filename']}" for folder in VOC_FOLDERS]
-    unpack_voc(archive or download(addresses, data_dir / VOC["filename"], VOC["md5"], "--archive"), data_dir)
-
-
-def unpack_voc(archive: Path, data_dir: Path) -> None:
-    """Write the lists of VOC2012, and the photos and masks that they name: lists last, so that all is there with them.
-
-    Raises UserError, before anything is written, for any other file.
-    """
+    archive = archive or download(addresses, data_dir / VOC["filename"], VOC["md5"], "--archive")
     check_archive(archive, VOC["filename"], VOC["md5"])
     with tarfile.open(archive) as tar:
         found = {member.name.removeprefix("VOCdevkit/VOC2012/"): member for member in tar}
@@ -176,7 +172,11 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def get_sbd(data_dir: Path, archive: Path | None, url: str | None) -> None:
-    """Bring the photos of SBD into a VOC2012 that is in data_dir, downloading them if no archive is given."""
+    """Write the photos of SBD that a VOC2012 in data_dir has not, their masks as grey PNGs and, last, trainaug.txt.
+
+    Files that are there are left alone. The archive is downloaded if none is given. Raises UserError, before anything
+    is written, for any other archive.
+    """
     require("scipy", "masks of SBD")
     images, masks, lists = voc_folders(data_dir)
     trainaug = lists / "trainaug.txt"
@@ -185,18 +185,8 @@ def get_sbd(data_dir: Path, archive: Path | None, url: str | None) -> None:
         return
     train, val = (find_split("voc", data_dir, name).ids for name in ("train", "val"))
     archive = archive or download([url or SBDataset.url], data_dir / SBD_ARCHIVE, SBDataset.md5, "--sbd")
-    added = unpack_sbd(archive, images, masks, here={*train, *val})
-    write_text(trainaug, "".join(f"{id_}\n" for id_ in sorted({*train, *added})))
-    print(f"{len(train)} photos of train and {len(added)} of SBD -> {trainaug}")
-
-
-def unpack_sbd(archive: Path, images: Path, masks: Path, *, here: set[str]) -> set[str]:
-    """Write the photos of SBD that are not here, and their masks as grey PNGs, and return their ids.
-
-    Files that are there are left alone. Raises UserError, before anything is written, for any other archive.
-    """
     check_archive(archive, SBD_ARCHIVE, SBDataset.md5)
-    added = set()
+    added, here = set(), {*train, *val}
     with tarfile.open(archive, "r|gz") as tar:
         for member in tqdm(tar, desc="unpacking SBD", unit="file", disable=None, leave=False):
             match = SBD_MEMBER.fullmatch(member.name)
@@ -208,7 +198,8 @@ def unpack_sbd(archive: Path, images: Path, masks: Path, *, here: set[str]) -> s
             if not target.exists():
                 content = _content(tar, member)
                 _write_whole(target, content if is_photo else _mask_of_sbd(content))
-    return added
+    write_text(trainaug, "".join(f"{id_}\n" for id_ in sorted({*train, *added})))
+    print(f"{len(train)} photos of train and {len(added)} of SBD -> {trainaug}")
 
 
 def _mask_of_sbd(content: bytes) -> bytes:

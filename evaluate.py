@@ -15,8 +15,8 @@ from tabulate import tabulate
 from comparing import Counts, check_same_photos, mIoU, read_counts, write_counts
 from engine.checkpoints import load_network, predicting_weights, weights_digest
 from engine.cli import add_restore_file, experiment_parser, positive, run_main
-from engine.devices import is_main, loading_options, processes
-from engine.evaluation import Scores, add_up, evaluate, find_data, make_dataset, progress
+from engine.devices import bar, is_main, loading_options, processes
+from engine.evaluation import Scores, add_up, evaluate, find_data, make_dataset
 from engine.run import records
 from model import UserError
 from model.data_loader import make_loader
@@ -58,7 +58,7 @@ def score_originals(
     collate = partial(collate_originals, sizes=segmenter.sizes, resize=params.resize, padding=segmenter.padding)
     loader = make_loader(dataset, batch_size=params.scoring_batch_size, collate=collate, **loading_options(params))
     metrics, own = Metrics(params.num_classes, segmenter.device, original_size=True), dict[int, np.ndarray]()
-    with progress(loader, "predicting") as bar:
+    with bar(sum(loader.batch_sampler.sizes), "predicting") as done:
         for indices, sizes, inputs, masks in loader:
             looks = segmenter.logits(inputs, sizes)
             for index, (width, height), maps, mask in zip(indices, sizes, looks, masks, strict=True):
@@ -69,7 +69,7 @@ def score_originals(
                 if mask is not None:
                     counts = metrics.update(prediction[None], mask.to(segmenter.device)[None])
                     own[index] = sparse(counts[0].cpu())
-                bar.update()
+                done.update()
     return add_up(metrics, own, dataset)
 
 

@@ -7,17 +7,20 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 import comparing
 from comparing import FEW, Counts, Difference
-from engine.checkpoints import changed_keys
+from engine.checkpoints import differences
 from engine.cli import add_folder, run_main
 from engine.run import existing, is_running, records
 from engine.training import best_epoch, better_of, score, why_finished
@@ -25,7 +28,7 @@ from model import UserError
 from model.metrics import AT_ORIGINAL_SIZE, BETTER, METRICS
 from params import WITHOUT_EFFECT, Params, comparable_over
 from utils import is_number, read_history, read_json, save_figure, table_text, walk, write_text
-from visualize import results_figure
+from visualize import spelling
 
 BEST = "best_original_size"  # in the names of evaluate.py's files: the best weights at the photos' own size
 OWN_SIZE = "_original_size_mIoU"  # ends the column of a split's mIoU at the photos' own size
@@ -165,7 +168,7 @@ def trained_with(folder: Path, record: dict[str, Any]) -> tuple[Params, str]:
     if "params" not in record:
         return now, ""
     trained = Params.parse(record["params"] | {"precision": now.precision}, folder / "run.json")
-    keys = ", ".join(key for key in changed_keys(trained, now) if key not in WITHOUT_EFFECT)
+    keys = ", ".join(key for key in differences(trained, now) if key not in WITHOUT_EFFECT)
     return trained, keys and f"params.json has been changed since, and the table does not show it: {keys}"
 
 
@@ -406,6 +409,32 @@ def curves_of(runs: list[Run], metric: str) -> list[list[float]]:
     """Return the curves of the runs that a row counts: of the finished ones, of all where none is finished."""
     finished = [run for run in runs if run.state == "finished"]
     return [curve for run in finished or runs if (curve := run.curve(metric))]
+
+
+def results_figure(curves: Mapping[str, Sequence[Sequence[float]]], *, metric: str, better: Callable) -> Figure:
+    """Return a validation metric by epoch, and beside it the best value of every run.
+
+    Args:
+        curves: by name, the first on top, the metric of each epoch in each of the runs that differ in their seed only.
+            The line is their mean.
+        metric: what it is called.
+        better: max or min, which chooses the better of two values.
+    """
+    figure = Figure(figsize=(11, 4 + 0.15 * len(curves)), layout="constrained")
+    by_epoch, by_name = figure.subplots(1, 2)
+    for row, (name, runs) in enumerate(curves.items()):
+        colour = f"C{row % 10}"
+        mean = [np.mean([value for value in epoch if value is not None]) for epoch in zip_longest(*runs)]
+        options: dict[str, Any] = {"label": spelling(name), "zorder": 3 - row / len(curves)}  # the first on top
+        by_epoch.plot(range(1, len(mean) + 1), mean, ".-", color=colour, **options)
+        by_name.plot([better(run) for run in runs], [row] * len(runs), "o", color=colour)
+    by_epoch.set(xlabel="epoch", ylabel=f"validation {metric}")
+    by_epoch.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    by_name.set_yticks(range(len(curves)), [spelling(name) for name in curves], fontsize="small")
+    by_name.set(xlabel=f"best validation {metric}", ylim=(len(curves) - 0.5, -0.5))
+    handles, names = by_epoch.get_legend_handles_labels()
+    figure.legend(handles[:10], names[:10], loc="outside lower center", ncols=3, fontsize="small")
+    return figure
 
 
 def main(args: argparse.Namespace) -> None:

@@ -5,7 +5,6 @@ import json
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -16,7 +15,6 @@ from torch import nn
 
 from engine.devices import is_main, resolve_precision, to_device
 from model import UserError, first_line
-from model.encoders import ENCODERS
 from model.layouts import Split, class_names, default_class_names
 from model.net import FCN_GCN, class_count, is_of_score_layer, without_unused
 from model.weights import unwrapped
@@ -99,9 +97,8 @@ def init_from(model: FCN_GCN, file: Path, params: Params) -> list[str]:
     check_normalization(model, checkpoint, file)
     given, fresh = predicting_weights(checkpoint), model.state_dict()
     others = [key for key in NEEDED_BY_WEIGHTS if key not in (*needed, "num_classes")]
-    then = Params.parse(checkpoint["params"], file) if checkpoint["params"] else params
-    changes = spell_changes(changed_keys(then, params, others))
-    notes = [f"{file} was trained with other values: {changes}"] if changes else []
+    changed = ", ".join(differences(params_of(checkpoint, file, params), params, others).values())
+    notes = [f"{file} was trained with other values: {changed}"] if changed else []
     if class_count(given) != class_count(fresh):
         given = {name: tensor for name, tensor in given.items() if not is_of_score_layer(name)}
         given |= {name: tensor for name, tensor in fresh.items() if is_of_score_layer(name)}
@@ -141,11 +138,7 @@ def load_network(model_dir: Path, restore_file: str, device: torch.device) -> tu
     checkpoint = load_checkpoint(file)
     now = Params.load(model_dir / "params.json", checkpoint.get("set"))
     params = resolve_precision(trained_params(checkpoint, now, file), device)
-    on_meta = params.encoder in ENCODERS  # without random weights, which take longer than the checkpoint's
-    with torch.device("meta") if on_meta else nullcontext():
-        model = FCN_GCN(**params.network_options(), pretrained=False)
-    if on_meta:
-        model.to_empty(device="cpu")
+    model = FCN_GCN(**params.network_options(), pretrained=False)
     check_normalization(model, checkpoint, file)
     load_weights(model, predicting_weights(checkpoint), file)
     to_device(model, params, device)
@@ -160,33 +153,30 @@ def trained_params(checkpoint: dict[str, Any], now: Params, file: Path) -> Param
 
     Says on stderr, in rank 0, which other keys have been changed since.
     """
-    if not checkpoint["params"]:  # of the original implementation
-        return now
-    trained = replace(Params.parse(checkpoint["params"], file), **{key: getattr(now, key) for key in HOW_TO_COMPUTE})
-    if (text := spell_changes(changed_keys(trained, now))) and is_main():
+    trained = replace(params_of(checkpoint, file, now), **{key: getattr(now, key) for key in HOW_TO_COMPUTE})
+    if (text := ", ".join(differences(trained, now).values())) and is_main():
         print(f"params.json has been changed since {file} was trained, and counts as it was: {text}", file=sys.stderr)
     return trained
 
 
-def changed_keys(then: Params, now: Params, keys: Iterable[str] = ()) -> dict[str, tuple[Any, Any]]:
-    """Return the keys, all or those that are given, in which params differ, with both values."""
+def params_of(checkpoint: dict[str, Any], file: Path, now: Params) -> Params:
+    """Return the params in a checkpoint; those of now for the original implementation, whose have none."""
+    return Params.parse(checkpoint["params"], file) if checkpoint["params"] else now
+
+
+def differences(then: Params, now: Params, keys: Iterable[str] = ()) -> dict[str, str]:
+    """Return, by key, where params differ in all keys or those that are given, as "seed" 1 -> 2."""
     before, after = asdict(then), asdict(now)
-    return {key: (before[key], after[key]) for key in keys or before if before[key] != after[key]}
-
-
-def spell_changes(changes: Mapping[str, tuple[Any, Any]]) -> str:
-    return ", ".join(f'"{key}" {json.dumps(then)} -> {json.dumps(now)}' for key, (then, now) in changes.items())
+    changed = [key for key in keys or before if before[key] != after[key]]
+    return {key: f'"{key}" {json.dumps(before[key])} -> {json.dumps(after[key])}' for key in changed}
 
 
 def check_unchanged(
     keys: Iterable[str], checkpoint: dict[str, Any], params: Params, file: Path, way_on: str = "set it back"
 ) -> None:
     """Raise UserError if params.json has since changed a key without which the checkpoint means something else."""
-    if not checkpoint["params"]:
-        return
-    for key, values in changed_keys(Params.parse(checkpoint["params"], file), params, keys).items():
-        then, now = map(json.dumps, values)
-        raise UserError(f'{file} was trained with "{key}": {then}, params.json says {now}; {way_on}')
+    if changed := ", ".join(differences(params_of(checkpoint, file, params), params, keys).values()):
+        raise UserError(f"{file} was trained with other values than params.json has: {changed}; {way_on}")
 
 
 def agreed_class_names(checkpoint: dict[str, Any], file: Path, split: Split | None, num_classes: int) -> list[str]:

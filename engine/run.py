@@ -5,6 +5,7 @@ A run is its last.pth.tar: everything else of an epoch is written after it and f
 
 import argparse
 import copy
+import hashlib
 import logging
 import math
 import os
@@ -23,20 +24,19 @@ import numpy as np
 import torch
 from filelock import Timeout
 from PIL import Image
-from tqdm import tqdm
 
 from engine import devices
 from engine.checkpoints import (
     agreed_class_names,
-    changed_keys,
     check_unchanged,
+    differences,
     load_checkpoint,
     predicting_weights,
     save_checkpoint,
     to_predict_with,
     weights_digest,
 )
-from engine.training import Training, list_digest, scalars, score, why_finished
+from engine.training import Training, scalars, score, why_finished
 from model import UserError, locked
 from model.data_loader import SegmentationDataset
 from model.layouts import Split, find_split
@@ -69,7 +69,6 @@ def existing(model_dir: Path, patterns: Sequence[str] = RESULTS) -> list[Path]:
 
 
 def remove_outputs(model_dir: Path) -> None:
-    """Delete what earlier runs have left in an experiment folder."""
     for path in existing(model_dir, OUTPUTS):
         path.unlink()
         if path.parent != model_dir:
@@ -190,14 +189,19 @@ def find_splits(start: Start) -> tuple[Split, Split, list[str]]:
     return train, val, agreed_class_names(start.state or {}, start.file, val, params.num_classes)
 
 
+def list_digest(split: Split) -> str:
+    """Return a digest of the ids of a list, in their order."""
+    return hashlib.sha256("\n".join(split.ids).encode()).hexdigest()
+
+
 def changes_since(start: Start, training: Training, args: argparse.Namespace) -> str:
     """Return what has changed since the checkpoint that is resumed: keys of params.json, and the data."""
     assert start.state is not None
-    keys = [*changed_keys(Params.parse(start.state["params"], start.file), training.params)]
+    keys = [*differences(Params.parse(start.state["params"], start.file), training.params)]
     rate, before = training.learning_rate, training.history[-1]["learning_rate"]
     jumps = not math.isclose(rate, before) and {"learning_rate", "num_epochs", "schedule", "warmup_epochs"} & {*keys}
     lists = {"images": "the list of training images", "val_images": "the list of validation images"}
-    keys += [lists[key] for key, digest in training.lists.items() if start.state.get(key, digest) != digest]
+    keys += [name for key, name in lists.items() if start.state.get(key) not in (None, training.about[key])]
     if "weights" not in training.metrics["last"]:  # of an older program
         keys.append("the validation loss, a mean over photos now, and perhaps mIoU, over the classes in the labels now")
     folder = records(args.model_dir)[-1].get("data_dir")
@@ -273,17 +277,12 @@ def write_provenance(model_dir: Path, device: torch.device, start: Start) -> Non
 
 
 class EpochProgress:
-    """A bar over the images of an epoch; without a terminal a line for every tenth of a long one.
+    """A bar over the images of an epoch; without a terminal a line for every tenth of a long one."""
 
-    Args:
-        training: whose next epoch this is.
-        sizes: images per batch.
-    """
-
-    def __init__(self, training: Training, sizes: list[int]):
+    def __init__(self, training: Training, sizes: list[int]):  # the images of each batch
         self.title = f"epoch {training.epoch + 1}/{training.params.num_epochs}"
         self.steps, self.said = len(sizes), time.monotonic()
-        self.bar = tqdm(total=sum(sizes), desc=self.title, unit="img", leave=False, disable=devices.bar_disabled())
+        self.bar = devices.bar(sum(sizes), self.title)
 
     def update(self, images: int, losses: torch.Tensor) -> None:
         """Count a batch; losses has one value per step so far, and is read only where it is shown."""
@@ -307,7 +306,8 @@ class EpochOutputs:
     def write_epoch(self, training: Training, val_set: SegmentationDataset) -> None:
         """Write last.pth.tar, which decides that the epoch has ended, and then all that follows from it."""
         save_checkpoint(state := training.state_dict(), self.model_dir / "last.pth.tar")
-        logging.info(epoch_line(training.history[-1], training.params, is_best=training.is_best))
+        is_best = training.metrics["best"]["epoch"] == training.epoch
+        logging.info(epoch_line(training.history[-1], training.params, is_best=is_best))
         draws_curves = training.stop_reason is not None or time.monotonic() - self.drawn > DRAWING_INTERVAL
         self.write_rest(state, sample_predictions(training, val_set), curves=draws_curves)
 
@@ -327,11 +327,11 @@ class EpochOutputs:
 
     def finish(self, training: Training) -> None:
         """Log the best epoch, end the trackers, and delete last.pth.tar where params.json asks for that."""
-        metric, epoch = training.params.best_metric, training.best_epoch
-        best = f"best {metric} {score(training.history[epoch - 1], metric):.4f} at epoch {epoch}"
-        logging.info(f"{training.stop_reason}; {best}, in {self.model_dir}")
+        metric, best = training.params.best_metric, training.metrics["best"]
+        value = f"best {metric} {score({'val': best}, metric):.4f} at epoch {best['epoch']}"
+        logging.info(f"{training.stop_reason}; {value}, in {self.model_dir}")
         for tracker in self.trackers:
-            tracker.close(training.params, training.metrics["best"])
+            tracker.close(training.params, best)
         if not training.params.keep_last:
             (self.model_dir / "last.pth.tar").unlink()
 
@@ -358,8 +358,9 @@ def open_outputs(
         outputs.trackers.append(TensorBoard(args.model_dir, first=max(1, training.epoch)))
     if start.state:
         outputs.write_rest(start.state, sample_predictions(training, val_set))
-        if not holds(args.model_dir / "best.pth.tar", training.metrics["best"].get("weights")):
-            logging.info(f"best.pth.tar, of epoch {training.best_epoch}, is gone; a better epoch will write one")
+        best = training.metrics["best"]
+        if not holds(args.model_dir / "best.pth.tar", best.get("weights")):
+            logging.info(f"best.pth.tar, of epoch {best['epoch']}, is gone; a better epoch will write one")
     return outputs
 
 

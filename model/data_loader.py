@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from multiprocessing.pool import ThreadPool
 from multiprocessing.queues import Queue
@@ -20,7 +20,7 @@ from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from tqdm import tqdm
 
-from model import UserError, cores, locked, replacing
+from model import UserError, attempt, cores, locked, replacing
 from model.layouts import Split, list_faults
 from model.parallel import shard
 from model.transforms import PADDING, Colour, resize_tag, to_square
@@ -105,19 +105,12 @@ class SegmentationDataset(Dataset):
 
     def decode_all(self) -> Iterator[np.ndarray]:
         """Yield every example in order, decoded on all cores. Raises UserError at the end, naming every faulty file."""
-        faults = []
-
-        def attempt(index: int) -> np.ndarray | UserError:
-            try:
-                return self.decode(index)
-            except UserError as error:
-                return error
-
+        faults, decode = [], partial(attempt, self.decode)
         bar = tqdm(total=len(self), desc=f"reading {self.split.name}", unit="img", leave=False, disable=None)
         # Not concurrent.futures, which at its end would wait for a thread whose file never answers.
         with bar, ThreadPool(cores()) as pool:
             for start in range(0, len(self), AT_ONCE):  # imap() would read ahead without bound
-                for result in pool.imap(attempt, range(start, min(start + AT_ONCE, len(self)))):
+                for result in pool.imap(decode, range(start, min(start + AT_ONCE, len(self)))):
                     bar.update()
                     if isinstance(result, UserError):
                         faults.append(str(result))
