@@ -22,7 +22,6 @@ from engine.run import (
     changes_since,
     check_last_batch,
     find_splits,
-    list_digest,
     open_outputs,
     sole_run,
 )
@@ -175,20 +174,20 @@ def build_and_train(start: Start, device: torch.device, args: argparse.Namespace
     What --overwrite deletes goes last, when nothing can be wrong with the new run any more.
     """
     params, state = start.params, start.state
-    train_split, val_split, names = find_splits(start)
+    train_split, val_split, about = find_splits(start)
     devices.seed_everything(params.seed, deterministic=params.deterministic)  # from here on all processes draw alike
     model, notes = build_model(params, start.init_from, resumed=state is not None)
     check_last_batch(model, params, len(train_split.ids))
     devices.to_device(model, params, device)
-    train_set, val_set = (make_dataset(split, names, params, model) for split in (train_split, val_split))
+    train_set = make_dataset(train_split, about["class_names"], params, model)
+    val_set = make_dataset(val_split, about["class_names"], params, model)
     notes += seen_in_training(train_set, val_set) if devices.is_main() else []
     own: dict[str, Any] = {"device": device, **devices.loading_options(params)}  # workers, rank, number of processes
     train_loader = make_loader(train_set, batch_size=params.batch_size, seed=params.seed, **own)  # shuffled
     val_loader = make_loader(val_set, batch_size=params.scoring_batch_size, **own)  # in the order of the list
     iter(val_loader)  # starts its processes: those that start later keep a copy of a training step's memory
     devices.reuse_memory(device)  # on the CPU
-    lists = {"images": list_digest(train_split), "val_images": list_digest(val_split)}
-    training = Training(model, params, len(train_loader), lists | {"class_names": names, "set": start.set})
+    training = Training(model, params, len(train_loader), about)
     if start.set:
         notes.append(f"--set, in the place of values in params.json: {json.dumps(start.set)}")
     if state is not None:

@@ -173,10 +173,11 @@ def check_alike(value: Any, what: str) -> None:
         raise UserError(f"{what} is not the same for all processes; give all machines the same files")
 
 
-def find_splits(start: Start) -> tuple[Split, Split, list[str]]:
-    """Find train_split, val and the class names, which must be those of a checkpoint that is resumed.
+def find_splits(start: Start) -> tuple[Split, Split, dict[str, Any]]:
+    """Find train_split and val. Returns them and what a checkpoint says of them and of --set, see Training.
 
-    Raises UserError for every fault that shows without decoding a photo.
+    Raises UserError for every fault that shows without decoding a photo, as other class names than those of a
+    checkpoint that is resumed.
     """
     params, names = start.params, (start.params.train_split, "val")
     train, val = (find_split(params.dataset, start.data_dir, name, masks_required=True) for name in names)
@@ -184,14 +185,12 @@ def find_splits(start: Start) -> tuple[Split, Split, list[str]]:
         raise UserError("; ".join(broken))
     if params.batch_size > (count := len(train.ids)):
         raise UserError(f'"batch_size" is {params.batch_size}, but {params.train_split} has {count} images; lower it')
-    for split in (train, val):
-        check_alike(list_digest(split), f"{split.name}.txt")
-    return train, val, agreed_class_names(start.state or {}, start.file, val, params.num_classes)
-
-
-def list_digest(split: Split) -> str:
-    """Return a digest of the ids of a list, in their order."""
-    return hashlib.sha256("\n".join(split.ids).encode()).hexdigest()
+    about: dict[str, Any] = {"set": start.set}
+    for key, split in (("images", train), ("val_images", val)):
+        about[key] = hashlib.sha256("\n".join(split.ids).encode()).hexdigest()
+        check_alike(about[key], f"{split.name}.txt")
+    about["class_names"] = agreed_class_names(start.state or {}, start.file, val, params.num_classes)
+    return train, val, about
 
 
 def changes_since(start: Start, training: Training, args: argparse.Namespace) -> str:

@@ -36,7 +36,7 @@ class Training:
         model: the network, on its device.
         params: the experiment.
         batches: of an epoch.
-        about: what else a checkpoint says of the run: its lists, the names of the classes, the values of --set.
+        about: what else a checkpoint says of the run: digests of its lists, class names, the values of --set.
     """
 
     def __init__(self, model: FCN_GCN, params: Params, batches: int, about: Mapping[str, Any] | None = None):
