@@ -77,7 +77,7 @@ class Run:
     params: dict[str, Any] = field(default_factory=dict)  # every key of params.json; {} if unreadable
     history: list[dict] = field(default_factory=list)
     data_dir: str | None = None  # of the last start
-    init_from: str | None = None  # the weights that it began from
+    init_from: str | None = None  # the recipe of the weights that it began from
     own_size: dict[str, dict[str, Any]] = field(default_factory=dict)  # by split, the metrics at the photos' own size
     state: str = "unreadable"  # or finished, running, pruned (by a sweep), not started, failed (none of these)
     problem: str = ""
@@ -157,7 +157,7 @@ def read(folder: Path, parent_dir: Path) -> Run:
 
 
 def began_from(record: dict[str, Any]) -> str | None:
-    """Return the digest of the weights of --init_from, or what older programs kept, the path; None if not given."""
+    """Return the origin() of the weights of --init_from, or what older programs kept, the path; None if not given."""
     given = [after for flag, after in pairwise(record.get("argv", [])) if flag == "--init_from"]
     return record.get("init_from", given[-1] if given else None)
 

@@ -117,6 +117,17 @@ def weights_digest(weights: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
+def origin(checkpoint: dict[str, Any]) -> str:
+    """Return 16 hexadecimal digits of what weights come from: the recipe, whatever its seed; without one, the weights.
+
+    So runs that began from the seeds of a recipe differ in nothing but their seed.
+    """
+    if not checkpoint["params"]:
+        return weights_digest(predicting_weights(checkpoint))
+    recipe = {key: value for key, value in checkpoint["params"].items() if key not in ("seed", *WITHOUT_EFFECT)}
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def predicting_weights(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Return the weights to evaluate and predict with: the averaged ones if the run kept any."""
     return checkpoint.get("ema_state_dict") or checkpoint["state_dict"]

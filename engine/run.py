@@ -31,6 +31,7 @@ from engine.checkpoints import (
     check_unchanged,
     differences,
     load_checkpoint,
+    origin,
     predicting_weights,
     save_checkpoint,
     to_predict_with,
@@ -264,7 +265,7 @@ def write_provenance(model_dir: Path, device: torch.device, start: Start) -> Non
         "platform": platform.platform(),
         "processes": devices.world_size(),
         "seed": start.params.seed,
-        "init_from": start.init_from and weights_digest(predicting_weights(load_checkpoint(start.init_from))),
+        "init_from": start.init_from and origin(load_checkpoint(start.init_from)),
         "set": start.set,
         "params": asdict(start.params),
     }

@@ -37,7 +37,10 @@ settings.register_profile("thorough", max_examples=5000)  # pytest --hypothesis-
 
 ROOT = Path(__file__).resolve().parent.parent
 VOC2012 = ROOT.parent / "shared" / "voc2012"
-SCRIPTS = ("train", "evaluate", "predict", "export", "build_dataset", "search_hyperparams", "synthesize_results")
+SCRIPTS = (
+    *("train", "evaluate", "predict", "explain", "export"),
+    *("build_dataset", "search_hyperparams", "synthesize_results"),
+)
 
 # The smallest experiment that goes through every part: 6 images, 2 steps an epoch.
 TINY = {

@@ -11,6 +11,7 @@ import warnings
 from argparse import Namespace
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -849,6 +850,16 @@ def test_weights_alone_can_start_a_run_but_not_continue_one(finished, tmp_path):
     run_train(new, data, "--init_from", old / "best.pth.tar")
     assert json.loads((new / "run.json").read_text())["init_from"] == checkpoints.weights_digest(state)
     torch.testing.assert_close(weights(new)["gcn1.conv_l1.weight"], state["gcn1.conv_l1.weight"])
+
+
+def test_weights_of_a_recipe_have_one_origin_whatever_their_seed():
+    def origin(weight: float, **params) -> str:
+        return checkpoints.origin({"params": asdict(Params(**params)), "state_dict": {"a": torch.tensor([weight])}})
+
+    assert origin(1, seed=1) == origin(2, seed=2, num_workers=0)
+    assert origin(1, seed=1) != origin(1, seed=1, learning_rate=0.5)
+    given = [checkpoints.origin({"params": {}, "state_dict": {"a": torch.tensor([weight])}}) for weight in (1.0, 2.0)]
+    assert given[0] != given[1]
 
 
 @pytest.mark.parametrize("head", ["gcn", "conv1x1", "stack"])

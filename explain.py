@@ -1,0 +1,317 @@
+"""Show how a network arrives at its class map: what each stage adds, and which pixels a prediction depends on."""
+
+import argparse
+import os
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import gaussian_blur
+
+from engine.cli import add_restore_file, experiment_parser, positive, run_main
+from engine.run import find_data_dir
+from model import UserError
+from model.inference import Segmenter, class_map
+from model.layouts import Split, find_split
+from model.metrics import ConfusionMatrix
+from model.photos import read_photo
+from model.transforms import RESIZES, squares, to_input
+from model.voc import VOID, palette
+from params import Params
+from predict import find_photos, load
+from utils import make_folder, save_figure, write_json
+
+# Each step of the decoder: the score map by itself, and the sum so far, both after their boundary refinement.
+STEPS = {"s4": ("br4", "br4"), "+ s3": ("br3", "br5"), "+ s2": ("br2", "br6"), "+ s1": ("br1", "br7")}
+LAST = "the result"  # the sum at the photo's size, after the last refinements
+SHARES = (0.5, 0.95)  # of the energy of a receptive field
+RIGHT, WRONG = (40, 160, 60), (255, 40, 40)  # colours of the pixels that a step turned
+Maps = Mapping[str, Mapping[str, np.ndarray]]  # what class_maps() returns
+
+
+@dataclass(frozen=True)
+class Field:
+    """The effective receptive field of a logit: how much it depends on each pixel that the network reads of a photo.
+
+    energy, float64 (h, w), sums to 1; at is the logit's row and column in it, and scale the photo's pixels per row and
+    per column of energy.
+    """
+
+    energy: np.ndarray
+    at: tuple[int, int]
+    scale: tuple[float, float]
+
+    def radius(self, share: float) -> float:
+        """Return the radius of the circle around the logit that holds a share of the energy, in pixels of the photo."""
+        (rows, columns), (row, column), (down, across) = np.indices(self.energy.shape), self.at, self.scale
+        distance = np.hypot((rows - row) * down, (columns - column) * across).ravel()
+        order = np.argsort(distance, kind="stable")
+        reached = np.cumsum(self.energy.ravel()[order])
+        return float(distance[order][np.searchsorted(reached, share * reached[-1])])
+
+    def smooth(self) -> np.ndarray:
+        """Return the energy blurred by a Gaussian of a 50th of the longer side, for the gradient is grainy."""
+        sigma = max(self.energy.shape) / 50
+        return gaussian_blur(torch.from_numpy(self.energy)[None], 2 * round(3 * sigma) + 1, sigma)[0].numpy()
+
+    def numbers(self) -> dict[str, float]:
+        """Return for each of SHARES the radius, and the share of the photo in which the densest pixels hold it."""
+        smooth = self.smooth()
+        radii = {f"radius_{share:.0%}": self.radius(share) for share in SHARES}
+        return radii | {f"area_{share:.0%}": float((smooth >= level(smooth, share)).mean()) for share in SHARES}
+
+
+def level(energy: np.ndarray, share: float) -> float:
+    """Return the largest value such that the pixels of at least that value hold a share of the energy."""
+    falling = np.sort(energy, axis=None)[::-1]
+    reached = np.cumsum(falling)
+    return float(falling[np.searchsorted(reached, share * reached[-1])])
+
+
+def parse_args() -> argparse.Namespace:
+    parser = experiment_parser(__doc__)
+    parser.add_argument("photos", nargs="*", metavar="PHOTO", help="files and folders (default: photos of val, by lot)")
+    add_restore_file(parser)
+    folder = Path("explanations")
+    parser.add_argument("--output_dir", type=Path, default=folder, help="folder of the results (default: %(default)s)")
+    parser.add_argument("--photos", dest="count", type=positive, metavar="N", help="how many of val (default: 8)")
+    where = "the pixel whose receptive field is drawn (default: the photo's middle)"
+    parser.add_argument("--at", nargs=2, type=int, metavar=("X", "Y"), help=where)
+    parser.add_argument("--against", type=Path, metavar="OTHER_MODEL_DIR", help="draw its receptive field too")
+    args = parser.parse_args()
+    if (args.photos and args.count) or (args.at and not args.photos):
+        parser.error("--at goes with photos of one's own, --photos N without")
+    return args
+
+
+def network_input(segmenter: Segmenter, photo: Image.Image) -> Tensor:
+    """Return a photo as the network reads it, (1, 3, S, S) on the device."""
+    (square,) = squares([photo], segmenter.sizes, segmenter.resize, segmenter.padding)
+    return to_input(square, segmenter.device, **segmenter.input_options)
+
+
+def receptive_field(segmenter: Segmenter, photo: Image.Image, at: tuple[int, int]) -> tuple[Field, int]:
+    """Return the effective receptive field of the predicted class at a pixel x, y of a photo, and that class.
+
+    It is the squared gradient of the class's logit with respect to the network's input, summed over the channels (Luo
+    et al., arXiv 1701.04128); of the square only what is photo.
+    """
+    x = network_input(segmenter, photo).requires_grad_()
+    left, top, right, bottom = RESIZES[segmenter.resize](*photo.size, x.shape[-1])
+    width, height = right - left, bottom - top
+    column, row = int((at[0] + 0.5) * width / photo.width), int((at[1] + 0.5) * height / photo.height)
+    logits = segmenter.model(x)[0, :, top + row, left + column]  # (C)
+    found = int(logits.argmax())
+    (gradient,) = torch.autograd.grad(logits[found], x)
+    energy = gradient[0].double().square().sum(0)[top:bottom, left:right].cpu().numpy()
+    if not energy.sum() > 0:
+        raise UserError("the result does not depend on the photo: was this network ever trained?")
+    return Field(energy / energy.sum(), (row, column), (photo.height / height, photo.width / width)), found
+
+
+@torch.inference_mode()
+def class_maps(segmenter: Segmenter, photo: Image.Image) -> Maps:
+    """Return what each step makes of a photo: {step: {"own", "fused", "sum"}}, class maps uint8 (H, W).
+
+    "own" is the score map by itself, "sum" all so far, "fused" the same before its boundary refinement.
+    """
+    x, found = network_input(segmenter, photo), dict[str, tuple[Tensor, Tensor]]()
+    refinements = {f"br{number}": segmenter.model.get_submodule(f"br{number}") for number in range(1, 10)}
+    hooks = [
+        part.register_forward_hook(lambda _, inputs, output, name=name: found.update({name: (inputs[0], output)}))
+        for name, part in refinements.items()
+    ]
+    result = segmenter.model(x)
+    for hook in hooks:
+        hook.remove()
+    left, top, right, bottom = RESIZES[segmenter.resize](*photo.size, x.shape[-1])
+
+    def of_photo(logits: Tensor) -> np.ndarray:
+        whole = F.interpolate(logits, size=x.shape[-2:], mode="bilinear", align_corners=True)[0]  # as the network does
+        part = whole[:, top:bottom, left:right]
+        return class_map([part], width=photo.width, height=photo.height).cpu().numpy()
+
+    maps = {
+        step: {"own": of_photo(found[own][1]), "fused": of_photo(found[total][0]), "sum": of_photo(found[total][1])}
+        for step, (own, total) in STEPS.items()
+    }
+    return maps | {LAST: {"fused": of_photo(found["br9"][0]), "sum": of_photo(result)}}
+
+
+def agreement(labels: np.ndarray, prediction: np.ndarray, num_classes: int) -> dict[str, Any]:
+    """Return mIoU and pixel accuracy of a class map."""
+    counted = ConfusionMatrix(num_classes)
+    counted.update(torch.from_numpy(prediction)[None], torch.from_numpy(labels)[None])
+    return {key: value for key, value in counted.compute().items() if key in ("mIoU", "pixel_accuracy")}
+
+
+def turned(before: np.ndarray, after: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return which pixels a step has turned right, and which it has turned wrong."""
+    counts = labels != VOID
+    return counts & (before != labels) & (after == labels), counts & (before == labels) & (after != labels)
+
+
+def stage_numbers(maps: Maps, labels: np.ndarray, num_classes: int) -> dict[str, dict[str, Any]]:
+    """Return by step how well its maps agree with the labels, and the shares of pixels that it turned."""
+    numbers, before = {}, maps["s4"]["sum"]
+    for step, of_step in maps.items():
+        right, wrong = turned(before, of_step["sum"], labels)
+        numbers[step] = agreement(labels, of_step["sum"], num_classes)
+        numbers[step] |= {"turned_right": right.mean(), "turned_wrong": wrong.mean()}
+        numbers[step]["changed_by_refinement"] = (of_step["fused"] != of_step["sum"]).mean()
+        if "own" in of_step:
+            numbers[step]["by_itself"] = agreement(labels, of_step["own"], num_classes)
+        before = of_step["sum"]
+    return numbers
+
+
+def mean_field(fields: Sequence[Field], side: int) -> Field:
+    """Return the mean of receptive fields, each moved so that its logit is in the middle, in the network's pixels."""
+    total, edge = np.zeros((2 * side + 1, 2 * side + 1)), side - side // 2
+    for field in fields:
+        (height, width), (row, column) = field.energy.shape, field.at
+        total[side - row : side - row + height, side - column : side - column + width] += field.energy
+    return Field(total[edge:-edge, edge:-edge] / len(fields), (side // 2, side // 2), (1.0, 1.0))
+
+
+# ---------------------------------------------------------------------------------------- pictures
+
+
+def stages_figure(
+    photo: Image.Image, truth: np.ndarray | None, maps: Maps, numbers: dict, names: Sequence[str]
+) -> Figure:
+    """Draw photo and truth, and for each step its map by itself, the sum so far, and the pixels that it turned."""
+    figure = Figure(figsize=(2.2 * (len(maps) + 1), 6.6 * photo.height / photo.width + 2), layout="constrained")
+    axes, colours = figure.subplots(3, len(maps) + 1), palette(names)
+    for each in axes.flat:
+        each.axis("off")
+
+    def show(row: int, column: int, title: str, picture: Any) -> None:
+        axes[row, column].imshow(picture)
+        axes[row, column].set_title(title, fontsize="medium")
+
+    show(0, 0, "photo", photo)
+    labels, metric, meaning = maps[LAST]["sum"], "pixel_accuracy", "share of the pixels that are as in the result"
+    if truth is not None:
+        labels, metric, meaning = truth, "mIoU", "mIoU"
+        show(1, 0, "truth", colours[truth])
+    dark, before = np.array(photo.convert("L").convert("RGB")) // 3, maps["s4"]["sum"]
+    for column, (step, of_step) in enumerate(maps.items(), 1):
+        if "own" in of_step:
+            title = f"{step.removeprefix('+ ')} by itself: {numbers[step]['by_itself'][metric]:.2f}"
+            show(0, column, title, colours[of_step["own"]])
+        show(1, column, f"{step}: {numbers[step][metric]:.2f}", colours[of_step["sum"]])
+        right, wrong = (part[..., None] for part in turned(before, of_step["sum"], labels))
+        picture = np.where(right, RIGHT, np.where(wrong, WRONG, dark))
+        show(2, column, f"right {right.mean():.1%}, wrong {wrong.mean():.1%}" if column > 1 else "", picture)
+        before = of_step["sum"]
+    present = np.unique([labels, *(part for of_step in maps.values() for part in of_step.values())]).tolist()
+    entries = [("void" if index == VOID else names[index], colours[index]) for index in present]
+    entries += [("turned right by the step", np.array(RIGHT)), ("turned wrong", np.array(WRONG))]
+    handles = [Patch(facecolor=tuple(colour / 255), edgecolor="black", label=label) for label, colour in entries]
+    figure.legend(handles=handles, loc="outside lower center", ncols=8, fontsize="small", title=f"numbers: {meaning}")
+    return figure
+
+
+def field_figure(fields: Mapping[str, tuple[Field, np.ndarray | None]], photo: Image.Image | None = None) -> Figure:
+    """Draw receptive fields by their titles, over a photo if given, and beside each the coloured map of its network.
+
+    Contours hold SHARES of the energy, in the densest area that does.
+    """
+    columns, shape = (2, photo.height / photo.width) if photo else (1, 1)
+    figure = Figure(figsize=(4.8 * columns, len(fields) * (4.8 * shape + 0.6)), layout="constrained")
+    axes = figure.subplots(len(fields), columns, squeeze=False)
+    for row, (title, (field, coloured)) in enumerate(fields.items()):
+        smooth, (down, across), (height, width) = field.smooth(), field.scale, field.energy.shape
+        extent, here = (0, width * across, height * down, 0), axes[row, 0]
+        if photo:
+            here.imshow(photo.convert("L"), cmap="gray", extent=extent)
+        heat = np.sqrt(smooth / smooth.max())
+        here.imshow(heat, cmap="inferno", extent=extent, alpha=0.7 * heat if photo else None)
+        x, y = (np.arange(width) + 0.5) * across, (np.arange(height) + 0.5) * down
+        for share, style, colour in zip(SHARES, ("solid", "dashed"), ("white", "cyan"), strict=True):
+            here.contour(x, y, smooth, levels=[level(smooth, share)], linestyles=style, colors=colour, linewidths=1.2)
+        here.plot(x[field.at[1]], y[field.at[0]], "+", color="lime", markersize=12)
+        radii = " and ".join(f"{field.radius(share):.0f}" for share in SHARES)
+        here.set_title(f"{title}\n50 % (solid) and 95 % (dashed) of it within {radii} pixels", fontsize="medium")
+        if coloured is not None:
+            axes[row, 1].imshow(coloured)
+            axes[row, 1].plot(x[field.at[1]], y[field.at[0]], "+", color="lime", markersize=12)
+    for each in axes.flat:
+        each.axis("off")
+    return figure
+
+
+# ---------------------------------------------------------------------------------------- photos
+
+
+def find_data(args: argparse.Namespace) -> tuple[dict[Path, Path], dict[str, tuple[Split, int]]]:
+    """Return the photos by the name of their results, and for those of the run's data, by real path, list and place.
+
+    Photos of val are drawn by lot, always the same ones; those of one's own can be explained without a data set.
+    """
+    params, places = Params.load(args.model_dir / "params.json"), dict[str, tuple[Split, int]]()
+    photos = find_photos(args.photos, args.output_dir) if args.photos else {}
+    for name in dict.fromkeys((params.train_split, "val")):
+        try:
+            split = find_split(params.dataset, find_data_dir(args, params.dataset), name)
+        except UserError:
+            if not photos:
+                raise
+            continue
+        places |= {os.path.realpath(photo): (split, place) for place, photo in enumerate(split.images)}
+    if not photos:
+        lot = random.Random(0).sample(range(len(split.ids)), min(args.count or 8, len(split.ids)))
+        photos = {Path(split.ids[place]): split.images[place] for place in sorted(lot)}
+    return photos, places
+
+
+def main(args: argparse.Namespace) -> None:
+    folders = [args.model_dir, *filter(None, [args.against])]
+    networks = {str(folder): load(folder, restore_file=args.restore_file, device=args.device) for folder in folders}
+    segmenter, names = networks[str(args.model_dir)]
+    photos, places = find_data(args)
+    make_folder(args.output_dir, "--output_dir")
+    report, fields = {"photos": dict[str, Any]()}, {name: list[Field]() for name in networks}
+    for name, file in photos.items():
+        split, place = places.get(os.path.realpath(file), (None, 0))
+        photo, mask = split.read(place, len(names)) if split else (read_photo(file), None)
+        truth, output = None if mask is None else np.array(mask), args.output_dir / name
+        at = args.at or (photo.width // 2, photo.height // 2)
+        if not (0 <= at[0] < photo.width and 0 <= at[1] < photo.height):
+            raise UserError(f"--at {at[0]} {at[1]} is not in {file}, which is {photo.width}x{photo.height}")
+        maps = class_maps(segmenter, photo)
+        stages = stage_numbers(maps, maps[LAST]["sum"] if truth is None else truth, len(names))
+        drawn, found = {}, {}
+        for network, (other, classes) in networks.items():
+            field, index = receptive_field(other, photo, at)
+            fields[network].append(field)
+            found[network] = {"class": classes[index], **field.numbers()}
+            coloured = palette(classes)[other.segment(photo).cpu().numpy()]
+            drawn[f"{network}: on what {classes[index]!r} at + depends"] = field, coloured
+        output.parent.mkdir(parents=True, exist_ok=True)
+        figure = stages_figure(photo, truth, maps, stages, names)
+        save_figure(figure, output.with_name(f"{output.name}_stages.png"))
+        save_figure(field_figure(drawn, photo), output.with_name(f"{output.name}_receptive_field.png"))
+        numbers = {"photo": str(file), "held_against": "the result" if truth is None else "the truth", "stages": stages}
+        report["photos"][str(name)] = numbers | {"at": at, "receptive_field": found}
+    if not args.photos:
+        means = {network: mean_field(found, networks[network][0].sizes[0]) for network, found in fields.items()}
+        drawn = {f"{name}: mean of the middles of {len(photos)} photos": (field, None) for name, field in means.items()}
+        save_figure(field_figure(drawn), args.output_dir / "mean_receptive_field.png")
+        report["mean_receptive_field"] = {name: field.numbers() for name, field in means.items()}
+    write_json(args.output_dir / "explain.json", report)
+    print(f"{len(photos)} photos -> {args.output_dir}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_main(lambda: main(parse_args())))

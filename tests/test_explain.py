@@ -1,0 +1,173 @@
+import json
+import sys
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from conftest import as_network
+from PIL import Image
+from torch import nn
+
+import explain
+from explain import Field, class_maps, level, mean_field, receptive_field, stage_numbers
+from model import UserError
+from model.inference import Segmenter
+from model.layouts import find_split
+from model.transforms import RESIZES
+from model.voc import VOID
+from predict import load
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def run_explain(monkeypatch, capsys):
+    """Run explain.py's main in this process: what it says."""
+
+    def run(*args) -> str:
+        monkeypatch.setattr(sys, "argv", ["explain.py", *map(str, args)])
+        explain.main(explain.parse_args())
+        return capsys.readouterr().out
+
+    return run
+
+
+def noise(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def segmenter_of(*kernels: int, resize: str = "squash", dilation: int = 1) -> Segmenter:
+    """Convolutions with kernels of these sides, one after the other."""
+    widths = [3] * len(kernels) + [4]
+    layers = [
+        nn.Conv2d(widths[place], widths[place + 1], side, padding=dilation * (side // 2), dilation=dilation)
+        for place, side in enumerate(kernels)
+    ]
+    return Segmenter(as_network(nn.Sequential(*layers)), CPU, image_size=64, resize=resize, channels_last=False)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "dilation", "reach"), [((1,), 1, 0), ((3, 3), 1, 2), ((7, 3), 1, 4), ((3, 5), 2, 6)]
+)
+def test_nothing_lies_outside_of_the_receptive_field_that_arithmetic_gives(kernels, dilation, reach):
+    torch.manual_seed(0)
+    field, _ = receptive_field(segmenter_of(*kernels, dilation=dilation), noise(64, 64), (40, 21))
+    rows, columns = np.nonzero(field.energy)
+    assert (field.at, field.scale) == ((21, 40), (1, 1))
+    assert (rows.min(), rows.max()) == (21 - reach, 21 + reach)
+    assert (columns.min(), columns.max()) == (40 - reach, 40 + reach)
+    assert field.energy.sum() == pytest.approx(1, abs=1e-12)
+    assert field.radius(1.0) <= reach * 2**0.5 + 1e-9
+    if reach == 0:
+        assert field.energy[21, 40] == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "resize", "shape"), [((128, 96), "letterbox", (48, 64)), ((32, 96), "squash", (64, 64))]
+)
+def test_a_receptive_field_comes_back_in_the_shape_of_the_photo(size, resize, shape):
+    torch.manual_seed(0)
+    photo = noise(*size)
+    field, found = receptive_field(segmenter_of(3, resize=resize), photo, (size[0] - 1, 0))
+    assert field.energy.shape == shape
+    assert field.at == (0, shape[1] - 1)  # the corner of the photo, not of the square
+    assert field.scale == pytest.approx((size[1] / shape[0], size[0] / shape[1]))
+    assert np.array_equal(np.argwhere(field.energy).max(0), (1, shape[1] - 1))
+    assert found == segmenter_of_class(photo, resize)
+
+
+def segmenter_of_class(photo: Image.Image, resize: str) -> int:
+    """The class at the upper right corner of the photo, read from the logits themselves."""
+    torch.manual_seed(0)
+    segmenter = segmenter_of(3, resize=resize)
+    _, top, right, _ = RESIZES[resize](*photo.size, 64)
+    with torch.no_grad():
+        return int(segmenter.model(explain.network_input(segmenter, photo))[0, :, top, right - 1].argmax())
+
+
+def test_a_result_that_does_not_depend_on_the_photo_is_named():
+    segmenter = segmenter_of(1)
+    nn.init.zeros_(segmenter.model[0].weight)
+    with pytest.raises(UserError, match="does not depend on the photo"):
+        receptive_field(segmenter, noise(64, 64), (3, 3))
+
+
+def test_radius_and_level_hold_the_share_that_they_are_asked_for():
+    energy = np.zeros((9, 9))
+    energy[4, 4], energy[4, 7], energy[0, 4] = 0.5, 0.3, 0.2
+    field = Field(energy, (4, 4), (2.0, 3.0))  # three columns are nine pixels, four rows eight
+    assert (field.radius(0.5), field.radius(0.7), field.radius(0.95)) == (0, 8, 9)
+    assert level(energy, 0.5) == 0.5 and level(energy, 0.8) == 0.3
+
+
+def test_the_mean_puts_every_logit_into_the_middle():
+    energies = np.zeros((2, 6, 8))
+    energies[0, 1, 2], energies[1, 5, 7] = 1, 1
+    fields = [Field(energies[0], (1, 2), (1, 1)), Field(energies[1], (5, 7), (1, 1))]
+    mean = mean_field(fields, 8)
+    assert mean.energy[mean.at] == 1 and mean.energy.sum() == 1
+
+
+def test_the_last_step_is_what_is_predicted_and_the_steps_add_up(experiment, data):
+    segmenter, names = load(experiment)
+    photo, mask = find_split("voc", data, "val").read(0, len(names))
+    truth = np.array(mask)
+    maps = class_maps(segmenter, photo)
+    assert list(maps) == ["s4", "+ s3", "+ s2", "+ s1", "the result"]
+    assert all(part.shape == truth.shape for of_step in maps.values() for part in of_step.values())
+    assert np.array_equal(maps["the result"]["sum"], segmenter.segment(photo).numpy())
+    assert np.array_equal(maps["s4"]["own"], maps["s4"]["sum"])
+    numbers = stage_numbers(maps, truth, len(names))
+    steps, valid = [*numbers.values()], (truth != VOID).sum()
+    for before, after in pairwise(steps):
+        gained = (after["turned_right"] - after["turned_wrong"]) * truth.size / valid
+        assert after["pixel_accuracy"] - before["pixel_accuracy"] == pytest.approx(gained, abs=1e-9)
+
+
+def test_hooks_do_not_stay(experiment):
+    segmenter, _ = load(experiment)
+    class_maps(segmenter, noise(32, 32))
+    assert not any(part._forward_hooks for part in segmenter.model.modules())
+
+
+def test_photos_of_val_are_drawn_by_lot_and_two_runs_give_the_same_bytes(run_explain, experiment, data, tmp_path):
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        said = run_explain("--model_dir", experiment, "--data_dir", data, "--photos", 1, "--output_dir", folder)
+        assert said == f"1 photos -> {folder}\n"
+    files = [{file.name: file.read_bytes() for file in folder.iterdir()} for folder in folders]
+    assert files[0] == files[1]
+    report = json.loads(files[0]["explain.json"])
+    drawn = [f"{name}_{kind}.png" for name in report["photos"] for kind in ("stages", "receptive_field")]
+    assert sorted([*drawn, "explain.json", "mean_receptive_field.png"]) == sorted(files[0])
+    assert all(entry["held_against"] == "the truth" for entry in report["photos"].values())
+    (mean,) = report["mean_receptive_field"].values()
+    assert 0 < mean["radius_50%"] < mean["radius_95%"] and 0 < mean["area_50%"] < mean["area_95%"] <= 1
+
+
+def test_a_photo_of_ones_own_needs_no_data_and_is_held_against_the_result(run_explain, experiment, tmp_path):
+    photo, out = tmp_path / "mine.png", tmp_path / "out"
+    noise(50, 40).save(photo)
+    run_explain(photo, "--model_dir", experiment, "--data_dir", tmp_path, "--at", 49, 0, "--output_dir", out)
+    report = json.loads((out / "explain.json").read_text())
+    entry = report["photos"]["mine"]
+    assert (entry["held_against"], entry["at"]) == ("the result", [49, 0])
+    assert entry["stages"]["the result"]["pixel_accuracy"] == 1
+    assert "mean_receptive_field" not in report
+    with pytest.raises(UserError, match=r"--at 50 0 is not in .*mine\.png, which is 50x40"):
+        run_explain(photo, "--model_dir", experiment, "--at", 50, 0, "--output_dir", out)
+
+
+def test_against_draws_both_networks(run_explain, experiment, data, tmp_path):
+    out, photo = tmp_path / "out", data / "JPEGImages" / "val1.jpg"
+    other = tmp_path / "other" / experiment.name  # of the same name
+    other.parent.mkdir()
+    other.symlink_to(experiment)
+    run_explain(photo, "--model_dir", experiment, "--data_dir", data, "--against", other, "--output_dir", out)
+    found = json.loads((out / "explain.json").read_text())["photos"]["val1"]["receptive_field"]
+    assert list(found) == [str(experiment), str(other)]
+    assert found[str(experiment)] == found[str(other)]
+    heights = [Image.open(out / "val1_receptive_field.png").height]
+    run_explain(photo, "--model_dir", experiment, "--data_dir", data, "--output_dir", out)
+    assert heights[0] == pytest.approx(2 * Image.open(out / "val1_receptive_field.png").height, abs=2)
