@@ -82,55 +82,50 @@ def download(urls: Sequence[str], file: Path, md5: str, flag: str, *, silence: f
     answers = []
     for url in urls:
         print(f"downloading {url} to {file}, which is not needed later", flush=True)
-        if (answer := _fetch_whole(url, file, md5, silence)) is None:
-            return file
-        answers.append(f"{url}: {answer}")
+        try:
+            for _ in range(2 if file.exists() else 1):  # anew where what was there before were other bytes
+                while not _fetch(url, file, silence):
+                    pass
+                if check_integrity(file, md5):
+                    return file
+                file.unlink(missing_ok=True)
+            answers.append(f"{url}: another file than the official one")
+        except (OSError, HTTPException, ValueError) as error:  # no answer, half an answer, no address
+            if getattr(error, "errno", None) == errno.ENOSPC:
+                raise OSError(errno.ENOSPC, "the disk is full", str(file)) from None
+            answers.append(f"{url}: {first_line(error)}")
     raise RunFailed(
         f"no download of {file.name} ({'; '.join(answers)}). The same command goes on with what has come; {flag} FILE "
         "takes the archive, got by other means, --url ADDRESS another address"
     )
 
 
-def _fetch_whole(url: str, file: Path, md5: str, silence: float) -> str | None:
-    """Fetch an archive from one address, as long as every attempt brings more. Returns what it answers in its place."""
-    inherited = _size(file) > 0  # perhaps wrong bytes, of another address
-    while True:
-        before, ended, answer = _size(file), True, "another file than the official one"
-        try:
-            _fetch(url, file, silence)
-        except (OSError, HTTPException, ValueError) as error:  # no answer, half an answer, no address
-            if getattr(error, "errno", None) == errno.ENOSPC:
-                raise OSError(errno.ENOSPC, "the disk is full", str(file)) from None
-            ended, answer = getattr(error, "code", None) == 416, first_line(error)  # 416: there is nothing after it
-        if check_integrity(file, md5):
-            return None
-        if not ended and _size(file) > before:
-            continue
-        if ended:
-            file.unlink(missing_ok=True)
-        if not (ended and inherited):
-            return answer
-        inherited = False
+def _fetch(url: str, file: Path, silence: float) -> bool:
+    """Add to a file what an address has after it, anew where the server cannot begin in the middle.
 
-
-def _fetch(url: str, file: Path, silence: float) -> None:
-    """Add to a file what an address has after it; begin anew where the server cannot begin in the middle.
-
-    Raises OSError, HTTPException or ValueError; whatever has come by then is in the file.
+    Returns whether that was all. Raises OSError, HTTPException or ValueError where nothing came.
     """
     begun = _size(file)
     request = Request(url, headers={"User-Agent": "Mozilla/5.0"} | ({"Range": f"bytes={begun}-"} if begun else {}))
-    with urlopen(request, timeout=silence) as answer:
-        if answer.headers.get_content_type() == "text/html":
-            raise OSError("a web page in the place of the file")
-        begun = begun if answer.status == 206 else 0
-        total = begun + int(answer.headers["Content-Length"]) if "Content-Length" in answer.headers else None
-        options = {"unit": "B", "unit_scale": True, "desc": file.name, "disable": None, "leave": False}
-        with open(file, "ab" if begun else "wb") as stream, tqdm(total=total, initial=begun, **options) as bar:
-            while block := answer.read1(2**18):
-                bar.update(stream.write(block))
-    if total and _size(file) < total:
-        raise OSError(f"ended after {_size(file)} of {total} bytes")
+    try:
+        with urlopen(request, timeout=silence) as answer:
+            if answer.headers.get_content_type() == "text/html":
+                raise OSError("a web page in the place of the file")
+            kept = begun if answer.status == 206 else 0
+            total = kept + int(answer.headers["Content-Length"]) if "Content-Length" in answer.headers else None
+            options = {"unit": "B", "unit_scale": True, "desc": file.name, "disable": None, "leave": False}
+            with open(file, "ab" if kept else "wb") as stream, tqdm(total=total, initial=kept, **options) as bar:
+                while block := answer.read1(2**18):
+                    bar.update(stream.write(block))
+        if total and _size(file) < total:
+            raise OSError(f"ended after {_size(file)} of {total} bytes")
+    except (OSError, HTTPException, ValueError) as error:
+        if getattr(error, "code", None) == 416:  # there is nothing after what has come
+            return True
+        if _size(file) <= begun:
+            raise
+        return False
+    return True
 
 
 def _size(file: Path) -> int:
@@ -144,21 +139,17 @@ def check_archive(archive: Path, filename: str, md5: str) -> None:
 
 
 def get_voc(data_dir: Path, archive: Path | None, url: str | None) -> None:
-    """Bring VOC2012 into data_dir, downloading it if no archive is given and it is not there."""
+    """Write the photos and masks of VOC2012 and, when all are there, its lists, downloading it if no archive is given.
+
+    Raises UserError, before anything is written, for any other file.
+    """
     if (data_dir / "trainval.txt").exists():
         print(f"{data_dir} is complete: {len(find_split('voc', data_dir, 'trainval').ids)} photos with masks")
         return
     if (data_dir / "train.txt").exists():
         raise UserError(f"{data_dir} holds the lists of another data set; delete them or choose another --data_dir")
     addresses = [url] if url else [f"{folder}/{VOC['filename']}" for folder in VOC_FOLDERS]
-    unpack_voc(archive or download(addresses, data_dir / VOC["filename"], VOC["md5"], "--archive"), data_dir)
-
-
-def unpack_voc(archive: Path, data_dir: Path) -> None:
-    """Write the lists of VOC2012, and the photos and masks that they name: lists last, so that all is there with them.
-
-    Raises UserError, before anything is written, for any other file.
-    """
+    archive = archive or download(addresses, data_dir / VOC["filename"], VOC["md5"], "--archive")
     check_archive(archive, VOC["filename"], VOC["md5"])
     with tarfile.open(archive) as tar:
         found = {member.name.removeprefix("VOCdevkit/VOC2012/"): member for member in tar}
@@ -182,7 +173,11 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def get_sbd(data_dir: Path, archive: Path | None, url: str | None) -> None:
-    """Bring the photos of SBD into a VOC2012 that is in data_dir, downloading them if no archive is given."""
+    """Write the photos of SBD that a VOC2012 in data_dir has not, their masks as grey PNGs and, last, trainaug.txt.
+
+    Files that are there are left alone. The archive is downloaded if none is given. Raises UserError, before anything
+    is written, for any other archive.
+    """
     require("scipy", "masks of SBD")
     images, masks, lists = voc_folders(data_dir)
     trainaug = lists / "trainaug.txt"
@@ -191,18 +186,8 @@ def get_sbd(data_dir: Path, archive: Path | None, url: str | None) -> None:
         return
     train, val = (find_split("voc", data_dir, name).ids for name in ("train", "val"))
     archive = archive or download([url or SBDataset.url], data_dir / SBD_ARCHIVE, SBDataset.md5, "--sbd")
-    added = unpack_sbd(archive, images, masks, here={*train, *val})
-    write_text(trainaug, "".join(f"{id_}\n" for id_ in sorted({*train, *added})))
-    print(f"{len(train)} photos of train and {len(added)} of SBD -> {trainaug}")
-
-
-def unpack_sbd(archive: Path, images: Path, masks: Path, *, here: set[str]) -> set[str]:
-    """Write the photos of SBD that are not here, and their masks as grey PNGs, and return their ids.
-
-    Files that are there are left alone. Raises UserError, before anything is written, for any other archive.
-    """
     check_archive(archive, SBD_ARCHIVE, SBDataset.md5)
-    added = set()
+    added, here = set(), {*train, *val}
     with tarfile.open(archive, "r|gz") as tar:
         for member in tqdm(tar, desc="unpacking SBD", unit="file", disable=None, leave=False):
             match = SBD_MEMBER.fullmatch(member.name)
@@ -214,7 +199,8 @@ def unpack_sbd(archive: Path, images: Path, masks: Path, *, here: set[str]) -> s
             if not target.exists():
                 content = _content(tar, member)
                 _write_whole(target, content if is_photo else _mask_of_sbd(content))
-    return added
+    write_text(trainaug, "".join(f"{id_}\n" for id_ in sorted({*train, *added})))
+    print(f"{len(train)} photos of train and {len(added)} of SBD -> {trainaug}")
 
 
 def _mask_of_sbd(content: bytes) -> bytes:

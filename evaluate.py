@@ -15,8 +15,8 @@ from tabulate import tabulate
 from comparing import Counts, check_same_photos, mIoU, read_counts, write_counts
 from engine.checkpoints import load_network, predicting_weights, weights_digest
 from engine.cli import add_restore_file, experiment_parser, positive, run_main
-from engine.devices import is_main, loading_options, processes
-from engine.evaluation import Scores, add_up, evaluate, find_data, make_dataset, progress
+from engine.devices import bar, is_main, loading_options, processes
+from engine.evaluation import Scores, add_up, evaluate, find_data, make_dataset
 from engine.run import trained_elsewhere
 from model import UserError
 from model.data_loader import make_loader
@@ -53,15 +53,12 @@ def parse_args() -> argparse.Namespace:
 
 def score_originals(
     segmenter: Segmenter, dataset: OriginalDataset, params: Params, save_to: Path | None = None
-) -> Scores | None:
-    """Predict every photo at its own size, and save it in a folder if given; each process does its part.
-
-    Returns None where the split has no masks.
-    """
+) -> Scores:
+    """Predict every photo at its own size, and save it in a folder if given; each process does its part."""
     collate = partial(collate_originals, sizes=segmenter.sizes, resize=params.resize, padding=segmenter.padding)
     loader = make_loader(dataset, batch_size=params.scoring_batch_size, collate=collate, **loading_options(params))
     metrics, own = Metrics(params.num_classes, segmenter.device, original_size=True), dict[int, np.ndarray]()
-    with progress(loader, "predicting") as bar:
+    with bar(sum(loader.batch_sampler.sizes), "predicting") as done:
         for indices, sizes, inputs, masks in loader:
             looks = segmenter.logits(inputs, sizes)
             for index, (width, height), maps, mask in zip(indices, sizes, looks, masks, strict=True):
@@ -72,9 +69,8 @@ def score_originals(
                 if mask is not None:
                     counts = metrics.update(prediction[None], mask.to(segmenter.device)[None])
                     own[index] = sparse(counts[0].cpu())
-                bar.update()
-    result = add_up(metrics, own, dataset)
-    return None if dataset.split.masks is None else result
+                done.update()
+    return add_up(metrics, own, dataset)
 
 
 def find_other(
@@ -190,7 +186,10 @@ def describe(checkpoint: dict[str, Any], args: argparse.Namespace) -> dict[str, 
 
 
 def name_scores(model_dir: Path, folder: Path, args: argparse.Namespace) -> str:
-    """Return what the files of an experiment's scores on a data folder are named by."""
+    """Return what the files of an experiment's scores are named by, with the data folder if it was trained on another.
+
+    Where the folder of the run is gone, the data have moved.
+    """
     kind = "_original_size" if args.scales == [1.0] and not args.flip else "_multi_scale"
     place = f"@{folder.resolve().name}" if trained_elsewhere(model_dir, folder) else ""
     return f"{args.split}{place}_{args.restore_file}{kind * args.original_size}"
@@ -221,12 +220,12 @@ def score_checkpoint(device: torch.device, args: argparse.Namespace) -> None:
         squares, batch = make_dataset(split, names, params, model), params.scoring_batch_size
         loader = make_loader(squares, batch_size=batch, device=device, **loading_options(params))
         scores = evaluate(model, loader, params, device, by_photo=True)
-    scored = scores is not None and scores.metrics["mIoU"] is not None  # not so for Cityscapes' test, all of it void
-    if scores and not scored and not predicted_only:
+    scored = scores.metrics["mIoU"] is not None  # not so without masks, and for Cityscapes' test, all of it void
+    if not scored and not predicted_only:
         raise UserError(f"split {where} has masks of nothing but void: it can be predicted, not scored")
     if not is_main():
         return
-    if scores and scored:
+    if scored:
         write_scores(scores, record, name, split, names, args.model_dir)
         output = args.model_dir / f"metrics_{name}.json"
         found = f"{(scores.matrix.sum(1) > 0).sum()} of {len(names)} classes"
@@ -240,7 +239,7 @@ def score_checkpoint(device: torch.device, args: argparse.Namespace) -> None:
             draw_overlays(segmenter, photos, counts, other, overlays, args)
             print(f"{'those that differ most' if args.against else 'the worst of them'} -> {overlays}")
     else:
-        print(f"{where} has {'masks of nothing but void' if scores else 'no masks'} and is not scored")
+        print(f"{where} has {'masks of nothing but void' if split.masks else 'no masks'} and is not scored")
     if saved:
         print(f"{len(split.ids)} predictions -> {saved}")
 

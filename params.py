@@ -245,7 +245,6 @@ def comparable_over(metric: str) -> tuple[str, ...]:
 
 
 def table() -> str:
-    """Return the table of docs/PARAMS.md."""
     rows = ["key | default | allowed | meaning", "---|---|---|---"]
     for key, value in asdict(Params()).items():
         about = Params.__dataclass_fields__[key].metadata

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from tqdm import tqdm
 from engine.checkpoints import agreed_class_names, checkpoint_path, load_network
 from engine.cli import add_folder, add_restore_file, experiment_parser, positive, run_main
 from engine.devices import autocast, input_options, pick_device
-from model import UserError, cores
+from model import UserError, attempt, cores
 from model.data_loader import begin_loader_process
 from model.inference import Segmenter, fold_batch_norm
 from model.layouts import find_split
@@ -104,14 +103,6 @@ def result_paths(output: Path) -> list[Path]:
     return [output.with_name(output.name + suffix) for suffix in RESULTS]
 
 
-def read_or_error(file: Any) -> Image.Image | UserError:
-    """Return an RGB photo, or why it cannot be read."""
-    try:
-        return read_photo(file)
-    except UserError as error:
-        return error
-
-
 def write_results(file: Path, photo: Image.Image, prediction: np.ndarray, names: Sequence[str], output: Path) -> None:
     counts = np.array(Image.fromarray(prediction).histogram()[: len(names)])  # bincount takes 8 bytes a pixel
     shares = {int(index): counts[index] / prediction.size for index in np.argsort(-counts, kind="stable")}
@@ -176,7 +167,7 @@ def main(args: argparse.Namespace) -> int:
     loader: DataLoader = DataLoader(
         list(photos.values()),  # type: ignore[arg-type]  # whatever has a length and indices
         batch_size=None,
-        collate_fn=read_or_error,
+        collate_fn=partial(attempt, read_photo),
         num_workers=0 if args.tile else min(READERS, cores(), len(photos)),  # photos that need tiles are large
         worker_init_fn=begin_loader_process,
     )

@@ -7,24 +7,28 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 import comparing
 from comparing import FEW, Counts, Difference
-from engine.checkpoints import changed_keys
+from engine.checkpoints import differences
 from engine.cli import add_folder, run_main
-from engine.run import began_from, existing, is_running, records
+from engine.run import existing, is_running, records
 from engine.training import best_epoch, better_of, score, why_finished
 from model import UserError
 from model.metrics import AT_ORIGINAL_SIZE, BETTER, METRICS
 from params import WITHOUT_EFFECT, Params, comparable_over
 from utils import is_number, read_history, read_json, save_figure, table_text, walk, write_text
-from visualize import results_figure
+from visualize import spelling
 
 BEST = "best_original_size"  # in the names of evaluate.py's files: the best weights at the photos' own size
 OWN_SIZE = "_original_size_mIoU"  # ends the column of a split's mIoU at the photos' own size
@@ -143,14 +147,13 @@ def read(folder: Path, parent_dir: Path) -> Run:
     name = folder.resolve().name if folder == parent_dir else str(folder.relative_to(parent_dir))
     run = Run(folder, os.fsencode(name).decode(errors="replace"))
     try:
-        history = read_history(folder)
-        params, changes = trained_with(folder) if history else (Params.load(folder / "params.json"), "")
+        history, starts = read_history(folder), records(folder)
+        params, changes = trained_with(folder, starts[-1] if history else {})
         run.params, run.history = asdict(params), history
-        run.data_dir, run.init_from = records(folder)[-1].get("data_dir"), began_from(folder)
+        run.data_dir, run.init_from = starts[-1].get("data_dir"), began_from(starts[0])
         best = folder / "metrics_val_best_weights.json"
-        validation = read_json(best, if_absent="") if best.exists() else {}
-        run.own_size, others = read_own_size(folder, run.best["epoch"], validation.get("weights"))
-        run.validation = validation
+        run.validation = read_json(best, if_absent="") if best.exists() else {}
+        run.own_size, others = read_own_size(folder, {"epoch": run.best["epoch"]} | run.validation)
         run.state, run.problem = state(folder, params, run.history)
         run.problem = "; ".join(filter(None, (run.problem, changes, others)))
     except (UserError, OSError) as error:
@@ -160,28 +163,33 @@ def read(folder: Path, parent_dir: Path) -> Run:
     return run
 
 
-def trained_with(folder: Path) -> tuple[Params, str]:
-    """Return the params that a run was last trained with, and which keys of params.json have been changed since."""
-    record = records(folder)[-1]
+def began_from(record: dict[str, Any]) -> str | None:
+    """Return the origin() of the weights of --init_from, or what older programs kept, the path; None if not given."""
+    given = [after for flag, after in pairwise(record.get("argv", [])) if flag == "--init_from"]
+    return record.get("init_from", given[-1] if given else None)
+
+
+def trained_with(folder: Path, record: dict[str, Any]) -> tuple[Params, str]:
+    """Return the params that a start of a run was given, and which keys of params.json have been changed since."""
     now = Params.load(folder / "params.json", record.get("set"))
     if "params" not in record:
         return now, ""
     trained = Params.parse(record["params"] | {"precision": now.precision}, folder / "run.json")
-    keys = ", ".join(key for key in changed_keys(trained, now) if key not in WITHOUT_EFFECT)
+    keys = ", ".join(key for key in differences(trained, now) if key not in WITHOUT_EFFECT)
     return trained, keys and f"params.json has been changed since, and the table does not show it: {keys}"
 
 
-def read_own_size(folder: Path, epoch: int | None, weights: str | None) -> tuple[dict[str, dict[str, Any]], str]:
+def read_own_size(folder: Path, best: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], str]:
     """Return by split the metrics at the photos' own size, and which are left out, as of other weights than the best.
 
-    Of a run of an older program, which kept no digest of them, the epoch decides.
+    A digest tells weights apart; of a run of an older program, which kept none, the epoch.
     """
-    found, others = {}, []
+    mark, found, others = "weights" if "weights" in best else "epoch", {}, []
     for path in sorted(folder.glob(f"metrics_*_{BEST}.json")):
         metrics = read_json(path, if_absent="")
-        if metrics.get("epoch") == epoch and weights in (None, metrics.get("weights")):
+        if metrics.get(mark) == best[mark]:
             found[path.name.removeprefix("metrics_").removesuffix(f"_{BEST}.json")] = metrics
-        elif epoch is not None:
+        elif best["epoch"] is not None:
             others.append(path.name)
     names = ", ".join(others)
     return found, names and f"{names}: not of the weights of the best epoch; score again with evaluate.py"
@@ -399,6 +407,32 @@ def class_words(classes: Sequence[Difference | None], photos: Sequence[int]) -> 
 
 
 # ---------------------------------------------------------------------------------------- the files
+
+
+def results_figure(curves: Mapping[str, Sequence[Sequence[float]]], *, metric: str, better: Callable) -> Figure:
+    """Return a validation metric by epoch, and beside it the best value of every run.
+
+    Args:
+        curves: by name, the first on top, the metric of each epoch in each of the runs that differ in their seed only.
+            The line is their mean.
+        metric: what it is called.
+        better: max or min, which chooses the better of two values.
+    """
+    figure = Figure(figsize=(11, 4 + 0.15 * len(curves)), layout="constrained")
+    by_epoch, by_name = figure.subplots(1, 2)
+    for row, (name, runs) in enumerate(curves.items()):
+        colour = f"C{row % 10}"
+        mean = [np.mean([value for value in epoch if value is not None]) for epoch in zip_longest(*runs)]
+        options: dict[str, Any] = {"label": spelling(name), "zorder": 3 - row / len(curves)}  # the first on top
+        by_epoch.plot(range(1, len(mean) + 1), mean, ".-", color=colour, **options)
+        by_name.plot([better(run) for run in runs], [row] * len(runs), "o", color=colour)
+    by_epoch.set(xlabel="epoch", ylabel=f"validation {metric}")
+    by_epoch.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    by_name.set_yticks(range(len(curves)), [spelling(name) for name in curves], fontsize="small")
+    by_name.set(xlabel=f"best validation {metric}", ylim=(len(curves) - 0.5, -0.5))
+    handles, names = by_epoch.get_legend_handles_labels()
+    figure.legend(handles[:10], names[:10], loc="outside lower center", ncols=3, fontsize="small")
+    return figure
 
 
 def main(args: argparse.Namespace) -> None:

@@ -9,19 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine import devices
 from engine.checkpoints import init_from
 from engine.cli import checkpoint_name, experiment_parser, key_and_value, require, run_main
-from engine.devices import (
-    autocast,
-    device_summary,
-    input_options,
-    is_main,
-    loading_options,
-    processes,
-    reuse_memory,
-    seed_everything,
-    to_device,
-)
 from engine.evaluation import evaluate, make_dataset
 from engine.run import (
     EpochOutputs,
@@ -77,12 +67,12 @@ def train(training: Training, train_loader: Loader, val_loader: Loader, outputs:
         speed = len(train_loader.dataset) / (time.perf_counter() - start)
         scores = evaluate(training.eval_model, val_loader, training.params, training.device)  # the average, if any
         training.check_epoch(train_metrics, scores.metrics)  # raises unless what is about to be saved is finite
-        if training.epoch == 0 and is_main():
+        if training.epoch == 0 and devices.is_main():
             log_absent_classes(training, train_metrics["frequency"], scores.metrics["frequency"].values())
         training.end_epoch(train_metrics, scores.metrics, seconds=time.perf_counter() - start, images_per_second=speed)
-        if is_main():
+        if devices.is_main():
             outputs.write_epoch(training, val_loader.dataset)
-    if is_main():
+    if devices.is_main():
         outputs.finish(training)
 
 
@@ -140,8 +130,8 @@ def train_step(
     """
     params, device = training.params, training.device
     training.share_dropout(batch_size)  # of which this process has a part
-    with training.no_sync(unless=updates), autocast(device, params.precision):  # which decides for backward() too
-        logits = training.wrapped_model(to_input(images, device, **input_options(training.model, params)))
+    with training.no_sync(unless=updates), devices.autocast(device, params.precision):  # decides for backward() too
+        logits = training.wrapped_model(to_input(images, device, **devices.input_options(training.model, params)))
     loss = criterion(logits, labels)
     backward(training, loss / accumulated, updates=updates)
     return loss.detach(), logits.detach()
@@ -167,14 +157,14 @@ def build_model(params: Params, weights: Path | None, *, resumed: bool) -> tuple
     What is not as it was for a file of weights, layers that start afresh say, is named there.
     """
     # Training() sends what rank 0 has to the other processes.
-    pretrained = params.pretrained if is_main() and not resumed and weights is None else False
+    pretrained = params.pretrained if devices.is_main() and not resumed and weights is None else False
     model = FCN_GCN(**params.network_options(), pretrained=pretrained)
     notes = []
     if params.num_channels is not None:
         notes.append('"num_channels" is accepted for old params.json files; this network has no use for it')
     if model.encoder.weights:
         notes.append(f"the encoder begins with the weights of {model.encoder.weights}")
-    if weights and is_main():
+    if weights and devices.is_main():
         notes += init_from(model, weights, params)
     if params.freeze_encoder_statistics and not (params.pretrained or weights or resumed):
         notes.append('"freeze_encoder_statistics" without weights to start from: the encoder is not normalized at all')
@@ -187,21 +177,20 @@ def build_and_train(start: Start, device: torch.device, args: argparse.Namespace
     What --overwrite deletes goes last, when nothing can be wrong with the new run any more.
     """
     params, state = start.params, start.state
-    train_split, val_split, names = find_splits(start)
-    seed_everything(params.seed, deterministic=params.deterministic)  # from here on all processes draw alike
+    train_split, val_split, about = find_splits(start)
+    devices.seed_everything(params.seed, deterministic=params.deterministic)  # from here on all processes draw alike
     model, notes = build_model(params, start.init_from, resumed=state is not None)
     check_last_batch(model, params, len(train_split.ids))
-    to_device(model, params, device)
-    train_set, val_set = (make_dataset(split, names, params, model) for split in (train_split, val_split))
-    notes += [*seen_in_training(train_set, val_set), *too_dark(train_set)] if is_main() else []
-    own: dict[str, Any] = {"device": device, **loading_options(params)}  # workers, rank, number of processes
+    devices.to_device(model, params, device)
+    train_set = make_dataset(train_split, about["class_names"], params, model)
+    val_set = make_dataset(val_split, about["class_names"], params, model)
+    notes += [*seen_in_training(train_set, val_set), *too_dark(train_set)] if devices.is_main() else []
+    own: dict[str, Any] = {"device": device, **devices.loading_options(params)}  # workers, rank, number of processes
     train_loader = make_loader(train_set, batch_size=params.batch_size, seed=params.seed, **own)  # shuffled
     val_loader = make_loader(val_set, batch_size=params.scoring_batch_size, **own)  # in the order of the list
     iter(val_loader)  # starts its processes: those that start later keep a copy of a training step's memory
-    reuse_memory(device)  # on the CPU
-    training = Training(
-        model, params, batches=len(train_loader), splits=(train_split, val_split), class_names=names, changes=start.set
-    )
+    devices.reuse_memory(device)  # on the CPU
+    training = Training(model, params, len(train_loader), about)
     if start.set:
         notes.append(f"--set, in the place of values in params.json: {json.dumps(start.set)}")
     if state is not None:
@@ -210,7 +199,7 @@ def build_and_train(start: Start, device: torch.device, args: argparse.Namespace
     count = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     summary = (
         f"{args.model_dir}: {len(train_split.ids)} images of {params.train_split}, {len(val_split.ids)} of val; "
-        f"{params.encoder}, {count:.1f} million parameters, on {device_summary(device)} in {params.precision}"
+        f"{params.encoder}, {count:.1f} million parameters, on {devices.device_summary(device)} in {params.precision}"
     )
     outputs = open_outputs(training, val_set, args, start, [summary, *notes])
     with advising_to_resume(args):
@@ -220,7 +209,7 @@ def build_and_train(start: Start, device: torch.device, args: argparse.Namespace
 def main(args: argparse.Namespace) -> None:
     if args.tensorboard:
         require("torch.utils.tensorboard", purpose="events")
-    with processes(args.device) as device, sole_run(args.model_dir):
+    with devices.processes(args.device) as device, sole_run(args.model_dir):
         if start := begin(args, device):  # None: has finished, and last.pth.tar was not kept
             build_and_train(start, device, args)
 

@@ -115,7 +115,6 @@ def read_history(model_dir: Path) -> list[dict]:
 
 
 def write_history(model_dir: Path, history: list[dict]) -> None:
-    """Write history.jsonl, one line per epoch."""
     write_text(model_dir / "history.jsonl", "".join(json.dumps(epoch, allow_nan=False) + "\n" for epoch in history))
 
 

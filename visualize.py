@@ -1,8 +1,7 @@
 """Pictures of what a network makes of photos, and of how it got there."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from itertools import zip_longest
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -146,32 +145,6 @@ def training_curves(history: Sequence[Mapping]) -> Figure:
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         axes.legend()
-    return figure
-
-
-def results_figure(curves: Mapping[str, Sequence[Sequence[float]]], *, metric: str, better: Callable) -> Figure:
-    """Return a validation metric by epoch, and beside it the best value of every run.
-
-    Args:
-        curves: by name, the first on top, the metric of each epoch in each of the runs that differ in their seed only.
-            The line is their mean.
-        metric: what it is called.
-        better: max or min, which chooses the better of two values.
-    """
-    figure = Figure(figsize=(11, 4 + 0.15 * len(curves)), layout="constrained")
-    by_epoch, by_name = figure.subplots(1, 2)
-    for row, (name, runs) in enumerate(curves.items()):
-        colour = f"C{row % 10}"
-        mean = [np.mean([value for value in epoch if value is not None]) for epoch in zip_longest(*runs)]
-        options: dict[str, Any] = {"label": spelling(name), "zorder": 3 - row / len(curves)}  # the first on top
-        by_epoch.plot(range(1, len(mean) + 1), mean, ".-", color=colour, **options)
-        by_name.plot([better(run) for run in runs], [row] * len(runs), "o", color=colour)
-    by_epoch.set(xlabel="epoch", ylabel=f"validation {metric}")
-    by_epoch.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
-    by_name.set_yticks(range(len(curves)), [spelling(name) for name in curves], fontsize="small")
-    by_name.set(xlabel=f"best validation {metric}", ylim=(len(curves) - 0.5, -0.5))
-    handles, names = by_epoch.get_legend_handles_labels()
-    figure.legend(handles[:10], names[:10], loc="outside lower center", ncols=3, fontsize="small")
     return figure
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping
@@ -20,6 +19,7 @@ from model import UserError, first_line
 from model.encoders import ENCODERS
 from model.layouts import Split, class_names, default_class_names
 from model.net import FCN_GCN, class_count, is_of_score_layer, without_unused
+from model.weights import unwrapped
 from params import NEEDED_BY_WEIGHTS, WITHOUT_EFFECT, Params
 from utils import is_out_of_memory, replacing
 
@@ -59,15 +59,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise UserError(f'{path} is not a checkpoint of this network: it has no "state_dict"')
     checkpoint.setdefault("params", {})
-    return checkpoint | {"state_dict": _unwrapped(checkpoint["state_dict"])}
-
-
-def _unwrapped(weights: dict[str, Any]) -> dict[str, Any]:
-    """Return weights under the network's own names, before which DataParallel and torch.compile put one of theirs."""
-    wrapped = re.compile(r"((module|_orig_mod)\.)+")
-    if not all(isinstance(name, str) and wrapped.match(name) for name in weights):
-        return weights
-    return {wrapped.sub("", name, count=1): tensor for name, tensor in weights.items()}
+    return checkpoint | {"state_dict": unwrapped(checkpoint["state_dict"])}
 
 
 def load_weights(model: nn.Module, state_dict: dict[str, Any], source: str | Path) -> None:
@@ -107,9 +99,8 @@ def init_from(model: FCN_GCN, file: Path, params: Params) -> list[str]:
     check_normalization(model, checkpoint, file)
     given, fresh = predicting_weights(checkpoint), model.state_dict()
     others = [key for key in NEEDED_BY_WEIGHTS if key not in (*needed, "num_classes")]
-    then = Params.parse(checkpoint["params"], file) if checkpoint["params"] else params
-    changes = spell_changes(changed_keys(then, params, others))
-    notes = [f"{file} was trained with other values: {changes}"] if changes else []
+    changed = ", ".join(differences(params_of(checkpoint, file, params), params, others).values())
+    notes = [f"{file} was trained with other values: {changed}"] if changed else []
     if class_count(given) != class_count(fresh):
         given = {name: tensor for name, tensor in given.items() if not is_of_score_layer(name)}
         given |= {name: tensor for name, tensor in fresh.items() if is_of_score_layer(name)}
@@ -179,33 +170,30 @@ def trained_params(checkpoint: dict[str, Any], now: Params, file: Path) -> Param
 
     Says on stderr, in rank 0, which other keys have been changed since.
     """
-    if not checkpoint["params"]:  # of the original implementation
-        return now
-    trained = replace(Params.parse(checkpoint["params"], file), **{key: getattr(now, key) for key in HOW_TO_COMPUTE})
-    if (text := spell_changes(changed_keys(trained, now))) and is_main():
+    trained = replace(params_of(checkpoint, file, now), **{key: getattr(now, key) for key in HOW_TO_COMPUTE})
+    if (text := ", ".join(differences(trained, now).values())) and is_main():
         print(f"params.json has been changed since {file} was trained, and counts as it was: {text}", file=sys.stderr)
     return trained
 
 
-def changed_keys(then: Params, now: Params, keys: Iterable[str] = ()) -> dict[str, tuple[Any, Any]]:
-    """Return the keys, all or those that are given, in which params differ, with both values."""
+def params_of(checkpoint: dict[str, Any], file: Path, now: Params) -> Params:
+    """Return the params in a checkpoint; those of now for the original implementation, whose have none."""
+    return Params.parse(checkpoint["params"], file) if checkpoint["params"] else now
+
+
+def differences(then: Params, now: Params, keys: Iterable[str] = ()) -> dict[str, str]:
+    """Return, by key, where params differ in all keys or those that are given, as "seed" 1 -> 2."""
     before, after = asdict(then), asdict(now)
-    return {key: (before[key], after[key]) for key in keys or before if before[key] != after[key]}
-
-
-def spell_changes(changes: Mapping[str, tuple[Any, Any]]) -> str:
-    return ", ".join(f'"{key}" {json.dumps(then)} -> {json.dumps(now)}' for key, (then, now) in changes.items())
+    changed = [key for key in keys or before if before[key] != after[key]]
+    return {key: f'"{key}" {json.dumps(before[key])} -> {json.dumps(after[key])}' for key in changed}
 
 
 def check_unchanged(
     keys: Iterable[str], checkpoint: dict[str, Any], params: Params, file: Path, way_on: str = "set it back"
 ) -> None:
     """Raise UserError if params.json has since changed a key without which the checkpoint means something else."""
-    if not checkpoint["params"]:
-        return
-    for key, values in changed_keys(Params.parse(checkpoint["params"], file), params, keys).items():
-        then, now = map(json.dumps, values)
-        raise UserError(f'{file} was trained with "{key}": {then}, params.json says {now}; {way_on}')
+    if changed := ", ".join(differences(params_of(checkpoint, file, params), params, keys).values()):
+        raise UserError(f"{file} was trained with other values than params.json has: {changed}; {way_on}")
 
 
 def agreed_class_names(checkpoint: dict[str, Any], file: Path, split: Split | None, num_classes: int) -> list[str]:
@@ -216,12 +204,10 @@ def agreed_class_names(checkpoint: dict[str, Any], file: Path, split: Split | No
     """
     numbers = [str(index) for index in range(num_classes)]  # which stand for names that are not known
     trained = checkpoint.get("class_names") or numbers
-    if split is None:
-        return default_class_names(num_classes) if trained == numbers else trained
+    named = (split and split.class_names) or default_class_names(num_classes)
     if trained == numbers:
-        return class_names(split, num_classes)
-    named = split.class_names or default_class_names(num_classes)
-    if named == numbers:
+        return class_names(split, num_classes) if split else named
+    if split is None or named == numbers:
         return trained
     for index, (then, now) in enumerate(zip_longest(trained, named)):
         if then != now:

@@ -157,5 +157,4 @@ def positive(text: str) -> int:
 
 
 def add_folder(parser: argparse.ArgumentParser, flag: str, default: str, meaning: str) -> None:
-    """Add a flag that names a folder."""
     parser.add_argument(flag, type=Path, default=Path(default), help=f"{meaning} (default: %(default)s)")

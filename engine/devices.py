@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from tqdm import tqdm
 
 from model import UserError, cores
 from optimization import PRECISIONS
@@ -48,9 +49,9 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def bar_disabled() -> bool | None:
-    """Return what tqdm calls disable: one progress bar is enough, and that only on a terminal."""
-    return None if is_main() else True
+def bar(total: int, title: str) -> tqdm:
+    """Return a progress bar over images: one for all processes is enough, and that only on a terminal."""
+    return tqdm(total=total, desc=title, unit="img", leave=False, disable=None if is_main() else True)
 
 
 def pick_device(name: str) -> torch.device:

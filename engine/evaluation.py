@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from engine.checkpoints import agreed_class_names, checkpoint_path
-from engine.devices import autocast, bar_disabled, gather, input_options
+from engine.devices import autocast, bar, gather, input_options
 from engine.run import find_data_dir
 from model.data_loader import Loader, SegmentationDataset
 from model.layouts import Split, find_split
@@ -51,7 +50,7 @@ def evaluate(
     criterion, metrics = SegmentationLoss(**params.loss_options()), Metrics(params.num_classes, device)
     loss_sum = torch.zeros((), dtype=exact_dtype(device), device=device)
     own: dict[int, np.ndarray] = {}
-    with progress(loader, "evaluating") as bar:
+    with bar(sum(loader.batch_sampler.sizes), "evaluating") as done:
         for indices, (images, labels, *_) in zip(loader.batch_sampler, loader, strict=True):
             labels = labels.to(device, non_blocking=True)
             with autocast(device, params.precision):
@@ -61,7 +60,7 @@ def evaluate(
             of_images = metrics.update(logits.argmax(1), labels)
             if by_photo:
                 own |= zip(indices, map(sparse, of_images.cpu()), strict=True)
-            bar.update(len(images))
+            done.update(len(images))
     all_reduce_sum(loss_sum)
     loss = loss_sum.item() / len(loader.dataset)
     return add_up(metrics, own, loader.dataset, loss=loss if math.isfinite(loss) else None)
@@ -77,12 +76,6 @@ def add_up(metrics: Metrics, own: dict[int, np.ndarray], dataset: Any, **others:
     }
     cells = [found[index] for index in sorted(found)]
     return Scores({**others, "images": len(dataset), **values}, metrics.confusion.matrix.cpu().numpy(), cells)
-
-
-def progress(loader: Loader, title: str) -> tqdm:
-    """Return a bar over the images that are this process's part."""
-    total = sum(loader.batch_sampler.sizes)
-    return tqdm(total=total, desc=title, unit="img", leave=False, disable=bar_disabled())
 
 
 def make_dataset(split: Split, names: Sequence[str], params: Params, model: FCN_GCN) -> SegmentationDataset:

@@ -5,6 +5,7 @@ A run is its last.pth.tar: everything else of an epoch is written after it and f
 
 import argparse
 import copy
+import hashlib
 import logging
 import math
 import os
@@ -16,7 +17,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,12 @@ import numpy as np
 import torch
 from filelock import Timeout
 from PIL import Image
-from tqdm import tqdm
 
 from engine import devices
 from engine.checkpoints import (
     agreed_class_names,
-    changed_keys,
     check_unchanged,
+    differences,
     load_checkpoint,
     origin,
     predicting_weights,
@@ -38,8 +37,7 @@ from engine.checkpoints import (
     to_predict_with,
     weights_digest,
 )
-from engine.devices import autocast, device_name, input_options, resolve_precision
-from engine.training import Training, list_digest, scalars, score, why_finished
+from engine.training import Training, scalars, score, why_finished
 from model import UserError, locked
 from model.data_loader import SegmentationDataset
 from model.layouts import Split, find_split
@@ -72,7 +70,6 @@ def existing(model_dir: Path, patterns: Sequence[str] = RESULTS) -> list[Path]:
 
 
 def remove_outputs(model_dir: Path) -> None:
-    """Delete what earlier runs have left in an experiment folder."""
     for path in existing(model_dir, OUTPUTS):
         path.unlink()
         if path.parent != model_dir:
@@ -116,13 +113,6 @@ def records(model_dir: Path) -> list[dict[str, Any]]:
     file = model_dir / "run.json"
     first = read_json(file, if_absent="") if file.exists() else {}
     return [first, *first.get("resumed", [])]
-
-
-def began_from(model_dir: Path) -> str | None:
-    """Return the origin() of the weights of --init_from, or what older programs kept, the path; None if not given."""
-    first = records(model_dir)[0]
-    given = [after for flag, after in pairwise(first.get("argv", [])) if flag == "--init_from"]
-    return first.get("init_from", given[-1] if given else None)
 
 
 def find_data_dir(args: argparse.Namespace, dataset: str) -> Path:
@@ -169,7 +159,7 @@ def begin(args: argparse.Namespace, device: torch.device) -> Start | None:
     state = load_checkpoint(last) if args.resume and last.exists() else None
     kept = load_checkpoint(best) if args.resume and state is None and best.exists() else None
     changes = (state or kept or {}).get("set", {}) | args.set
-    params = resolve_precision(Params.load(args.model_dir / "params.json", changes), device)
+    params = devices.resolve_precision(Params.load(args.model_dir / "params.json", changes), device)
     if kept and (reason := why_finished(read_history(args.model_dir), params)):
         if devices.is_main():
             print(f"nothing to do in {args.model_dir}: {reason}; last.pth.tar was not kept to train on from")
@@ -193,10 +183,11 @@ def check_alike(value: Any, what: str) -> None:
         raise UserError(f"{what} is not the same for all processes; give all machines the same files")
 
 
-def find_splits(start: Start) -> tuple[Split, Split, list[str]]:
-    """Find train_split, val and the class names, which must be those of a checkpoint that is resumed.
+def find_splits(start: Start) -> tuple[Split, Split, dict[str, Any]]:
+    """Find train_split and val. Returns them and what a checkpoint says of them and of --set, see Training.
 
-    Raises UserError for every fault that shows without decoding a photo.
+    Raises UserError for every fault that shows without decoding a photo, as other class names than those of a
+    checkpoint that is resumed.
     """
     params, names = start.params, (start.params.train_split, "val")
     train, val = (find_split(params.dataset, start.data_dir, name, masks_required=True) for name in names)
@@ -204,23 +195,24 @@ def find_splits(start: Start) -> tuple[Split, Split, list[str]]:
         raise UserError("; ".join(broken))
     if params.batch_size > (count := len(train.ids)):
         raise UserError(f'"batch_size" is {params.batch_size}, but {params.train_split} has {count} images; lower it')
-    for split in (train, val):
-        check_alike(list_digest(split), f"{split.name}.txt")
-    return train, val, agreed_class_names(start.state or {}, start.file, val, params.num_classes)
+    about: dict[str, Any] = {"set": start.set}
+    for key, split in (("images", train), ("val_images", val)):
+        about[key] = hashlib.sha256("\n".join(split.ids).encode()).hexdigest()
+        check_alike(about[key], f"{split.name}.txt")
+    about["class_names"] = agreed_class_names(start.state or {}, start.file, val, params.num_classes)
+    return train, val, about
 
 
 def changes_since(start: Start, training: Training, args: argparse.Namespace) -> str:
     """Return what has changed since the checkpoint that is resumed: keys of params.json, and the data."""
     assert start.state is not None
-    keys = [*changed_keys(Params.parse(start.state["params"], start.file), training.params)]
+    keys = [*differences(Params.parse(start.state["params"], start.file), training.params)]
     rate, before = training.learning_rate, training.history[-1]["learning_rate"]
     jumps = not math.isclose(rate, before) and {"learning_rate", "num_epochs", "schedule", "warmup_epochs"} & {*keys}
     lists = {"images": "the list of training images", "val_images": "the list of validation images"}
-    keys += [lists[key] for key, digest in training.lists.items() if start.state.get(key, digest) != digest]
-    if "set" not in start.state:  # of an older program
-        keys.append("mIoU, which is over the classes in the labels now")
-    if "weights" not in training.metrics["last"]:
-        keys.append("the validation loss, which is a mean over photos now")
+    keys += [name for key, name in lists.items() if start.state.get(key) not in (None, training.about[key])]
+    if "weights" not in training.metrics["last"]:  # of an older program
+        keys.append("the validation loss, a mean over photos now, and perhaps mIoU, over the classes in the labels now")
     folder = records(args.model_dir)[-1].get("data_dir")
     keys += [] if folder in (None, os.path.abspath(start.data_dir)) else [f"the data folder, before {folder}"]
     keys += [f"so the learning rate, {before:.3g} in the last step, {rate:.3g} in the next"] if jumps else []
@@ -241,13 +233,11 @@ def advising_to_resume(args: argparse.Namespace) -> Iterator[None]:
 def check_last_batch(model: FCN_GCN, params: Params, count: int) -> None:
     """Raise UserError where a network cannot train on the last batch, the smallest, or on a process's share of it."""
     last = count % params.batch_size or params.batch_size
-    left = f'"batch_size" {params.batch_size} leaves a batch of {last} among {count} images'
+    left = f'change "batch_size", for {params.batch_size} leaves a batch of {last} among {count} images'
     if last == 1 and not _takes(model, 1, params):
-        size = f'at "image_size" {params.image_size} it gives batch norm a single value a channel'
-        raise UserError(f"{left}, and {size}; change one of the two")
+        raise UserError(f'{left}, for batch norm a single value a channel at "image_size" {params.image_size}')
     if last < (processes := devices.world_size()) and not _takes(model, 0, params):
-        idle = f'in which some of {processes} processes have none, as "{params.encoder}" cannot'
-        raise UserError(f'{left}, {idle}; change "batch_size"')
+        raise UserError(f'{left}, in which some of {processes} processes have none, as "{params.encoder}" cannot')
 
 
 @torch.no_grad()
@@ -280,7 +270,7 @@ def write_provenance(model_dir: Path, device: torch.device, start: Start) -> Non
         "argv": sys.argv,
         "data_dir": os.path.abspath(start.data_dir),
         "versions": versions | {name: version(name) for name in packages},
-        "device": device_name(device),
+        "device": devices.device_name(device),
         "platform": platform.platform(),
         "processes": devices.world_size(),
         "seed": start.params.seed,
@@ -296,17 +286,12 @@ def write_provenance(model_dir: Path, device: torch.device, start: Start) -> Non
 
 
 class EpochProgress:
-    """A bar over the images of an epoch; without a terminal a line for every tenth of a long one.
+    """A bar over the images of an epoch; without a terminal a line for every tenth of a long one."""
 
-    Args:
-        training: whose next epoch this is.
-        sizes: images per batch.
-    """
-
-    def __init__(self, training: Training, sizes: list[int]):
+    def __init__(self, training: Training, sizes: list[int]):  # the images of each batch
         self.title = f"epoch {training.epoch + 1}/{training.params.num_epochs}"
         self.steps, self.said = len(sizes), time.monotonic()
-        self.bar = tqdm(total=sum(sizes), desc=self.title, unit="img", leave=False, disable=devices.bar_disabled())
+        self.bar = devices.bar(sum(sizes), self.title)
 
     def update(self, images: int, losses: torch.Tensor) -> None:
         """Count a batch; losses has one value per step so far, and is read only where it is shown."""
@@ -330,7 +315,8 @@ class EpochOutputs:
     def write_epoch(self, training: Training, val_set: SegmentationDataset) -> None:
         """Write last.pth.tar, which decides that the epoch has ended, and then all that follows from it."""
         save_checkpoint(state := training.state_dict(), self.model_dir / "last.pth.tar")
-        logging.info(epoch_line(training.history[-1], training.params, is_best=training.is_best))
+        is_best = training.metrics["best"]["epoch"] == training.epoch
+        logging.info(epoch_line(training.history[-1], training.params, is_best=is_best))
         draws_curves = training.stop_reason is not None or time.monotonic() - self.drawn > DRAWING_INTERVAL
         self.write_rest(state, sample_predictions(training, val_set), curves=draws_curves)
 
@@ -350,11 +336,11 @@ class EpochOutputs:
 
     def finish(self, training: Training) -> None:
         """Log the best epoch, end the trackers, and delete last.pth.tar where params.json asks for that."""
-        metric, epoch = training.params.best_metric, training.best_epoch
-        best = f"best {metric} {score(training.history[epoch - 1], metric):.4f} at epoch {epoch}"
-        logging.info(f"{training.stop_reason}; {best}, in {self.model_dir}")
+        metric, best = training.params.best_metric, training.metrics["best"]
+        value = f"best {metric} {score({'val': best}, metric):.4f} at epoch {best['epoch']}"
+        logging.info(f"{training.stop_reason}; {value}, in {self.model_dir}")
         for tracker in self.trackers:
-            tracker.close(training.params, training.metrics["best"])
+            tracker.close(training.params, best)
         if not training.params.keep_last:
             (self.model_dir / "last.pth.tar").unlink()
 
@@ -363,7 +349,7 @@ def log_absent_classes(training: Training, train: Iterable[float | None], val: I
     """Say which classes the masks of the first epoch lack, given each class's share of their pixels."""
     params = training.params
     for name, shares, so in ((params.train_split, train, "cannot be learned"), ("val", val, "not in mIoU")):
-        absent = [class_ for class_, share in zip(training.class_names, shares, strict=True) if not share]
+        absent = [class_ for class_, share in zip(training.about["class_names"], shares, strict=True) if not share]
         if absent and params.dataset != "sample":
             logging.info(f"in no mask of {name}, at {params.image_size} pixels a side: {', '.join(absent)}; {so}")
 
@@ -390,8 +376,9 @@ def open_outputs(
         outputs.trackers.append(TensorBoard(args.model_dir, first=max(1, training.epoch)))
     if start.state:
         outputs.write_rest(start.state, sample_predictions(training, val_set))
-        if not holds(args.model_dir / "best.pth.tar", training.metrics["best"].get("weights")):
-            logging.info(f"best.pth.tar, of epoch {training.best_epoch}, is gone; a better epoch will write one")
+        best = training.metrics["best"]
+        if not holds(args.model_dir / "best.pth.tar", best.get("weights")):
+            logging.info(f"best.pth.tar, of epoch {best['epoch']}, is gone; a better epoch will write one")
     return outputs
 
 
@@ -438,8 +425,8 @@ def sample_predictions(training: Training, dataset: SegmentationDataset, count: 
     examples = [dataset[place * len(dataset) // number] for place in range(number)]
     images, labels = (torch.stack(part) for part in zip(*examples, strict=True))
     model = training.eval_model.eval()
-    inputs = to_input(images, training.device, **input_options(training.model, params))
-    with autocast(training.device, params.precision):
+    inputs = to_input(images, training.device, **devices.input_options(training.model, params))
+    with devices.autocast(training.device, params.precision):
         logits = torch.cat([model(part) for part in inputs.split(params.scoring_batch_size)])
     parts = zip(images.permute(0, 2, 3, 1), labels, logits.argmax(1).cpu(), strict=True)
     photos = zip(parts, photo_edges(images, labels, dataset.padding).tolist(), strict=True)

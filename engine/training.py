@@ -1,7 +1,6 @@
 """All that changes while a network is trained: weights, optimizer, schedule, average, and what a resume needs."""
 
 import copy
-import hashlib
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,6 @@ from torch.nn.parallel import DistributedDataParallel
 from engine.checkpoints import check_normalization, load_weights, predicting_weights, weights_digest
 from engine.devices import rank, rng_states, set_rng_states, world_size
 from model import UserError
-from model.layouts import Split
 from model.metrics import BETTER
 from model.net import FCN_GCN
 from model.parallel import Dropout2d, copy_to_all, shard, synchronize_batch_norm
@@ -38,21 +36,10 @@ class Training:
         model: the network, on its device.
         params: the experiment.
         batches: of an epoch.
-        splits: what is trained and validated on, so that a resume can say whether their lists have changed.
-        class_names: one for each class index.
-        changes: the values of --set, which a resume sets again.
+        about: what else a checkpoint says of the run: digests of its lists, class names, the values of --set.
     """
 
-    def __init__(
-        self,
-        model: FCN_GCN,
-        params: Params,
-        batches: int,
-        *,
-        splits: Sequence[Split] = (),
-        class_names: Sequence[str] = (),
-        changes: Mapping[str, Any] | None = None,
-    ):
+    def __init__(self, model: FCN_GCN, params: Params, batches: int, about: Mapping[str, Any] | None = None):
         self.params = params
         self.steps_per_epoch = math.ceil(batches / params.accumulation_steps)
         self.device = next(model.parameters()).device
@@ -75,23 +62,12 @@ class Training:
         self._set_steps(0)
         self.history: list[dict] = []  # what history.jsonl holds
         self.metrics: dict[str, dict] = {}  # of validation, at the "last" and at the "best" epoch
-        self.lists = {key: list_digest(split) for key, split in zip(("images", "val_images"), splits, strict=False)}
-        self.class_names, self.changes = list(class_names), dict(changes or {})
+        self.about = dict(about or {})
 
     @property
     def stop_reason(self) -> str | None:
         """Why there is nothing left to train, None if there is."""
         return why_finished(self.history, self.params)
-
-    @property
-    def best_epoch(self) -> int:
-        """The number of the best epoch so far, 0 before the first has ended."""
-        return best_epoch(self.history, self.params.best_metric)["epoch"] if self.history else 0
-
-    @property
-    def is_best(self) -> bool:
-        """Whether the last epoch is the best one so far."""
-        return self.epoch == self.best_epoch
 
     @property
     def learning_rate(self) -> float:
@@ -188,7 +164,7 @@ class Training:
         return f'{kept}. Lower "learning_rate", or set "clip_grad_norm"'
 
     def end_epoch(self, train_metrics: dict, val_metrics: dict, *, seconds: float, images_per_second: float) -> None:
-        """Add an epoch to the history, and note whether it is the best one."""
+        """Add an epoch to the history, and note its metrics, under "best" too if it is the best so far."""
         self.epoch += 1
         record = {
             "epoch": self.epoch,
@@ -201,7 +177,7 @@ class Training:
         self.history.append(record)
         weights = weights_digest(self.eval_model.state_dict())
         self.metrics["last"] = {"epoch": self.epoch, "weights": weights, **val_metrics}
-        if self.is_best:
+        if best_epoch(self.history, self.params.best_metric) is record:
             self.metrics["best"] = self.metrics["last"]
 
     def is_finite(self) -> bool:
@@ -212,21 +188,21 @@ class Training:
 
     def state_dict(self) -> dict:
         """Return all that a resume needs, as tensors and plain values; epoch, state_dict and optim_dict have the names
-        that the original implementation gives them.
+        that the original implementation gives them. The optimizer's state is by the parameters' order in the network,
+        which its groups do not change.
         """
+        numbers, optimizer = self._parameter_numbers(), self.optimizer.state_dict()
         return {
             "epoch": self.epoch,
             "state_dict": self.model.state_dict(),
-            "optim_dict": self.optimizer.state_dict() | {"state": self._optimizer_state()},
+            "optim_dict": optimizer | {"state": {numbers[place]: own for place, own in optimizer["state"].items()}},
             "ema_state_dict": None if self.ema is None else self.ema.state_dict(),
             "ema_updates": self.ema_updates,
             "scaler": self.scaler.state_dict(),
             "history": self.history,
             "metrics": self.metrics,
-            **self.lists,
-            "class_names": self.class_names,
+            **self.about,
             "normalization": [self.model.mean, self.model.std],
-            "set": self.changes,
             "rng": torch.get_rng_state(),  # the same in every process
             "rng_cuda": rng_states(self.device),  # of any accelerator; the name is that of the first
             "params": asdict(self.params),
@@ -236,11 +212,6 @@ class Training:
         """Return, for each parameter in the optimizer's order, its place among those of the network."""
         numbers = {parameter: number for number, parameter in enumerate(self.model.parameters())}
         return [numbers[parameter] for group in self.optimizer.param_groups for parameter in group["params"]]
-
-    def _optimizer_state(self) -> dict[int, dict]:
-        """Return the optimizer's state in the network's order, which its groups do not change."""
-        numbers, state = self._parameter_numbers(), self.optimizer.state_dict()["state"]
-        return {numbers[place]: buffers for place, buffers in state.items()}
 
     def load_state_dict(self, state: dict, source: Path) -> None:
         """Continue from a checkpoint. Options of the optimizer and the schedule are those of params.json as it is now.
@@ -268,7 +239,6 @@ class Training:
             )
 
     def _load_rest(self, state: dict) -> None:
-        """Load all that is not weights."""
         self.epoch, self.history = state["epoch"], [dict(record) for record in state["history"]]
         self.metrics = dict(state["metrics"])
         saved = state["optim_dict"]["state"]
@@ -281,11 +251,6 @@ class Training:
         self._set_steps(self.epoch * self.steps_per_epoch)
         torch.set_rng_state(state["rng"])
         set_rng_states(state["rng_cuda"], self.device)
-
-
-def list_digest(split: Split) -> str:
-    """Return a digest of the ids of a list, in their order."""
-    return hashlib.sha256("\n".join(split.ids).encode()).hexdigest()
 
 
 def why_finished(history: list[dict], params: Params) -> str | None:

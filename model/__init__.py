@@ -5,9 +5,10 @@ import logging
 import os
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, SoftFileLock, Timeout
 
@@ -16,6 +17,14 @@ WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # what Lustre an
 
 class UserError(ValueError):
     """A mistake that the user can mend. Scripts print it as one line on stderr and exit with status 2."""
+
+
+def attempt(function: Callable, *arguments: Any) -> Any:
+    """Return what a function returns, or the UserError that it raises: one faulty file does not end the others."""
+    try:
+        return function(*arguments)
+    except UserError as error:
+        return error
 
 
 def first_line(error: BaseException) -> str:

@@ -6,7 +6,8 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import islice
 from multiprocessing.pool import ThreadPool
 from multiprocessing.queues import Queue
 from pathlib import Path
@@ -16,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch._utils import ExceptionWrapper
-from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, SequentialSampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from tqdm import tqdm
 
-from model import UserError, cores, locked, replacing
+from model import UserError, attempt, cores, locked, replacing
 from model.layouts import Split, list_faults
 from model.parallel import shard
 from model.transforms import PADDING, Colour, resize_tag, to_square
@@ -104,19 +105,12 @@ class SegmentationDataset(Dataset):
 
     def decode_all(self) -> Iterator[np.ndarray]:
         """Yield every example in order, decoded on all cores. Raises UserError at the end, naming every faulty file."""
-        faults = []
-
-        def attempt(index: int) -> np.ndarray | UserError:
-            try:
-                return self.decode(index)
-            except UserError as error:
-                return error
-
+        faults, decode = [], partial(attempt, self.decode)
         bar = tqdm(total=len(self), desc=f"reading {self.split.name}", unit="img", leave=False, disable=None)
         # Not concurrent.futures, which at its end would wait for a thread whose file never answers.
         with bar, ThreadPool(cores()) as pool:
             for start in range(0, len(self), AT_ONCE):  # imap() would read ahead without bound
-                for result in pool.imap(attempt, range(start, min(start + AT_ONCE, len(self)))):
+                for result in pool.imap(decode, range(start, min(start + AT_ONCE, len(self)))):
                     bar.update()
                     if isinstance(result, UserError):
                         faults.append(str(result))
@@ -213,69 +207,49 @@ def cache_folder(root: Path) -> Path:
     return folder
 
 
-class EpochSampler(Sampler):
-    """A new order every epoch, as (index, seed) pairs that depend on nothing but the run's seed and the epoch."""
+class Batches(Sampler):
+    """The batches of an epoch that one of several processes takes part in, as lists of what a data set is asked for.
 
-    def __init__(self, length: int, *, seed: int):
-        self.length = length
-        self.seed = seed
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        seed = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)[0]
-        generator = torch.Generator().manual_seed(int(seed))
-        order = torch.randperm(self.length, generator=generator).tolist()
-        seeds = torch.randint(2**62, (self.length,), generator=generator).tolist()
-        return zip(order, seeds, strict=True)
-
-
-class DistributedBatchSampler(Sampler):
-    """The batches that one of several processes takes part in, as lists of what a sampler gives.
-
-    With split, for training, its share of every batch, which in the last one may be nothing. Otherwise, for scoring,
-    batches are dealt out whole, so that each holds the same images whatever the number of processes. sizes has the
-    images of each of these batches, with split those of all shares together.
+    With a seed, for training, each epoch has its own order, which depends on nothing but seed and epoch, and each
+    example comes as (index, seed of its own); a process has its share of every batch, in the last one perhaps nothing.
+    Without, for scoring, they are indices in the order of the list, and batches are dealt out whole, so that each holds
+    the same images whatever the number of processes. sizes has the images of each of these batches, with a seed those
+    of all shares together.
     """
 
-    def __init__(
-        self,
-        sampler: EpochSampler | SequentialSampler,
-        batch_size: int,
-        *,
-        split: bool,
-        rank: int = 0,
-        world_size: int = 1,
-    ):
-        self.sampler = sampler
-        self.split, self.rank, self.world_size = split, rank, world_size
-        self._batches = BatchSampler(sampler, batch_size, drop_last=False)
-        sizes = [min(batch_size, len(sampler) - start) for start in range(0, len(sampler), batch_size)]
-        self.sizes = sizes if split else sizes[rank::world_size]
+    def __init__(self, length: int, batch_size: int, *, seed: int | None = None, rank: int = 0, world_size: int = 1):
+        self.length, self.batch_size, self.seed, self.epoch = length, batch_size, seed, 0
+        self.rank, self.world_size = rank, world_size
+        sizes = [min(batch_size, length - start) for start in range(0, length, batch_size)]
+        self.sizes = sizes[rank::world_size] if seed is None else sizes
 
     def set_epoch(self, epoch: int) -> None:
-        if isinstance(self.sampler, EpochSampler):
-            self.sampler.epoch = epoch
+        self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.sizes)
 
     def __iter__(self) -> Iterator[list]:
-        for number, batch in enumerate(self._batches):
-            own = shard(len(batch), self.rank, self.world_size)
-            if self.split:
-                yield batch[own.start : own.stop]
-            elif number % self.world_size == self.rank:
-                yield batch
+        order = range(self.length) if self.seed is None else self._shuffled(self.seed)
+        batches = (list(order[start : start + self.batch_size]) for start in range(0, self.length, self.batch_size))
+        if self.seed is None:
+            return islice(batches, self.rank, None, self.world_size)
+        shares = ((batch, shard(len(batch), self.rank, self.world_size)) for batch in batches)
+        return (batch[own.start : own.stop] for batch, own in shares)
+
+    def _shuffled(self, seed: int) -> list[tuple[int, int]]:
+        epoch_seed = np.random.SeedSequence((seed, self.epoch)).generate_state(1)[0]
+        generator = torch.Generator().manual_seed(int(epoch_seed))
+        order = torch.randperm(self.length, generator=generator).tolist()
+        seeds = torch.randint(2**62, (self.length,), generator=generator).tolist()
+        return list(zip(order, seeds, strict=True))
 
 
 class Loader(DataLoader):
     """Batches that loader processes, or this one, fetch from a data set."""
 
     dataset: Any
-    batch_sampler: DistributedBatchSampler
+    batch_sampler: Batches
 
 
 def make_loader(
@@ -293,12 +267,11 @@ def make_loader(
 
     With a seed every epoch has its own order (call loader.batch_sampler.set_epoch), and a batch also int64 (B), a seed
     for each example; without, they come in the order of the list. One of several processes gets its part of them, see
-    DistributedBatchSampler. For a GPU they lie in pinned memory.
+    Batches. For a GPU they lie in pinned memory.
 
     collate makes a batch of a list of examples, by default as the data set does.
     """
-    sampler = SequentialSampler(dataset) if seed is None else EpochSampler(len(dataset), seed=seed)
-    batches = DistributedBatchSampler(sampler, batch_size, split=seed is not None, rank=rank, world_size=world_size)
+    batches = Batches(len(dataset), batch_size, seed=seed, rank=rank, world_size=world_size)
     workers = min(num_workers, cores(), len(batches))
     return Loader(
         dataset,

@@ -73,8 +73,8 @@ class Segmenter:
                 if self.flip:
                     maps.append(self.model(x.flip(-1)).flip(-1).float())
         for size, photo in zip(sizes, zip(*maps, strict=True), strict=True):
-            boxes = [RESIZES[self.resize](*size, logits.shape[-1]) for logits in photo]
-            yield [part[:, y:bottom, x:right] for part, (x, y, right, bottom) in zip(photo, boxes, strict=True)]
+            boxes = (RESIZES[self.resize](*size, logits.shape[-1]) for logits in photo)
+            yield [x[:, top:bottom, left:right] for x, (left, top, right, bottom) in zip(photo, boxes, strict=True)]
 
     @torch.inference_mode()
     def segment(self, photo: Image.Image, *, tile: int | None = None) -> Tensor:

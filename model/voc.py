@@ -19,7 +19,6 @@ CLASS_NAMES = (
 
 
 def is_voc(names: Sequence[str]) -> bool:
-    """Return whether class names are VOC's."""
     return tuple(names) == CLASS_NAMES
 
 

