@@ -15,9 +15,6 @@ LEVEL = 0.95
 FEW = 10  # photos: nothing is said of fewer, in all or of a class, as intervals err too often (test_calibration.py)
 
 
-# ---------------------------------------------------------------------------------------- counts of every photo
-
-
 @dataclass(frozen=True)
 class Counts:
     """The confusion counts of every photo of a split: pixels, int64 (N, C, C), by label and prediction."""
@@ -73,9 +70,6 @@ def check_same_photos(first: Counts, other: Counts, names: tuple[str, str]) -> N
         raise UserError(f"{both} were scored against different masks of {photo}; evaluate both with the same data")
 
 
-# ---------------------------------------------------------------------------------------- metrics of summed counts
-
-
 def class_IoU(counts: np.ndarray) -> np.ndarray:
     """Return the IoU of each class, (…, C, C) -> (…, C); NaN where no label is of it.
 
@@ -88,9 +82,6 @@ def class_IoU(counts: np.ndarray) -> np.ndarray:
 def mIoU(counts: np.ndarray) -> np.ndarray:
     """Return the mean IoU over the classes that occur in the labels, (…, C, C) -> (…); NaN where all is void."""
     return np.ma.filled(np.ma.masked_invalid(class_IoU(counts)).mean(-1), np.nan)
-
-
-# ---------------------------------------------------------------------------------------- the bootstrap
 
 
 class Resampled(NamedTuple):

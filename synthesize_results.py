@@ -65,9 +65,6 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-# ---------------------------------------------------------------------------------------- experiments
-
-
 @dataclass
 class Run:
     """One experiment folder."""
@@ -237,9 +234,6 @@ def published_columns(published: dict[str, Any], params: dict[str, Any]) -> dict
     return {f"published_{key}": value for result in found for key, value in result.items() if key != "params"}
 
 
-# ---------------------------------------------------------------------------------------- the table
-
-
 def tabulate_runs(runs: list[Run], published: dict[str, Any]) -> pd.DataFrame:
     """Return a row for every run: name, the hyperparameters that vary, metrics, epochs, minutes and state."""
     table = pd.DataFrame([run.row() | published_columns(published, run.params) for run in runs], dtype=object)
@@ -345,9 +339,6 @@ def markdown(table: pd.DataFrame) -> str:
     return text.to_markdown(index=False, disable_numparse=True, colalign=sides)
 
 
-# ---------------------------------------------------------------------------------------- a baseline
-
-
 def compare(rows: dict[str, list[Run]], baseline: str, families: list[list[Run]]) -> list[Tables]:
     """Compare the rows with the baseline, on each split on which all its finished runs were scored photo by photo.
 
@@ -404,9 +395,6 @@ def class_words(classes: Sequence[Difference | None], photos: Sequence[int]) -> 
         f"{found.value:+.4f} ({found.low:+.4f} to {found.high:+.4f}) {words.get(place, 'few photos')}" if found else "-"
         for place, found in enumerate(classes)
     ]
-
-
-# ---------------------------------------------------------------------------------------- the files
 
 
 def results_figure(curves: Mapping[str, Sequence[Sequence[float]]], *, metric: str, better: Callable) -> Figure:
