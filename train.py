@@ -68,10 +68,10 @@ def train(training: Training, train_loader: Loader, val_loader: Loader, outputs:
         scores = evaluate(training.eval_model, val_loader, training.params, training.device)  # the average, if any
         training.check_epoch(train_metrics, scores.metrics)  # raises unless what is about to be saved is finite
         if training.epoch == 0 and devices.is_main():
-            log_absent_classes(training, train_metrics["frequency"], scores.metrics["frequency"].values())
+            log_absent_classes(training, train_metrics["frequency"], [*scores.metrics["frequency"].values()])
         training.end_epoch(train_metrics, scores.metrics, seconds=time.perf_counter() - start, images_per_second=speed)
         if devices.is_main():
-            outputs.write_epoch(training, val_loader.dataset)
+            outputs.write_epoch(training, val_loader.dataset)  # of which samples.png shows a few
     if devices.is_main():
         outputs.finish(training)
 
@@ -83,15 +83,16 @@ def train_epoch(training: Training, loader: Loader) -> dict:
     the learning rate of the last step. Raises RunFailed at the first loss that is not finite, found within
     save_summary_steps steps.
     """
-    training.model.train()
+    training.model.train()  # but for batch norm that is frozen
     params, device = training.params, training.device
-    criterion = SegmentationLoss(**params.loss_options(), over_processes=True)  # each gets that of the whole batch
+    # In every process the loss of the whole batch; its sums are differentiable_sum()s, which suits the mean of DDP.
+    criterion = SegmentationLoss(**params.loss_options(), over_processes=True)
     metrics = Metrics(params.num_classes, device)
     batch_sizes = loader.batch_sampler.sizes  # over all processes
     losses = torch.zeros(len(loader), device=device)  # stays on the device: reading it at every step would wait for it
     learning_rates = []
     progress = EpochProgress(training, batch_sizes)
-    for step, (images, labels, seeds) in enumerate(loader):
+    for step, (images, labels, seeds) in enumerate(loader):  # a seed for each image, of run and epoch alone
         images, labels = (part.to(device, non_blocking=True) for part in (images, labels))
         if params.augment:
             images, labels = augment(images, labels, seeds, padding=training.model.encoder.padding)  # a colour
@@ -125,13 +126,14 @@ def train_step(
 ) -> tuple[Tensor, Tensor]:
     """Train on images (B, 3, S, S) of values from 0 to 255 and labels (B, S, S); return loss and logits (B, C, S, S).
 
-    B is this process's part of a batch, perhaps 0; batch_size and the loss are those of the whole. accumulated and
-    updates are those of Training.accumulation().
+    B is this process's part of a batch, perhaps 0; batch_size and the loss are those of the whole. accumulated are the
+    images that share a step of the optimizer, over those of this batch; updates says whether it is the last of them.
     """
     params, device = training.params, training.device
-    training.share_dropout(batch_size)  # of which this process has a part
+    training.share_dropout(batch_size)  # every process draws for the whole batch, and takes its rows
     with training.no_sync(unless=updates), devices.autocast(device, params.precision):  # decides for backward() too
-        logits = training.wrapped_model(to_input(images, device, **devices.input_options(training.model, params)))
+        x = to_input(images, device, **devices.input_options(training.model, params))  # normalized
+        logits = training.wrapped_model(x)  # compiled, or in DDP, or both, or neither
     loss = criterion(logits, labels)
     backward(training, loss / accumulated, updates=updates)
     return loss.detach(), logits.detach()
@@ -177,11 +179,11 @@ def build_and_train(start: Start, device: torch.device, args: argparse.Namespace
     What --overwrite deletes goes last, when nothing can be wrong with the new run any more.
     """
     params, state = start.params, start.state
-    train_split, val_split, about = find_splits(start)
+    train_split, val_split, about = find_splits(start)  # about: what checkpoints say of data and --set
     devices.seed_everything(params.seed, deterministic=params.deterministic)  # from here on all processes draw alike
     model, notes = build_model(params, start.init_from, resumed=state is not None)
-    check_last_batch(model, params, len(train_split.ids))
-    devices.to_device(model, params, device)
+    check_last_batch(model, params, len(train_split.ids))  # on the CPU: one photo, or no photo for a process
+    devices.to_device(model, params, device)  # and to the memory format; DDP and compiling are Training's
     train_set = make_dataset(train_split, about["class_names"], params, model)
     val_set = make_dataset(val_split, about["class_names"], params, model)
     notes += [*seen_in_training(train_set, val_set), *too_dark(train_set)] if devices.is_main() else []
@@ -189,7 +191,7 @@ def build_and_train(start: Start, device: torch.device, args: argparse.Namespace
     train_loader = make_loader(train_set, batch_size=params.batch_size, seed=params.seed, **own)  # shuffled
     val_loader = make_loader(val_set, batch_size=params.scoring_batch_size, **own)  # in the order of the list
     iter(val_loader)  # starts its processes: those that start later keep a copy of a training step's memory
-    devices.reuse_memory(device)  # on the CPU
+    devices.reuse_memory(device)  # on the CPU malloc keeps what a step frees
     training = Training(model, params, len(train_loader), about)
     if start.set:
         notes.append(f"--set, in the place of values in params.json: {json.dumps(start.set)}")

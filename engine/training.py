@@ -95,7 +95,7 @@ class Training:
             self.model.dropout.whole = shard(batch_size, rank(), world_size()).start, batch_size
 
     def no_sync(self, *, unless: bool) -> AbstractContextManager:
-        """Return the context in which gradients are not summed over the processes, unless they are to be."""
+        """Return the context in which gradients are not averaged over the processes, unless they are to be."""
         return nullcontext() if self.ddp is None or unless else self.ddp.no_sync()
 
     def end_step(self) -> None:
@@ -287,7 +287,7 @@ def scalars(metrics: dict) -> dict[str, float | None]:
 
 
 def distribute(model: nn.Module, device: torch.device) -> DistributedDataParallel:
-    """Return the network in a form that adds up the gradients of all processes."""
+    """Return the network in a form that averages the gradients of all processes."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`broadcast_buffers`")  # has another name from PyTorch 2.15 on
         return DistributedDataParallel(
