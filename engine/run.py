@@ -369,7 +369,8 @@ def open_outputs(
     for unfinished in existing(args.model_dir, [f".{name}.*.tmp" for name in (*WRITTEN, "run.json")]):
         unfinished.unlink()  # of a run that was killed
     set_logger(args.model_dir / "train.log")
-    write_provenance(args.model_dir, training.device, start)
+    if training.stop_reason is None:  # or a start that trains nothing would say what was trained with, and on what
+        write_provenance(args.model_dir, training.device, start)
     for line in notes:
         logging.info(line)
     if args.tensorboard:
