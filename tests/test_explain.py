@@ -1,4 +1,5 @@
 import json
+import shutil
 import sys
 from itertools import pairwise
 
@@ -144,6 +145,22 @@ def test_photos_of_val_are_drawn_by_lot_and_two_runs_give_the_same_bytes(run_exp
     assert all(entry["held_against"] == "the truth" for entry in report["photos"].values())
     (mean,) = report["mean_receptive_field"].values()
     assert 0 < mean["radius_50%"] < mean["radius_95%"] and 0 < mean["area_50%"] < mean["area_95%"] <= 1
+
+
+def test_the_data_are_those_that_the_run_was_trained_on_and_a_mask_of_void_is_no_truth(run_explain, trained, tmp_path):
+    """As after params.json was edited for the next run, and for a photo that nobody has labelled."""
+    folder, data = shutil.copytree(trained[0], tmp_path / "run"), shutil.copytree(trained[1], tmp_path / "data")
+    params = json.loads((folder / "params.json").read_text())
+    (folder / "params.json").unlink()
+    (folder / "params.json").write_text(json.dumps(params | {"dataset": "sample", "train_split": "none"}))
+    mask = next((data / "SegmentationClass").glob("val1.*"))
+    size = Image.open(mask).size
+    mask.unlink()
+    Image.new("L", size, VOID).save(mask)
+    run_explain("--model_dir", folder, "--data_dir", data, "--output_dir", tmp_path / "out")
+    photos = json.loads((tmp_path / "out" / "explain.json").read_text())["photos"]
+    assert list(photos) == sorted((data / "val.txt").read_text().split())
+    assert {name for name, entry in photos.items() if entry["held_against"] == "the result"} == {"val1"}
 
 
 def test_a_photo_of_ones_own_needs_no_data_and_is_held_against_the_result(run_explain, experiment, tmp_path):
