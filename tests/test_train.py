@@ -853,11 +853,13 @@ def test_weights_alone_can_start_a_run_but_not_continue_one(finished, tmp_path):
 
 
 def test_weights_of_a_recipe_have_one_origin_whatever_their_seed():
-    def origin(weight: float, **params) -> str:
-        return checkpoints.origin({"params": asdict(Params(**params)), "state_dict": {"a": torch.tensor([weight])}})
+    def origin(weight: float, names: str = "ab", **params) -> str:
+        state = {"params": asdict(Params(**params)), "state_dict": {"a": torch.tensor([weight])}}
+        return checkpoints.origin(state | {"class_names": [*names]})
 
     assert origin(1, seed=1) == origin(2, seed=2, num_workers=0)
     assert origin(1, seed=1) != origin(1, seed=1, learning_rate=0.5)
+    assert origin(1, seed=1) != origin(1, "ac", seed=1)
     given = [checkpoints.origin({"params": {}, "state_dict": {"a": torch.tensor([weight])}}) for weight in (1.0, 2.0)]
     assert given[0] != given[1]
 
