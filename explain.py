@@ -287,11 +287,12 @@ def truth_of(mask: Image.Image | None) -> np.ndarray | None:
 def main(args: argparse.Namespace) -> None:
     folders = [args.model_dir, *filter(None, [args.against])]
     device, networks = pick_device(args.device), dict[str, tuple[Segmenter, list[str]]]()
-    for folder in reversed(folders):  # that of model_dir last, whose params and checkpoint say which its data are
-        model, params, checkpoint = load_network(folder, args.restore_file, device)
+    opened = {folder: load_network(folder, args.restore_file, device) for folder in folders}
+    for folder, (model, params, checkpoint) in opened.items():
         file = checkpoint_path(folder, args.restore_file)
         names = agreed_class_names(checkpoint, file, None, params.num_classes)
-        networks = {str(folder): (segmenter := make_segmenter(model, params, device), names), **networks}
+        networks[str(folder)] = make_segmenter(model, params, device), names
+    (segmenter, names), (_, params, checkpoint) = networks[str(args.model_dir)], opened[args.model_dir]
     photos, places = find_examples(params, checkpoint, args)
     make_folder(args.output_dir, "--output_dir")
     report, fields = {"photos": dict[str, Any]()}, {name: list[Field]() for name in networks}
