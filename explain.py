@@ -63,7 +63,8 @@ class Field:
     def smooth(self) -> np.ndarray:
         """Return the energy blurred by a Gaussian of a 50th of the longer side, for the gradient is grainy."""
         sigma = max(self.energy.shape) / 50
-        return gaussian_blur(torch.from_numpy(self.energy)[None], 2 * round(3 * sigma) + 1, sigma)[0].numpy()
+        kernel = [2 * min(round(3 * sigma), side - 1) + 1 for side in reversed(self.energy.shape)]  # less in a panorama
+        return gaussian_blur(torch.from_numpy(self.energy)[None], kernel, sigma)[0].numpy()
 
     def numbers(self) -> dict[str, float]:
         """Return for each of SHARES the radius, and the share of the photo in which the densest pixels hold it."""

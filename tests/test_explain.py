@@ -102,6 +102,14 @@ def test_radius_and_level_hold_the_share_that_they_are_asked_for():
     assert level(energy, 0.5) == 0.5 and level(energy, 0.8) == 0.3
 
 
+@pytest.mark.parametrize("shape", [(10, 224), (224, 3)])
+def test_a_panorama_has_a_field_too(shape):
+    """Letterboxed it may be thinner than the blur is wide."""
+    field = Field(np.full(shape, 1 / np.prod(shape)), (2, 1), (1.0, 1.0))
+    assert field.smooth() == pytest.approx(field.energy)
+    explain.field_figure({"a": (field, None)}, noise(*shape[::-1])).canvas.draw()
+
+
 def test_the_mean_puts_every_logit_into_the_middle():
     energies = np.zeros((2, 6, 8))
     energies[0, 1, 2], energies[1, 5, 7] = 1, 1
