@@ -200,8 +200,8 @@ def score_checkpoint(device: torch.device, args: argparse.Namespace) -> None:
     predicted_only = bool(args.save_predictions and not args.save_overlays)
     folder, split, names = find_data(params, checkpoint, args, args.split, masks_required=not predicted_only)
     where, name, saved = f"{args.split} of {folder}", name_scores(args.model_dir, folder, args), None
-    record = describe(checkpoint, args)
-    if "@" in name:
+    record, elsewhere = describe(checkpoint, args), trained_elsewhere(args.model_dir, folder) is not None
+    if elsewhere:
         record["data_dir"] = str(folder.resolve())
     if args.original_size:
         size, overlays = "their own size", args.model_dir / f"overlays_{name}"
@@ -232,7 +232,7 @@ def score_checkpoint(device: torch.device, args: argparse.Namespace) -> None:
         print(f"\n{len(split.ids)} images of {where} at {size}, {found}, epoch {record['epoch']} -> {output} and .png")
         with suppress(UserError):  # the list that was trained on is not there
             seen = {*split.ids} & {*LAYOUTS[params.dataset](folder, params.train_split).ids}
-            if seen and "@" not in name and args.split != params.train_split:
+            if seen and not elsewhere and args.split != params.train_split:
                 print(f"{len(seen)} of them are in {params.train_split} too, and were trained on: it says little")
         if args.save_overlays:
             counts = read_counts(args.model_dir / f"counts_{name}.npz")

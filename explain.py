@@ -17,17 +17,19 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
+from engine.checkpoints import agreed_class_names, checkpoint_path, load_network
 from engine.cli import add_restore_file, experiment_parser, positive, run_main
-from engine.run import find_data_dir
+from engine.devices import pick_device
+from engine.evaluation import find_data
 from model import UserError
 from model.inference import Segmenter, class_map
-from model.layouts import Split, find_split
+from model.layouts import Split
 from model.metrics import ConfusionMatrix
 from model.photos import read_photo
 from model.transforms import RESIZES, squares, to_input
 from model.voc import VOID, palette
 from params import Params
-from predict import find_photos, load
+from predict import find_photos, make_segmenter
 from utils import make_folder, save_figure, write_json
 
 # Each step of the decoder: the score map by itself, and the sum so far, both after their boundary refinement.
@@ -61,7 +63,8 @@ class Field:
     def smooth(self) -> np.ndarray:
         """Return the energy blurred by a Gaussian of a 50th of the longer side, for the gradient is grainy."""
         sigma = max(self.energy.shape) / 50
-        return gaussian_blur(torch.from_numpy(self.energy)[None], 2 * round(3 * sigma) + 1, sigma)[0].numpy()
+        kernel = [2 * min(round(3 * sigma), side - 1) + 1 for side in reversed(self.energy.shape)]  # less in a panorama
+        return gaussian_blur(torch.from_numpy(self.energy)[None], kernel, sigma)[0].numpy()
 
     def numbers(self) -> dict[str, float]:
         """Return for each of SHARES the radius, and the share of the photo in which the densest pixels hold it."""
@@ -254,16 +257,17 @@ def field_figure(fields: Mapping[str, tuple[Field, np.ndarray | None]], photo: I
 # ---------------------------------------------------------------------------------------- photos
 
 
-def find_data(args: argparse.Namespace) -> tuple[dict[Path, Path], dict[str, tuple[Split, int]]]:
+def find_examples(
+    params: Params, checkpoint: dict[str, Any], args: argparse.Namespace
+) -> tuple[dict[Path, Path], dict[str, tuple[Split, int]]]:
     """Return the photos by the name of their results, and for those of the run's data, by real path, list and place.
 
     Photos of val are drawn by lot, always the same ones; those of one's own can be explained without a data set.
     """
-    params, places = Params.load(args.model_dir / "params.json"), dict[str, tuple[Split, int]]()
-    photos = find_photos(args.photos, args.output_dir) if args.photos else {}
+    photos, places = find_photos(args.photos, args.output_dir) if args.photos else {}, dict[str, tuple[Split, int]]()
     for name in dict.fromkeys((params.train_split, "val")):
         try:
-            split = find_split(params.dataset, find_data_dir(args, params.dataset), name)
+            _, split, _ = find_data(params, checkpoint, args, name)
         except UserError:
             if not photos:
                 raise
@@ -275,17 +279,28 @@ def find_data(args: argparse.Namespace) -> tuple[dict[Path, Path], dict[str, tup
     return photos, places
 
 
+def truth_of(mask: Image.Image | None) -> np.ndarray | None:
+    """Return the labels of a photo; None where there are none, or nothing but void."""
+    labels = None if mask is None else np.array(mask)
+    return labels if labels is not None and (labels != VOID).any() else None
+
+
 def main(args: argparse.Namespace) -> None:
     folders = [args.model_dir, *filter(None, [args.against])]
-    networks = {str(folder): load(folder, restore_file=args.restore_file, device=args.device) for folder in folders}
-    segmenter, names = networks[str(args.model_dir)]
-    photos, places = find_data(args)
+    device, networks = pick_device(args.device), dict[str, tuple[Segmenter, list[str]]]()
+    opened = {folder: load_network(folder, args.restore_file, device) for folder in folders}
+    for folder, (model, params, checkpoint) in opened.items():
+        file = checkpoint_path(folder, args.restore_file)
+        names = agreed_class_names(checkpoint, file, None, params.num_classes)
+        networks[str(folder)] = make_segmenter(model, params, device), names
+    (segmenter, names), (_, params, checkpoint) = networks[str(args.model_dir)], opened[args.model_dir]
+    photos, places = find_examples(params, checkpoint, args)
     make_folder(args.output_dir, "--output_dir")
     report, fields = {"photos": dict[str, Any]()}, {name: list[Field]() for name in networks}
     for name, file in photos.items():
         split, place = places.get(os.path.realpath(file), (None, 0))
         photo, mask = split.read(place, len(names)) if split else (read_photo(file), None)
-        truth, output = None if mask is None else np.array(mask), args.output_dir / name
+        truth, output = truth_of(mask), args.output_dir / name
         at = args.at or (photo.width // 2, photo.height // 2)
         if not (0 <= at[0] < photo.width and 0 <= at[1] < photo.height):
             raise UserError(f"--at {at[0]} {at[1]} is not in {file}, which is {photo.width}x{photo.height}")

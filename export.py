@@ -166,7 +166,7 @@ def main(args: argparse.Namespace) -> None:
     try:
         _, split, names = find_data(params, checkpoint, args)
     except UserError:
-        if args.data_dir is not None or os.path.isdir(records(args.model_dir)[-1].get("data_dir", "")):
+        if args.data_dir is not None or os.path.isdir(records(args.model_dir)[-1].get("data_dir") or ""):
             raise  # there is a data set, and something is wrong with it
         split, file = find_split("sample", Path("data"), "val"), checkpoint_path(args.model_dir, args.restore_file)
         names = agreed_class_names(checkpoint, file, None, params.num_classes)

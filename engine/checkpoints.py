@@ -120,14 +120,15 @@ def weights_digest(weights: Mapping[str, torch.Tensor]) -> str:
 
 
 def origin(checkpoint: dict[str, Any]) -> str:
-    """Return 16 hexadecimal digits of what weights come from: the recipe, whatever its seed; without one, the weights.
+    """Return 16 hexadecimal digits of what weights come from: recipe, whatever its seed, and classes; else the weights.
 
     So runs that began from the seeds of a recipe differ in nothing but their seed.
     """
     if not checkpoint["params"]:
         return weights_digest(predicting_weights(checkpoint))
     recipe = {key: value for key, value in checkpoint["params"].items() if key not in ("seed", *WITHOUT_EFFECT)}
-    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+    learned = [recipe, checkpoint.get("class_names")]  # data sets of one recipe differ in their classes at least
+    return hashlib.sha256(json.dumps(learned, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def predicting_weights(checkpoint: dict[str, Any]) -> dict[str, Any]:

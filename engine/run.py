@@ -213,6 +213,7 @@ def changes_since(start: Start, training: Training, args: argparse.Namespace) ->
     keys += [name for key, name in lists.items() if start.state.get(key) not in (None, training.about[key])]
     if "weights" not in training.metrics["last"]:  # of an older program
         keys.append("the validation loss, a mean over photos now, and perhaps mIoU, over the classes in the labels now")
+        keys += ["what a smaller last batch weighs: as its images now"] * (training.params.accumulation_steps > 1)
     folder = records(args.model_dir)[-1].get("data_dir")
     keys += [] if folder in (None, os.path.abspath(start.data_dir)) else [f"the data folder, before {folder}"]
     keys += [f"so the learning rate, {before:.3g} in the last step, {rate:.3g} in the next"] if jumps else []
@@ -369,7 +370,8 @@ def open_outputs(
     for unfinished in existing(args.model_dir, [f".{name}.*.tmp" for name in (*WRITTEN, "run.json")]):
         unfinished.unlink()  # of a run that was killed
     set_logger(args.model_dir / "train.log")
-    write_provenance(args.model_dir, training.device, start)
+    if training.stop_reason is None:  # or a start that trains nothing would say what was trained with, and on what
+        write_provenance(args.model_dir, training.device, start)
     for line in notes:
         logging.info(line)
     if args.tensorboard:

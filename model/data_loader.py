@@ -147,7 +147,9 @@ def seen_in_training(train: SegmentationDataset, other: SegmentationDataset) -> 
 def too_dark(dataset: SegmentationDataset) -> list[str]:
     """Return a line where none of some thirty photos has a value in the upper three quarters of the range."""
     some = (dataset[index] for index in range(0, len(dataset), 1 + len(dataset) // 32))
-    brightest = max(int((photo * (labels != VOID)).max()) for photo, labels in some)  # padding is void
+    padding = torch.tensor(dataset.padding).view(3, 1, 1)  # whose mask is void, as that of pixels nobody has labelled
+    seen = (photo * ((labels != VOID) | (photo != padding).any(0)) for photo, labels in some)
+    brightest = max(int(photo.max()) for photo in seen)
     advice = "where 10 to 14 bits lie in files of 16, or values from 0 to 1, scale them to the whole range"
     return [f"no photo of {dataset.split.name} is brighter than {brightest} of 255; {advice}"] * (brightest < 64)
 

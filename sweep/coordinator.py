@@ -22,7 +22,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from engine.run import trained_elsewhere
+from engine.run import existing, trained_elsewhere
 from engine.training import best_epoch, better_of, score
 from model import UserError, cores
 from params import Params, comparable_over
@@ -89,11 +89,12 @@ class Coordinator:
             create_trial(value=0.0, **recorded)
         except ValueError:  # the ends of a range, or the choices, have changed: nothing that Optuna could learn from
             recorded = {"params": {}, "distributions": {}}
+        trained = existing(folder) and self.base.get("dataset") != "sample"  # if only in part, it would be resumed
+        if trained and (other := trained_elsewhere(folder, self.data_dir)):
+            raise UserError(f"{folder} was trained on {other}; give --data_dir {other}, or move {folder} away")
         state, history = outcome(folder)
         if state not in ENDED:
             return self.study.enqueue_trial(recorded["params"], {"folder": name, "queued": [*recorded["params"]]})
-        if (other := trained_elsewhere(folder, self.data_dir)) and self.base.get("dataset") != "sample":
-            raise UserError(f"{folder} was trained on {other}; give --data_dir {other}, or move {folder} away")
         self.begun += 1
         scores = {epoch["epoch"]: score(epoch, self.metric) for epoch in history}
         best = score(best_epoch(history, self.metric), self.metric) if state == "finished" else None

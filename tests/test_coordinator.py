@@ -275,11 +275,14 @@ def test_a_draw_that_params_refuses_fails_alone(tmp_path, capsys):
     assert "warmup_epochs_3: failed, " in (said := capsys.readouterr().out) and '"warmup_epochs" is 3; allowed' in said
 
 
-def test_a_sweep_does_not_rank_trials_that_were_trained_on_other_data(tmp_path):
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_sweep_neither_ranks_nor_resumes_trials_that_were_trained_on_other_data(tmp_path, ended):
     run(start(tmp_path, RATES))
+    if not ended:
+        (tmp_path / NAMES[0] / "trial.json").unlink()
     record = tmp_path / NAMES[0] / "run.json"
     record.write_text(json.dumps({"data_dir": str(tmp_path / "gone")}))
-    assert run(start(tmp_path, RATES)) == [], "the data have moved"
+    assert run(start(tmp_path, RATES)) == [] if ended else NAMES[:1], "the data have moved"
     (other := tmp_path / "other").mkdir()
     record.write_text(json.dumps({"data_dir": str(other)}))
     with pytest.raises(UserError, match=f"was trained on {other}; give --data_dir"):

@@ -122,6 +122,16 @@ def test_scores_on_other_data_have_files_of_their_own_that_say_which(experiment,
     assert run.trained_elsewhere(experiment, other) is None, "the data have moved"
 
 
+def test_a_list_may_have_the_sign_by_which_other_data_are_named(experiment, trained, tmp_path):
+    data = shutil.copytree(trained[1], tmp_path / "data")
+    shutil.copy(data / "val.txt", data / "val@2.txt")
+    record = json.loads((experiment / "run.json").read_text()) | {"data_dir": str(data)}
+    (experiment / "run.json").unlink()  # a link to the one that other tests read
+    utils.write_json(experiment / "run.json", record)
+    run_evaluate(experiment, data, "--split", "val@2")
+    assert "data_dir" not in json.loads((experiment / "metrics_val@2_best.json").read_text())
+
+
 def test_the_loss_of_validation_does_not_depend_on_the_batch(trained):
     """Some terms are no means over photos."""
     experiment, data = trained

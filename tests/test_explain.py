@@ -1,4 +1,5 @@
 import json
+import shutil
 import sys
 from itertools import pairwise
 
@@ -101,6 +102,14 @@ def test_radius_and_level_hold_the_share_that_they_are_asked_for():
     assert level(energy, 0.5) == 0.5 and level(energy, 0.8) == 0.3
 
 
+@pytest.mark.parametrize("shape", [(10, 224), (224, 3)])
+def test_a_panorama_has_a_field_too(shape):
+    """Letterboxed it may be thinner than the blur is wide."""
+    field = Field(np.full(shape, 1 / np.prod(shape)), (2, 1), (1.0, 1.0))
+    assert field.smooth() == pytest.approx(field.energy)
+    explain.field_figure({"a": (field, None)}, noise(*shape[::-1])).canvas.draw()
+
+
 def test_the_mean_puts_every_logit_into_the_middle():
     energies = np.zeros((2, 6, 8))
     energies[0, 1, 2], energies[1, 5, 7] = 1, 1
@@ -144,6 +153,22 @@ def test_photos_of_val_are_drawn_by_lot_and_two_runs_give_the_same_bytes(run_exp
     assert all(entry["held_against"] == "the truth" for entry in report["photos"].values())
     (mean,) = report["mean_receptive_field"].values()
     assert 0 < mean["radius_50%"] < mean["radius_95%"] and 0 < mean["area_50%"] < mean["area_95%"] <= 1
+
+
+def test_the_data_are_those_that_the_run_was_trained_on_and_a_mask_of_void_is_no_truth(run_explain, trained, tmp_path):
+    """As after params.json was edited for the next run, and for a photo that nobody has labelled."""
+    folder, data = shutil.copytree(trained[0], tmp_path / "run"), shutil.copytree(trained[1], tmp_path / "data")
+    params = json.loads((folder / "params.json").read_text())
+    (folder / "params.json").unlink()
+    (folder / "params.json").write_text(json.dumps(params | {"dataset": "sample", "train_split": "none"}))
+    mask = next((data / "SegmentationClass").glob("val1.*"))
+    size = Image.open(mask).size
+    mask.unlink()
+    Image.new("L", size, VOID).save(mask)
+    run_explain("--model_dir", folder, "--data_dir", data, "--output_dir", tmp_path / "out")
+    photos = json.loads((tmp_path / "out" / "explain.json").read_text())["photos"]
+    assert list(photos) == sorted((data / "val.txt").read_text().split())
+    assert {name for name, entry in photos.items() if entry["held_against"] == "the result"} == {"val1"}
 
 
 def test_a_photo_of_ones_own_needs_no_data_and_is_held_against_the_result(run_explain, experiment, tmp_path):

@@ -308,6 +308,21 @@ def test_a_resume_takes_the_data_of_the_run(finished, tmp_path):
     assert "changed since: num_epochs, so the learning rate, 0.000146 in the last step, 0.00025 in the next\n" in said
 
 
+def test_a_run_of_an_older_program_is_told_what_is_measured_and_weighed_otherwise(data, tmp_path):
+    """Its checkpoint has no digest of weights, nor have its scores."""
+    experiment = make_experiment(tmp_path / "run", num_epochs=1, accumulation_steps=2, learning_rate=1e-6)
+    run_train(experiment, data)
+    state = checkpoints.load_checkpoint(experiment / "last.pth.tar")
+    state["metrics"] = {
+        name: {k: v for k, v in found.items() if k != "weights"} for name, found in state["metrics"].items()
+    }
+    torch.save(state, experiment / "last.pth.tar")
+    said = run_train(experiment, data, "--resume", "--set", "num_epochs=2").stdout
+    (line,) = [line for line in said.splitlines() if "changed since: " in line]
+    assert "num_epochs, the validation loss, a mean over photos now" in line and "a smaller last batch weighs" in line
+    assert "weights" in json.loads((experiment / "metrics_val_last_weights.json").read_text())
+
+
 def test_overwrite_leaves_nothing_of_the_earlier_run(data, tmp_path):
     experiment = make_experiment(tmp_path / "run", num_epochs=1)
     for name in ("history.jsonl", "metrics_test_best.json", "best.pth.tar", "notes.txt"):
@@ -853,11 +868,13 @@ def test_weights_alone_can_start_a_run_but_not_continue_one(finished, tmp_path):
 
 
 def test_weights_of_a_recipe_have_one_origin_whatever_their_seed():
-    def origin(weight: float, **params) -> str:
-        return checkpoints.origin({"params": asdict(Params(**params)), "state_dict": {"a": torch.tensor([weight])}})
+    def origin(weight: float, names: str = "ab", **params) -> str:
+        state = {"params": asdict(Params(**params)), "state_dict": {"a": torch.tensor([weight])}}
+        return checkpoints.origin(state | {"class_names": [*names]})
 
     assert origin(1, seed=1) == origin(2, seed=2, num_workers=0)
     assert origin(1, seed=1) != origin(1, seed=1, learning_rate=0.5)
+    assert origin(1, seed=1) != origin(1, "ac", seed=1)
     given = [checkpoints.origin({"params": {}, "state_dict": {"a": torch.tensor([weight])}}) for weight in (1.0, 2.0)]
     assert given[0] != given[1]
 
