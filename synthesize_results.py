@@ -74,7 +74,8 @@ class Run:
     params: dict[str, Any] = field(default_factory=dict)  # every key of params.json; {} if unreadable
     history: list[dict] = field(default_factory=list)
     data_dir: str | None = None  # of the last start
-    init_from: str | None = None  # the recipe of the weights that it began from
+    init_from: str | None = None  # the file of weights that it began from
+    origin: str | None = None  # of these weights
     own_size: dict[str, dict[str, Any]] = field(default_factory=dict)  # by split, the metrics at the photos' own size
     validation: dict[str, Any] = field(default_factory=dict)  # the metrics of the best epoch, as train.py wrote them
     state: str = "unreadable"  # or finished, running, pruned (by a sweep), not started, failed (none of these)
@@ -147,7 +148,7 @@ def read(folder: Path, parent_dir: Path) -> Run:
         history, starts = read_history(folder), records(folder)
         params, changes = trained_with(folder, starts[-1] if history else {})
         run.params, run.history = asdict(params), history
-        run.data_dir, run.init_from = starts[-1].get("data_dir"), began_from(starts[0])
+        run.data_dir, (run.init_from, run.origin) = starts[-1].get("data_dir"), began_from(starts[0])
         best = folder / "metrics_val_best_weights.json"
         run.validation = read_json(best, if_absent="") if best.exists() else {}
         run.own_size, others = read_own_size(folder, {"epoch": run.best["epoch"]} | run.validation)
@@ -160,10 +161,11 @@ def read(folder: Path, parent_dir: Path) -> Run:
     return run
 
 
-def began_from(record: dict[str, Any]) -> str | None:
-    """Return the origin() of the weights of --init_from, or what older programs kept, the path; None if not given."""
-    given = [after for flag, after in pairwise(record.get("argv", [])) if flag == "--init_from"]
-    return record.get("init_from", given[-1] if given else None)
+def began_from(record: dict[str, Any]) -> tuple[str | None, str | None]:
+    """Return the file of --init_from and the origin() of its weights, for which older programs kept the file alone."""
+    words = [part for word in record.get("argv", []) for part in word.split("=", 1)]
+    file = next((after for flag, after in pairwise(words) if flag == "--init_from"), None)
+    return file, record.get("init_from", file)
 
 
 def trained_with(folder: Path, record: dict[str, Any]) -> tuple[Params, str]:
@@ -239,7 +241,7 @@ def tabulate_runs(runs: list[Run], published: dict[str, Any]) -> pd.DataFrame:
     table = pd.DataFrame([run.row() | published_columns(published, run.params) for run in runs], dtype=object)
     readable = [run for run in runs if run.params]
     vary = ["data_dir"] if len({run.data_dir for run in readable} - {None}) > 1 else []
-    vary += ["init_from"] if len({run.init_from for run in readable}) > 1 else []
+    vary += ["init_from"] if len({run.origin for run in readable}) > 1 else []
     vary += [key for key in KEYS if key not in WITHOUT_EFFECT and len({spell(run.params[key]) for run in readable}) > 1]
     return table[["name", *vary, *sorted(filter(is_metric, table), key=metric_order), *COUNTED, "state"]]
 
@@ -264,7 +266,7 @@ def by_seed(runs: list[Run], parent_dir: Path) -> dict[str, list[Run]]:
     groups: dict[str, list[Run]] = {}
     for run in runs:
         params = run.params | dict.fromkeys(("seed", *WITHOUT_EFFECT))
-        alike = json.dumps([params, run.data_dir, run.init_from], sort_keys=True)
+        alike = json.dumps([params, run.data_dir, run.origin], sort_keys=True)
         groups.setdefault(alike if run.params else run.name, []).append(run)
     first = [group[0] for group in groups.values()]
     short = [(run.params and without_seed(run.name, parent_dir.resolve().name)) or run.name for run in first]

@@ -186,7 +186,7 @@ def build_and_train(start: Start, device: torch.device, args: argparse.Namespace
     devices.to_device(model, params, device)  # and to the memory format; DDP and compiling are Training's
     train_set = make_dataset(train_split, about["class_names"], params, model)
     val_set = make_dataset(val_split, about["class_names"], params, model)
-    notes += [*seen_in_training(train_set, val_set), *too_dark(train_set)] if devices.is_main() else []
+    notes += [*seen_in_training(train_set, val_set), *too_dark(train_set)] if devices.is_main() and not state else []
     own: dict[str, Any] = {"device": device, **devices.loading_options(params)}  # workers, rank, number of processes
     train_loader = make_loader(train_set, batch_size=params.batch_size, seed=params.seed, **own)  # shuffled
     val_loader = make_loader(val_set, batch_size=params.scoring_batch_size, **own)  # in the order of the list

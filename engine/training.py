@@ -146,11 +146,11 @@ class Training:
     def check_epoch(self, train_metrics: dict, val_metrics: dict) -> None:
         """Raise RunFailed unless what an epoch has left can be saved: weights, optimizer and validation are finite.
 
-        Raises UserError where the labels hold a single class, of which everything would be predicted, and rightly.
+        Raises UserError where the labels hold no more than one class, of which all would be predicted, and rightly.
         """
-        if sum(bool(share) for share in train_metrics["frequency"]) == 1:
+        if sum(bool(share) for share in train_metrics["frequency"]) <= 1:
             raise UserError(
-                f"the masks of {self.params.train_split} hold one class and void (255), so there is nothing to learn; "
+                f"the masks of {self.params.train_split} hold no class beside void (255), or only one; "
                 "where an object is painted in 255, write its class index instead"
             )
         if val_metrics["loss"] is None or not self.is_finite():

@@ -92,9 +92,10 @@ def voc(data_dir: Path, name: str) -> Split:
     root, file = images.parent, lists / f"{name}.txt"
     if name in AUGMENTED:
         file = next((path for name in AUGMENTED if (path := lists / f"{name}.txt").exists()), file)
-        masks = folder if (folder := root / "SegmentationClassAug").is_dir() else masks
     photos = images_by_name(images)
     masks_by_name = images_by_name(masks, photos)
+    if name in AUGMENTED:
+        masks_by_name |= images_by_name(root / "SegmentationClassAug", photos)
     entries = [_entry(normalize("NFC", line), file, photos, root) for line in read_list(file)]
     source = next((path for name in NAMES for path in (lists / name, root / name) if path.exists()), None)
     names, label_map = _classes(source) if source else (None, None)

@@ -354,11 +354,12 @@ def test_what_changes_no_result_is_in_no_table_and_what_a_run_began_from_is(tmp_
     for seed, options in ((1, {"num_workers": 0}), (2, {"num_workers": 2, "compile": True, "num_channels": 32})):
         experiment(tmp_path / f"a__seed_{seed}", [0.2 * seed], seed=seed, **options)
         folder = experiment(tmp_path / f"b__seed_{seed}", [0.3 * seed], seed=seed)
-        began = [{"init_from": "0123456789abcdef"}, {"argv": ["train.py", "--init_from", "x.pth.tar"]}][seed - 1]
+        argv = [["train.py", "--init_from=y.pth.tar"], ["train.py", "--init_from", "x.pth.tar"]][seed - 1]
+        began = {"argv": argv} | ({"init_from": "0123456789abcdef"} if seed == 1 else {})
         (folder / "run.json").write_text(json.dumps(began))
     rows = {row["name"]: row for row in synthesize(tmp_path).rows}
     assert [rows[f"{name}__seed_{seed}"]["init_from"] for name in "ab" for seed in (1, 2)] == [
-        *("-", "-", "0123456789abcdef", "x.pth.tar")
+        *("-", "-", "y.pth.tar", "x.pth.tar")
     ]
     assert not {"num_workers", "compile", "num_channels"} & {*rows["a__seed_1"]}
     rows = {row["name"]: row for row in synthesize(tmp_path, "--over_seeds").rows}
