@@ -85,7 +85,7 @@ def train_epoch(training: Training, loader: Loader) -> dict:
     """
     training.model.train()  # but for batch norm that is frozen
     params, device = training.params, training.device
-    # In every process the loss of the whole batch; its sums are differentiable_sum()s, which suits the mean of DDP.
+    # In every process the loss of the whole batch; its backward pass sums over them, for DDP takes the mean.
     criterion = SegmentationLoss(**params.loss_options(), over_processes=True)
     metrics = Metrics(params.num_classes, device)
     batch_sizes = loader.batch_sampler.sizes  # over all processes
@@ -124,7 +124,7 @@ def train_step(
     accumulated: float = 1,
     updates: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Train on images (B, 3, S, S) of values from 0 to 255 and labels (B, S, S); return loss and logits (B, C, S, S).
+    """Train on images (B, 3, S, S) of 0-255 and uint8 labels (B, S, S), 255 is void. Return loss, logits (B, C, S, S).
 
     B is this process's part of a batch, perhaps 0; batch_size and the loss are those of the whole. accumulated are the
     images that share a step of the optimizer, over those of this batch; updates says whether it is the last of them.
@@ -132,7 +132,7 @@ def train_step(
     params, device = training.params, training.device
     training.share_dropout(batch_size)  # every process draws for the whole batch, and takes its rows
     with training.no_sync(unless=updates), devices.autocast(device, params.precision):  # decides for backward() too
-        x = to_input(images, device, **devices.input_options(training.model, params))  # normalized
+        x = to_input(images, device, **devices.input_options(training.model, params))  # mean, std, layout
         logits = training.wrapped_model(x)  # compiled, or in DDP, or both, or neither
     loss = criterion(logits, labels)
     backward(training, loss / accumulated, updates=updates)
@@ -181,8 +181,8 @@ def build_and_train(start: Start, device: torch.device, args: argparse.Namespace
     params, state = start.params, start.state
     train_split, val_split, about = find_splits(start)  # about: what checkpoints say of data and --set
     devices.seed_everything(params.seed, deterministic=params.deterministic)  # from here on all processes draw alike
-    model, notes = build_model(params, start.init_from, resumed=state is not None)
-    check_last_batch(model, params, len(train_split.ids))  # on the CPU: one photo, or no photo for a process
+    model, notes = build_model(params, start.init_from, resumed=state is not None)  # init_from: None if it resumes
+    check_last_batch(model, params, len(train_split.ids))  # raises if it cannot train on the smallest
     devices.to_device(model, params, device)  # and to the memory format; DDP and compiling are Training's
     train_set = make_dataset(train_split, about["class_names"], params, model)
     val_set = make_dataset(val_split, about["class_names"], params, model)
