@@ -17,7 +17,6 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
-from engine.checkpoints import agreed_class_names, checkpoint_path, load_network
 from engine.cli import add_restore_file, experiment_parser, positive, run_main
 from engine.devices import pick_device
 from engine.evaluation import find_data
@@ -29,7 +28,7 @@ from model.photos import read_photo
 from model.transforms import RESIZES, squares, to_input
 from model.voc import VOID, palette
 from params import Params
-from predict import find_photos, make_segmenter
+from predict import find_photos, open_network
 from utils import make_folder, save_figure, write_json
 
 # Each step of the decoder: the score map by itself, and the sum so far, both after their boundary refinement.
@@ -287,13 +286,8 @@ def truth_of(mask: Image.Image | None) -> np.ndarray | None:
 
 def main(args: argparse.Namespace) -> None:
     folders = [args.model_dir, *filter(None, [args.against])]
-    device, networks = pick_device(args.device), dict[str, tuple[Segmenter, list[str]]]()
-    opened = {folder: load_network(folder, args.restore_file, device) for folder in folders}
-    for folder, (model, params, checkpoint) in opened.items():
-        file = checkpoint_path(folder, args.restore_file)
-        names = agreed_class_names(checkpoint, file, None, params.num_classes)
-        networks[str(folder)] = make_segmenter(model, params, device), names
-    (segmenter, names), (_, params, checkpoint) = networks[str(args.model_dir)], opened[args.model_dir]
+    networks = {str(folder): open_network(folder, args.restore_file, pick_device(args.device)) for folder in folders}
+    segmenter, names, params, checkpoint = networks[str(args.model_dir)]
     photos, places = find_examples(params, checkpoint, args)
     make_folder(args.output_dir, "--output_dir")
     report, fields = {"photos": dict[str, Any]()}, {name: list[Field]() for name in networks}
@@ -307,7 +301,7 @@ def main(args: argparse.Namespace) -> None:
         maps = class_maps(segmenter, photo)
         stages = stage_numbers(maps, maps[LAST]["sum"] if truth is None else truth, len(names))
         drawn, found = {}, {}
-        for network, (other, classes) in networks.items():
+        for network, (other, classes, _, _) in networks.items():
             field, index = receptive_field(other, photo, at)
             fields[network].append(field)
             found[network] = {"class": classes[index], **field.numbers()}

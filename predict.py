@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -136,6 +137,19 @@ def make_segmenter(
     )
 
 
+def open_network(
+    model_dir: Path, restore_file: str, device: torch.device, data_dir: Path | None = None, **looks: Any
+) -> tuple[Segmenter, list[str], Params, dict[str, Any]]:
+    """Return what segments photos with a checkpoint, the names of its classes, its params, and the checkpoint.
+
+    looks are keywords of make_segmenter(). Raises UserError where the names are not those of a data set, if given.
+    """
+    model, params, checkpoint = load_network(model_dir, restore_file, device)
+    split = find_split(params.dataset, data_dir, "val") if data_dir and params.dataset != "sample" else None
+    names = agreed_class_names(checkpoint, checkpoint_path(model_dir, restore_file), split, params.num_classes)
+    return make_segmenter(model, params, device, **looks), names, params, checkpoint
+
+
 def load(
     model_dir: str | Path,
     *,
@@ -149,11 +163,10 @@ def load(
 
     Returns a Segmenter and the names of the classes. Raises UserError as the command does.
     """
-    picked, file = pick_device(device), checkpoint_path(Path(model_dir), restore_file)
-    model, params, checkpoint = load_network(Path(model_dir), restore_file, picked)
-    split = find_split(params.dataset, data_dir, "val") if data_dir and params.dataset != "sample" else None
-    names = agreed_class_names(checkpoint, file, split, params.num_classes)
-    return make_segmenter(model, params, picked, scales=scales, flip=flip), names
+    segmenter, names, _, _ = open_network(
+        Path(model_dir), restore_file, pick_device(device), data_dir, scales=scales, flip=flip
+    )
+    return segmenter, names
 
 
 def main(args: argparse.Namespace) -> int:

@@ -112,6 +112,9 @@ class Run:
         values = [score(epoch, metric) for epoch in self.history]
         return values if any(map(math.isfinite, values)) else []
 
+    def add_problem(self, *problems: str) -> None:
+        self.problem = "; ".join(filter(None, (self.problem, *problems)))
+
     def counts_file(self, split: str) -> Path:
         return self.folder / f"counts_{split}_{BEST}.npz"
 
@@ -153,12 +156,21 @@ def read(folder: Path, parent_dir: Path) -> Run:
         run.validation = read_json(best, if_absent="") if best.exists() else {}
         run.own_size, others = read_own_size(folder, {"epoch": run.best["epoch"]} | run.validation)
         run.state, run.problem = state(folder, params, run.history)
-        run.problem = "; ".join(filter(None, (run.problem, changes, others)))
+        run.add_problem(changes, others)
     except (UserError, OSError) as error:
         run.problem = str(error)
     except (AttributeError, KeyError, TypeError) as error:  # JSON of another shape
         run.problem = f"a file there is damaged ({error!r})"
     return run
+
+
+def name_other_labels(runs: list[Run]) -> None:
+    """Note which runs were validated on other photos or masks of a folder than the first one there."""
+    first: dict[tuple, Run] = {}
+    for run in (run for run in runs if run.validation):
+        other = first.setdefault((run.data_dir, *map(run.params.get, comparable_over("mIoU"))), run)
+        if other.labels("mIoU") != run.labels("mIoU"):
+            run.add_problem(f"val had other photos or masks than for {other.name}: not comparable")
 
 
 def began_from(record: dict[str, Any]) -> tuple[str | None, str | None]:
@@ -428,20 +440,14 @@ def results_figure(curves: Mapping[str, Sequence[Sequence[float]]], *, metric: s
 def main(args: argparse.Namespace) -> None:
     folders, published = find(args.parent_dir), read_published(args.parent_dir / "published.json")
     runs = [read(folder, args.parent_dir) for folder in folders]
-    first: dict[tuple, Run] = {}
-    for run in filter(lambda run: run.validation, runs):
-        other = first.setdefault((run.data_dir, *map(run.params.get, comparable_over("mIoU"))), run)
-        if other.labels("mIoU") != run.labels("mIoU"):
-            run.problem += (
-                "; " * bool(run.problem) + f"val had other photos or masks than for {other.name}: not comparable"
-            )
+    name_other_labels(runs)
     rows, table = {run.name: [run] for run in runs}, tabulate_runs(runs, published)
     groups = by_seed(runs, args.parent_dir)
     families = {name: one_per_seed(group) for name, group in groups.items()}
     if args.over_seeds:
         rows, table = families, over_seeds(table, families)
         for name, run in ((name, run) for name, group in groups.items() for run in group if run not in families[name]):
-            run.problem = "; ".join(filter(None, (run.problem, f"not counted, for {name} has another run of its seed")))
+            run.add_problem(f"not counted, for {name} has another run of its seed")
     comparisons = []
     if args.baseline:
         comparisons = compare(rows, args.baseline, [*families.values()])

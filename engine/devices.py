@@ -143,9 +143,9 @@ def reuse_memory(device: torch.device) -> None:
     says what that takes. The options are those of mallopt(3), unless the environment sets one of them.
     """
     if device.type == "cpu" and sys.platform == "linux" and not MALLOC_VARIABLES & os.environ.keys():
-        glibc = ctypes.CDLL(None)
-        glibc.mallopt(M_TRIM_THRESHOLD, -1)
-        glibc.mallopt(M_MMAP_MAX, 0)
+        if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # other libraries than glibc may have none
+            mallopt(M_TRIM_THRESHOLD, -1)
+            mallopt(M_MMAP_MAX, 0)
 
 
 def rng_states(device: torch.device) -> list[torch.Tensor]:

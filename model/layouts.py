@@ -77,11 +77,12 @@ def find_split(dataset: str, data_dir: str | Path, name: str, *, masks_required:
 
 def _absent(kind: str, paths: Sequence[Path]) -> list[str]:
     """Return a fault for every file that is not there; the first says what is there instead."""
-    faults = [f"no {kind} {path}" for path in paths if not os.path.exists(path)]
-    if faults:
-        missing = Path(faults[0].removeprefix(f"no {kind} "))
-        there = sorted(os.listdir(missing.parent)) if missing.parent.is_dir() else []
-        like = [name for name in there if name.startswith(missing.stem)] or there
+    missing = [path for path in paths if not os.path.exists(path)]
+    faults = [f"no {kind} {path}" for path in missing]
+    if missing:
+        folder = missing[0].parent
+        there = sorted(os.listdir(folder)) if folder.is_dir() else []
+        like = [name for name in there if name.startswith(missing[0].stem)] or there
         faults[0] += f" (there: {', '.join(like[:2]) or 'nothing'})"
     return faults
 
