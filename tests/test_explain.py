@@ -161,6 +161,7 @@ def test_the_data_are_those_that_the_run_was_trained_on_and_a_mask_of_void_is_no
     params = json.loads((folder / "params.json").read_text())
     (folder / "params.json").unlink()
     (folder / "params.json").write_text(json.dumps(params | {"dataset": "sample", "train_split": "none"}))
+    (data / "val.txt").write_text("val1\nval0\n")
     mask = next((data / "SegmentationClass").glob("val1.*"))
     size = Image.open(mask).size
     mask.unlink()

@@ -21,7 +21,7 @@ from utils import read_history
 
 def make_sweep(folder: Path, space, **params) -> Path:
     folder.mkdir(parents=True)
-    (folder / "params.json").write_text(json.dumps(TINY | {"num_epochs": 1, "stem_maxpool": True} | params))
+    (folder / "params.json").write_text(json.dumps(TINY | {"num_epochs": 1, "gcn_padding": "same"} | params))
     (folder / "search_space.json").write_text(json.dumps(space))
     return folder
 
@@ -81,7 +81,7 @@ def test_a_sweep_trains_every_trial_and_those_that_fail_do_not_hinder_the_others
     for size, mIoU in best.items():
         assert f"batch_size_{size}: finished, best mIoU {mIoU:.4f} at epoch 1\n" in result.stdout
         resolved = json.loads((sweep / f"batch_size_{size}" / "run.json").read_text())["params"]
-        assert resolved["batch_size"] == size and resolved["stem_maxpool"] is True
+        assert resolved["batch_size"] == size and resolved["gcn_padding"] == "same"
     fault = 'train.py: error: "batch_size" is 7, but train has 6 images; lower it'
     assert f"batch_size_7: failed, exit status 2\n    {fault}\n" in result.stdout
     trial = json.loads((sweep / "batch_size_7" / "trial.json").read_text())
