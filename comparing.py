@@ -169,9 +169,12 @@ def difference(
 def intervals(
     runs: Sequence[Resampled], *, others: Spread | None = None, seed: int = 1
 ) -> list[tuple[float, float, float] | None]:
-    """Return the mean over an experiment's runs and the ends of its interval, for each of their values(), or None."""
+    """Return the mean over an experiment's runs and the ends of its interval, for each of their values(), or None.
+
+    No end is beyond 0 and 1, which no value is.
+    """
     value, drawn = (np.mean(parts, 0) for parts in zip(*runs, strict=True))
-    drawn = drawn + _seed_noise([runs], others, drawn.shape, seed)
+    drawn = np.clip(drawn + _seed_noise([runs], others, drawn.shape, seed), 0, 1)
     found = [_interval(value[place], drawn[:, place]) for place in range(value.size)]
     return [each and each[:3] for each in found]
 

@@ -20,6 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from tabulate import tabulate
 
 import comparing
+import results_page as page
 from comparing import FEW, Counts, Difference
 from engine.cli import run_main
 from engine.results import Run, by_data, find, name_other_labels, read
@@ -64,6 +65,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--metric", nargs="+", choices=comparing.METRICS, help=in_what)
     of_groups = "with --baseline, photos whose names this captures alike, frames of a video say, are drawn together"
     parser.add_argument("--group", metavar="REGEX", help=of_groups)
+    photos = "show photos of a split in results.html: worst, median, best and random"
+    parser.add_argument("--gallery", metavar="SPLIT", help=photos)
     parser.add_argument("--by_class", action="store_true", help="with --baseline, also in the IoU of each class")
     args = parser.parse_args()
     if not args.baseline and (args.by_class or args.metric or args.group):
@@ -293,7 +296,7 @@ def compare(
     finished = {name: [run for run in runs if run.state == "finished"] for name, runs in rows.items()}
     found = []
     splits = {split for run in finished[baseline] for split in run.own_size}
-    for split in sorted(splits, key=lambda split: (split == "val", split)):  # which chose the epochs, last
+    for split in sorted(splits, key=chose_epochs):
         scored = {n: runs for n, runs in finished.items() if runs and all(run.has_counts(split) for run in runs)}
         if baseline in scored:
             found.append(compare_on(split, scored, baseline, families, args))
@@ -303,6 +306,11 @@ def compare(
         remedy = "score each of them with evaluate.py --original_size"
         raise UserError(f"--baseline {baseline}: it needs finished runs with counts of their photos; {remedy}")
     return found
+
+
+def chose_epochs(split: str) -> tuple[bool, str]:
+    """Return what sorts splits: those that decide, then val."""
+    return split == "val", split
 
 
 def compare_on(
@@ -442,7 +450,6 @@ class Section:
     column: str  # that sorts it
     comparisons: list[Comparison]
     text: pd.DataFrame
-    left_out: list[str]  # columns that the text has no room for
 
     def curves(self) -> tuple[str, dict[str, list[list[float]]]]:
         """Return a metric, and by row its values by epoch in each finished run, or in all where none has finished."""
@@ -472,10 +479,9 @@ def make_section(runs: Sequence[Run], published: dict[str, Any], root: Path, arg
     column = chosen_by.pop() if len(chosen_by) == 1 else "mIoU"
     column = args.sort or (comparisons[0].split + OWN_SIZE if comparisons else column)
     table = sort(table, column, [task(rows[name][0], column) for name in table["name"]])
-    text, left_out = fitting(shown(table, comparisons, column))
     dataset, classes, folder = min((run.data for run in runs), key=lambda data: data.count(None))
     title = f"{dataset if folder is None else os.path.relpath(folder)}, {classes} classes"
-    return Section(title, rows, table, column, comparisons, text, left_out)
+    return Section(title, rows, table, column, comparisons, shown(table, comparisons, column))
 
 
 def find_row(rows: Mapping[str, Sequence[Run]], name: str) -> str | None:
@@ -502,9 +508,10 @@ def summary(sections: Sequence[Section], source: str, args: argparse.Namespace) 
     """Return what the terminal and results.md say."""
     paragraphs = []
     for each in sections:
-        paragraphs += [f"## {each.title}"] * (len(sections) > 1) + [markdown(each.text)]
-        if each.left_out:
-            paragraphs.append(textwrap.fill(f"results.csv also has {', '.join(each.left_out)}.", WIDTH))
+        text, left_out = fitting(each.text)
+        paragraphs += [f"## {each.title}"] * (len(sections) > 1) + [markdown(text)]
+        if left_out:
+            paragraphs.append(textwrap.fill(f"results.html and .csv also have {', '.join(left_out)}.", WIDTH))
     paragraphs.append((NOTE + SEEDS_NOTE * args.over_seeds + DIFFERENCES_NOTE * bool(args.baseline)).strip())
     if args.by_class:
         paragraphs += [markdown(comparison.class_table()) for each in sections for comparison in each.comparisons]
@@ -512,7 +519,7 @@ def summary(sections: Sequence[Section], source: str, args: argparse.Namespace) 
 
 
 def write(sections: Sequence[Section], text: str, folder: Path) -> None:
-    """Write results.md, results.csv, results.tex and results.png, the last one of the first section."""
+    """Write results.md, .csv, .tex, .html and results.png, the last one of the first section."""
     make_folder(folder, "--output_dir")
     write_text(folder / "results.md", text + "\n")
     several = len(sections) > 1
@@ -520,11 +527,40 @@ def write(sections: Sequence[Section], text: str, folder: Path) -> None:
     csv = pd.concat(tables).map(lambda value: spell(value) if isinstance(value, dict | bool) else value)
     write_text(folder / "results.csv", csv.to_csv(index=False))
     options: dict[str, Any] = {"headers": "keys", "showindex": False, "disable_numparse": True}
-    latex = [f"% {each.title}\n{tabulate(each.text, tablefmt='latex_booktabs', **options)}\n" for each in sections]
+    texts = [tabulate(fitting(each.text)[0], tablefmt="latex_booktabs", **options) for each in sections]
+    latex = [f"% {each.title}\n{text}\n" for each, text in zip(sections, texts, strict=True)]
     write_text(folder / "results.tex", "\n".join(latex))
     metric, curves = sections[0].curves()
     if curves:
         save_figure(results_figure(curves, metric=metric, better=better_of(metric)), folder / "results.png", dpi=120)
+
+
+def scored(section: Section, split: str) -> list[page.Scored]:
+    """Return the first run of each row that was scored photo by photo on a split."""
+    runs = [next((run for run in section.rows[name] if run.has_counts(split)), None) for name in section.table["name"]]
+    return [page.Scored(run.name, run.folder, split, read_counts(run, split)) for run in runs if run]
+
+
+def write_page(sections: Sequence[Section], args: argparse.Namespace) -> None:
+    """Write results.html; with --gallery it shows photos, of the baseline and the best other row, or the best two."""
+    parts = []
+    for each in sections:
+        splits = {
+            split for runs in each.rows.values() for run in runs for split in run.own_size if run.has_counts(split)
+        }
+        metric, curves = each.curves()
+        notes = [NOTE, *[SEEDS_NOTE] * args.over_seeds, *[DIFFERENCES_NOTE] * bool(each.comparisons)]
+        runs = scored(each, min(splits, key=chose_epochs))[: page.RUNS] if splits else []
+        parts.append(page.Section(each.title, each.text, notes, curves, metric, each.comparisons, runs))
+    gallery = None
+    if args.gallery:
+        baseline = {run.name for each in sections[0].comparisons[:1] for run in sections[0].rows[each.baseline]}
+        runs = sorted(scored(sections[0], args.gallery), key=lambda run: run.name not in baseline)
+        if not runs:
+            raise UserError(f"--gallery {args.gallery}: no run was scored on it by evaluate.py --original_size")
+        gallery = page.draw_gallery(runs)
+        print(gallery.note or f"photos of {args.gallery} -> results.html", file=sys.stderr)
+    page.write_page(args.output_dir / "results.html", parts, gallery)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -540,7 +576,8 @@ def main(args: argparse.Namespace) -> None:
     sections.sort(key=lambda each: not each.comparisons)  # the baseline's first
     text = summary(sections, "; ".join(each["source"] for each in found if each["results"]), args)
     write(sections, text, args.output_dir)
-    print(text)
+    write_page(sections, args)
+    print(f"{text}\n\n-> {args.output_dir / 'results.html'}, .md, .csv, .tex and .png")
     for run in runs:
         if run.problem:
             print(f"{run.name}: {run.state}, {run.problem}", file=sys.stderr)

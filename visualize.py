@@ -80,17 +80,23 @@ def overlay(
     prediction is uint8 (H, W), of the photo's size. labels has what the legend says for each class index, in that
     order. A photo of more than side pixels is shrunk.
     """
+    mixed, colours = blend(photo, prediction, names, side=side), palette(names).tolist()
+    entries = [
+        (None if is_background(names[index]) else tuple(colours[index]), label) for index, label in labels.items()
+    ]
+    canvas, _ = _page(_legend(entries, mixed.width), mixed.height + MARGIN)
+    canvas.paste(mixed)
+    return canvas
+
+
+def blend(photo: Image.Image, labels: np.ndarray, names: Sequence[str], *, side: int) -> Image.Image:
+    """Return a photo, shrunk to side pixels, under the colours of its classes, uint8 (H, W), but for the background."""
     photo = photo.copy()
     photo.thumbnail((side, side))
-    classes = colour_mask(prediction, names).resize(photo.size, Image.Resampling.NEAREST)
+    classes = colour_mask(labels, names).resize(photo.size, Image.Resampling.NEAREST)
     mixed = Image.blend(photo, classes.convert("RGB"), 0.55)
     bare = [index for index, name in enumerate(names) if is_background(name)]
-    objects = Image.fromarray(~np.isin(np.array(classes), bare))
-    colours = palette(names).tolist()
-    entries = [(None if index in bare else tuple(colours[index]), label) for index, label in labels.items()]
-    canvas, _ = _page(_legend(entries, photo.width), photo.height + MARGIN)
-    canvas.paste(Image.composite(mixed, photo, objects))
-    return canvas
+    return Image.composite(mixed, photo, Image.fromarray(~np.isin(np.array(classes), bare)))
 
 
 def _tile(picture: Image.Image, side: int) -> Image.Image:

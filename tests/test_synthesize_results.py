@@ -138,7 +138,9 @@ def test_the_table_has_a_row_for_every_experiment_best_first(parent):
     assert "failed: failed, exit status 1; loss is nan" in result.err
     assert "crashed: failed, ended after 1 of 3 epochs" in result.err
     result = synthesize(parent, "--all", render=True)
-    assert (parent / "results.md").read_text() == result.out
+    assert (
+        result.out == f"{(parent / 'results.md').read_text()}\n-> {parent / 'results.html'}, .md, .csv, .tex and .png\n"
+    )
     file = result.file
     assert [row["name"] for row in file] == [row["name"] for row in rows] and {*file[0]} == {*rows[0]}
     assert (file[0]["mIoU"], file[-1]["mIoU"], file[1]["learning_rate"]) == ("0.5", "", "1.23456789e-05")
@@ -286,7 +288,7 @@ def test_published_figures_stand_beside_ours(tmp_path):
         ("new", "-", "0.740", "-", "-", "-"),
     ]
     assert {"mIoU", "published_mIoU"} < {*result.rows[0]}
-    assert result.out.endswith("\n\nPublished: A paper, table 1\n")
+    assert "\n\nPublished: A paper, table 1\n\n-> " in result.out
     rows = synthesize(tmp_path, "--all", "--sort", "published_mIoU").rows
     assert [row["name"] for row in rows] == ["new", "seven", "any name", "nine"]
 
@@ -476,7 +478,7 @@ def test_every_row_is_compared_with_the_baseline_on_every_split(tmp_path):
     assert rows["alike"]["test: difference"] == "-" and rows["good"][on_val].endswith(") better (one seed)")
     assert "not scored on test by evaluate.py --original_size: alike, unscored" in result.err
     assert "with 95 % intervals (docs/COMPARING.md)" in result.out
-    classes = table(result.out.split("\n\n")[-1])
+    classes = table(result.out.split("\n\n")[-2])
     assert [row["IoU on val"] for row in classes] == NAMES
     assert [row["good"].split(" ", 4)[-1] for row in classes] == [*["better"] * 3, classes[3]["good"].split(" ", 4)[-1]]
     assert classes[3]["good"].endswith(" few photos") and "(" not in classes[3]["good"]
@@ -621,9 +623,9 @@ def test_runs_can_be_named_and_the_table_fits_a_terminal(tmp_path, monkeypatch):
     assert len(rows) == 21 and {"other/run", "sweep/learning_rate_3"} < {row["name"] for row in rows}
     assert [*rows[0]][:4] == ["name", "mIoU", "test at own size", "val at own size"]
     left_out = out.getvalue().split("\n\n")[1]
-    assert left_out.startswith("results.csv also has ") and "weight_decay" in left_out.replace("\n", " ")
+    assert left_out.startswith("results.html and .csv also have ") and "weight_decay" in left_out.replace("\n", " ")
     assert {path.name for path in (tmp_path / "results").iterdir()} >= {
-        *("results.md", "results.csv", "results.tex", "results.png")
+        *("results.html", "results.md", "results.csv", "results.tex", "results.png")
     }
     latex = (tmp_path / "results" / "results.tex").read_text()
     assert latex.count(r"\\") == 22 and r"sweep/learning\_rate\_3 " in latex and r"\toprule" in latex
