@@ -6,7 +6,7 @@ Of several experiments, sweeps or splits, score what is not scored yet: a line f
 import argparse
 import difflib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -59,6 +59,10 @@ def parse_args() -> argparse.Namespace:
     for flag in ("which", "against"):
         if getattr(args, flag) and not args.save_overlays:
             parser.error(f"--{flag} goes with --save_overlays")
+    given = args.which or []
+    ranked = len(given) == 1 and given[0] in WHICH
+    args.ids = [] if ranked else given
+    args.which = given[0] if ranked else "most different" if args.against else "worst"
     args.original_size |= args.flip or bool(args.scales or args.save_predictions or args.save_overlays)
     args.scales = args.scales or [1.0]
     return args
@@ -90,10 +94,9 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Work:
     model, params, checkpoint = load_network(args.model_dir, args.restore_file, device)
     predicted_only = bool(args.save_predictions and not args.save_overlays)
     folder, split, names = find_data(params, checkpoint, args, args.split, masks_required=not predicted_only)
-    for id_ in [] if args.which is None or args.which[0] in WHICH else args.which:
-        if id_ not in split.ids:
-            near = ", ".join(difflib.get_close_matches(id_, [*split.ids, *WHICH], n=3)) or ", ".join(split.ids[:3])
-            raise UserError(f"--which {id_}: no photo of {args.split}; near it: {near}")
+    if unknown := next((id_ for id_ in args.ids if id_ not in split.ids), None):
+        near = ", ".join(difflib.get_close_matches(unknown, split.ids) or split.ids[:3])
+        raise UserError(f"--which {unknown}: no photo of {args.split}; give ids, as {near}, or {' or '.join(WHICH)}")
     record = {"epoch": checkpoint.get("epoch"), "weights": weights_digest(predicting_weights(checkpoint))}
     place = kind = ""
     if trained_elsewhere(args.model_dir, folder):
@@ -160,8 +163,7 @@ def find_other(work: Work, device: torch.device) -> tuple[Counts, Segmenter]:
     Raises UserError unless it was scored on the same list, in the same way and with the checkpoint that it has now.
     """
     args = work.args
-    flags = {"model_dir": args.against, "data_dir": work.folder, "which": None}
-    other = prepare(argparse.Namespace(**vars(args) | flags), device)
+    other = prepare(argparse.Namespace(**vars(args) | {"model_dir": args.against, "data_dir": work.folder}), device)
     if scored_before(other) is None:
         said = f"{other.metrics_file} is absent, or of other weights, photos or flags than now"
         raise UserError(f"{said}; score {args.against} first, with the same --split, --scales and --flip")
@@ -169,20 +171,15 @@ def find_other(work: Work, device: torch.device) -> tuple[Counts, Segmenter]:
     return counts, make_segmenter(other.model, other.params, device, scales=args.scales, flip=args.flip)
 
 
-def choose(which: Sequence[str] | None, count: int, ids: Sequence[str], ours: np.ndarray, theirs: np.ndarray) -> list:
-    """Return the indices of the photos that --which names, or of count of a kind, from the mIoU of two experiments.
-
-    Without --which, they are those that differ most; photos that are all void have no mIoU and are none of a kind.
-    """
-    if which and which[0] not in WHICH:
-        return [ids.index(id_) for id_ in which]
+def choose(which: str, count: int, ours: np.ndarray, theirs: np.ndarray) -> list[int]:
+    """Return the indices of at most count photos from their mIoU, NaN where all is void, by two experiments."""
     rank = {  # the lowest first
-        "most different": -abs(ours - theirs),
         "worst": ours,
         "best": -ours,
         "median": abs(ours - np.nanmedian(ours)),
         "random": np.random.default_rng(0).permutation(len(ours)),
-    }[which[0] if which else "most different"]
+        "most different": -abs(ours - theirs),
+    }[which]
     return [index for index in np.argsort(rank, kind="stable") if np.isfinite(ours[index])][:count]
 
 
@@ -201,7 +198,7 @@ def draw_overlays(
         segmenters.append(other[1])
         if runs[0] == runs[1]:  # as trials of two sweeps
             runs = [str(args.model_dir), str(args.against)]
-    order = choose(args.which or ([] if other else ["worst"]), args.save_overlays, ids, scores[0], scores[-1])
+    order = [*map(ids.index, args.ids)] or choose(args.which, args.save_overlays, scores[0], scores[-1])
     photos, earlier = OriginalDataset(work.split, class_names=work.names), {*folder.glob("*.png")}
     for place, index in enumerate(order, 1):
         _, photo, mask = photos[index]
@@ -214,7 +211,7 @@ def draw_overlays(
         earlier.discard(file)
     for outdated in earlier:
         outdated.unlink()
-    print(f"{len(order)} overlays ({' '.join(args.which or ['most different' if other else 'worst'])}) -> {folder}")
+    print(f"{len(order)} overlays ({' '.join(args.ids) or args.which}) -> {folder}")
 
 
 def table(metrics: dict[str, Any]) -> str:
@@ -245,7 +242,8 @@ def confusion_figure(counts: np.ndarray, iou: Mapping[str, float | None]) -> Fig
     for row, column in np.argwhere(shares >= 0.005) if len(names) <= NUMBERED else ():
         share = shares[row, column]
         colour, size = "white" if share > 0.6 else "black", max(6.5, 11 - len(names) / 3)
-        matrix.text(column, row, f"{share:.2f}", ha="center", va="center", color=colour, fontsize=size)
+        options: dict[str, Any] = {"ha": "center", "va": "center", "in_layout": False}  # or the layout would take long
+        matrix.text(column, row, f"{share:.2f}", color=colour, fontsize=size, **options)
     matrix.set(xlabel="prediction", ylabel="label")
     matrix.set_xticks(range(len(names)), names, rotation=90)
     matrix.set_yticks(range(len(names)), names)

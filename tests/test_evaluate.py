@@ -178,6 +178,8 @@ def test_overlays_show_the_worst_photos_first(experiment, trained):
         scores.append(mean_iou(expected_prediction(experiment, photo), mask))
         assert Image.open(picture).width > 4 * 300  # photo, truth, prediction, error
     assert scores == sorted(scores)
+    run_evaluate(experiment, data, "--save_overlays", 1, "--which", "val1", "val0")
+    assert sorted(picture.name for picture in folder.iterdir()) == ["1_val1.png", "2_val0.png"]
     shutil.rmtree(folder)
     folder.symlink_to("nowhere")
     (experiment / "metrics_val_best_original_size.json").unlink()
@@ -213,7 +215,15 @@ def test_photos_on_which_two_experiments_differ_most_are_drawn_with_both(experim
     order = np.argsort(-abs(mIoU(ours.pixels) - mIoU(theirs.pixels)), kind="stable")[:2]
     assert [path.stem.split("_", 1)[1] for path in sorted(folder.iterdir())] == [ours.ids[index] for index in order]
     args = Namespace(model_dir=experiment, against=other, data_dir=data, restore_file="best", split="val")
-    vars(args).update(original_size=True, scales=[1.0], flip=False, which=None, save_overlays=2, save_predictions=None)
+    vars(args).update(
+        original_size=True,
+        scales=[1.0],
+        flip=False,
+        which="most different",
+        ids=[],
+        save_overlays=2,
+        save_predictions=None,
+    )
     work, device = prepare(args, torch.device("cpu")), torch.device("cpu")
     with pytest.raises(UserError, match="were scored against different masks"):
         draw_overlays(work, None, replace(ours, pixels=ours.pixels + 1), (theirs, None), folder)
@@ -234,44 +244,44 @@ def test_of_several_scores_those_that_are_missing_are_made_and_one_that_fails_is
 ):
     data = shutil.copytree(trained[1], tmp_path / "data")
     sweep, lone, damaged = tmp_path / "sweep", tmp_path / "lone", tmp_path / "damaged"
-    for folder in (sweep / "seed_1", sweep / "seed_2", lone, damaged):
+    for folder in (sweep / "seed_1", lone, damaged):
         shutil.copytree(trained[0], folder, copy_function=os.link)
     (sweep / "search_space.json").write_text("{}")
     (sweep / "running").mkdir()
     (damaged / "best.pth.tar").unlink()
     (damaged / "best.pth.tar").write_text("nonsense")
 
-    def scores(*flags: str) -> list[str]:
-        """Evaluate all; how many splits of seed_1, seed_2 and lone, in this order, are scored now."""
-        given = [*map(str, ("--model_dir", damaged, sweep, lone, lone, "--data_dir", data, "--device", "cpu")), *flags]
-        monkeypatch.setattr("sys.argv", ["evaluate.py", *given])
+    def scored(folders: list[Path], splits: list[str], *flags: str) -> list[str]:
+        """Evaluate folders and the damaged one; return which splits of which experiments are scored now."""
+        given = ["--model_dir", damaged, *folders, "--data_dir", data, "--split", *splits, "--device", "cpu", *flags]
+        monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, given)])
         assert main(parse_args()) == 1
         said = capsys.readouterr()
         assert said.err.count("\n") == 1 and said.err.startswith(
             f"evaluate.py: {damaged}: {damaged}/best.pth.tar is ref"
         )
         lines = [re.split("  +", line) for line in said.out.splitlines() if "mIoU" in line]
+        assert len(lines) == len({*folders}) * len(splits)
         for folder, split, value, state in lines:
-            metrics = json.loads((*Path(folder).glob(f"metrics_{split}*_best{kind}.json"),)[0].read_text())
+            metrics = json.loads(max(Path(folder).glob(f"metrics_{split}@*.json"), key=os.path.getmtime).read_text())
             assert value == f"mIoU {metrics['mIoU']:.4f}" and state in ("scored", "was scored")
         return [f"{Path(folder).name} {split}" for folder, split, _, state in lines if state == "scored"]
 
-    every = [f"{name} {split}" for name in ("seed_1", "seed_2", "lone") for split in ("val", "train")]
-    kind, both = "", ("--split", "val", "train")
-    assert scores(*both) == every and scores(*both) == []
+    assert scored([lone, lone], ["val", "train"]) == ["lone val", "lone train"]
+    assert scored([sweep, lone], ["val"]) == ["seed_1 val"] and scored([sweep, lone], ["val"]) == []
+    (data / "train.txt").write_text("train1\n")
+    assert scored([lone], ["train"]) == ["lone train"]
+    (sweep / "seed_1" / "counts_val@data_best.npz").unlink()
     state = torch.load(lone / "best.pth.tar", weights_only=True)
     state["state_dict"]["br9.conv2.bias"][3] += 1
     (lone / "best.pth.tar").unlink()
     torch.save(state, lone / "best.pth.tar")
-    (*(sweep / "seed_1").glob("counts_train*.npz"),)[0].unlink()
-    assert scores(*both) == ["seed_1 train", "lone val", "lone train"]
-    (data / "train.txt").write_text("train1\n")
-    assert scores("--split", "train") == ["seed_1 train", "seed_2 train", "lone train"]
-    kind = "_multi_scale"
-    assert len(scores("--split", "train", "--flip")) == 3 and scores("--split", "train", "--flip") == []
-    assert len(scores("--split", "train", "--flip", "--scales", "2")) == 3
-    drawn = scores("--split", "train", "--flip", "--scales", "2", "--save_overlays", "--against", str(lone))
-    assert drawn == [] and len([*tmp_path.glob("**/overlays_train@data_best_multi_scale/1_train1.png")]) == 3
+    assert scored([sweep, lone], ["val"]) == ["seed_1 val", "lone val"]
+    assert scored([lone], ["train"], "--flip") == ["lone train"]
+    flags = "--flip", "--scales", "2"
+    assert scored([lone], ["train"], *flags) == ["lone train"]
+    assert scored([lone], ["train"], *flags, "--save_overlays", "--against", str(lone)) == []
+    assert (lone / "overlays_train@data_best_multi_scale" / "1_train1.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -279,8 +289,14 @@ def test_of_several_scores_those_that_are_missing_are_made_and_one_that_fails_is
     [
         (["--which", "best"], "--which goes with --save_overlays"),
         (["--against", "other"], "--against goes with --save_overlays"),
-        (["--save_overlays", "--which", "val1", "val9"], "--which val9: no photo of val; near it: val2, val1, val0"),
-        (["--save_overlays", "--which", "wurst"], "--which wurst: no photo of val; near it: worst"),
+        (
+            ["--save_overlays", "--which", "val1", "val9"],
+            "--which val9: no photo of val; give ids, as val2, val1, val0, or worst",
+        ),
+        (
+            ["--save_overlays", "--which", "worst", "val1"],
+            "--which worst: no photo of val; give ids, as val0, val1, val2, or w",
+        ),
         (["--split", "val", "train", "--save_predictions", "out"], "--save_predictions takes one experiment and one"),
     ],
 )
@@ -295,16 +311,15 @@ def test_flags_that_do_not_fit_are_refused(trained, monkeypatch, capsys, flags, 
 
 
 def test_the_photos_that_are_drawn_are_chosen_by_their_mIoU():
-    ids, ours = [*"abcdef"], np.array([0.4, 0.1, np.nan, 0.9, 0.3, 0.25])
+    ours = np.array([0.4, 0.1, np.nan, 0.9, 0.3, 0.25])
     theirs = np.array([0.4, 0.2, np.nan, 0.1, 0.2, 0.25])
 
-    def drawn(*which: str, count: int = 3) -> str:
-        return "".join(ids[index] for index in choose(which, count, ids, ours, theirs))
+    def drawn(which: str, count: int = 3) -> str:
+        return "".join("abcdef"[index] for index in choose(which, count, ours, theirs))
 
     assert [drawn(which) for which in ("worst", "best", "median")] == ["bfe", "dae", "efa"]
-    assert drawn()[0] == "d" and {*drawn()[1:]} == {*"be"}, "where they differ most"
-    assert sorted(drawn("random", count=9)) == [*"abdef"] and drawn("random", count=9).startswith(drawn("random"))
-    assert drawn("e", "c", "a", "b", count=1) == "ecab"
+    assert drawn("most different", 1) == "d"
+    assert sorted(drawn("random", 9)) == [*"abdef"] and drawn("random", 9).startswith(drawn("random"))
 
 
 def test_a_split_without_masks_is_predicted_and_not_scored(experiment, trained, tmp_path):
