@@ -117,8 +117,8 @@ def experiment_parser(
     parser = argparse.ArgumentParser(description=description)
     if not is_main():  # of several processes only one prints usage, help and errors
         parser._print_message = lambda *_: None  # type: ignore[method-assign]
-    folder = "folder of the experiment: params.json and all output"
-    add_folder(parser, "--model_dir", "experiments/base_model", folder, several=several)
+    folders = "folders of experiments or sweeps" if several else "folder of the experiment: params.json and all output"
+    add_folder(parser, "--model_dir", "experiments/base_model", folders, several=several)
     parser.add_argument("--data_dir", type=Path, help=data)
     devices = ("auto", "cpu", "cuda", "mps", "xpu")
     parser.add_argument("--device", choices=devices, default="auto", help="(default: %(default)s)")
