@@ -200,7 +200,8 @@ def draw_photos(runs: Sequence[Scored]) -> Gallery:
             maps = {"truth": np.array(mask)}
             maps |= {name: network.segment(photo).cpu().numpy() for name, (network, *_) in networks.items()}
             present |= {*np.unique([*maps.values()]).tolist()}
-            pictures = [embed(photo), *(embed(blend(photo, labels, names, side=SIDE)) for labels in maps.values())]
+            photo.thumbnail((SIDE, SIDE))
+            pictures = [embed(photo), *(embed(blend(photo, labels, names)) for labels in maps.values())]
             said = {name: each[place] for name, each in scores.items()}
             gallery.groups.setdefault(kind, []).append({"id": split.ids[place], "scores": said, "pictures": pictures})
     colours = {"void" if index == VOID else names[index]: palette(names)[index].tolist() for index in sorted(present)}
@@ -209,8 +210,7 @@ def draw_photos(runs: Sequence[Scored]) -> Gallery:
 
 
 def embed(picture: Image.Image) -> str:
-    """Return a picture as the address of an <img>: a small JPEG."""
-    stream, small = BytesIO(), picture.copy()
-    small.thumbnail((SIDE, SIDE))
-    small.save(stream, "JPEG", quality=80)
+    """Return a picture as the address of an <img>: a JPEG."""
+    stream = BytesIO()
+    picture.save(stream, "JPEG", quality=80)
     return f"data:image/jpeg;base64,{b64encode(stream.getvalue()).decode()}"

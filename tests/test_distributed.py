@@ -260,7 +260,7 @@ def test_evaluation_by_several_processes_gives_the_same_files(trained, tmp_path)
     for count, flags in ((4, ()), (2, ("--save_overlays", 3, "--save_predictions", tmp_path / "predictions"))):
         seen = []
         for processes in (1, count):
-            folder = shutil.copytree(trained[0], tmp_path / f"of {processes}", copy_function=os.link)
+            folder = shutil.copytree(trained[0], tmp_path / "run", copy_function=os.link)
             (folder / "params.json").unlink()  # a link
             make_experiment(folder, batch_size=1)
             command = (evaluate, "--model_dir", folder, "--data_dir", data, *flags)
@@ -275,6 +275,22 @@ def test_evaluation_by_several_processes_gives_the_same_files(trained, tmp_path)
             seen.append({file.name: file.read_bytes() for file in files})
             shutil.rmtree(folder)
         assert seen[0] == seen[1]
+
+
+def test_processes_that_score_several_agree_on_what_is_scored_and_on_what_fails_in_one_of_them(trained, tmp_path):
+    data = shutil.copytree(trained[1], tmp_path / "data")
+    (data / "JPEGImages" / "val0.jpg").write_text("nonsense")  # which one process reads, at the photos' own size
+    run = shutil.copytree(trained[0], tmp_path / "run", copy_function=os.link)
+    command = (evaluate, "--model_dir", tmp_path / "gone", run, "--data_dir", data, "--split", "val", "train", "--flip")
+    for state in ("scored", "was scored"):
+        answers = on_processes(2, main_of, *command, connect=False)
+        assert [status for status, _, _ in answers] == [1, 1] and answers[1][1:] == ("", "")
+        _, stdout, stderr = answers[0]
+        assert stdout.startswith(f"{run}   train  mIoU 0.") and stdout.endswith(f"  {state}\n")
+        assert [line.split(": ")[:2] for line in stderr.splitlines()] == [
+            ["evaluate.py", f"{folder}"] for folder in (tmp_path / "gone", run)
+        ]
+        assert "val0.jpg" in stderr and "Traceback" not in stderr
 
 
 # ------------------------------------------------------------------------------------------------------ the end
