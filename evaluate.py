@@ -1,8 +1,14 @@
-"""Score a checkpoint on a split: a table per class on the terminal, metrics_<split>_<restore_file>.json and .png."""
+"""Score a checkpoint on a split: a table per class on the terminal, metrics_<split>_<restore_file>.json and .png.
+
+Of several experiments, sweeps or splits, score what is not scored yet: a line for each on the terminal.
+"""
 
 import argparse
-from collections.abc import Mapping, Sequence
+import difflib
+import sys
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,9 +19,9 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from comparing import Counts, check_same_photos, mIoU, read_counts, write_counts
-from engine.checkpoints import load_network, predicting_weights, weights_digest
-from engine.cli import add_restore_file, experiment_parser, positive, run_main
-from engine.devices import bar, is_main, loading_options, processes
+from engine.checkpoints import checkpoint_path, load_network, predicting_weights, weights_digest
+from engine.cli import add_restore_file, experiment_parser, message, positive, run_main
+from engine.devices import agreed, bar, gather, is_main, loading_options, processes
 from engine.evaluation import Scores, add_up, evaluate, find_data, make_dataset
 from engine.run import trained_elsewhere
 from model import UserError
@@ -23,38 +29,116 @@ from model.data_loader import make_loader
 from model.inference import OriginalDataset, Segmenter, class_map, collate_originals
 from model.layouts import LAYOUTS, Split
 from model.metrics import BETTER, METRICS, Metrics, sparse
+from model.net import FCN_GCN
 from model.voc import colour_mask, is_voc
 from params import Params
 from predict import add_testing_flags, make_segmenter
 from utils import make_folder, read_json, replacing, save_figure, save_picture, table_text, write_json
 from visualize import error_picture, spelling
 
+WHICH = ("worst", "best", "median", "random")
+NUMBERED = 30  # classes at most for which a cell of the confusion has room for a number, and a number can be found
+
 
 def parse_args() -> argparse.Namespace:
-    parser = experiment_parser(__doc__)
+    parser = experiment_parser(__doc__, several=True)
     add_restore_file(parser)
-    parser.add_argument("--split", default="val", help="which list of the data set (default: %(default)s)")
+    parser.add_argument("--split", nargs="+", default=["val"], help="which lists of the data set (default: val)")
     own_size = "score every photo at its own size, as the VOC challenge does; the flags below do so too"
     parser.add_argument("--original_size", action="store_true", help=own_size)
     add_testing_flags(parser)
     where = "write palette PNGs to DIR/<split>; VOC's classes to where the VOC server looks for them"
     parser.add_argument("--save_predictions", type=Path, metavar="DIR", help=where)
-    worst = "draw the N photos with the lowest mIoU, in model_dir"
-    parser.add_argument("--save_overlays", type=positive, metavar="N", help=worst)
-    other = "of --save_overlays: draw the N photos on which this experiment and the other differ most, and both"
+    draw = "draw N photos (default: %(const)s) with truth, prediction and errors, in model_dir"
+    parser.add_argument("--save_overlays", type=positive, nargs="?", const=10, metavar="N", help=draw)
+    which = "of --save_overlays: by mIoU worst (default), best, median or random; or the ids of photos"
+    parser.add_argument("--which", nargs="+", metavar="WHICH", help=which)
+    other = "of --save_overlays: draw this experiment and the other; by default where they differ most"
     parser.add_argument("--against", type=Path, metavar="OTHER_MODEL_DIR", help=other)
     args = parser.parse_args()
-    if args.against and not args.save_overlays:
-        parser.error("--against goes with --save_overlays N")
+    for flag in ("which", "against"):
+        if getattr(args, flag) and not args.save_overlays:
+            parser.error(f"--{flag} goes with --save_overlays")
+    given = args.which or []
+    ranked = len(given) == 1 and given[0] in WHICH
+    args.ids = [] if ranked else given
+    args.which = given[0] if ranked else "most different" if args.against else "worst"
     args.original_size |= args.flip or bool(args.scales or args.save_predictions or args.save_overlays)
     args.scales = args.scales or [1.0]
     return args
 
 
-def score_originals(
-    segmenter: Segmenter, dataset: OriginalDataset, params: Params, save_to: Path | None = None
-) -> Scores:
-    """Predict every photo at its own size, and save it in a folder if given; each process does its part."""
+@dataclass(frozen=True)
+class Work:
+    """A checkpoint, the split that it is scored on, and how."""
+
+    args: argparse.Namespace  # of the command for one model_dir and one split
+    model: FCN_GCN
+    params: Params
+    folder: Path  # of the data set
+    split: Split
+    names: list[str]  # of the classes
+    name: str  # what the files of the scores are named by
+    record: dict[str, Any]  # is written beside the scores: which weights were scored, and how
+
+    metrics_file = property(lambda self: self.args.model_dir / f"metrics_{self.name}.json")
+    counts_file = property(lambda self: self.args.model_dir / f"counts_{self.name}.npz")
+
+
+def prepare(args: argparse.Namespace, device: torch.device) -> Work:
+    """Open a checkpoint and find its split. Raises UserError if they do not fit, or lack what the flags name.
+
+    Files are named by the data folder too if the run was trained on another. Where that one is gone, the data have
+    moved.
+    """
+    model, params, checkpoint = load_network(args.model_dir, args.restore_file, device)
+    predicted_only = bool(args.save_predictions and not args.save_overlays)
+    folder, split, names = find_data(params, checkpoint, args, args.split, masks_required=not predicted_only)
+    if unknown := next((id_ for id_ in args.ids if id_ not in split.ids), None):
+        near = ", ".join(difflib.get_close_matches(unknown, split.ids) or split.ids[:3])
+        raise UserError(f"--which {unknown}: no photo of {args.split}; give ids, as {near}, or {' or '.join(WHICH)}")
+    record = {"epoch": checkpoint.get("epoch"), "weights": weights_digest(predicting_weights(checkpoint))}
+    place = kind = ""
+    if trained_elsewhere(args.model_dir, folder):
+        record["data_dir"], place = str(folder.resolve()), f"@{folder.resolve().name}"
+    if args.original_size:
+        record |= {"scales": args.scales, "flip": args.flip}
+        kind = "_original_size" if args.scales == [1.0] and not args.flip else "_multi_scale"
+    else:
+        record |= {"image_size": params.image_size, "resize": params.resize}
+    return Work(args, model, params, folder, split, names, f"{args.split}{place}_{args.restore_file}{kind}", record)
+
+
+def scored_before(work: Work) -> dict[str, Any] | None:
+    """Return the metrics of an earlier evaluation of the same weights in the same way, of photos of the same names."""
+    with suppress(UserError):  # absent or damaged
+        found, counts = read_json(work.metrics_file, if_absent=""), read_counts(work.counts_file)
+        same = isinstance(found, dict) and work.record.items() <= found.items()
+        if same and (counts.ids, counts.class_names) == (work.split.ids, [*work.names]):
+            return found if counts.are_of(found.get("pixel_accuracy")) else None
+    return None
+
+
+def score(work: Work, segmenter: Segmenter | None, saved: Path | None, device: torch.device) -> Scores:
+    """Score with a segmenter at the photos' own size, saving predictions in a folder if given, else as training does.
+
+    Each process does its part.
+    """
+    params = work.params
+    if segmenter:
+        photos = OriginalDataset(work.split, class_names=work.names)
+        metrics, own = agreed(count_originals, segmenter, photos, params, saved)
+        return add_up(metrics, own, photos)
+    squares = agreed(make_dataset, work.split, work.names, params, work.model)
+    batch = params.scoring_batch_size
+    loader = make_loader(squares, batch_size=batch, device=device, **loading_options(params))
+    return evaluate(work.model, loader, params, device, by_photo=True)
+
+
+def count_originals(
+    segmenter: Segmenter, dataset: OriginalDataset, params: Params, save_to: Path | None
+) -> tuple[Metrics, dict[int, np.ndarray]]:
+    """Predict this process's part of the photos; return its metrics, and the sparse() counts of each by its index."""
     collate = partial(collate_originals, sizes=segmenter.sizes, resize=params.resize, padding=segmenter.padding)
     loader = make_loader(dataset, batch_size=params.scoring_batch_size, collate=collate, **loading_options(params))
     metrics, own = Metrics(params.num_classes, segmenter.device, original_size=True), dict[int, np.ndarray]()
@@ -70,62 +154,64 @@ def score_originals(
                     counts = metrics.update(prediction[None], mask.to(segmenter.device)[None])
                     own[index] = sparse(counts[0].cpu())
                 done.update()
-    return add_up(metrics, own, dataset)
+    return metrics, own
 
 
-def find_other(
-    folder: Path, split: Split, names: Sequence[str], device: torch.device, args: argparse.Namespace
-) -> tuple[Counts, Segmenter]:
+def find_other(work: Work, device: torch.device) -> tuple[Counts, Segmenter]:
     """Return the counts of the experiment of --against, and what it segments photos with.
 
-    Raises UserError unless it was scored on the same photos, with the same --scales and --flip and the checkpoint that
-    it has now.
+    Raises UserError unless it was scored on the same list, in the same way and with the checkpoint that it has now.
     """
-    name = name_scores(args.against, folder, args)
-    model, params, checkpoint = load_network(args.against, args.restore_file, device)
-    counts, file = read_counts(args.against / f"counts_{name}.npz"), args.against / f"metrics_{name}.json"
-    check_same_photos(Counts(split.ids, [*names], counts.pixels), counts, (str(args.model_dir), str(args.against)))
-    found, needed = read_json(file, if_absent="evaluate.py writes it"), describe(checkpoint, args)
-    alike = isinstance(found, dict) and needed.items() <= ({"weights": needed["weights"]} | found).items()
-    if not alike or not counts.are_of(found.get("pixel_accuracy")):
-        raise UserError(f"{file} is of another checkpoint, other --scales or --flip; score {args.against} again")
-    return counts, make_segmenter(model, params, device, scales=args.scales, flip=args.flip)
+    args = work.args
+    other = prepare(argparse.Namespace(**vars(args) | {"model_dir": args.against, "data_dir": work.folder}), device)
+    if scored_before(other) is None:
+        said = f"{other.metrics_file} is absent, or of other weights, photos or flags than now"
+        raise UserError(f"{said}; score {args.against} first, with the same --split, --scales and --flip")
+    counts = read_counts(other.counts_file)
+    return counts, make_segmenter(other.model, other.params, device, scales=args.scales, flip=args.flip)
+
+
+def choose(which: str, count: int, ours: np.ndarray, theirs: np.ndarray) -> list[int]:
+    """Return the indices of at most count photos from their mIoU, NaN where all is void, by two experiments."""
+    rank = {  # the lowest first
+        "worst": ours,
+        "best": -ours,
+        "median": abs(ours - np.nanmedian(ours)),
+        "random": np.random.default_rng(0).permutation(len(ours)),
+        "most different": -abs(ours - theirs),
+    }[which]
+    return [index for index in np.argsort(rank, kind="stable") if np.isfinite(ours[index])][:count]
 
 
 def draw_overlays(
-    segmenter: Segmenter,
-    dataset: OriginalDataset,
-    counts: Counts,
-    other: tuple[Counts, Segmenter] | None,
-    folder: Path,
-    args: argparse.Namespace,
+    work: Work, segmenter: Segmenter, counts: Counts, other: tuple[Counts, Segmenter] | None, folder: Path
 ) -> None:
-    """Draw the photos with the lowest mIoU, or with --against those whose mIoU differs most, the first by name first.
+    """Draw the photos that --which names, the first by name first, with --against by both experiments.
 
     They take the place of those of an earlier evaluation.
     """
-    ours = theirs = rank = mIoU(counts.pixels)
+    args, ids, segmenters = work.args, counts.ids, [segmenter]
+    runs, scores = [args.model_dir.resolve().name], [mIoU(counts.pixels)]
     if other:
         check_same_photos(counts, other[0], (str(args.model_dir), str(args.against)))
-        theirs = mIoU(other[0].pixels)
-        rank = -abs(ours - theirs)
-    order = [index for index in np.argsort(rank, kind="stable") if np.isfinite(rank[index])][: args.save_overlays]
-    earlier = {*folder.glob("*.png")}
+        runs, scores = [*runs, args.against.resolve().name], [*scores, mIoU(other[0].pixels)]
+        segmenters.append(other[1])
+        if runs[0] == runs[1]:  # as trials of two sweeps
+            runs = [str(args.model_dir), str(args.against)]
+    order = [*map(ids.index, args.ids)] or choose(args.which, args.save_overlays, scores[0], scores[-1])
+    photos, earlier = OriginalDataset(work.split, class_names=work.names), {*folder.glob("*.png")}
     for place, index in enumerate(order, 1):
-        _, photo, mask = dataset[index]
+        _, photo, mask = photos[index]
         assert mask is not None  # it was scored
-        id_, second = dataset.split.ids[index], None
-        title = f"{id_}, mIoU {ours[index]:.3f}"
-        if other:
-            title += f"; the other, {args.against.name}, {theirs[index]:.3f}"
-            second = other[1].segment(photo).cpu().numpy()
-        prediction = segmenter.segment(photo).cpu().numpy()
-        picture = error_picture(photo, mask, prediction, dataset.class_names, title=title, other=second)
-        file = folder / f"{place:0{len(str(len(order)))}d}_{id_}.png"
-        save_picture(picture, file)
+        titles = [f"{run}, mIoU {values[index]:.3f}" for run, values in zip(runs, scores, strict=True)]
+        found = [segmenter.segment(photo).cpu().numpy() for segmenter in segmenters]
+        predictions = list(zip(titles, found, strict=True))
+        file = folder / f"{place:0{len(str(len(order)))}d}_{ids[index]}.png"
+        save_picture(error_picture(photo, mask, predictions, work.names, title=ids[index]), file)
         earlier.discard(file)
     for outdated in earlier:
         outdated.unlink()
+    print(f"{len(order)} overlays ({' '.join(args.ids) or args.which}) -> {folder}")
 
 
 def table(metrics: dict[str, Any]) -> str:
@@ -153,12 +239,17 @@ def confusion_figure(counts: np.ndarray, iou: Mapping[str, float | None]) -> Fig
     shares = np.divide(counts, totals, out=np.full(counts.shape, np.nan), where=totals > 0)
     image = matrix.imshow(shares, vmin=0, vmax=1, cmap="Blues", aspect="auto")
     figure.colorbar(image, ax=matrix, shrink=0.7, label="share of the pixels of the label")
+    for row, column in np.argwhere(shares >= 0.005) if len(names) <= NUMBERED else ():
+        share = shares[row, column]
+        colour, size = "white" if share > 0.6 else "black", max(6.5, 11 - len(names) / 3)
+        options: dict[str, Any] = {"ha": "center", "va": "center", "in_layout": False}  # or the layout would take long
+        matrix.text(column, row, f"{share:.2f}", color=colour, fontsize=size, **options)
     matrix.set(xlabel="prediction", ylabel="label")
     matrix.set_xticks(range(len(names)), names, rotation=90)
     matrix.set_yticks(range(len(names)), names)
     drawn = bars.barh(range(len(names)), [value or 0 for value in iou.values()])
     texts = ["-" if value is None else f"{value:.2f}" for value in iou.values()]
-    bars.bar_label(drawn, texts, padding=2, fontsize="small")
+    bars.bar_label(drawn, texts, padding=2, fontsize="small", bbox={"color": "white", "pad": 0.5})  # over the line
     bars.set(xlim=(0, 1.1), ylim=(len(names) - 0.5, -0.5), xlabel="IoU")  # the rows of the matrix
     bars.set_yticks(range(len(names)), names)
     if present := [value or 0 for value, total in zip(iou.values(), totals[:, 0], strict=True) if total]:
@@ -167,86 +258,96 @@ def confusion_figure(counts: np.ndarray, iou: Mapping[str, float | None]) -> Fig
     return figure
 
 
-def write_scores(
-    scores: Scores, record: dict[str, Any], name: str, split: Split, names: Sequence[str], model_dir: Path
-) -> None:
-    """Write the counts of every photo, the confusion and, last, the metrics, and print these."""
-    metrics, file = record | scores.metrics, model_dir / f"metrics_{name}.json"
-    with replacing(model_dir / f"counts_{name}.npz") as temporary:
-        write_counts(temporary, split.ids, names, scores.cells)
-    save_figure(confusion_figure(scores.matrix, metrics["IoU"]), file.with_suffix(".png"))
-    write_json(file, metrics)
-    print(table(metrics))
+def write_scores(scores: Scores, work: Work) -> dict[str, Any]:
+    """Write the counts of every photo, the confusion and, last, the metrics, and return these."""
+    metrics = work.record | scores.metrics
+    with replacing(work.counts_file) as temporary:
+        write_counts(temporary, work.split.ids, work.names, scores.cells)
+    save_figure(confusion_figure(scores.matrix, metrics["IoU"]), work.metrics_file.with_suffix(".png"))
+    write_json(work.metrics_file, metrics)
+    return metrics
 
 
-def describe(checkpoint: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """Return what is written beside scores: which weights were scored, and how if at the photos' own size."""
-    record = {"epoch": checkpoint.get("epoch"), "weights": weights_digest(predicting_weights(checkpoint))}
-    return record | ({"scales": args.scales, "flip": args.flip} if args.original_size else {})
-
-
-def name_scores(model_dir: Path, folder: Path, args: argparse.Namespace) -> str:
-    """Return what the files of an experiment's scores are named by, with the data folder if it was trained on another.
-
-    Where the folder of the run is gone, the data have moved.
-    """
-    kind = "_original_size" if args.scales == [1.0] and not args.flip else "_multi_scale"
-    place = f"@{folder.resolve().name}" if trained_elsewhere(model_dir, folder) else ""
-    return f"{args.split}{place}_{args.restore_file}{kind * args.original_size}"
-
-
-def score_checkpoint(device: torch.device, args: argparse.Namespace) -> None:
-    model, params, checkpoint = load_network(args.model_dir, args.restore_file, device)
-    predicted_only = bool(args.save_predictions and not args.save_overlays)
-    folder, split, names = find_data(params, checkpoint, args, args.split, masks_required=not predicted_only)
-    where, name, saved = f"{args.split} of {folder}", name_scores(args.model_dir, folder, args), None
-    record, elsewhere = describe(checkpoint, args), trained_elsewhere(args.model_dir, folder) is not None
-    if elsewhere:
-        record["data_dir"] = str(folder.resolve())
-    if args.original_size:
-        size, overlays = "their own size", args.model_dir / f"overlays_{name}"
-        other = find_other(folder, split, names, device, args) if args.against else None
-        segmenter = make_segmenter(model, params, device, scales=args.scales, flip=args.flip)
-        if args.save_overlays:
-            make_folder(overlays, "--save_overlays")
-        if args.save_predictions:  # for VOC's classes where its server looks (comp5: VOC's data only)
-            below = f"results/VOC2012/Segmentation/comp5_{split.name}_cls" if is_voc(names) else split.name
-            make_folder(saved := args.save_predictions / below, "--save_predictions")
-        photos = OriginalDataset(split, class_names=names)
-        scores = score_originals(segmenter, photos, params, saved)
+def report(work: Work, metrics: dict[str, Any], line: str) -> None:
+    """Print a line, or the metrics as a table where there is none, and whether they are of photos trained on."""
+    args, size = work.args, work.params.image_size
+    if line:
+        print(line, flush=True)
     else:
-        record |= {"image_size": params.image_size, "resize": params.resize}
-        size = f"{params.image_size}x{params.image_size}"
-        squares, batch = make_dataset(split, names, params, model), params.scoring_batch_size
-        loader = make_loader(squares, batch_size=batch, device=device, **loading_options(params))
-        scores = evaluate(model, loader, params, device, by_photo=True)
-    scored = scores.metrics["mIoU"] is not None  # not so without masks, and for Cityscapes' test, all of it void
-    if not scored and not predicted_only:
-        raise UserError(f"split {where} has masks of nothing but void: it can be predicted, not scored")
+        where = f"{args.split} of {work.folder} at {'their own size' if args.original_size else f'{size}x{size}'}"
+        found = f"{sum(map(bool, metrics['frequency'].values()))} of {len(work.names)} classes"
+        said = f"{len(work.split.ids)} images of {where}, {found}, epoch {metrics['epoch']}"
+        print(f"{table(metrics)}\n\n{said} -> {work.metrics_file} and .png")
+    with suppress(UserError):  # the list that was trained on is not there
+        seen = {*work.split.ids} & {*LAYOUTS[work.params.dataset](work.folder, work.params.train_split).ids}
+        if seen and "data_dir" not in work.record and args.split != work.params.train_split:
+            print(f"{len(seen)} of them are in {work.params.train_split} too, and were trained on: it says little")
+
+
+def score_checkpoint(args: argparse.Namespace, device: torch.device, title: str = "") -> None:
+    """Score a checkpoint on a split; write and print what the flags name.
+
+    With a title, that of the line for one of several scores, it is not scored again if it was scored before.
+    """
+    work = agreed(prepare, args, device)
+    other = agreed(find_other, work, device) if args.against else None
+    metrics = before = gather(scored_before(work) if title else None)[0]
+    where, predicted_only = f"{args.split} of {work.folder}", bool(args.save_predictions and not args.save_overlays)
+    segmenter, saved, overlays = None, None, args.model_dir / f"overlays_{work.name}"
+    if args.original_size and (args.save_overlays or not before):
+        segmenter = make_segmenter(work.model, work.params, device, scales=args.scales, flip=args.flip)
+    if args.save_overlays:
+        make_folder(overlays, "--save_overlays")
+    if args.save_predictions:  # for VOC's classes where its server looks (comp5: VOC's data only)
+        below = f"results/VOC2012/Segmentation/comp5_{args.split}_cls" if is_voc(work.names) else args.split
+        make_folder(saved := args.save_predictions / below, "--save_predictions")
+    if not before:
+        scores = score(work, segmenter, saved, device)
+        scored = scores.metrics["mIoU"] is not None  # not so without masks, and for Cityscapes' test, all of it void
+        if not scored and not predicted_only:
+            raise UserError(f"split {where} has masks of nothing but void: it can be predicted, not scored")
+        metrics = write_scores(scores, work) if scored and is_main() else None
     if not is_main():
         return
-    if scored:
-        write_scores(scores, record, name, split, names, args.model_dir)
-        output = args.model_dir / f"metrics_{name}.json"
-        found = f"{(scores.matrix.sum(1) > 0).sum()} of {len(names)} classes"
-        print(f"\n{len(split.ids)} images of {where} at {size}, {found}, epoch {record['epoch']} -> {output} and .png")
-        with suppress(UserError):  # the list that was trained on is not there
-            seen = {*split.ids} & {*LAYOUTS[params.dataset](folder, params.train_split).ids}
-            if seen and not elsewhere and args.split != params.train_split:
-                print(f"{len(seen)} of them are in {params.train_split} too, and were trained on: it says little")
-        if args.save_overlays:
-            counts = read_counts(args.model_dir / f"counts_{name}.npz")
-            draw_overlays(segmenter, photos, counts, other, overlays, args)
-            print(f"{'those that differ most' if args.against else 'the worst of them'} -> {overlays}")
+    if metrics:
+        report(work, metrics, title and f"{title}  mIoU {metrics['mIoU']:.4f}  {'was scored' if before else 'scored'}")
     else:
-        print(f"{where} has {'masks of nothing but void' if split.masks else 'no masks'} and is not scored")
+        print(f"{where} has {'masks of nothing but void' if work.split.masks else 'no masks'} and is not scored")
+    if segmenter and args.save_overlays:
+        draw_overlays(work, segmenter, read_counts(work.counts_file), other, overlays)
     if saved:
-        print(f"{len(split.ids)} predictions -> {saved}")
+        print(f"{len(work.split.ids)} predictions -> {saved}")
 
 
-def main(args: argparse.Namespace) -> None:
+def one_by_one(args: argparse.Namespace) -> list[argparse.Namespace]:
+    """Return the arguments for each split of each experiment, in a sweep of each trial that has a checkpoint."""
+    found = []
+    for folder in args.model_dir:
+        sweep = sorted(folder.iterdir()) if (folder / "search_space.json").exists() else []
+        trials = [trial for trial in sweep if checkpoint_path(trial, args.restore_file).exists()]
+        found += [(trial, split) for trial in trials or [folder] for split in args.split]
+    return [argparse.Namespace(**vars(args) | {"model_dir": f, "split": s}) for f, s in dict.fromkeys(found)]
+
+
+def main(args: argparse.Namespace) -> int:
+    """Score all that the flags name. Returns the exit status: 1 if one of several cannot be scored."""
+    works, faults = one_by_one(args), set[str]()
     with processes(args.device) as device:
-        score_checkpoint(device, args)
+        if len(works) == 1 and [works[0].model_dir] == args.model_dir:
+            score_checkpoint(works[0], device)
+            return 0
+        if args.save_predictions:
+            raise UserError("--save_predictions takes one experiment and one --split, for all would lie in one folder")
+        folders, splits = (max(len(str(getattr(one, key))) for one in works) for key in ("model_dir", "split"))
+        for one in works:
+            try:
+                score_checkpoint(one, device, f"{one.model_dir!s:{folders}}  {one.split:{splits}}")
+            except UserError as error:
+                fault = f"evaluate.py: {one.model_dir}: {message(error)}"
+                if is_main() and fault not in faults:
+                    print(fault, file=sys.stderr)
+                faults.add(fault)
+    return 1 if faults else 0
 
 
 if __name__ == "__main__":

@@ -4,15 +4,19 @@ import argparse
 import os
 import shlex
 from collections import Counter
+from statistics import fmean
+from typing import Any
 
 import torch
+from optuna.trial import TrialState
 
 from engine.cli import add_folder, positive, require, run_main
 from engine.run import RUN_LOCK, sole_run
+from engine.training import better_of
 from model import UserError
 from params import Params
 from sweep.coordinator import Coordinator, drawn_before, outcome
-from sweep.space import distributions, grid, grid_distributions, read_spaces
+from sweep.space import distributions, grid, grid_distributions, read_spaces, trial_name
 from utils import read_json
 
 
@@ -62,6 +66,22 @@ def make_coordinator(args: argparse.Namespace) -> Coordinator:
     return Coordinator(*folders, base, space, trials, jobs=jobs, gpus=gpus, cluster=cluster, **options)
 
 
+def best(sweep: Coordinator) -> str:
+    """Return the best value and whose it is: of trials that differ in their seed only, the mean over the finished."""
+    groups: dict[str, dict[str, Any]] = {}
+    for trial in sweep.study.get_trials(states=[TrialState.COMPLETE]):
+        name = trial.user_attrs["folder"]
+        alike = trial_name({key: value for key, value in sweep.trials[name].items() if key != "seed"})
+        groups.setdefault(alike, {})[name] = trial.value
+    group = better_of(sweep.metric)(groups.values(), key=lambda group: fmean(group.values()))
+    name, value = next(iter(group)), fmean(group.values())
+    if len(group) == 1:
+        return f"{value:.4f} by {name}"
+    seed = f"seed_{sweep.trials[name].get('seed')}"
+    shared = "__".join(part for part in name.split("__") if part != seed) or sweep.parent_dir.resolve().name
+    return f"{value:.4f} by {shared}, mean of {len(group)} seeds"
+
+
 def print_summary(sweep: Coordinator) -> int:
     """Print how the sweep stands. Returns the exit status: 1 if a trial has failed."""
     count, states = len(sweep.trials), Counter(outcome(sweep.parent_dir / name)[0] for name in sweep.trials)
@@ -69,12 +89,15 @@ def print_summary(sweep: Coordinator) -> int:
     if sweep.mixed:
         line += f"; trials of different {', '.join(sweep.mixed)} are not ranked"
     elif states["finished"]:
-        best = sweep.study.best_trial
-        line += f"; best {sweep.metric} {best.value:.4f} by {best.user_attrs['folder']}"
+        line += f"; best {sweep.metric} {best(sweep)}"
     print(f"{count} trial{'s' * (count != 1)}: {line}")
     if states["failed"]:
         print("the same command runs the failed ones again")
-    print(f"table and plots: python synthesize_results.py --parent_dir {shlex.quote(str(sweep.parent_dir))}")
+    folder, seeds = shlex.quote(str(sweep.parent_dir)), {values.get("seed") for values in sweep.trials.values()}
+    if states["finished"]:
+        print(f"score at the photos' own size: python evaluate.py --model_dir {folder} --original_size")
+    over_seeds = " --over_seeds" * (len(seeds) > 1)
+    print(f"table and plots: python synthesize_results.py --parent_dir {folder}{over_seeds}")
     return 1 if states["failed"] else 0
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -39,36 +40,36 @@ def comparison(examples: Sequence[Sequence[np.ndarray]], names: Sequence[str], *
 def error_picture(
     photo: Image.Image,
     truth: Image.Image,
-    prediction: np.ndarray,
+    predictions: Sequence[tuple[str, np.ndarray]],
     names: Sequence[str],
     *,
     title: str,
-    other: np.ndarray | None = None,
     side: int = 320,
 ) -> Image.Image:
-    """Return photo, truth, prediction and error beside one another, under a title, and a legend of what is in them.
+    """Return photo, truth and one or two predictions beside one another, under a title, and a legend of what is there.
 
-    The last one is a dark grey photo, in which wrong pixels are red and void ones have the colour they have in truth;
-    or another prediction in its place. Truth and predictions, uint8 (H, W), are of the photo's size.
+    Classes are blended on the photo. A single prediction is followed by its errors: a dark grey photo, in which wrong
+    pixels are red and void ones have the colour they have in truth. predictions are titles and class indices; these,
+    uint8 (H, W), and truth are of the photo's size.
     """
-    labels = np.array(truth)
-    if other is None:
+    labels, tile = np.array(truth), _tile(photo, side)
+    shown = [("truth", labels), *predictions]
+    found = _present([part for _, part in shown], names)
+    entries: list[Entry] = [(None if is_background(label) else colour, label) for colour, label in found]
+    tiles = [("photo", tile), *((name, blend(tile, part, names)) for name, part in shown)]
+    if len(predictions) == 1:
         error = np.array(ImageOps.colorize(photo.convert("L"), *SHADES))
-        error[prediction != labels] = ERROR_COLOUR
+        error[predictions[0][1] != labels] = ERROR_COLOUR
         error[labels == VOID] = VOID_COLOUR
-        fourth, last = "error", Image.fromarray(error)
-        entries = [*_present([labels, prediction], names), (ERROR_COLOUR, "error")]
-    else:
-        fourth, last = "the other", colour_mask(other, names)
-        entries = _present([labels, prediction, other], names)
-    pictures = photo, colour_mask(labels, names), colour_mask(prediction, names), last
-    tiles = [_tile(picture, side) for picture in pictures]
-    step = tiles[0].width + MARGIN
-    canvas, draw = _page(_legend(entries, MARGIN + 4 * step), 2 * TEXT + tiles[0].height + MARGIN)
+        tiles.append(("error", _tile(Image.fromarray(error), side)))
+        entries.append((ERROR_COLOUR, "error"))
+    font = ImageFont.load_default(size=LETTERS["font_size"])
+    widths = [MARGIN + max(tile.width, math.ceil(font.getlength(name))) for name, _ in tiles]
+    canvas, draw = _page(_legend(entries, MARGIN + sum(widths)), 2 * TEXT + tile.height + MARGIN)
     draw.text((MARGIN, TEXT // 2), title, **LETTERS)
-    for column, (name, tile) in enumerate(zip(("photo", "truth", "prediction", fourth), tiles, strict=True)):
-        draw.text((MARGIN + column * step, TEXT + TEXT // 2), name, **LETTERS)
-        canvas.paste(tile, (MARGIN + column * step, 2 * TEXT))
+    for left, (name, part) in zip(accumulate(widths, initial=MARGIN), tiles, strict=False):
+        draw.text((left, TEXT + TEXT // 2), name, **LETTERS)
+        canvas.paste(part, (left, 2 * TEXT))
     return canvas
 
 
@@ -80,17 +81,22 @@ def overlay(
     prediction is uint8 (H, W), of the photo's size. labels has what the legend says for each class index, in that
     order. A photo of more than side pixels is shrunk.
     """
-    photo = photo.copy()
+    photo, colours = photo.copy(), palette(names).tolist()
     photo.thumbnail((side, side))
-    classes = colour_mask(prediction, names).resize(photo.size, Image.Resampling.NEAREST)
+    entries = [
+        (None if is_background(names[index]) else tuple(colours[index]), label) for index, label in labels.items()
+    ]
+    canvas, _ = _page(_legend(entries, photo.width), photo.height + MARGIN)
+    canvas.paste(blend(photo, prediction, names))
+    return canvas
+
+
+def blend(photo: Image.Image, labels: np.ndarray, names: Sequence[str]) -> Image.Image:
+    """Return a photo under the colours of its classes, uint8 (h, w) of any size, but for one called background."""
+    classes = colour_mask(labels, names).resize(photo.size, Image.Resampling.NEAREST)
     mixed = Image.blend(photo, classes.convert("RGB"), 0.55)
     bare = [index for index, name in enumerate(names) if is_background(name)]
-    objects = Image.fromarray(~np.isin(np.array(classes), bare))
-    colours = palette(names).tolist()
-    entries = [(None if index in bare else tuple(colours[index]), label) for index, label in labels.items()]
-    canvas, _ = _page(_legend(entries, photo.width), photo.height + MARGIN)
-    canvas.paste(Image.composite(mixed, photo, objects))
-    return canvas
+    return Image.composite(mixed, photo, Image.fromarray(~np.isin(np.array(classes), bare)))
 
 
 def _tile(picture: Image.Image, side: int) -> Image.Image:

@@ -78,11 +78,17 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise Terminated("terminated")
 
 
+def message(error: BaseException) -> str:
+    """Return what an error says, also one of a loader process, where PyTorch puts a traceback before it."""
+    text = str(error)
+    if "Original Traceback" in text:
+        text = text.strip().splitlines()[-1].removeprefix("model.").removeprefix("UserError: ")
+    return text
+
+
 def explained(error: BaseException) -> tuple[int, str] | None:
     """Return the exit status and the line for an error that a user can do something about, None for any other."""
-    text = str(error)
-    if "Original Traceback" in text:  # of a loader process: PyTorch puts its traceback before what it said
-        text = text.strip().splitlines()[-1].removeprefix("model.").removeprefix("UserError: ")
+    text = message(error)
     if isinstance(error, UserError):
         return 2, text
     if isinstance(error, KeyboardInterrupt):
@@ -102,13 +108,17 @@ def explained(error: BaseException) -> tuple[int, str] | None:
 
 
 def experiment_parser(
-    description: str, *, data: str = "folder of the data set (default: the one of the run, or data)"
+    description: str, *, data: str = "folder of the data set (default: the one of the run, or data)", several=False
 ) -> argparse.ArgumentParser:
-    """Make a parser with the flags that every script on one experiment has; data says what --data_dir is for."""
+    """Make a parser with the flags that every script on an experiment, or on several, has.
+
+    data says what --data_dir is for.
+    """
     parser = argparse.ArgumentParser(description=description)
     if not is_main():  # of several processes only one prints usage, help and errors
         parser._print_message = lambda *_: None  # type: ignore[method-assign]
-    add_folder(parser, "--model_dir", "experiments/base_model", "folder of the experiment: params.json and all output")
+    folders = "folders of experiments or sweeps" if several else "folder of the experiment: params.json and all output"
+    add_folder(parser, "--model_dir", "experiments/base_model", folders, several=several)
     parser.add_argument("--data_dir", type=Path, help=data)
     devices = ("auto", "cpu", "cuda", "mps", "xpu")
     parser.add_argument("--device", choices=devices, default="auto", help="(default: %(default)s)")
@@ -156,5 +166,7 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def add_folder(parser: argparse.ArgumentParser, flag: str, default: str, meaning: str) -> None:
-    parser.add_argument(flag, type=Path, default=Path(default), help=f"{meaning} (default: %(default)s)")
+def add_folder(parser: argparse.ArgumentParser, flag: str, default: str, meaning: str, *, several=False) -> None:
+    """Add a flag for a folder, or for several, which are a list then."""
+    many: dict[str, Any] = {"nargs": "+", "default": [Path(default)]} if several else {"default": Path(default)}
+    parser.add_argument(flag, type=Path, help=f"{meaning} (default: {default})", **many)

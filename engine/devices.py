@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from model import UserError, cores
+from model import UserError, attempt, cores
 from optimization import PRECISIONS
 from params import Params
 
@@ -129,6 +129,15 @@ def gather(value: Any) -> list[Any]:
     values = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def agreed(function: Callable, *arguments: Any) -> Any:
+    """Call a function in all processes and return what it returns. Raises in all a UserError that one has raised."""
+    result = attempt(function, *arguments)
+    faults = gather(result if isinstance(result, UserError) else None)
+    if fault := next(filter(None, faults), None):
+        raise fault
+    return result
 
 
 def to_device(model: nn.Module, params: Params, device: torch.device) -> None:

@@ -141,14 +141,9 @@ def start_script(
 
 def run_script(script: str, *args, check: int | None = 0, **options) -> subprocess.CompletedProcess:
     """Run a script of the project as a user would; its exit status must be check unless that is None."""
-    if "PYTHONPATH" in options:  # which is for modules that are imported anew
-        environment = os.environ | {"PYTHONWARNINGS": "error::UserWarning"} | options
-        command = [sys.executable, ROOT / script, *map(str, args)]
-        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=600)
-    else:
-        process = start_script(script, *args, **options)
-        said = process.communicate()
-        result = subprocess.CompletedProcess(process.args, process.returncode, *said)
+    process = start_script(script, *args, **options)
+    said = process.communicate()
+    result = subprocess.CompletedProcess(process.args, process.returncode, *said)
     assert check is None or result.returncode == check, f"{result.returncode}\n{result.stdout}\n{result.stderr}"
     return result
 

@@ -1,10 +1,11 @@
 import json
 import math
+import os
 import re
 import shutil
 from argparse import Namespace
 from dataclasses import replace
-from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ import utils
 from comparing import mIoU, read_counts
 from engine import checkpoints, run
 from engine.evaluation import evaluate
-from evaluate import draw_overlays, find_other, table
+from evaluate import choose, draw_overlays, find_other, main, parse_args, prepare, table
 from model import UserError
 from model.data_loader import SegmentationDataset, make_loader
 from model.layouts import class_names, find_split
@@ -177,6 +178,8 @@ def test_overlays_show_the_worst_photos_first(experiment, trained):
         scores.append(mean_iou(expected_prediction(experiment, photo), mask))
         assert Image.open(picture).width > 4 * 300  # photo, truth, prediction, error
     assert scores == sorted(scores)
+    run_evaluate(experiment, data, "--save_overlays", 1, "--which", "val1", "val0")
+    assert sorted(picture.name for picture in folder.iterdir()) == ["1_val1.png", "2_val0.png"]
     shutil.rmtree(folder)
     folder.symlink_to("nowhere")
     (experiment / "metrics_val_best_original_size.json").unlink()
@@ -199,37 +202,124 @@ def test_photos_on_which_two_experiments_differ_most_are_drawn_with_both(experim
     (other / "best.pth.tar").unlink()
     torch.save(state, other / "best.pth.tar")
     flags = "--save_overlays", 2, "--against", other
-    absent = other / "counts_val_best_original_size.npz"
-    assert f"no {absent}; evaluate.py writes it" in run_evaluate(experiment, data, *flags, check=2).stderr
+    absent, scores = (
+        other / f"{kind}_val_best_original_size.{end}" for kind, end in (("counts", "npz"), ("metrics", "json"))
+    )
+    said = f"{scores} is absent, or of other weights, photos or flags than now; score {other} first, with the same"
+    assert said in run_evaluate(experiment, data, *flags, check=2).stderr
     run_evaluate(other, data, "--original_size")
     stdout = run_evaluate(experiment, data, *flags).stdout
     folder = experiment / "overlays_val_best_original_size"
-    assert f"those that differ most -> {folder}" in stdout
+    assert f"2 overlays (most different) -> {folder}" in stdout
     ours, theirs = (read_counts(run / absent.name) for run in (experiment, other))
     order = np.argsort(-abs(mIoU(ours.pixels) - mIoU(theirs.pixels)), kind="stable")[:2]
     assert [path.stem.split("_", 1)[1] for path in sorted(folder.iterdir())] == [ours.ids[index] for index in order]
+    args = Namespace(model_dir=experiment, against=other, data_dir=data, restore_file="best", split="val")
+    vars(args).update(
+        original_size=True,
+        scales=[1.0],
+        flip=False,
+        which="most different",
+        ids=[],
+        save_overlays=2,
+        save_predictions=None,
+    )
+    work, device = prepare(args, torch.device("cpu")), torch.device("cpu")
     with pytest.raises(UserError, match="were scored against different masks"):
-        relabelled = replace(ours, pixels=ours.pixels + 1)
-        draw_overlays(None, None, relabelled, (theirs, None), folder, Namespace(model_dir=experiment, against=other))
-    split, device = find_split("voc", data, "val"), torch.device("cpu")
-    args = Namespace(model_dir=experiment, against=other, restore_file="best", scales=[1.0], flip=False)
-    args.original_size = True
-    args.split = "val"
-    find = partial(find_other, data, names=ours.class_names, device=device)
-    assert find(split, args=args)[0].ids == ours.ids
-    with pytest.raises(UserError, match="were scored on different photos"):
-        find(replace(split, ids=split.ids[:2]), args=args)
-    stale = rf"is of another checkpoint, other --scales or --flip; score {other} again"
-    shutil.copy(other / "metrics_val_best_original_size.json", other / "metrics_val_best_multi_scale.json")
+        draw_overlays(work, None, replace(ours, pixels=ours.pixels + 1), (theirs, None), folder)
+    assert find_other(work, device)[0].ids == ours.ids
+    shutil.copy(scores, other / "metrics_val_best_multi_scale.json")
     shutil.copy(absent, other / "counts_val_best_multi_scale.npz")
-    with pytest.raises(UserError, match=stale):
-        find(split, args=Namespace(**vars(args) | {"scales": [1.0, 1.5]}))
+    with pytest.raises(UserError, match="is absent, or of other weights, photos or flags than now"):
+        find_other(replace(work, args=Namespace(**vars(args) | {"scales": [1.0, 1.5]})), device)
     state["state_dict"]["br9.conv2.bias"][3] += 1
     torch.save(state, other / "best.pth.tar")  # of the same epoch
     shutil.rmtree(folder)
-    assert stale in run_evaluate(experiment, data, *flags, check=2).stderr
+    assert said in run_evaluate(experiment, data, *flags, check=2).stderr
     assert not folder.exists(), "said before anything is written"
-    assert "goes with --save_overlays" in run_evaluate(experiment, data, "--against", other, check=2).stderr
+
+
+def test_of_several_scores_those_that_are_missing_are_made_and_one_that_fails_is_named(
+    trained, tmp_path, monkeypatch, capsys
+):
+    data = shutil.copytree(trained[1], tmp_path / "data")
+    sweep, lone, damaged = tmp_path / "sweep", tmp_path / "lone", tmp_path / "damaged"
+    for folder in (sweep / "seed_1", lone, damaged):
+        shutil.copytree(trained[0], folder, copy_function=os.link)
+    (sweep / "search_space.json").write_text("{}")
+    (sweep / "running").mkdir()
+    (damaged / "best.pth.tar").unlink()
+    (damaged / "best.pth.tar").write_text("nonsense")
+
+    def scored(folders: list[Path], splits: list[str], *flags: str) -> list[str]:
+        """Evaluate folders and the damaged one; return which splits of which experiments are scored now."""
+        given = ["--model_dir", damaged, *folders, "--data_dir", data, "--split", *splits, "--device", "cpu", *flags]
+        monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, given)])
+        assert main(parse_args()) == 1
+        said = capsys.readouterr()
+        assert said.err.count("\n") == 1 and said.err.startswith(
+            f"evaluate.py: {damaged}: {damaged}/best.pth.tar is ref"
+        )
+        lines = [re.split("  +", line) for line in said.out.splitlines() if "mIoU" in line]
+        assert len(lines) == len({*folders}) * len(splits)
+        for folder, split, value, state in lines:
+            metrics = json.loads(max(Path(folder).glob(f"metrics_{split}@*.json"), key=os.path.getmtime).read_text())
+            assert value == f"mIoU {metrics['mIoU']:.4f}" and state in ("scored", "was scored")
+        return [f"{Path(folder).name} {split}" for folder, split, _, state in lines if state == "scored"]
+
+    assert scored([lone, lone], ["val", "train"]) == ["lone val", "lone train"]
+    assert scored([sweep, lone], ["val"]) == ["seed_1 val"] and scored([sweep, lone], ["val"]) == []
+    (data / "train.txt").write_text("train1\n")
+    assert scored([lone], ["train"]) == ["lone train"]
+    (sweep / "seed_1" / "counts_val@data_best.npz").unlink()
+    state = torch.load(lone / "best.pth.tar", weights_only=True)
+    state["state_dict"]["br9.conv2.bias"][3] += 1
+    (lone / "best.pth.tar").unlink()
+    torch.save(state, lone / "best.pth.tar")
+    assert scored([sweep, lone], ["val"]) == ["seed_1 val", "lone val"]
+    assert scored([lone], ["train"], "--flip") == ["lone train"]
+    flags = "--flip", "--scales", "2"
+    assert scored([lone], ["train"], *flags) == ["lone train"]
+    assert scored([lone], ["train"], *flags, "--save_overlays", "--against", str(lone)) == []
+    assert (lone / "overlays_train@data_best_multi_scale" / "1_train1.png").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--which", "best"], "--which goes with --save_overlays"),
+        (["--against", "other"], "--against goes with --save_overlays"),
+        (
+            ["--save_overlays", "--which", "val1", "val9"],
+            "--which val9: no photo of val; give ids, as val2, val1, val0, or worst",
+        ),
+        (
+            ["--save_overlays", "--which", "worst", "val1"],
+            "--which worst: no photo of val; give ids, as val0, val1, val2, or w",
+        ),
+        (["--split", "val", "train", "--save_predictions", "out"], "--save_predictions takes one experiment and one"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused(trained, monkeypatch, capsys, flags, said):
+    experiment, data = trained
+    before = sorted(experiment.iterdir())
+    given = ["evaluate.py", "--model_dir", str(experiment), "--data_dir", str(data), *flags]
+    monkeypatch.setattr("sys.argv", given)
+    with pytest.raises((UserError, SystemExit)) as error:
+        main(parse_args())
+    assert said in capsys.readouterr().err + str(error.value) and sorted(experiment.iterdir()) == before
+
+
+def test_the_photos_that_are_drawn_are_chosen_by_their_mIoU():
+    ours = np.array([0.4, 0.1, np.nan, 0.9, 0.3, 0.25])
+    theirs = np.array([0.4, 0.2, np.nan, 0.1, 0.2, 0.25])
+
+    def drawn(which: str, count: int = 3) -> str:
+        return "".join("abcdef"[index] for index in choose(which, count, ours, theirs))
+
+    assert [drawn(which) for which in ("worst", "best", "median")] == ["bfe", "dae", "efa"]
+    assert drawn("most different", 1) == "d"
+    assert sorted(drawn("random", 9)) == [*"abdef"] and drawn("random", 9).startswith(drawn("random"))
 
 
 def test_a_split_without_masks_is_predicted_and_not_scored(experiment, trained, tmp_path):

@@ -16,7 +16,7 @@ from conftest import TINY, make_data, paused, run_script, start_script
 
 import search_hyperparams
 from model import UserError
-from utils import read_history
+from utils import read_history, write_history, write_json
 
 
 def make_sweep(folder: Path, space, **params) -> Path:
@@ -89,7 +89,8 @@ def test_a_sweep_trains_every_trial_and_those_that_fail_do_not_hinder_the_others
     assert "batch_size_4: failed, [Errno " in result.stdout and result.stderr == ""
     winner = max(best, key=best.get)
     assert f"4 trials: 2 finished, 2 failed; best mIoU {best[winner]:.4f} by batch_size_{winner}\n" in result.stdout
-    assert f"synthesize_results.py --parent_dir '{sweep}'" in result.stdout
+    assert f"own size: python evaluate.py --model_dir '{sweep}' --original_size\n" in result.stdout
+    assert result.stdout.endswith(f"synthesize_results.py --parent_dir '{sweep}'\n")
 
     # Again: the failed ones alone, which by now can succeed.
     (sweep / "batch_size_4").unlink()
@@ -156,6 +157,46 @@ def test_a_sweep_killed_at_twenty_random_moments_runs_every_trial_once(tmp_path,
     for trial in sweep.glob("seed_*"):
         assert [epoch["epoch"] for epoch in read_history(trial)] == [1, 2, 3, 4, 5, 6]
         assert logged(trial, "trained 6 of 6 epochs; best") <= 1, "none was trained again"
+
+
+@pytest.mark.parametrize(
+    "space, values, metric, said",
+    [  # the values of seeds 1, 2, 3, then those of the next setting
+        (
+            {"seed": [1, 2, 3], "momentum": [0.5, 0.9]},
+            [0.9, 0.1, 0.2, 0.5, 0.5, None],
+            "mIoU",
+            "0.5000 by momentum_0.9, mean of 2 seeds",
+        ),
+        (
+            {"seed": [1, 2, 3], "momentum": [0.5, 0.9]},
+            [0.9, 0.1, 0.2, 0.5, 0.5, 0.5],
+            "loss",
+            "0.4000 by momentum_0.5, mean of 3 seeds",
+        ),
+        ({"seed": [1, 2, 3]}, [0.1, 0.2, 0.6], "mIoU", "0.3000 by sweep, mean of 3 seeds"),
+        ({"name": "new", "seed": [1, 2]}, [0.1, 0.2], "mIoU", "0.1500 by new, mean of 2 seeds"),
+        ({"momentum": [0.5, 0.9]}, [0.9, 0.1], "mIoU", "0.9000 by momentum_0.5"),
+    ],
+)
+def test_the_best_of_a_sweep_is_a_mean_over_seeds_where_they_vary(
+    tmp_path, data_dir, monkeypatch, capsys, space, values, metric, said
+):
+    sweep = make_sweep(tmp_path / "sweep", space, best_metric=metric)
+    base = json.loads((sweep / "params.json").read_text())
+    monkeypatch.setattr("sys.argv", ["search_hyperparams.py", *arguments(sweep, data_dir)])
+    args = search_hyperparams.parse_args()
+    trials = search_hyperparams.make_coordinator(args).trials
+    for name, value in zip(sorted(trials), values, strict=True):  # momentum before seed, as in the names
+        (folder := sweep / name).mkdir()
+        write_json(folder / "params.json", base | trials[name])
+        write_json(folder / "trial.json", {"state": "failed" if value is None else "finished"})
+        write_history(folder, [{"epoch": 1, "val": {metric: value}}])
+    assert search_hyperparams.print_summary(search_hyperparams.make_coordinator(args)) == (None in values)
+    out = capsys.readouterr().out
+    assert f"; best {metric} {said}\n" in out
+    assert f"evaluate.py --model_dir {sweep} --original_size\n" in out
+    assert out.endswith(f"--parent_dir {sweep}{' --over_seeds' * ('seed' in space)}\n")
 
 
 @pytest.mark.parametrize(

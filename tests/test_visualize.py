@@ -78,20 +78,47 @@ def test_the_legend_shows_what_is_in_the_picture_and_grows_with_it():
     assert picture(0, names=["name " * 20] * 2).width > picture(0).width
 
 
+def quarters(*classes: int) -> np.ndarray:
+    return np.array(classes, dtype=np.uint8).reshape(2, 2).repeat(20, 0).repeat(20, 1)
+
+
+def tiles(picture: Image.Image, count: int) -> list[list[tuple[int, int, int]]]:
+    """The centres of the quarters of each 40 x 40 tile in a row of an error picture."""
+    lefts = [MARGIN + place * (40 + MARGIN) for place in range(count)]
+    corners = ((10, 10), (30, 10), (10, 30), (30, 30))
+    return [[picture.getpixel((left + x, 2 * TEXT + y)) for x, y in corners] for left in lefts]
+
+
 @pytest.mark.parametrize("photo", ["black", "white", "red", VOID_COLOUR], ids=str)
 def test_right_wrong_and_void_are_told_apart_on_every_photo(photo):
     """The quarters of a photo of one colour: right, wrong, void, right."""
-    truth = np.array([[1, 1], [VOID, 1]], dtype=np.uint8).repeat(20, 0).repeat(20, 1)
-    prediction = np.array([[1, 2], [1, 1]], dtype=np.uint8).repeat(20, 0).repeat(20, 1)
-    photo = Image.new("RGB", (40, 40), photo)
+    photo, truth = Image.new("RGB", (40, 40), photo), quarters(1, 1, VOID, 1)
+    prediction = [("", quarters(1, 2, 1, 1))]
     picture = error_picture(photo, Image.fromarray(truth), prediction, CLASS_NAMES, title="", side=40)
-    left = MARGIN + 3 * (40 + MARGIN)
-    right, wrong, void = (picture.getpixel((left + x, 2 * TEXT + y)) for x, y in ((10, 10), (30, 10), (10, 30)))
-    assert (wrong, void) == (ERROR_COLOUR, VOID_COLOUR)
-    assert picture.getpixel((MARGIN + 40 + MARGIN + 10, 2 * TEXT + 30)) == void, "as in truth"
+    right, wrong, void, other = tiles(picture, 4)[3]
+    assert (wrong, void) == (ERROR_COLOUR, VOID_COLOUR) and right == other
     assert len(set(right)) == 1 and 30 <= right[0] <= 120  # dark grey
     legend = swatches(picture, below=2 * TEXT + 40 + MARGIN)
     assert legend == {colour(1), colour(2), ERROR_COLOUR, VOID_COLOUR}
+
+
+def test_classes_are_blended_on_the_photo_of_an_error_picture_and_titles_have_room():
+    grey, names = (100, 100, 100), ("background", "car", "sky")
+    photo, truth = Image.new("RGB", (40, 40), grey), Image.fromarray(quarters(0, 1, 2, 2))
+    runs = [("", quarters(0, 0, 1, 2)), ("a run with a long name, mIoU 0.123", quarters(1, 1, 1, 1))]
+    picture = error_picture(photo, truth, runs, names, title="", side=40)
+    car, sky = (
+        tuple(
+            np.array(Image.blend(Image.new("RGB", (1, 1), grey), Image.new("RGB", (1, 1), colour(index, names)), 0.55))[
+                0, 0
+            ]
+        )
+        for index in (1, 2)
+    )
+    assert tiles(picture, 4) == [[grey] * 4, [grey, car, sky, sky], [grey, grey, car, sky], [car] * 4]
+    assert swatches(picture, below=2 * TEXT + 40 + MARGIN) == {colour(1, names), colour(2, names)}, "no errors"
+    letters = np.array(picture)[TEXT : 2 * TEXT].min((0, 2)) < 128
+    assert letters[200:].any() and not letters[-MARGIN:].any()
 
 
 def test_an_overlay_colours_every_class_but_one_called_background():
@@ -115,6 +142,9 @@ def test_the_confusion_shows_shares_of_labels_and_each_iou():
     matrix, bars = confusion_figure(np.array([[3, 0, 1], [0, 0, 0], [0, 0, 2]]), iou).axes[:2]
     shares = matrix.images[0].get_array().filled(np.nan)
     assert np.array_equal(shares, [[0.75, 0, 0.25], [np.nan] * 3, [0, 0, 1]], equal_nan=True)
+    numbers = {text.get_position(): text.get_text() for text in matrix.texts}
+    assert numbers == {(0, 0): "0.75", (2, 0): "0.25", (2, 2): "1.00"}, "none for what is 0"
+    assert not confusion_figure(np.eye(31), dict.fromkeys(map(str, range(31)), 1.0)).axes[0].texts, "there is no room"
     assert [text.get_text() for text in bars.texts] == ["0.50", "-", "1.00"]
     assert [bar.get_width() for bar in bars.patches] == [0.5, 0, 1]
     assert bars.get_xlabel() == "IoU; the line is the mean, 0.750"
