@@ -256,24 +256,25 @@ def test_a_run_is_written_once_and_another_number_of_processes_goes_on_with_it(t
 
 
 def test_evaluation_by_several_processes_gives_the_same_files(trained, tmp_path):
-    with_pictures, alone = ("--save_overlays", 3, "--save_predictions", tmp_path / "predictions"), {}
-    for processes, flags in ((1, with_pictures), (2, with_pictures), (4, ())):
-        folder = shutil.copytree(trained[0], tmp_path / "run", copy_function=os.link)
-        (folder / "params.json").unlink()  # a link
-        make_experiment(folder, encoder="resnet18", batch_size=1)
-        command = (evaluate, "--model_dir", folder, "--data_dir", trained[1], *flags)
-        answers = on_processes(processes, main_of, *command, connect=False)
-        assert [status for status, _, _ in answers] == [0] * processes
-        assert "3 images of val" in answers[0][1]
-        assert all(said == ["", ""] for _, *said in answers[1:])
-        files = [*folder.glob("metrics_val_best*"), *folder.glob("counts*"), *folder.glob("overlays*/*")]
-        if flags:
-            files += (tmp_path / "predictions").rglob("*.png")
-        assert len(files) == (10 if flags else 4)
-        found = {file.name: file.read_bytes() for file in files}
-        alone = alone or found
-        assert found.items() <= alone.items()
-        shutil.rmtree(folder)
+    data = trained[1]
+    for count, flags in ((4, ()), (2, ("--save_overlays", 3, "--save_predictions", tmp_path / "predictions"))):
+        seen = []
+        for processes in (1, count):
+            folder = shutil.copytree(trained[0], tmp_path / "run", copy_function=os.link)
+            (folder / "params.json").unlink()  # a link
+            make_experiment(folder, encoder="resnet18", batch_size=1)
+            command = (evaluate, "--model_dir", folder, "--data_dir", data, *flags)
+            answers = on_processes(processes, main_of, *command, connect=False)
+            assert [status for status, _, _ in answers] == [0] * processes
+            assert "3 images of val" in answers[0][1]
+            assert all(said == ["", ""] for _, *said in answers[1:])
+            files = [*folder.glob("metrics_val_best*"), *folder.glob("counts*"), *folder.glob("overlays*/*")]
+            if flags:
+                files += sorted((tmp_path / "predictions").rglob("*.png"))
+            assert len(files) == (10 if flags else 4)
+            seen.append({file.name: file.read_bytes() for file in files})
+            shutil.rmtree(folder)
+        assert seen[0] == seen[1]
 
 
 def test_processes_that_score_several_agree_on_what_is_scored_and_on_what_fails_in_one_of_them(trained, tmp_path):

@@ -141,7 +141,7 @@ def test_an_interrupt_ends_every_trial_and_the_same_command_resumes_them(tmp_pat
 @pytest.mark.slow
 def test_a_sweep_killed_at_twenty_random_moments_runs_every_trial_once(tmp_path, data_dir):
     """Half of the kills are of the coordinator alone, the others of its trials too."""
-    sweep = make_sweep(tmp_path / "sweep", {"seed": {"low": 1, "high": 99}}, num_epochs=6)
+    sweep = make_sweep(tmp_path / "sweep", {"seed": {"low": 1, "high": 99}}, encoder="resnet18", num_epochs=6)
     command = sweep, data_dir, "--jobs", 2, "--sampler", "random", "--n_trials", 6
     for kill in range(20):
         process = start(*command)

@@ -1044,7 +1044,7 @@ def ids_of(voc2012, split: str) -> list[str]:
 def test_the_loss_falls_on_real_photos(voc2012, tmp_path):
     train_ids, val_ids = ids_of(voc2012, "train")[:16], ids_of(voc2012, "val")[:4]
     data = photos(tmp_path / "data", voc2012, train=train_ids, val=val_ids)
-    experiment = make_experiment(tmp_path / "run", image_size=64, batch_size=8, num_workers=2)
+    experiment = make_experiment(tmp_path / "run", encoder="resnet18", image_size=64, batch_size=8, num_workers=2)
     run_train(experiment, data)
     losses = [epoch["train"]["loss"] for epoch in history(experiment)]
     assert losses[-1] < losses[0]
@@ -1061,6 +1061,7 @@ def test_sixteen_real_photos_are_learnt(voc2012, tmp_path):
     data = photos(tmp_path / "data", voc2012, train=ids, val=ids)
     experiment = make_experiment(
         tmp_path / "run",
+        encoder="resnet18",
         image_size=96,
         stem_maxpool=True,
         gcn_padding="same",
