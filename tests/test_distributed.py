@@ -446,7 +446,7 @@ def test_a_signal_to_torchrun_ends_all(tmp_path, data, number):
 
 @pytest.mark.slow
 def test_compiled_processes_train_too(tmp_path, data):
-    experiment = make_experiment(tmp_path / "run", batch_size=4, num_epochs=1, compile=True)
+    experiment = make_experiment(tmp_path / "run", encoder="resnet18", batch_size=4, num_epochs=1, compile=True)
     process = torchrun(experiment, data)
     _, stderr = process.communicate(timeout=600)
     assert process.returncode == 0, stderr

@@ -101,10 +101,8 @@ def arguments(experiment: Path, data: Path) -> tuple:
 
 
 def test_two_machines_train_as_one_process_does(hosts, tmp_path, data):
-    alone, both = (
-        make_experiment(tmp_path / name, encoder="resnet18", batch_size=4, dropout_rate=0.2)
-        for name in ("alone", "both")
-    )
+    options = {"encoder": "resnet18", "batch_size": 4, "dropout_rate": 0.2}
+    alone, both = (make_experiment(tmp_path / name, **options) for name in ("alone", "both"))
     run_script(*arguments(alone, data))
     runs = hosts.torchrun(*arguments(both, data))
     said = {host: run.communicate(timeout=120) for host, run in runs.items()}

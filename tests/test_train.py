@@ -429,9 +429,9 @@ def test_photos_of_your_own_need_no_setting_but_their_classes(tmp_path):
 # ---------------------------------------------------------------------------------------- one key at a time
 
 
-def network(num_classes: int = 21, *, normalize: bool = True) -> nn.Module:
+def network(num_classes: int = 21, *, normalize: bool = True, encoder: str = TINY["encoder"]) -> nn.Module:
     torch.manual_seed(0)
-    return train.FCN_GCN(num_classes, encoder=TINY["encoder"], pretrained=False, normalize=normalize)
+    return train.FCN_GCN(num_classes, encoder=encoder, pretrained=False, normalize=normalize)
 
 
 def loader_of(data, **params):
@@ -952,7 +952,8 @@ def test_cuda_graphs_are_for_gpus_and_not_for_accumulated_gradients(device, accu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_two_deterministic_runs_agree_on_a_gpu(data, tmp_path):
     loss_weights = {"bce": 1, "dice": 1, "inverse_dice": 1, "cross_entropy": 1, "balanced_cross_entropy": 1}
-    runs = [make_experiment(tmp_path / str(i), deterministic=True, loss_weights=loss_weights) for i in range(2)]
+    options = {"encoder": "resnet18", "deterministic": True, "loss_weights": loss_weights}
+    runs = [make_experiment(tmp_path / str(i), **options) for i in range(2)]
     for each in runs:
         run_train(each, data, "--device", "cuda")
     assert history(runs[0], without_times=True) == history(runs[1], without_times=True)
@@ -963,9 +964,11 @@ def test_two_deterministic_runs_agree_on_a_gpu(data, tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize(("first", "second"), [("cuda", "cpu"), ("cpu", "cuda")])
 def test_a_checkpoint_crosses_devices_with_its_optimizer(data, tmp_path, first, second):
-    experiment = make_experiment(tmp_path / "run", num_epochs=1, precision="fp32", optimizer="adamw")
+    experiment = make_experiment(
+        tmp_path / "run", encoder="resnet18", num_epochs=1, precision="fp32", optimizer="adamw"
+    )
     run_train(experiment, data, "--device", first)
-    make_experiment(experiment, num_epochs=2, precision="fp32", optimizer="adamw")
+    make_experiment(experiment, encoder="resnet18", num_epochs=2, precision="fp32", optimizer="adamw")
     run_train(experiment, data, "--restore_file", "last", "--device", second)
     state = checkpoints.load_checkpoint(experiment / "last.pth.tar")
     assert state["epoch"] == 2
@@ -994,7 +997,7 @@ def test_steps_on_a_gpu_wait_for_nothing(tmp_path, options):
         split = find_split("voc", data, "train")
         dataset = SegmentationDataset(split, class_names=class_names(split, 21), image_size=32)
         loader = make_loader(dataset, batch_size=2, seed=1, device="cuda")
-        training = Training(network().cuda(), params, 10)
+        training = Training(network(encoder="resnet18").cuda(), params, 10)
         train_epoch(training, loader)  # sends constants, which stay there
         evaluate(training.eval_model, loader, params, training.device)
         torch.cuda.set_sync_debug_mode("warn")
@@ -1018,7 +1021,7 @@ def test_cuda_graphs_train_to_the_same_loss(data, options):
     for compile_ in (False, True):
         params = Params(**TINY | {"compile": compile_, "batch_size": 4} | options)
         loader = make_loader(loader_of(data).dataset, batch_size=4, seed=1, device="cuda")
-        training = Training(network().cuda(), params, 2)
+        training = Training(network(encoder="resnet18").cuda(), params, 2)
         losses.append([train_epoch(training, loader)["loss"] for _ in range(3)])
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
