@@ -968,7 +968,7 @@ def test_a_checkpoint_crosses_devices_with_its_optimizer(data, tmp_path, first, 
         tmp_path / "run", encoder="resnet18", num_epochs=1, precision="fp32", optimizer="adamw"
     )
     run_train(experiment, data, "--device", first)
-    make_experiment(experiment, encoder="resnet18", num_epochs=2, precision="fp32", optimizer="adamw")
+    make_experiment(experiment, encoder="resnet18", num_epochs=2, optimizer="adamw")
     run_train(experiment, data, "--restore_file", "last", "--device", second)
     state = checkpoints.load_checkpoint(experiment / "last.pth.tar")
     assert state["epoch"] == 2
