@@ -62,13 +62,6 @@ def read_json(path: str | Path, *, if_absent: str) -> Any:
         raise UserError(f"{path} is not valid JSON: {error}") from None
 
 
-def duration(seconds: float) -> str:
-    """Return a length of time as people say it: 40 s, 23 min, 3.5 h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
-
-
 def is_number(value: Any) -> bool:
     """Return whether a value from JSON is a finite number, and no truth value."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max  # false for NaN too

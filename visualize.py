@@ -160,7 +160,7 @@ def training_curves(history: Sequence[Mapping], best: int) -> Figure:
             marker = "." if len(values) < 50 else ""
             axes.plot([record["epoch"] for record in history], np.array(values, float), marker=marker, label=label)
         value = values[best - 1]  # of validation, or the learning rate
-        label = f"best epoch, {best}" + ("" if value is None else f": {value:.4g}")
+        label = f"best epoch ({best})" + ("" if value is None else f": {value:.4g}")
         axes.axvline(best, color="grey", linestyle="--", label=label)
         axes.set(title=title.replace("_", " "), xlabel="epoch")
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))

@@ -44,17 +44,7 @@ from model.layouts import Split, find_split
 from model.net import FCN_GCN
 from model.transforms import photo_edges, to_input
 from params import NEEDED_BY_WEIGHTS, Params, comparable_over
-from utils import (
-    ROOT,
-    duration,
-    read_history,
-    read_json,
-    save_figure,
-    save_picture,
-    set_logger,
-    write_history,
-    write_json,
-)
+from utils import ROOT, read_history, read_json, save_figure, save_picture, set_logger, write_history, write_json
 from visualize import comparison, training_curves
 
 WRITTEN = (  # by train.py when an epoch ends, in this order
@@ -477,3 +467,10 @@ def epoch_line(training: Training) -> str:
         f"{'' if training.stop_reason else f', {duration(left)} left'}"
         f"{' (best)' if training.metrics['best']['epoch'] == training.epoch else ''}"
     )
+
+
+def duration(seconds: float) -> str:
+    """Return a length of time as people say it: 40 s, 23 min, 3.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

@@ -164,7 +164,7 @@ def test_two_params_do_not_share_their_loss_weights():
 
 
 def test_a_length_of_time_reads_well():
-    assert [utils.duration(seconds) for seconds in (0.4, 59, 1380, 5000, 9000)] == [
+    assert [run.duration(seconds) for seconds in (0.4, 59, 1380, 5000, 9000)] == [
         "0 s",
         "59 s",
         "23 min",

@@ -158,7 +158,8 @@ def test_the_curves_of_a_run_have_a_panel_for_every_metric_and_one_for_the_learn
     for place, panel in enumerate(panels):
         train, val, _ = (line.get_ydata() for line in panel.lines)
         value = f": {2 + place / 10 + 1:.4g}" if place else ""  # at 2, where the loss is unknown
-        assert [text.get_text() for text in panel.get_legend().get_texts()] == ["train", "val", f"best epoch, 2{value}"]
+        legend = [text.get_text() for text in panel.get_legend().get_texts()]
+        assert legend == ["train", "val", f"best epoch (2){value}"]
         assert panel.lines[2].get_xdata() == [2, 2]
         assert train.tolist() == [number + place / 10 for number in (1, 2, 3)]
         assert np.isnan(val).tolist() == ([False, True, False] if place == 0 else [True, False, False])
