@@ -28,7 +28,7 @@ from model import UserError, first_line
 from model.data_loader import SegmentationDataset, seen_in_training
 from model.layouts import find_split, images_by_name, voc_folders
 from model.sample import draw_sample
-from utils import RunFailed, write_text
+from utils import RunFailed, grouped, write_text
 
 VOC = DATASET_YEAR_DICT["2012"]  # its archive's name, official address and MD5
 VOC_FOLDERS = (  # that have it, as people found in 2025 and 2026; the last one checked by nobody
@@ -250,23 +250,6 @@ def write_lists(data_dir: Path, shares: list[float], seed: int, group: str | Non
         train, *others = [SegmentationDataset(split, class_names=(), image_size=64, cache=False) for split in splits]
         for line in chain(*(seen_in_training(train, other) for other in others)):
             print(line)
-
-
-def grouped(ids: list[str], pattern: str) -> list[list[str]]:
-    """Return the ids for which a regular expression captures the same text, or, without groups of its own, matches it.
-
-    Raises UserError for one that is not valid or does not match every id.
-    """
-    groups: dict[object, list[str]] = {}
-    for id_ in ids:
-        try:
-            match = re.search(pattern, id_)
-        except re.error as error:
-            raise UserError(f"--group {pattern!r} is not a regular expression: {error}") from None
-        if match is None:
-            raise UserError(f"--group {pattern!r} does not match {id_!r}; it must match every name")
-        groups.setdefault(match.groups() or match[0], []).append(id_)
-    return list(groups.values())
 
 
 def deal(groups: list[list[str]], shares: Sequence[float], seed: int) -> dict[str, list[list[str]]]:

@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from model import UserError, first_line
+from model.metrics import ConfusionMatrix, Counted
+from utils import grouped
 
 RESAMPLES = 10_000
 AT_ONCE = 500  # resamples in memory
 LEVEL = 0.95
+METRICS = [name for name, about in ConfusionMatrix.metrics.items() if not about.column]  # that follow from counts
 FEW = 10  # photos: nothing is said of fewer, in all or of a class, as intervals err too often (test_calibration.py)
 
 
@@ -27,6 +31,14 @@ class Counts:
     def labelled(self) -> np.ndarray:
         """Pixels of each photo that are labelled with each class, int64 (N, C)."""
         return self.pixels.sum(2)
+
+    def of_groups(self, pattern: str | None) -> "Counts":
+        """Return the counts of groups of photos, as utils.grouped() makes them of the ids, in the place of photos."""
+        if pattern is None:
+            return self
+        place, groups = {id_: index for index, id_ in enumerate(self.ids)}, grouped(self.ids, pattern)
+        sums = [self.pixels[[place[id_] for id_ in group]].sum(0) for group in groups]
+        return Counts([group[0] for group in groups], self.class_names, np.stack(sums))
 
     def are_of(self, accuracy: float | None) -> bool:
         """Return whether metrics with this pixel_accuracy come from these counts."""
@@ -70,32 +82,33 @@ def check_same_photos(first: Counts, other: Counts, names: tuple[str, str]) -> N
         raise UserError(f"{both} were scored against different masks of {photo}; evaluate both with the same data")
 
 
-def class_IoU(counts: np.ndarray) -> np.ndarray:
-    """Return the IoU of each class, (…, C, C) -> (…, C); NaN where no label is of it.
-
-    So two networks on the same photos are compared over the same classes, whatever they predict.
-    """
-    labelled, predicted, hits = counts.sum(-1), counts.sum(-2), np.diagonal(counts, axis1=-2, axis2=-1)
-    return np.divide(hits, labelled + predicted - hits, out=np.full(hits.shape, np.nan), where=labelled > 0)
-
-
 def mIoU(counts: np.ndarray) -> np.ndarray:
     """Return the mean IoU over the classes that occur in the labels, (…, C, C) -> (…); NaN where all is void."""
-    return np.ma.filled(np.ma.masked_invalid(class_IoU(counts)).mean(-1), np.nan)
+    return values(counts, ["mIoU"])[..., 0]
+
+
+def values(counts: np.ndarray, metrics: Sequence[str] = ("mIoU",)) -> np.ndarray:
+    """Return metrics and then the IoU of each class, (…, C, C) -> (…, M + C).
+
+    The IoU of a class in no label is NaN, whatever is predicted: so networks are compared over the same classes.
+    """
+    counted = Counted(torch.from_numpy(counts.astype(np.float64)))  # exact: they are integers
+    found = [ConfusionMatrix.metrics[name].value(counted)[..., None] for name in metrics]
+    return torch.cat([*found, counted.iou.where(counted.labelled > 0, np.nan)], -1).numpy()
 
 
 class Resampled(NamedTuple):
-    """What a run reaches, float64: mIoU first and then the IoU of each class."""
+    """What a run reaches, float64: the values() of its counts."""
 
-    observed: np.ndarray  # (1 + C), on the photos as they are
-    drawn: np.ndarray  # (R, 1 + C), on resamples of them, the same for all runs
+    observed: np.ndarray  # (M + C), on the photos as they are
+    drawn: np.ndarray  # (R, M + C), on resamples of them, the same for all runs
 
 
-Spread = tuple[np.ndarray, int]  # of runs that differ in their seed only: variance (1 + C) and its degrees of freedom
+Spread = tuple[np.ndarray, int]  # of runs that differ in their seed only: variance (M + C) and its degrees of freedom
 
 
 class Difference(NamedTuple):
-    """mIoU or the IoU of a class: an experiment's less the baseline's."""
+    """A metric or the IoU of a class: an experiment's less the baseline's."""
 
     value: float
     low: float  # of the interval of LEVEL
@@ -103,12 +116,10 @@ class Difference(NamedTuple):
     p: float  # of a difference at least so far from 0 where there is none, two-sided
 
 
-def resample(runs: Sequence[Counts], *, resamples: int = RESAMPLES, seed: int = 0) -> list[Resampled]:
+def resample(
+    runs: Sequence[Counts], metrics: Sequence[str] = ("mIoU",), *, resamples: int = RESAMPLES, seed: int = 0
+) -> list[Resampled]:
     """Draw photos again, with replacement, the same for all runs, which are of the same photos."""
-
-    def values(counts: np.ndarray) -> np.ndarray:  # (…, C, C) -> (…, 1 + C)
-        return np.concatenate([mIoU(counts)[..., None], class_IoU(counts)], -1)
-
     rng, photos = np.random.default_rng(seed), len(runs[0].ids)
     drawn: list[list[np.ndarray]] = [[] for _ in runs]
     for start in range(0, resamples, AT_ONCE):
@@ -116,8 +127,9 @@ def resample(runs: Sequence[Counts], *, resamples: int = RESAMPLES, seed: int = 
         weights = rng.multinomial(photos, np.full(photos, 1 / photos), size=count).astype(np.float64)  # (R, N)
         for run, parts in zip(runs, drawn, strict=True):
             sums = weights @ run.pixels.reshape(photos, -1).astype(np.float64)  # exact: they are integers
-            parts.append(values(sums.reshape(count, *run.pixels.shape[1:])))
-    return [Resampled(values(run.pixels.sum(0)), np.concatenate(parts)) for run, parts in zip(runs, drawn, strict=True)]
+            parts.append(values(sums.reshape(count, *run.pixels.shape[1:]), metrics))
+    observed = [values(run.pixels.sum(0), metrics) for run in runs]
+    return [Resampled(each, np.concatenate(parts)) for each, parts in zip(observed, drawn, strict=True)]
 
 
 def between_seeds(families: Sequence[Sequence[Resampled]]) -> Spread | None:
@@ -142,39 +154,47 @@ def between_seeds(families: Sequence[Sequence[Resampled]]) -> Spread | None:
 
 def difference(
     ours: Sequence[Resampled], baseline: Sequence[Resampled], *, others: Spread | None = None, seed: int = 1
-) -> tuple[Difference, list[Difference | None]]:
-    """Return the difference in mIoU of the means over two experiments' runs, and that in the IoU of each class.
+) -> list[Difference | None]:
+    """Return how the means over two experiments' runs differ, for each of their values(); None where both are NaN.
 
-    None stands for a class that is in no label. All runs are from one call of resample(). What another seed would
-    change is taken from the runs of each experiment, for one with a single run from others; without those it is left
-    out.
+    All runs are from one call of resample(). What another seed would change is taken from the runs of each experiment,
+    for one with a single run from others; without those it is left out.
     """
     value = np.mean([run.observed for run in ours], 0) - np.mean([run.observed for run in baseline], 0)
     drawn = np.mean([run.drawn for run in ours], 0) - np.mean([run.drawn for run in baseline], 0)
-    own = [(*spread, len(runs)) for runs in (ours, baseline) if (spread := between_seeds([runs]))]
-    parts = [(variance / count, freedom) for variance, freedom, count in own]
-    if others and (alone := 2 - len(parts)):
-        variance, freedom = others
-        parts.append((alone * variance, freedom))
-    drawn += _seed_noise(parts, drawn.shape, np.random.default_rng(seed))
-    whole, *classes = [_interval(value[place], drawn[:, place]) for place in range(value.size)]
-    assert whole is not None
-    return whole, classes
+    drawn += _seed_noise([ours, baseline], others, drawn.shape, seed)
+    return [_interval(value[place], drawn[:, place]) for place in range(value.size)]
 
 
-def _seed_noise(parts: Sequence[tuple[np.ndarray, int]], shape: tuple, rng: np.random.Generator) -> np.ndarray:
-    """Return what other seeds would add to a difference, (R, 1 + C): parts has each side's variance of its mean.
+def intervals(
+    runs: Sequence[Resampled], *, others: Spread | None = None, seed: int = 1
+) -> list[tuple[float, float, float] | None]:
+    """Return the mean over an experiment's runs and the ends of its interval, for each of their values(), or None."""
+    value, drawn = (np.mean(parts, 0) for parts in zip(*runs, strict=True))
+    drawn = drawn + _seed_noise([runs], others, drawn.shape, seed)
+    found = [_interval(value[place], drawn[:, place]) for place in range(value.size)]
+    return [each and each[:3] for each in found]
 
-    That is the root of their sum, and as variances of few runs are themselves uncertain, times Student's t (Welch, with
-    Satterthwaite's degrees of freedom). To draw from a few runs with replacement would make the interval too narrow,
-    by a fifth for three.
+
+def _seed_noise(
+    sides: Sequence[Sequence[Resampled]], others: Spread | None, shape: tuple[int, ...], seed: int
+) -> np.ndarray:
+    """Return what other seeds would add to the sum or difference of the sides' means, (R, M + C).
+
+    That is the root of the sum of the variances of the means. As variances of few runs are themselves uncertain, it is
+    times Student's t (Welch, with Satterthwaite's degrees of freedom). To draw from a few runs with replacement would
+    make the interval too narrow, by a fifth for three.
     """
+    own = [(*spread, len(runs)) for runs in sides if (spread := between_seeds([runs]))]
+    parts = [(variance / count, freedom) for variance, freedom, count in own]
+    if others and (alone := len(sides) - len(own)):
+        parts.append((alone * others[0], others[1]))
     if not parts:
         return np.zeros(shape)
     total = np.sum([part for part, _ in parts], 0)
     spread = np.sum([part**2 / freedom for part, freedom in parts], 0)
     freedom = np.divide(total**2, spread, out=np.ones_like(total), where=np.nan_to_num(spread) > 0)
-    return rng.standard_t(np.maximum(freedom, 1), size=shape) * np.sqrt(total)
+    return np.random.default_rng(seed).standard_t(np.maximum(freedom, 1), size=shape) * np.sqrt(total)
 
 
 def _interval(value: float, drawn: np.ndarray) -> Difference | None:

@@ -1,15 +1,15 @@
-"""Gather every experiment under a folder into one table: results.md, results.csv and results.png there."""
+"""Gather experiments into tables: results.md, .csv, .tex, .png and .html. How sure differences are: --baseline."""
 
 import argparse
 import json
-import math
 import os
 import re
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from itertools import pairwise, zip_longest
+from dataclasses import dataclass, fields
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -17,208 +17,98 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from tabulate import tabulate
 
 import comparing
 from comparing import FEW, Counts, Difference
-from engine.checkpoints import differences
-from engine.cli import add_folder, run_main
-from engine.run import existing, is_running, records
-from engine.training import best_epoch, better_of, score, why_finished
+from engine.cli import run_main
+from engine.results import Run, by_data, find, name_other_labels, read
+from engine.training import better_of
 from model import UserError
 from model.metrics import AT_ORIGINAL_SIZE, BETTER, METRICS
 from params import WITHOUT_EFFECT, Params, comparable_over
-from utils import is_number, read_history, read_json, save_figure, table_text, walk, write_text
+from utils import is_number, make_folder, read_json, save_figure, table_text, write_text
 from visualize import spelling
 
-BEST = "best_original_size"  # in the names of evaluate.py's files: the best weights at the photos' own size
 OWN_SIZE = "_original_size_mIoU"  # ends the column of a split's mIoU at the photos' own size
 BOUNDARY = [name for name in METRICS if name in BETTER and name in AT_ORIGINAL_SIZE]  # at that size, on val
 PUBLISHABLE = ("mIoU", "pixel_accuracy", *BOUNDARY)
-DATA = ("dataset", "num_classes")  # what differs in one has other photos or labels
-DIFFERENCE = ("difference", "low", "high", "verdict")  # columns of a comparison, after the name of a split
 COUNTED = ("best_epoch", "epochs", "minutes")
 KEYS = [key.name for key in fields(Params)]
-SIGNS = {"params.json", "history.jsonl", "last.pth.tar", "best.pth.tar"}  # one of them makes a folder an experiment
-Tables = tuple[pd.DataFrame, pd.DataFrame]  # a comparison on a split: by row, and by class
-NOTE = """Metrics are of each run's best epoch, on val at the size that the network reads where no split is named.
-mIoU is the mean over the classes in the labels. Metrics rank only rows of the same data_dir, num_classes, image_size
-and resize, loss only those of the same loss.
+OPTIMISTIC = "optimistic"  # what a comparison on val is
+WIDTH = 120  # characters of a table on the terminal
+NOTE = """Metrics are of each run's best epoch, on val at the size that the network reads, or at own size, that of the
+photos. mIoU is the mean over the classes in the labels. At the network's size metrics rank only rows of the same
+image_size and resize, loss only those of the same loss.
 """
-SEEDS_NOTE = "A row has the means over its finished seeds, and in _std the standard deviation of a run.\n"
+SEEDS_NOTE = "A row has the means over its finished seeds, with the standard deviation of a run.\n"
 DIFFERENCES_NOTE = """
-Differences are in mIoU, with 95 % intervals (docs/COMPARING.md). Open: not decided, which is not equal. Optimistic:
-val chose the epochs, which favours rows with more of them, or with noisier ones. One seed: another seed may change the
-word. The words of a split are corrected for their number (Holm), the intervals are not.
+Differences are in mIoU where no metric is named, with 95 % intervals (docs/COMPARING.md). Open: not decided, which is
+not equal. Optimistic: val chose the epochs, which favours rows with more of them, or with noisier ones. One seed:
+another seed may change the word. The words of a split are corrected for their number (Holm), the intervals are not.
 """
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    add_folder(parser, "--parent_dir", "experiments", "where to look")
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders of experiments or sweeps")
+    default = Path("experiments")
+    parser.add_argument("--parent_dir", type=Path, help=f"all below it, in the place of RUN (default: {default})")
+    where = "folder of the results (default: --parent_dir, or results where RUN is given)"
+    parser.add_argument("--output_dir", type=Path, help=where)
+    parser.add_argument("--all", action="store_true", help="also what has not begun")
     parser.add_argument("--sort", metavar="COLUMN", help="any column (default: the metric that chose the best epochs)")
     parser.add_argument("--over_seeds", action="store_true", help="one row for runs that differ in their seed only")
-    parser.add_argument("--baseline", metavar="NAME", help="a row: how the others differ in mIoU, and how sure that is")
+    parser.add_argument("--baseline", metavar="NAME", help="a row: how the others differ, and how sure that is")
+    in_what = "with --baseline, in what (default: mIoU)"
+    parser.add_argument("--metric", nargs="+", choices=comparing.METRICS, help=in_what)
+    of_groups = "with --baseline, photos whose names this captures alike, frames of a video say, are drawn together"
+    parser.add_argument("--group", metavar="REGEX", help=of_groups)
     parser.add_argument("--by_class", action="store_true", help="with --baseline, also in the IoU of each class")
     args = parser.parse_args()
-    if args.by_class and not args.baseline:
-        parser.error("--by_class goes with --baseline NAME")
+    if not args.baseline and (args.by_class or args.metric or args.group):
+        parser.error("--metric, --group and --by_class go with --baseline NAME")
+    if args.runs and args.parent_dir:
+        parser.error("give folders of experiments or --parent_dir, not both")
+    args.metric = args.metric or ["mIoU"]
+    args.output_dir = args.output_dir or (Path("results") if args.runs else args.parent_dir or default)
+    args.runs = args.runs or [args.parent_dir or default]
     return args
 
 
-@dataclass
-class Run:
-    """One experiment folder."""
-
-    folder: Path
-    name: str
-    params: dict[str, Any] = field(default_factory=dict)  # every key of params.json; {} if unreadable
-    history: list[dict] = field(default_factory=list)
-    data_dir: str | None = None  # of the last start
-    init_from: str | None = None  # the file of weights that it began from
-    origin: str | None = None  # of these weights
-    own_size: dict[str, dict[str, Any]] = field(default_factory=dict)  # by split, the metrics at the photos' own size
-    validation: dict[str, Any] = field(default_factory=dict)  # the metrics of the best epoch, as train.py wrote them
-    state: str = "unreadable"  # or finished, running, pruned (by a sweep), not started, failed (none of these)
-    problem: str = ""
-
-    @property
-    def best(self) -> dict[str, Any]:
-        """The best epoch by this experiment's own metric; before the first has ended, one without metrics."""
-        return best_epoch(self.history, self.params["best_metric"]) if self.history else {"epoch": None, "val": {}}
-
-    def row(self) -> dict[str, Any]:
-        """Return all columns of the table; metrics are of the best epoch, on val where no split is named."""
-        row = {"name": self.name, "data_dir": self.data_dir, "init_from": self.init_from, **self.params}
-        row |= {"mIoU": None, **self.best["val"]}
-        for split, metrics in self.own_size.items():
-            row[split + OWN_SIZE] = metrics.get("mIoU")
-        row |= {key: value for key, value in self.own_size.get("val", {}).items() if key in BOUNDARY}
-        minutes = sum(epoch["seconds"] for epoch in self.history) / 60
-        counted = (self.best["epoch"], len(self.history), minutes) if self.history else (None, None, None)
-        return row | dict(zip(COUNTED, counted, strict=True)) | {"state": self.state}
-
-    def labels(self, metric: str) -> list[Any]:
-        """Return what tells the photos and masks that a metric is of from others; the folder if not the run's own."""
-        scores = self.own_size.get(metric.removesuffix(OWN_SIZE), self.validation)
-        return [scores.get(key) for key in ("data_dir", "images", "frequency")]
-
-    def task(self, metric: str) -> str:
-        """Return what is the same for experiments that a metric can rank among each other."""
-        keys = DATA if metric.endswith((OWN_SIZE, "_difference")) else comparable_over(metric)
-        return json.dumps([self.data_dir, self.labels(metric), *map(self.params.get, keys)], sort_keys=True)
-
-    def curve(self, metric: str) -> list[float]:
-        """Return a metric by epoch, [] where it is defined after none."""
-        values = [score(epoch, metric) for epoch in self.history]
-        return values if any(map(math.isfinite, values)) else []
-
-    def add_problem(self, *problems: str) -> None:
-        self.problem = "; ".join(filter(None, (self.problem, *problems)))
-
-    def counts_file(self, split: str) -> Path:
-        return self.folder / f"counts_{split}_{BEST}.npz"
-
-    def has_counts(self, split: str) -> bool:
-        return split in self.own_size and self.counts_file(split).exists()
-
-    def read_counts(self, split: str) -> Counts:
-        """Read the counts of every photo. Raises UserError unless they are of the same evaluation as the metrics."""
-        path, metrics = self.counts_file(split), self.own_size.get(split, {})
-        if not (counts := comparing.read_counts(path)).are_of(metrics.get("pixel_accuracy")):
-            raise UserError(f"{path} is of another evaluation than the metrics; run evaluate.py again")
-        return counts
+# ---------------------------------------------------------------------------------------- tables
 
 
-def find(parent_dir: Path) -> list[Path]:
-    """Return the experiment folders under parent_dir, or itself; a sweep's own folder is none."""
-    if not parent_dir.is_dir():
-        raise UserError(f"no folder {parent_dir}; give the folder of your experiments with --parent_dir")
-    found = []
-    for folder, subfolders, files in walk(parent_dir):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        if "search_space.json" not in files and not SIGNS.isdisjoint(files):
-            found.append(folder)
-    if not found:
-        raise UserError(f"{parent_dir} holds no experiments, which are folders with a params.json")
-    return found
+def row(run: Run) -> dict[str, Any]:
+    """Return all columns of a run; metrics are of the best epoch, on val where no split is named."""
+    columns = {"name": run.name, "init_from": run.init_from, **run.params, "mIoU": None, **run.best["val"]}
+    for split, metrics in run.own_size.items():
+        columns[split + OWN_SIZE] = metrics.get("mIoU")
+    columns |= {key: value for key, value in run.own_size.get("val", {}).items() if key in BOUNDARY}
+    minutes = sum(epoch["seconds"] for epoch in run.history) / 60
+    counted = (run.best["epoch"], len(run.history), minutes) if run.history else (None, None, None)
+    return columns | dict(zip(COUNTED, counted, strict=True)) | {"state": run.state}
 
 
-def read(folder: Path, parent_dir: Path) -> Run:
-    """Read an experiment folder; a damaged file makes it "unreadable", and is named as the problem."""
-    name = folder.resolve().name if folder == parent_dir else str(folder.relative_to(parent_dir))
-    run = Run(folder, os.fsencode(name).decode(errors="replace"))
-    try:
-        history, starts = read_history(folder), records(folder)
-        params, changes = trained_with(folder, starts[-1] if history else {})
-        run.params, run.history = asdict(params), history
-        run.data_dir, (run.init_from, run.origin) = starts[-1].get("data_dir"), began_from(starts[0])
-        best = folder / "metrics_val_best_weights.json"
-        run.validation = read_json(best, if_absent="") if best.exists() else {}
-        run.own_size, others = read_own_size(folder, {"epoch": run.best["epoch"]} | run.validation)
-        run.state, run.problem = state(folder, params, run.history)
-        run.add_problem(changes, others)
-    except (UserError, OSError) as error:
-        run.problem = str(error)
-    except (AttributeError, KeyError, TypeError) as error:  # JSON of another shape
-        run.problem = f"a file there is damaged ({error!r})"
-    return run
+def tabulate_runs(runs: Sequence[Run], published: dict[str, Any]) -> pd.DataFrame:
+    """Return a row for every run: name, the hyperparameters that vary, metrics, epochs, minutes and state."""
+    table = pd.DataFrame([row(run) | published_columns(published, run.params) for run in runs], dtype=object)
+    readable = [run for run in runs if run.params]
+    vary = ["init_from"] if len({run.origin for run in readable}) > 1 else []
+    vary += [key for key in KEYS if key not in WITHOUT_EFFECT and len({spell(run.params[key]) for run in readable}) > 1]
+    return table[["name", *vary, *sorted(filter(is_metric, table), key=metric_order), *COUNTED, "state"]]
 
 
-def name_other_labels(runs: list[Run]) -> None:
-    """Note which runs were validated on other photos or masks of a folder than the first one there."""
-    first: dict[tuple, Run] = {}
-    for run in (run for run in runs if run.validation):
-        other = first.setdefault((run.data_dir, *map(run.params.get, comparable_over("mIoU"))), run)
-        if other.labels("mIoU") != run.labels("mIoU"):
-            run.add_problem(f"val had other photos or masks than for {other.name}: not comparable")
+def is_metric(column: str) -> bool:
+    """Return whether a column of the table has a metric, so that its best value comes first."""
+    others = ("name", "init_from", *KEYS, "seeds", *COUNTED, "state")
+    return column not in others and not column.endswith("_verdict")
 
 
-def began_from(record: dict[str, Any]) -> tuple[str | None, str | None]:
-    """Return the file of --init_from and the origin() of its weights, for which older programs kept the file alone."""
-    words = [part for word in record.get("argv", []) for part in word.split("=", 1)]
-    file = next((after for flag, after in pairwise(words) if flag == "--init_from"), None)
-    return file, record.get("init_from", file)
-
-
-def trained_with(folder: Path, record: dict[str, Any]) -> tuple[Params, str]:
-    """Return the params that a start of a run was given, and which keys of params.json have been changed since."""
-    now = Params.load(folder / "params.json", record.get("set"))
-    if "params" not in record:
-        return now, ""
-    trained = Params.parse(record["params"] | {"precision": now.precision}, folder / "run.json")
-    keys = ", ".join(key for key in differences(trained, now) if key not in WITHOUT_EFFECT)
-    return trained, keys and f"params.json has been changed since, and the table does not show it: {keys}"
-
-
-def read_own_size(folder: Path, best: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], str]:
-    """Return by split the metrics at the photos' own size, and which are left out, as of other weights than the best.
-
-    A digest tells weights apart; of a run of an older program, which kept none, the epoch.
-    """
-    mark, found, others = "weights" if "weights" in best else "epoch", {}, []
-    for path in sorted(folder.glob(f"metrics_*_{BEST}.json")):
-        metrics = read_json(path, if_absent="")
-        if metrics.get(mark) == best[mark]:
-            found[path.name.removeprefix("metrics_").removesuffix(f"_{BEST}.json")] = metrics
-        elif best["epoch"] is not None:
-            others.append(path.name)
-    names = ", ".join(others)
-    return found, names and f"{names}: not of the weights of the best epoch; score again with evaluate.py"
-
-
-def state(folder: Path, params: Params, history: list[dict]) -> tuple[str, str]:
-    """Return the state of an experiment, and what is the matter with it, if anything."""
-    if is_running(folder):
-        return "running", ""
-    if why_finished(history, params):
-        return "finished", ""
-    if (folder / "trial.json").exists():
-        trial = read_json(folder / "trial.json", if_absent="")
-        if trial["state"] in ("pruned", "failed"):
-            return trial["state"], "; ".join(trial.get("reason", []))
-    if not existing(folder):
-        return "not started", ""
-    return "failed", f"ended after {len(history)} of {params.num_epochs} epochs"
+def metric_order(column: str) -> tuple:
+    """Return what sorts metrics: mIoU first, those at the photos' own size, loss last; the published one after ours."""
+    ours = column.removeprefix("published_")
+    return ours == "loss", ours != "mIoU", not ours.endswith(OWN_SIZE), ours, column != ours
 
 
 def read_published(path: Path) -> dict[str, Any]:
@@ -248,32 +138,11 @@ def published_columns(published: dict[str, Any], params: dict[str, Any]) -> dict
     return {f"published_{key}": value for result in found for key, value in result.items() if key != "params"}
 
 
-def tabulate_runs(runs: list[Run], published: dict[str, Any]) -> pd.DataFrame:
-    """Return a row for every run: name, the hyperparameters that vary, metrics, epochs, minutes and state."""
-    table = pd.DataFrame([run.row() | published_columns(published, run.params) for run in runs], dtype=object)
-    readable = [run for run in runs if run.params]
-    vary = ["data_dir"] if len({run.data_dir for run in readable} - {None}) > 1 else []
-    vary += ["init_from"] if len({run.origin for run in readable}) > 1 else []
-    vary += [key for key in KEYS if key not in WITHOUT_EFFECT and len({spell(run.params[key]) for run in readable}) > 1]
-    return table[["name", *vary, *sorted(filter(is_metric, table), key=metric_order), *COUNTED, "state"]]
-
-
-def is_metric(column: str) -> bool:
-    """Return whether a column of the table has a metric, so that its best value comes first."""
-    others = ("name", "data_dir", "init_from", *KEYS, "seeds", *COUNTED, "state")
-    return column not in others and "_verdict" not in column
-
-
-def metric_order(column: str) -> tuple:
-    """Return what sorts metrics: mIoU first, those at the photos' own size, loss last; the published one after ours."""
-    ours = column.removeprefix("published_")
-    return ours == "loss", ours != "mIoU", not ours.endswith(OWN_SIZE), ours, column != ours
-
-
-def by_seed(runs: list[Run], parent_dir: Path) -> dict[str, list[Run]]:
+def by_seed(runs: Sequence[Run], parent: str) -> dict[str, list[Run]]:
     """Return the runs that differ in nothing but their seed, under the name that they have without it.
 
-    Where several groups would have the same name, each has that of its first run.
+    parent is the name where nothing is left of theirs. Where several groups would have the same name, each has that of
+    its first run.
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
@@ -281,7 +150,7 @@ def by_seed(runs: list[Run], parent_dir: Path) -> dict[str, list[Run]]:
         alike = json.dumps([params, run.data_dir, run.origin], sort_keys=True)
         groups.setdefault(alike if run.params else run.name, []).append(run)
     first = [group[0] for group in groups.values()]
-    short = [(run.params and without_seed(run.name, parent_dir.resolve().name)) or run.name for run in first]
+    short = [(run.params and without_seed(run.name, parent)) or run.name for run in first]
     names = [name if short.count(name) == 1 else run.name for name, run in zip(short, first, strict=True)]
     return dict(zip(names, groups.values(), strict=True))
 
@@ -298,7 +167,7 @@ def without_seed(name: str, parent: str) -> str:
     return "/".join(filter(None, parts)) or parent
 
 
-def over_seeds(table: pd.DataFrame, groups: dict[str, list[Run]]) -> pd.DataFrame:
+def over_seeds(table: pd.DataFrame, groups: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
     """Return a row for every group of runs: means over those that have finished, and the deviation of every mIoU.
 
     A mean is empty where a run has no value: it would pass for one over all.
@@ -318,7 +187,16 @@ def over_seeds(table: pd.DataFrame, groups: dict[str, list[Run]]) -> pd.DataFram
     return merged.reset_index()
 
 
-def sort(table: pd.DataFrame, column: str, tasks: list[str]) -> pd.DataFrame:
+def task(run: Run, metric: str) -> str:
+    """Return what is the same for runs on one data set that a metric can rank among each other."""
+    if metric.endswith("_difference"):
+        return ""
+    split = metric.removesuffix(OWN_SIZE) if metric.endswith(OWN_SIZE) else None
+    keys = comparable_over(metric) if split is None else ()
+    return json.dumps([run.labels(split), *map(run.params.get, keys)], sort_keys=True)
+
+
+def sort(table: pd.DataFrame, column: str, tasks: Sequence[str]) -> pd.DataFrame:
     """Return the rows in the order of a column, those without a value last. Raises UserError for no column.
 
     A metric has its best value first, among rows of one task; any other column rises.
@@ -337,78 +215,195 @@ def spell(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
 
 
-def cell(column: str, value: Any) -> str:
-    """Return a value as the table on the terminal has it: metrics to four decimals, others to six digits."""
-    if value is None or value != value:
-        return "-"
-    if isinstance(value, float):
-        return format(value, ".6g" if column in KEYS else ".1f" if column in COUNTED else ".4f")
-    return table_text(spell(value))
+# ---------------------------------------------------------------------------------------- differences
 
 
-def markdown(table: pd.DataFrame) -> str:
-    """Return a table as people read it, on a terminal or rendered."""
-    sides = ["right" if any(map(is_number, table[column])) else "left" for column in table]
-    text = pd.DataFrame({table_text(column): [cell(column, value) for value in table[column]] for column in table})
-    return text.to_markdown(index=False, disable_numparse=True, colalign=sides)
+@dataclass
+class Comparison:
+    """How the rows of a table differ from one of them on a split: by row, by metric or class."""
+
+    split: str
+    baseline: str
+    class_names: list[str]
+    photos: list[int]  # or groups, of each class
+    differences: dict[str, dict[str, Difference]]
+    words: dict[str, dict[str, str]]
+    by_class: dict[str, list[Difference | None]]
+    class_IoU: dict[str, list[tuple[float, float, float] | None]]  # the baseline's too, each with its interval
+
+    def columns(self) -> pd.DataFrame:
+        """Return the columns that results.csv has of it, with a line for each row."""
+        lines: dict[str, dict[str, Any]] = {self.baseline: {}}
+        for name, found in self.differences.items():
+            lines[name] = {}
+            for metric, (value, low, high, _) in found.items():
+                word = self.words[name][metric]
+                ends = {} if word == "few photos" else {"low": low, "high": high}
+                columns = {"difference": value, **ends, "verdict": word}
+                lines[name] |= {f"{self.split}_{metric}_{key}": each for key, each in columns.items()}
+        return pd.DataFrame.from_dict(lines, orient="index")
+
+    def cells(self) -> pd.DataFrame:
+        """Return what people read of it, with a line for each row."""
+        doubt = f" ({OPTIMISTIC})" * (self.split == "val")
+        lines: dict[str, dict[str, str]] = {self.baseline: {}}
+        for name, found in self.differences.items():
+            lines[name] = {
+                f"{self.split}: {'' if metric == 'mIoU' else f'{metric} '}difference{doubt}": said(
+                    value, self.words[name][metric]
+                )
+                for metric, value in found.items()
+            }
+        return pd.DataFrame.from_dict(lines, orient="index").fillna("baseline")
+
+    def class_table(self) -> pd.DataFrame:
+        """Return how each class differs, and how sure that is, all classes of a row together."""
+        table = {f"IoU on {self.split}": self.class_names, "photos": map(str, self.photos)}
+        for name, classes in self.by_class.items():
+            known = {place: found for place, found in enumerate(classes) if found}
+            words = comparing.verdicts({place: each for place, each in known.items() if self.photos[place] >= FEW})
+            table[name] = [
+                said(found, words.get(place, "few photos")) if found else "-" for place, found in enumerate(classes)
+            ]
+        return pd.DataFrame(table)
 
 
-def compare(rows: dict[str, list[Run]], baseline: str, families: list[list[Run]]) -> list[Tables]:
+def said(found: Difference, word: str) -> str:
+    """Spell a difference, its interval and its word; of few photos no interval is said."""
+    ends = "" if word == "few photos" else f" ({found.low:+.3f} to {found.high:+.3f})"
+    return f"{found.value:+.3f}{ends} {word.replace(f' ({OPTIMISTIC})', '').replace(f'{OPTIMISTIC}, ', '')}"
+
+
+def read_counts(run: Run, split: str) -> Counts:
+    """Read the counts of every photo. Raises UserError unless they are of the same evaluation as the metrics."""
+    path = run.counts_file(split)
+    if not (counts := comparing.read_counts(path)).are_of(run.own_size[split].get("pixel_accuracy")):
+        raise UserError(f"{path} is of another evaluation than the metrics; run evaluate.py again")
+    return counts
+
+
+def compare(
+    rows: Mapping[str, Sequence[Run]], baseline: str, families: Sequence[Sequence[Run]], args: argparse.Namespace
+) -> list[Comparison]:
     """Compare the rows with the baseline, on each split on which all its finished runs were scored photo by photo.
 
-    families has the runs that differ in their seed only. Raises UserError if there is no such row or nothing to
-    compare, or if photos differ between two runs.
+    families has the runs that differ in their seed only. Raises UserError if there is nothing to compare, or if photos
+    differ between two runs.
     """
-    if baseline not in rows:
-        raise UserError(f"--baseline {baseline}: the table has no row of that name")
     finished = {name: [run for run in runs if run.state == "finished"] for name, runs in rows.items()}
-    data = {name: [runs[0].params[key] for key in DATA] for name, runs in finished.items() if runs}
     found = []
-    for split in sorted({split for run in finished[baseline] for split in run.own_size}):
-        scored = [name for name in data if all(run.has_counts(split) for run in finished[name])]
+    splits = {split for run in finished[baseline] for split in run.own_size}
+    for split in sorted(splits, key=lambda split: (split == "val", split)):  # which chose the epochs, last
+        scored = {n: runs for n, runs in finished.items() if runs and all(run.has_counts(split) for run in runs)}
         if baseline in scored:
-            alike = {name: finished[name] for name in scored if data[name] == data[baseline]}
-            found.append(compare_on(split, alike, baseline, families))
+            found.append(compare_on(split, scored, baseline, families, args))
+        if missing := [run.name for name, runs in finished.items() if name not in scored for run in runs]:
+            print(f"not scored on {split} by evaluate.py --original_size: {', '.join(missing)}", file=sys.stderr)
     if not found:
         remedy = "score each of them with evaluate.py --original_size"
         raise UserError(f"--baseline {baseline}: it needs finished runs with counts of their photos; {remedy}")
     return found
 
 
-def compare_on(split: str, rows: dict[str, list[Run]], baseline: str, families: list[list[Run]]) -> Tables:
-    """Return how the rows differ from the baseline on a split: a line for each in mIoU, one for each class in IoU."""
-    counts = {run.name: run.read_counts(split) for runs in rows.values() for run in runs}
+def compare_on(
+    split: str,
+    rows: Mapping[str, Sequence[Run]],
+    baseline: str,
+    families: Sequence[Sequence[Run]],
+    args: argparse.Namespace,
+) -> Comparison:
+    """Return how the rows differ from the baseline on a split, in metrics and in the IoU of each class."""
+    counts = {run.name: read_counts(run, split) for runs in rows.values() for run in runs}
     first = rows[baseline][0].name
     for name in counts:
         comparing.check_same_photos(counts[first], counts[name], (first, name))
-    drawn = dict(zip(counts, comparing.resample([*counts.values()]), strict=True))
+    drawn_from = [each.of_groups(args.group) for each in counts.values()]
+    drawn = dict(zip(counts, comparing.resample(drawn_from, args.metric), strict=True))
     spread = comparing.between_seeds([[drawn[run.name] for run in runs if run.name in drawn] for runs in families])
     sides = {name: [drawn[run.name] for run in runs] for name, runs in rows.items()}
-    ours, photos = sides.pop(baseline), (counts[first].labelled > 0).sum(0)
+    class_IoU = {name: comparing.intervals(side, others=spread)[len(args.metric) :] for name, side in sides.items()}
+    ours = sides.pop(baseline)
     found = {name: comparing.difference(side, ours, others=spread) for name, side in sides.items()}
-    few = len(counts[first].ids) < FEW
-    words = comparing.verdicts({name: whole for name, (whole, _) in found.items() if not few})
-    lines: dict[str, list] = {baseline: [None, None, None, "baseline"]}
-    for name, (whole, _) in found.items():
-        one_seed = spread is None and 1 in (len(sides[name]), len(ours))
-        doubts = ", ".join(["optimistic"] * (split == "val") + ["one seed"] * one_seed)
-        word = words.get(name, "few photos")
-        marked = f"{word} ({doubts})" if doubts and word in ("better", "worse") else word
-        lines[name] = [whole.value, None, None, word] if few else [*whole[:3], marked]
-    columns = [f"{split}_{column}" for column in DIFFERENCE]
-    by_class = {f"IoU on {split}": counts[first].class_names, "photos": photos.tolist()}
-    by_class |= {name: class_words(classes, photos) for name, (_, classes) in found.items()}
-    return pd.DataFrame.from_dict(lines, orient="index", columns=columns), pd.DataFrame(by_class)
+    of_metrics = {name: dict(zip(args.metric, each, strict=False)) for name, each in found.items()}
+    one_seed = {name: spread is None and 1 in (len(side), len(ours)) for name, side in sides.items()}
+    return Comparison(
+        split,
+        baseline,
+        counts[first].class_names,
+        (drawn_from[0].labelled > 0).sum(0).tolist(),
+        of_metrics,
+        words(of_metrics, split, one_seed, few=len(drawn_from[0].ids) < FEW),
+        {name: each[len(args.metric) :] for name, each in found.items()},
+        class_IoU,
+    )
 
 
-def class_words(classes: Sequence[Difference | None], photos: Sequence[int]) -> list[str]:
-    """Say how a row differs in the IoU of each class, and how sure that is, of all classes together."""
-    known = {place: found for place, found in enumerate(classes) if found}
-    words = comparing.verdicts({place: found for place, found in known.items() if photos[place] >= FEW})
-    return [
-        f"{found.value:+.4f} ({found.low:+.4f} to {found.high:+.4f}) {words.get(place, 'few photos')}" if found else "-"
-        for place, found in enumerate(classes)
-    ]
+def words(
+    differences: Mapping[str, Mapping[str, Difference]], split: str, one_seed: Mapping[str, bool], *, few: bool
+) -> dict[str, dict[str, str]]:
+    """Return "better", "worse" or "open" by row and metric, all judged together, with what makes it doubtful."""
+    flat = {(name, metric): each for name, found in differences.items() for metric, each in found.items()}
+    judged = {} if few else comparing.verdicts(flat)
+    said: dict[str, dict[str, str]] = {name: {} for name in differences}
+    for name, metric in flat:
+        doubts = ", ".join([OPTIMISTIC] * (split == "val") + ["one seed"] * one_seed[name])
+        word = judged.get((name, metric), "few photos")
+        said[name][metric] = f"{word} ({doubts})" if doubts and word in ("better", "worse") else word
+    return said
+
+
+# ---------------------------------------------------------------------------------------- what people read
+
+
+def cell(column: str, value: Any) -> str:
+    """Return a value as people read it: metrics to three decimals, others to six digits."""
+    if value is None or value != value:
+        return "-"
+    if isinstance(value, float):
+        return format(value, ".6g" if column in KEYS else ".1f" if column in COUNTED else ".3f")
+    return spell(value)
+
+
+def shown(table: pd.DataFrame, comparisons: Sequence[Comparison], first: str) -> pd.DataFrame:
+    """Return the cells that people read, columns by rank: name, seeds, differences, mIoU, what varies, all else.
+
+    first is the metric that comes before the others.
+    """
+    text = pd.DataFrame({column: [cell(column, value) for value in table[column]] for column in table})
+    own_size = [column for column in table if column.endswith(OWN_SIZE)]
+    for column in [column for column in table if f"{column}_std" in table]:
+        spread = text.pop(f"{column}_std")
+        text[column] = [
+            f"{value} ± {std}" if std != "-" else value for value, std in zip(text[column], spread, strict=True)
+        ]
+    said = {name: column for each in comparisons for name, column in each.cells().items()}
+    text = text.drop(columns=[column for each in comparisons for column in each.columns()])
+    for place, (name, column) in enumerate(said.items(), 1):
+        text.insert(place, name, [column.get(row, "-") for row in table["name"]])
+    finished = all(re.fullmatch(r"(\d+ )?finished", state) for state in table["state"])
+    rank = ["name", *["state"] * (not finished), *said, first, *own_size, "seeds"]
+    rank += [column for column in table if column in ("init_from", *KEYS) or column.startswith("published_")]
+    text = text[[*dict.fromkeys(column for column in [*rank, *COUNTED, *text] if column in text)]]
+    return text.rename(columns={column: f"{column.removesuffix(OWN_SIZE)} at own size" for column in own_size})
+
+
+def markdown(text: pd.DataFrame) -> str:
+    """Return a table of cells as people read it, on a terminal or rendered."""
+    sides = ["right" if all(map(is_numeral, text[column])) else "left" for column in text]
+    safe = text.rename(columns=table_text).map(table_text)
+    return safe.to_markdown(index=False, disable_numparse=True, colalign=sides)
+
+
+def is_numeral(text: str) -> bool:
+    return re.fullmatch(r"-|\d[\d.e+-]*( ± .*)?", text) is not None
+
+
+def fitting(text: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """Return as many columns, of the first ones, as a line has room for, but two at least; and the others' names."""
+    count = len(text.columns)
+    while count > 2 and len(markdown(text.iloc[:, :count]).partition("\n")[0]) > WIDTH:
+        count -= 1
+    return text.iloc[:, :count], [*text.columns[count:]]
 
 
 def results_figure(curves: Mapping[str, Sequence[Sequence[float]]], *, metric: str, better: Callable) -> Figure:
@@ -422,12 +417,12 @@ def results_figure(curves: Mapping[str, Sequence[Sequence[float]]], *, metric: s
     """
     figure = Figure(figsize=(11, 4 + 0.15 * len(curves)), layout="constrained")
     by_epoch, by_name = figure.subplots(1, 2)
-    for row, (name, runs) in enumerate(curves.items()):
-        colour = f"C{row % 10}"
+    for place, (name, runs) in enumerate(curves.items()):
+        colour = f"C{place % 10}"
         mean = [np.mean([value for value in epoch if value is not None]) for epoch in zip_longest(*runs)]
-        options: dict[str, Any] = {"label": spelling(name), "zorder": 3 - row / len(curves)}  # the first on top
+        options: dict[str, Any] = {"label": spelling(name), "zorder": 3 - place / len(curves)}  # the first on top
         by_epoch.plot(range(1, len(mean) + 1), mean, ".-", color=colour, **options)
-        by_name.plot([better(run) for run in runs], [row] * len(runs), "o", color=colour)
+        by_name.plot([better(run) for run in runs], [place] * len(runs), "o", color=colour)
     by_epoch.set(xlabel="epoch", ylabel=f"validation {metric}")
     by_epoch.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     by_name.set_yticks(range(len(curves)), [spelling(name) for name in curves], fontsize="small")
@@ -437,45 +432,120 @@ def results_figure(curves: Mapping[str, Sequence[Sequence[float]]], *, metric: s
     return figure
 
 
-def main(args: argparse.Namespace) -> None:
-    folders, published = find(args.parent_dir), read_published(args.parent_dir / "published.json")
-    runs = [read(folder, args.parent_dir) for folder in folders]
-    name_other_labels(runs)
-    rows, table = {run.name: [run] for run in runs}, tabulate_runs(runs, published)
-    groups = by_seed(runs, args.parent_dir)
+@dataclass
+class Section:
+    """The runs on one data set: rows by name, each with its runs, and tables of them, for programs and for people."""
+
+    title: str
+    rows: dict[str, list[Run]]
+    table: pd.DataFrame
+    column: str  # that sorts it
+    comparisons: list[Comparison]
+    text: pd.DataFrame
+    left_out: list[str]  # columns that the text has no room for
+
+    def curves(self) -> tuple[str, dict[str, list[list[float]]]]:
+        """Return a metric, and by row its values by epoch in each finished run, or in all where none has finished."""
+        runs = [run for group in self.rows.values() for run in group]
+        metric = self.column if any(run.curve(self.column) for run in runs) else "mIoU"
+        found = {}
+        for name in self.table["name"]:
+            counted = [run for run in self.rows[name] if run.state == "finished"] or self.rows[name]
+            found[name] = [curve for run in counted if (curve := run.curve(metric))]
+        return metric, {name: curves for name, curves in found.items() if curves}
+
+
+def make_section(runs: Sequence[Run], published: dict[str, Any], root: Path, args: argparse.Namespace) -> Section:
+    """Tabulate the runs on one data set, and compare them with the baseline if it is one of them."""
+    groups = by_seed(runs, root.resolve().name)
     families = {name: one_per_seed(group) for name, group in groups.items()}
+    rows, table = {run.name: [run] for run in runs}, tabulate_runs(runs, published)
     if args.over_seeds:
         rows, table = families, over_seeds(table, families)
         for name, run in ((name, run) for name, group in groups.items() for run in group if run not in families[name]):
             run.add_problem(f"not counted, for {name} has another run of its seed")
-    comparisons = []
-    if args.baseline:
-        comparisons = compare(rows, args.baseline, [*families.values()])
-    for columns, _ in comparisons:
-        table = table.join(columns, on="name")
+    baseline = find_row(rows, args.baseline) if args.baseline else None
+    comparisons = compare(rows, baseline, [*families.values()], args) if baseline else []
+    for each in comparisons:
+        table = table.join(each.columns(), on="name")
     chosen_by = {run.params["best_metric"] for run in runs if run.history}
-    column = args.sort or (chosen_by.pop() if len(chosen_by) == 1 else "mIoU")
-    table = sort(table, column, [rows[name][0].task(column) for name in table["name"]])
-    note = NOTE + SEEDS_NOTE * args.over_seeds + DIFFERENCES_NOTE * bool(args.baseline)
-    paragraphs = [markdown(table), note.strip()]
+    column = chosen_by.pop() if len(chosen_by) == 1 else "mIoU"
+    column = args.sort or (comparisons[0].split + OWN_SIZE if comparisons else column)
+    table = sort(table, column, [task(rows[name][0], column) for name in table["name"]])
+    text, left_out = fitting(shown(table, comparisons, column))
+    dataset, classes, folder = min((run.data for run in runs), key=lambda data: data.count(None))
+    title = f"{dataset if folder is None else os.path.relpath(folder)}, {classes} classes"
+    return Section(title, rows, table, column, comparisons, text, left_out)
+
+
+def find_row(rows: Mapping[str, Sequence[Run]], name: str) -> str | None:
+    """Return the row of a name, or of the run whose folder it is."""
+    real = os.path.realpath(name)
+    of_folder = (row for row, runs in rows.items() if any(os.path.realpath(run.folder) == real for run in runs))
+    return name if name in rows else next(of_folder, None)
+
+
+def read_runs(args: argparse.Namespace) -> tuple[list[Run], Path]:
+    """Read all runs that the arguments name, and return the folder that their names begin at."""
+    folders = [folder for given in args.runs for folder in find(given)]
+    above = [folder.resolve().parent for folder in args.runs]
+    root = args.runs[0] if len(above) == 1 else Path(os.path.commonpath(above))
+    unique = {os.path.realpath(folder): folder for folder in reversed(folders)}
+    runs = [read(folder, root) for folder in folders if unique[os.path.realpath(folder)] is folder]
+    waiting = [] if args.all else [run for run in runs if run.state == "not started"]
+    if waiting:
+        print(f"{len(waiting)} of {len(runs)} have not begun; --all shows them", file=sys.stderr)
+    return [run for run in runs if run not in waiting], root
+
+
+def summary(sections: Sequence[Section], source: str, args: argparse.Namespace) -> str:
+    """Return what the terminal and results.md say."""
+    paragraphs = []
+    for each in sections:
+        paragraphs += [f"## {each.title}"] * (len(sections) > 1) + [markdown(each.text)]
+        if each.left_out:
+            paragraphs.append(textwrap.fill(f"results.csv also has {', '.join(each.left_out)}.", WIDTH))
+    paragraphs.append((NOTE + SEEDS_NOTE * args.over_seeds + DIFFERENCES_NOTE * bool(args.baseline)).strip())
     if args.by_class:
-        paragraphs += [markdown(by_class) for _, by_class in comparisons]
-    if published["results"]:
-        paragraphs.append(f"Published: {published['source']}")
-    text = "\n\n".join(paragraphs)
-    write_text(args.parent_dir / "results.md", text + "\n")
-    csv = table.map(lambda value: spell(value) if isinstance(value, dict | bool) else value)
-    write_text(args.parent_dir / "results.csv", csv.to_csv(index=False))
-    metric = column if any(run.curve(column) for run in runs) else "mIoU"
-    counted = {name: [run for run in rows[name] if run.state == "finished"] or rows[name] for name in table["name"]}
-    curves = {name: [curve for run in runs if (curve := run.curve(metric))] for name, runs in counted.items()}
-    if curves := {name: found for name, found in curves.items() if found}:
-        figure = results_figure(curves, metric=metric, better=better_of(metric))
-        save_figure(figure, args.parent_dir / "results.png", dpi=120)
+        paragraphs += [markdown(comparison.class_table()) for each in sections for comparison in each.comparisons]
+    return "\n\n".join([*paragraphs, *([f"Published: {source}"] if source else [])])
+
+
+def write(sections: Sequence[Section], text: str, folder: Path) -> None:
+    """Write results.md, results.csv, results.tex and results.png, the last one of the first section."""
+    make_folder(folder, "--output_dir")
+    write_text(folder / "results.md", text + "\n")
+    several = len(sections) > 1
+    tables = [each.table.assign(data=each.title) if several else each.table for each in sections]
+    csv = pd.concat(tables).map(lambda value: spell(value) if isinstance(value, dict | bool) else value)
+    write_text(folder / "results.csv", csv.to_csv(index=False))
+    options: dict[str, Any] = {"headers": "keys", "showindex": False, "disable_numparse": True}
+    latex = [f"% {each.title}\n{tabulate(each.text, tablefmt='latex_booktabs', **options)}\n" for each in sections]
+    write_text(folder / "results.tex", "\n".join(latex))
+    metric, curves = sections[0].curves()
+    if curves:
+        save_figure(results_figure(curves, metric=metric, better=better_of(metric)), folder / "results.png", dpi=120)
+
+
+def main(args: argparse.Namespace) -> None:
+    found = [read_published(folder / "published.json") for folder in args.runs]
+    published = {"results": [result for each in found for result in each["results"]]}
+    runs, root = read_runs(args)
+    if not runs:
+        raise UserError("none of the experiments has begun; --all shows them")
+    name_other_labels(runs)
+    sections = [make_section(group, published, root, args) for group in by_data(runs)]
+    if args.baseline and not any(each.comparisons for each in sections):
+        raise UserError(f"--baseline {args.baseline}: the table has no row of that name")
+    sections.sort(key=lambda each: not each.comparisons)  # the baseline's first
+    text = summary(sections, "; ".join(each["source"] for each in found if each["results"]), args)
+    write(sections, text, args.output_dir)
     print(text)
     for run in runs:
         if run.problem:
             print(f"{run.name}: {run.state}, {run.problem}", file=sys.stderr)
+    if len(sections) > 1:
+        print(f"results.png is of {sections[0].title} alone; name runs to draw others", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from model.voc import VOID
 class Metric:
     """A metric and what is to be known of it."""
 
-    value: Callable[[Any], Tensor]  # one or, by class, (C), of an Accumulator with float64 on the CPU; NaN is undefined
+    value: Callable[[Any], Tensor]  # one or, by class, (C), of Accumulator.on_host(); NaN is undefined
     better: Callable = max  # or min: chooses the better of two values
     column: str = ""  # of values by class in evaluate.py's table
 
@@ -49,29 +49,53 @@ class Accumulator:
         """Sum over all processes."""
         all_reduce_sum(*self._sums().values())
 
+    def on_host(self) -> Any:
+        """Return what the metrics are functions of: this, with its sums as float64 on the CPU."""
+        copied = copy.copy(self)
+        vars(copied).update({name: value.cpu().double() for name, value in self._sums().items()})
+        return copied
+
     def compute(self) -> dict[str, Any]:
         """Return every metric by name: a number or a list with one value per class, None for what is undefined."""
-        on_host = copy.copy(self)
-        vars(on_host).update({name: value.cpu().double() for name, value in self._sums().items()})
-        found = {name: about.value(on_host).numpy() for name, about in self.metrics.items()}
+        sums = self.on_host()
+        found = {name: about.value(sums).numpy() for name, about in self.metrics.items()}
         for name, value in found.items():
             if value.ndim != bool(self.metrics[name].column):
                 raise TypeError(f"{name} has {value.ndim} axes; a metric by class has one and a column, others neither")
         return {name: np.where(np.isfinite(value), value, np.array(None)).tolist() for name, value in found.items()}
 
 
+@dataclass
+class Counted:
+    """Pixels by label and prediction, float64 (…, C, C), and what the metrics are made of: by class, (…, C)."""
+
+    matrix: Tensor
+
+    hits = property(lambda self: self.matrix.diagonal(dim1=-2, dim2=-1))
+    labelled = property(lambda self: self.matrix.sum(-1))
+    predicted = property(lambda self: self.matrix.sum(-2))
+    iou = property(lambda self: self.hits / (self.labelled + self.predicted - self.hits))
+    recall = property(lambda self: self.hits / self.labelled)
+    frequency = property(lambda self: self.labelled / self.labelled.sum(-1, keepdim=True))
+
+    def mean(self, by_class: Tensor) -> Tensor:
+        """Return the mean over the classes that occur in the labels, (…)."""
+        return by_class.where(self.labelled > 0, math.nan).nanmean(-1)
+
+
 class ConfusionMatrix(Accumulator):
     """Counts pixels by label (rows) and prediction (columns), int64 (C, C).
 
     Definitions of Long et al., arXiv 1411.4038, section 5. Means are over the classes that occur in the labels;
-    frequency_weighted_IoU weighs each IoU with the class's share of the label pixels.
+    frequency_weighted_IoU weighs each IoU with the class's share of the label pixels. Each metric is a function of
+    Counted, also of those of many resamples at once: comparing.py.
     """
 
     metrics: ClassVar = {
         "mIoU": Metric(lambda c: c.mean(c.iou)),
-        "pixel_accuracy": Metric(lambda c: c.hits.sum() / c.labelled.sum()),
+        "pixel_accuracy": Metric(lambda c: c.hits.sum(-1) / c.labelled.sum(-1)),
         "mean_accuracy": Metric(lambda c: c.mean(c.recall)),
-        "frequency_weighted_IoU": Metric(lambda c: (c.frequency * c.iou.nan_to_num()).sum()),
+        "frequency_weighted_IoU": Metric(lambda c: (c.frequency * c.iou.nan_to_num()).sum(-1)),
         "mean_dice": Metric(lambda c: c.mean(2 * c.hits / (c.labelled + c.predicted))),
         "IoU": Metric(lambda c: c.iou, column="IoU"),
         "accuracy": Metric(lambda c: c.recall, column="accuracy"),
@@ -98,16 +122,8 @@ class ConfusionMatrix(Accumulator):
         """(C, C): label, prediction."""
         return self._counts[:-1].view(self.num_classes, self.num_classes)
 
-    hits = property(lambda self: self.matrix.diag())
-    labelled = property(lambda self: self.matrix.sum(1))
-    predicted = property(lambda self: self.matrix.sum(0))
-    iou = property(lambda self: self.hits / (self.labelled + self.predicted - self.hits))
-    recall = property(lambda self: self.hits / self.labelled)
-    frequency = property(lambda self: self.labelled / self.labelled.sum())
-
-    def mean(self, by_class: Tensor) -> Tensor:
-        """Return the mean over the classes that occur in the labels."""
-        return by_class.where(self.labelled > 0, math.nan).nanmean()
+    def on_host(self) -> Counted:
+        return Counted(self.matrix.cpu().double())
 
 
 def sparse(counts: Tensor) -> np.ndarray:

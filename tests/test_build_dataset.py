@@ -24,12 +24,12 @@ from scipy.io import savemat
 from torchvision.datasets import SBDataset
 
 import build_dataset
-from build_dataset import SBD_ARCHIVE, VOC, deal, download, grouped, write_lists
+from build_dataset import SBD_ARCHIVE, VOC, deal, download, write_lists
 from model import UserError
 from model.layouts import find_split
 from model.sample import draw_sample
 from model.voc import CLASS_NAMES, VOID
-from utils import RunFailed
+from utils import RunFailed, grouped
 
 ARCHIVE = VOC["filename"]
 DEVKIT = "VOCdevkit/VOC2012"

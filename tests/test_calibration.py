@@ -48,7 +48,7 @@ def share_missed(ours: list[Counts], baseline: list[Counts], *, photos: int, see
         drawn = resample(runs, resamples=RESAMPLES, seed=int(rng.integers(2**32)))
         sides = drawn[: seeds + others], drawn[seeds + others :]
         spread = between_seeds([side[seeds:] for side in sides])
-        found, _ = difference(*(side[:seeds] for side in sides), others=spread, seed=int(rng.integers(2**32)))
+        found, *_ = difference(*(side[:seeds] for side in sides), others=spread, seed=int(rng.integers(2**32)))
         missed += not found.low <= truth <= found.high
     return missed / EXPERIMENTS
 

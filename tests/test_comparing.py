@@ -5,15 +5,17 @@ import pytest
 import torch
 
 from comparing import (
+    METRICS,
     Counts,
     Difference,
     between_seeds,
     check_same_photos,
-    class_IoU,
     difference,
+    intervals,
     mIoU,
     read_counts,
     resample,
+    values,
     verdicts,
     write_counts,
 )
@@ -112,7 +114,7 @@ def test_the_classes_that_count_are_those_in_the_labels(tmp_path):
     valid = labels != 255
     pairs = [((predictions == c) & valid, labels == c) for c in range(3)]
     expected = [((a & b).sum() / (a | b).sum()).item() for a, b in pairs]
-    assert class_IoU(pixels.sum(0)).tolist() == pytest.approx([*expected, np.nan], nan_ok=True)
+    assert values(pixels.sum(0))[1:].tolist() == pytest.approx([*expected, np.nan], nan_ok=True)
     assert mIoU(pixels.sum(0)) == pytest.approx(np.mean(expected))
 
 
@@ -129,7 +131,8 @@ def test_mIoU_takes_counts_of_one_and_of_many_alike():
 
 def compared(ours: list[Counts], baseline: list[Counts], **options) -> tuple[Difference, list[Difference | None]]:
     drawn = resample([*ours, *baseline], **options)
-    return difference(drawn[: len(ours)], drawn[len(ours) :])
+    whole, *classes = difference(drawn[: len(ours)], drawn[len(ours) :])
+    return whole, classes
 
 
 def test_a_better_run_is_better_and_the_other_way_round_worse():
@@ -158,9 +161,9 @@ def test_seeds_that_differ_widen_the_interval():
     shared = simulated(rng, 300, quality=0.5).labelled
     runs = [simulated(rng, 300, quality=q, shared=shared) for q in (0.4, 0.5, 0.6, 0.45, 0.5, 0.55)]
     drawn = resample(runs, resamples=500)
-    alone, _ = difference(drawn[4:5], drawn[1:2])
-    together, _ = difference(drawn[3:], drawn[:3])
-    borrowed, _ = difference(drawn[4:5], drawn[1:2], others=between_seeds([drawn[:3], drawn[3:]]))
+    alone, *_ = difference(drawn[4:5], drawn[1:2])
+    together, *_ = difference(drawn[3:], drawn[:3])
+    borrowed, *_ = difference(drawn[4:5], drawn[1:2], others=between_seeds([drawn[:3], drawn[3:]]))
     for wider in (together, borrowed):
         assert wider.high - wider.low > 2 * (alone.high - alone.low)
     assert between_seeds([drawn[:1], drawn[3:4]]) is None
@@ -200,3 +203,50 @@ def test_several_differences_at_once_ask_for_more():
     assert words((0.1, 0.03)) == ["better"]
     assert words((0.1, 0.03), (0.1, 0.04)) == ["open", "open"]
     assert words((-0.1, 0.04), (0.1, 0.02), (0.1, 0.001)) == ["worse", "better", "better"]
+
+
+# ---------------------------------------------------------------------------------------- other metrics, groups
+
+
+def test_every_metric_of_the_confusion_matrix_is_compared_as_evaluation_defines_it():
+    run = simulated(np.random.default_rng(8), 20, quality=0.5)
+    run.pixels[:, 2] = 0  # a class that is predicted, but in no label
+    matrix = ConfusionMatrix(4)
+    matrix.matrix.copy_(torch.from_numpy(run.pixels.sum(0)))
+    expected = matrix.compute()
+    found = values(run.pixels.sum(0), METRICS)
+    assert METRICS == ["mIoU", "pixel_accuracy", "mean_accuracy", "frequency_weighted_IoU", "mean_dice"]
+    assert found[: len(METRICS)].tolist() == pytest.approx([expected[name] for name in METRICS])
+    known = [place in (0, 1, 3) for place in range(4)]
+    assert np.isfinite(found[len(METRICS) :]).tolist() == known and expected["IoU"][2] == 0
+    (drawn,) = resample([run], METRICS, resamples=50)
+    assert drawn.observed.tolist() == pytest.approx(found.tolist(), nan_ok=True) and drawn.drawn.shape == (50, 9)
+    assert [each is None for each in difference([drawn], [drawn])] == [False] * 7 + [True, False]
+
+
+def test_a_group_is_drawn_as_a_whole():
+    """Ten videos of six frames that are all alike say as much as ten photos."""
+    rng = np.random.default_rng(9)
+    photos = simulated(rng, 10, quality=0.5)
+    other = simulated(rng, 10, quality=0.6, shared=photos.labelled)
+    ids = [f"video{number % 10}_{number // 10}" for number in range(60)]
+    videos = [Counts(ids, NAMES, np.tile(run.pixels, (6, 1, 1))) for run in (other, photos)]
+    pattern, width = r"(video\d)_", {}
+    for name, sides in {
+        "frames": videos,
+        "videos": [run.of_groups(pattern) for run in videos],
+        "photos": [other, photos],
+    }.items():
+        ours, baseline = resample(sides, resamples=2000)
+        whole, *_ = difference([ours], [baseline])
+        width[name] = whole.high - whole.low
+    assert width["videos"] == pytest.approx(width["photos"]) and width["frames"] < 0.6 * width["videos"]
+    grouped = videos[0].of_groups(pattern)
+    assert len(grouped.ids) == 10 and (grouped.pixels.sum(0) == videos[0].pixels.sum(0)).all()
+
+
+def test_the_interval_of_a_level_holds_it():
+    run = simulated(np.random.default_rng(10), 40, quality=0.5)
+    (drawn,) = resample([run], resamples=500)
+    (value, low, high), *classes = intervals([drawn])
+    assert value == pytest.approx(mIoU(run.pixels.sum(0))) and low < value < high and len(classes) == 4

@@ -32,9 +32,11 @@ def cells(row: dict[str, str]) -> list[str]:
         name = f"{split}_original_size_mIoU"
         spread = f" ± {float(row[f'{name}_std']):.3f}" if row.get(f"{name}_std") else ""
         scores.append(f"{float(row[name]):.3f}{spread}")
-        if row[f"{split}_difference"]:
-            difference, low, high = (f"{float(row[f'{split}_{key}']):.3f}" for key in ("difference", "low", "high"))
-            verdict = row[f"{split}_verdict"].removesuffix(" (optimistic)")
+        if row[f"{split}_mIoU_difference"]:
+            difference, low, high = (
+                f"{float(row[f'{split}_mIoU_{key}']):.3f}" for key in ("difference", "low", "high")
+            )
+            verdict = row[f"{split}_mIoU_verdict"].removesuffix(" (optimistic)")
             differences.append(f"{difference} ({low} to {high}), {verdict}")
         else:
             differences.append("")

@@ -16,11 +16,12 @@ from test_comparing import NAMES, simulated
 
 import synthesize_results
 from comparing import Counts, mIoU, write_counts
+from engine.results import Run, read
 from engine.run import RUN_LOCK
 from model import UserError
 from params import Params
 from sweep.space import grid, read_spaces
-from synthesize_results import Run, by_seed, published_columns, read_published, results_figure, without_seed
+from synthesize_results import by_seed, published_columns, read_published, results_figure, without_seed
 from utils import write_history
 
 METRICS = ("pixel_accuracy", "mean_accuracy", "frequency_weighted_IoU", "mean_dice")
@@ -49,18 +50,24 @@ def epoch(number: int, mIoU: float | None, **val) -> dict:
     return record | {"train": {"loss": 1.0} | metrics, "val": {"loss": 1 / number, "mIoU": mIoU} | metrics | val}
 
 
-def synthesize(parent: Path, *more: str, render: bool = False) -> SimpleNamespace:
-    """What the command prints, and the rows of its table; render: write the picture too, which takes longest."""
+def synthesize(parent: Path, *more: str, render: bool = False, width: int = 10_000) -> SimpleNamespace:
+    """What the command prints, and the rows of its table; render: write the picture too, which takes longest.
+
+    width: of the terminal, by default one that has room for every column.
+    """
     with (
         pytest.MonkeyPatch.context() as patch,
         redirect_stdout(io.StringIO()) as out,
         redirect_stderr(io.StringIO()) as err,
     ):
         patch.setattr(sys, "argv", ["synthesize_results.py", "--parent_dir", str(parent), *more])
+        patch.setattr(synthesize_results, "WIDTH", width)
         if not render:
             patch.setattr(synthesize_results, "save_figure", lambda figure, path, dpi: path.touch())
         synthesize_results.main(synthesize_results.parse_args())
-    return SimpleNamespace(out=out.getvalue(), err=err.getvalue(), rows=table(out.getvalue().split("\n\n")[0]))
+    parts = out.getvalue().split("\n\n")
+    rows = [row for part in parts if part.startswith("| name ") for row in table(part)]
+    return SimpleNamespace(out=out.getvalue(), err=err.getvalue(), rows=rows, file=results_csv(parent))
 
 
 def table(text: str) -> list[dict[str, str]]:
@@ -100,8 +107,11 @@ def parent(tmp_path) -> Path:
 
 def test_the_table_has_a_row_for_every_experiment_best_first(parent):
     with FileLock(experiment(parent / "running", [0.05], num_epochs=3) / RUN_LOCK):
-        result = synthesize(parent, render=True)
+        result = synthesize(parent, "--all", render=True)
+        begun = synthesize(parent)
     rows = result.rows
+    assert {row["name"] for row in rows} - {row["name"] for row in begun.rows} == {"log only", "not started"}
+    assert begun.err.startswith("2 of 9 have not begun; --all shows them\n")
     assert [row["name"] for row in rows[:6]] == ["b", "deeper/c", "a", "running", "pruned", "crashed"]
     assert {row["name"]: row["state"] for row in rows} == {
         **dict.fromkeys(["a", "b", "deeper/c"], "finished"),
@@ -112,29 +122,30 @@ def test_the_table_has_a_row_for_every_experiment_best_first(parent):
     assert not (parent / "a" / RUN_LOCK).exists(), "looking makes no file"
     assert rows[0] == {
         "name": "b",
+        "state": "finished",
+        "mIoU": "0.500",
         "learning_rate": "0.01",
         "num_epochs": "2",
         "optimizer": "sgd",
         "early_stopping_patience": "-",
-        "mIoU": "0.5000",
-        **dict.fromkeys(METRICS, "0.5200"),
-        "loss": "0.5000",
         "best_epoch": "2",
         "epochs": "2",
         "minutes": "1.0",
-        "state": "finished",
+        **dict.fromkeys(METRICS, "0.520"),
+        "loss": "0.500",
     }
     assert (rows[1]["best_epoch"], rows[1]["learning_rate"]) == ("1", "1.23457e-05"), "the first of several best"
     assert "failed: failed, exit status 1; loss is nan" in result.err
     assert "crashed: failed, ended after 1 of 3 epochs" in result.err
+    result = synthesize(parent, "--all", render=True)
     assert (parent / "results.md").read_text() == result.out
-    file = results_csv(parent)
-    assert [row["name"] for row in file] == [row["name"] for row in rows] and list(file[0]) == list(rows[0])
+    file = result.file
+    assert [row["name"] for row in file] == [row["name"] for row in rows] and {*file[0]} == {*rows[0]}
     assert (file[0]["mIoU"], file[-1]["mIoU"], file[1]["learning_rate"]) == ("0.5", "", "1.23456789e-05")
     with Image.open(parent / "results.png") as picture:
         assert picture.width > 800 and len(picture.convert("RGB").getcolors(1 << 20)) > 100
     for column, first in (("minutes", "crashed"), ("learning_rate", "deeper/c"), ("name", "a"), ("state", "crashed")):
-        sorted_rows = synthesize(parent, "--sort", column).rows
+        sorted_rows = synthesize(parent, "--all", "--sort", column).rows
         expected = next(row[column] for row in rows if row["name"] == first)
         assert sorted_rows[0][column] == expected or column == "minutes"
         assert column != "minutes" or {row["name"] for row in sorted_rows[-3:]} == {"log only", "not started", "failed"}
@@ -147,7 +158,7 @@ def test_the_metric_that_chose_the_epochs_sorts_the_table(tmp_path):
         worst = {} if name == "a" else {"worst_IoU": None if name == "b" else 0.4}
         write_history(folder, [epoch(n, n / 10, loss=loss, **worst) for n, loss in enumerate(losses, 1)])
     rows = synthesize(tmp_path).rows
-    ranked = [("c", "0.1000", "1"), ("b", "0.2000", "2"), ("a", "0.3000", "1")]
+    ranked = [("c", "0.100", "1"), ("b", "0.200", "2"), ("a", "0.300", "1")]
     assert [(row["name"], row["loss"], row["best_epoch"]) for row in rows] == ranked
     other = experiment(tmp_path / "d", [0.1], best_metric="loss", loss_weights={"bce": 0.01})
     write_history(other, [epoch(1, 0.1, loss=0.01)])
@@ -156,20 +167,27 @@ def test_the_metric_that_chose_the_epochs_sorts_the_table(tmp_path):
     write_history(other, [epoch(1, 0.1, loss=0.25)])
     assert [row["name"] for row in synthesize(tmp_path).rows] == names
     shutil.rmtree(other)
-    assert [row["worst_IoU"] for row in synthesize(tmp_path, "--sort", "worst_IoU").rows] == ["0.4000", "-", "-"]
+    assert [row["worst_IoU"] for row in synthesize(tmp_path, "--sort", "worst_IoU").rows] == ["0.400", "-", "-"]
 
 
-def test_experiments_on_other_data_or_of_another_size_are_not_ranked_among_each_other(tmp_path):
+def test_experiments_on_other_data_have_a_table_and_a_picture_of_their_own(tmp_path):
+    """Of one data set, those of another size are not ranked among each other."""
     for name, data, size, value in (("a", "x", 64, 0.5), ("b", "y", 64, 0.6), ("c", "x", 64, 0.7), ("d", "x", 32, 0.9)):
         folder = experiment(tmp_path / name, [value], image_size=size, own_size={"val": {"mIoU": value / 2}})
         (folder / "run.json").write_text(json.dumps({"data_dir": f"/{data}"}))
-    result = synthesize(tmp_path)
-    ranked = [("d", "/x"), ("c", "/x"), ("a", "/x"), ("b", "/y")]
-    assert [(row["name"], row["data_dir"]) for row in result.rows] == ranked
-    assert "Metrics rank only rows of the same data_dir" in result.out
-    own_size = synthesize(tmp_path, "--sort", "val_original_size_mIoU").rows
-    assert [row["name"] for row in own_size] == ["d", "c", "a", "b"], "at their own size all of x can be ranked"
-    assert "data_dir" not in synthesize(tmp_path / "a").rows[0]
+    result = synthesize(tmp_path, render=True)
+    of_x, of_y = (part for part in result.out.split("## ")[1:])
+    assert of_x.partition("\n")[0].endswith("/x, 21 classes") and of_y.partition("\n")[0].endswith("/y, 21 classes")
+    assert [row["name"] for row in table(of_x.split("\n\n")[1])] == ["d", "c", "a"]
+    assert [row["name"] for row in table(of_y.split("\n\n")[1])] == ["b"]
+    assert [row["data"][-13:] for row in result.file] == ["x, 21 classes"] * 3 + ["y, 21 classes"]
+    assert "results.png is of" in result.err and "/x, 21 classes alone; name runs to draw others" in result.err
+    drawn = (tmp_path / "results.png").read_bytes()
+    shutil.rmtree(tmp_path / "b")
+    own_size = synthesize(tmp_path, "--sort", "val_original_size_mIoU", render=True)
+    assert [row["name"] for row in own_size.rows] == ["d", "c", "a"] and "##" not in own_size.out + own_size.err
+    synthesize(tmp_path, render=True)
+    assert (tmp_path / "results.png").read_bytes() == drawn, "at their own size all of x can be ranked"
 
 
 @pytest.mark.parametrize(
@@ -199,11 +217,11 @@ def test_an_experiment_without_results_is_a_row(tmp_path):
     (tmp_path / "sweep" / "lost" / "last.pth.tar").touch()
     (tmp_path / "sweep" / "docs").mkdir()
     (tmp_path / "sweep" / "docs" / "curves.png").touch()
-    rows = synthesize(tmp_path / "sweep").rows
+    rows = synthesize(tmp_path / "sweep", "--all").rows
     assert {row["name"]: row["state"] for row in rows} == {"new": "not started", "lost": "unreadable"}
     assert not (tmp_path / "sweep" / "results.png").exists()
     (row,) = synthesize(experiment(tmp_path / "alone", [0.1, None])).rows
-    assert (row["name"], row["mIoU"]) == ("alone", "0.1000")
+    assert (row["name"], row["mIoU"]) == ("alone", "0.100")
 
 
 def test_mistakes_are_one_line(tmp_path):
@@ -232,7 +250,7 @@ def test_names_cannot_break_table_or_plot(tmp_path):
     (tmp_path / "sweep" / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "sweep" / "loop").symlink_to(tmp_path / "sweep")
     result = synthesize(tmp_path / "sweep", render=True)
-    assert result.err == "" and r" x\|y_original_size_mIoU |" in result.out.splitlines()[0]
+    assert result.err == "" and r" x\|y at own size |" in result.out.splitlines()[0]
     shown = [line.split(" | ")[0].strip("| ") for line in result.out.split("\n\n")[0].splitlines()[2:]]
     assert shown == [r'a\|b, "c"', "two lines", "$x$_$", "_hidden", "実験", "1e3", "link/linked"]
     assert [row["name"] for row in results_csv(tmp_path / "sweep")] == [*names, "link/linked"]
@@ -258,18 +276,18 @@ def test_published_figures_stand_beside_ours(tmp_path):
         {"params": {"head": "gcn", "kernel_size": 13}, "mIoU": 0.74},
         {"params": {"head": "conv1x1"}, "mIoU": 0.69, "boundary_accuracy": 0.713},
     )
-    result = synthesize(tmp_path)
+    result = synthesize(tmp_path, "--all")
     columns = ["name", "mIoU", "published_mIoU", "boundary_accuracy", "published_boundary_accuracy"]
     columns += ["interior_accuracy"]
     assert [tuple(row[column] for column in columns) for row in result.rows] == [
-        ("seven", "0.6000", "0.7280", "-", "-", "-"),
-        ("any name", "0.5000", "0.6900", "0.6100", "0.7130", "-"),
-        ("nine", "0.4000", "-", "-", "-", "-"),
-        ("new", "-", "0.7400", "-", "-", "-"),
+        ("seven", "0.600", "0.728", "-", "-", "-"),
+        ("any name", "0.500", "0.690", "0.610", "0.713", "-"),
+        ("nine", "0.400", "-", "-", "-", "-"),
+        ("new", "-", "0.740", "-", "-", "-"),
     ]
-    assert list(result.rows[0])[3:5] == ["mIoU", "published_mIoU"]
+    assert {"mIoU", "published_mIoU"} < {*result.rows[0]}
     assert result.out.endswith("\n\nPublished: A paper, table 1\n")
-    rows = synthesize(tmp_path, "--sort", "published_mIoU").rows
+    rows = synthesize(tmp_path, "--all", "--sort", "published_mIoU").rows
     assert [row["name"] for row in rows] == ["new", "seven", "any name", "nine"]
 
 
@@ -327,26 +345,26 @@ def test_over_seeds_has_a_row_for_runs_that_differ_in_their_seed_only(tmp_path):
     experiment(sweep / "alone", [0.4, 0.5], seed=7)
     (experiment(sweep / "batch_size_8__seed_6") / "params.json").write_text("{")
     publish(sweep, FIGURE)
-    rows = synthesize(sweep, "--over_seeds", render=True).rows
+    result = synthesize(sweep, "--over_seeds", "--all", render=True)
+    rows = result.rows
     assert [row["name"] for row in rows] == ["alone", "batch_size_8", "batch_size_8__seed_6"]
-    assert {key: rows[1][key] for key in list(rows[1])[1:10]} == {
+    expected = {
+        "state": "3 finished, 1 failed, 1 not started",  # unfinished runs count in no mean
+        "mIoU": "0.300 ± 0.265",  # sqrt((0.2^2 + 0.1^2 + 0.3^2) / (3 - 1))
+        "test at own size": "-",  # a mean over one of three
+        "val at own size": "0.400 ± 0.265",
         "seeds": "1 2 3",
         "batch_size": "8",
-        "mIoU": "0.3000",
-        "mIoU_std": "0.2646",  # sqrt((0.2^2 + 0.1^2 + 0.3^2) / (3 - 1))
-        "published_mIoU": "0.7000",
-        "test_original_size_mIoU": "-",  # a mean over one of three
-        "test_original_size_mIoU_std": "-",
-        "val_original_size_mIoU": "0.4000",
-        "val_original_size_mIoU_std": "0.2646",
+        "published_mIoU": "0.700",
     }
-    assert rows[1]["state"] == "3 finished, 1 failed, 1 not started", "unfinished runs count in no mean"
-    assert [rows[0][key] for key in ("seeds", "mIoU", "mIoU_std", "best_epoch")] == ["7", "0.5000", "-", "2.0"]
+    assert [*rows[1].items()][1:8] == [*expected.items()], "in the order of what is looked for first"
+    assert float(result.file[1]["mIoU_std"]) == pytest.approx(0.2646, abs=1e-4)
+    assert [rows[0][key] for key in ("seeds", "mIoU", "best_epoch")] == ["7", "0.500", "2.0"]
     assert rows[2]["state"] == "1 unreadable" and "seed" not in rows[0]
     assert [row["name"] for row in results_csv(sweep)] == ["alone", "batch_size_8", "batch_size_8__seed_6"]
     finished_only = (sweep / "results.png").read_bytes()
     write_history(sweep / "batch_size_8__seed_4", [epoch(1, 0.3)])
-    synthesize(sweep, "--over_seeds", render=True)
+    synthesize(sweep, "--over_seeds", "--all", render=True)
     assert (sweep / "results.png").read_bytes() == finished_only, "the plot is of the runs that the table counts"
 
 
@@ -372,7 +390,7 @@ def test_a_run_and_its_copy_are_one_seed(tmp_path):
     experiment(tmp_path / "third", [0.5], seed=2)
     shutil.copytree(tmp_path / "it", tmp_path / "twin")
     result = synthesize(tmp_path, "--over_seeds", "--sort", "seeds")
-    assert [(row["seeds"], row["mIoU"]) for row in result.rows if row["state"] == "2 finished"] == [("1 2", "0.4000")]
+    assert [(row["seeds"], row["mIoU"]) for row in result.rows if row["seeds"] == "1 2"] == [("1 2", "0.400 ± 0.141")]
     assert "twin: finished, not counted, for it has another run of its seed" in result.err
     assert result.err.count("not counted") == 1 and "not counted" not in synthesize(tmp_path).err
 
@@ -392,7 +410,7 @@ def test_runs_over_seeds_are_called_by_what_they_share_if_that_is_theirs_alone(t
     runs = []
     for seed, (name, batch_size) in enumerate(name.split(":") for name in names):
         runs.append(Run(tmp_path, name.replace("TOP", tmp_path.name), {"seed": seed, "batch_size": batch_size}))
-    groups = by_seed(runs, tmp_path)
+    groups = by_seed(runs, tmp_path.name)
     assert {name.replace(tmp_path.name, "TOP"): len(group) for name, group in groups.items()} == expected
     assert without_seed("deep/precision_bf16__seed_3__head_gcn", "") == "deep/precision_bf16__head_gcn"
     assert without_seed("my_seed_1", "") == "my_seed_1"
@@ -439,23 +457,39 @@ def test_every_row_is_compared_with_the_baseline_on_every_split(tmp_path):
     scored(sweep / "sample", simulated(rng, 20, quality=0.5), "test", dataset="sample")
     experiment(sweep / "unscored", [0.5])
     result = synthesize(sweep, "--baseline", "old", "--by_class")
-    rows = {row["name"]: row for row in result.rows}
-    assert {name: (row["val_verdict"], row["test_verdict"]) for name, row in rows.items()} == {
-        "old": ("baseline", "baseline"),
+    file = {row["name"]: row for row in result.file}
+    assert {name: (row["val_mIoU_verdict"], row["test_mIoU_verdict"]) for name, row in file.items()} == {
+        "old": ("", ""),
         "good": ("better (optimistic, one seed)", "better (one seed)"),
-        "alike": ("open", "-"),
-        "sample": ("-", "-"),
-        "unscored": ("-", "-"),
+        "alike": ("open", ""),
+        "sample": ("", ""),
+        "unscored": ("", ""),
     }
     difference = mIoU(better.pixels.sum(0)) - mIoU(first.pixels.sum(0))
-    assert float(rows["good"]["test_difference"]) == pytest.approx(difference, abs=1e-4)
-    assert 0 < float(rows["good"]["test_low"]) < difference < float(rows["good"]["test_high"])
-    assert "Differences are in mIoU, with 95 % intervals" in result.out
+    low, high = (float(file["good"][f"test_mIoU_{end}"]) for end in ("low", "high"))
+    assert float(file["good"]["test_mIoU_difference"]) == pytest.approx(difference) and 0 < low < difference < high
+    said = f"{difference:+.3f} ({low:+.3f} to {high:+.3f}) better (one seed)"
+    rows = {row["name"]: row for row in result.rows}
+    assert [*rows["good"].items()][1] == ("test: difference", said), "what chose no epoch comes first"
+    on_val = "val: difference (optimistic)"
+    assert [*rows["old"].items()][1:3] == [("test: difference", "baseline"), (on_val, "baseline")]
+    assert rows["alike"]["test: difference"] == "-" and rows["good"][on_val].endswith(") better (one seed)")
+    assert "not scored on test by evaluate.py --original_size: alike, unscored" in result.err
+    assert "with 95 % intervals (docs/COMPARING.md)" in result.out
     classes = table(result.out.split("\n\n")[-1])
     assert [row["IoU on val"] for row in classes] == NAMES
-    assert [row["good"].partition(") ")[2] for row in classes] == ["better", "better", "better", "few photos"]
-    file = {row["name"]: row for row in results_csv(sweep)}
-    assert float(file["good"]["test_low"]) > 0 and file["sample"]["test_low"] == ""
+    assert [row["good"].split(" ", 4)[-1] for row in classes] == [*["better"] * 3, classes[3]["good"].split(" ", 4)[-1]]
+    assert classes[3]["good"].endswith(" few photos") and "(" not in classes[3]["good"]
+    by_folder = synthesize(sweep, "--baseline", str(sweep / "old"), "--metric", "pixel_accuracy", "mIoU")
+    file = {row["name"]: row for row in by_folder.file}
+    assert file["good"]["test_mIoU_verdict"] == file["good"]["test_pixel_accuracy_verdict"] == "better (one seed)"
+    accuracy = [np.trace(run.pixels.sum(0)) / run.pixels.sum() for run in (better, first)]
+    assert float(file["good"]["test_pixel_accuracy_difference"]) == pytest.approx(accuracy[0] - accuracy[1])
+    assert "test: pixel_accuracy difference" in by_folder.rows[0]
+    few = synthesize(sweep, "--baseline", "old", "--group", "^.")  # nine groups: ids begin with 0 to 5 ... 9
+    assert {row["test_mIoU_verdict"] for row in few.file} >= {"better (one seed)"}
+    with pytest.raises(UserError, match="--group '5' does not match '0'"):
+        synthesize(sweep, "--baseline", "old", "--group", "5")
 
 
 def test_scores_of_other_weights_than_the_best_epochs_are_not_shown_nor_compared(tmp_path):
@@ -466,13 +500,14 @@ def test_scores_of_other_weights_than_the_best_epochs_are_not_shown_nor_compared
         scored(tmp_path / name, simulated(rng, 60, quality=quality, shared=first.labelled), "val")
         digest(tmp_path / name, "metrics_val_best_weights.json", name)
         digest(tmp_path / name, "metrics_val_best_original_size.json", name)
-    rows = {row["name"]: row for row in synthesize(tmp_path, "--baseline", "old").rows}
-    assert rows["new"]["val_verdict"].startswith("better")
+    rows = {row["name"]: row for row in synthesize(tmp_path, "--baseline", "old").file}
+    assert rows["new"]["val_mIoU_verdict"].startswith("better")
     digest(tmp_path / "new", "metrics_val_best_weights.json", "of another network")
     result = synthesize(tmp_path, "--baseline", "old")
     rows = {row["name"]: row for row in result.rows}
-    assert (rows["new"]["val_original_size_mIoU"], rows["new"]["val_verdict"]) == ("-", "-")
+    assert rows["new"]["val at own size"] == "-" and "val: difference (optimistic)" not in rows["new"]
     assert result.err == (
+        "not scored on val by evaluate.py --original_size: new\n"
         "new: finished, metrics_val_best_original_size.json: not of the weights of the best epoch; "
         "score again with evaluate.py\n"
     )
@@ -491,9 +526,10 @@ def test_nothing_is_said_of_few_photos(tmp_path):
     shared = simulated(rng, 9, quality=0.2).labelled
     for name, quality in (("old", 0.1), ("new", 0.9)):
         scored(tmp_path / name, simulated(rng, 9, quality=quality, shared=shared), "val")
-    new, _ = synthesize(tmp_path, "--baseline", "old").rows
-    assert [new[f"val_{column}"] for column in ("low", "high", "verdict")] == ["-", "-", "few photos"]
-    assert float(new["val_difference"]) > 0.2
+    result = synthesize(tmp_path, "--baseline", "old")
+    (new, _), (said, _) = result.file, result.rows
+    assert new["val_mIoU_verdict"] == "few photos" and "val_mIoU_low" not in new
+    assert float(new["val_mIoU_difference"]) > 0.2 and said["val: difference (optimistic)"].count(" ") == 2
 
 
 def test_seeds_are_compared_as_one(tmp_path):
@@ -503,21 +539,21 @@ def test_seeds_are_compared_as_one(tmp_path):
         for seed in (1, 2, 3):
             run = simulated(rng, 60, quality=quality + seed / 100, shared=shared)
             scored(tmp_path / f"{name}__seed_{seed}", run, "test", seed=seed, batch_size=1 + (name == "old"))
-    rows = synthesize(tmp_path, "--over_seeds", "--baseline", "old").rows
-    assert [(row["name"], row["seeds"], row["test_verdict"]) for row in rows] == [
+    rows = synthesize(tmp_path, "--over_seeds", "--baseline", "old").file
+    assert [(row["name"], row["seeds"], row["test_mIoU_verdict"]) for row in rows] == [
         ("new", "1 2 3", "better"),
-        ("old", "1 2 3", "baseline"),
+        ("old", "1 2 3", ""),
     ]
     # Run by run: what a seed changes is known from the others.
-    rows = synthesize(tmp_path, "--baseline", "old__seed_1").rows
-    assert {row["name"]: row["test_verdict"] for row in rows} == {
-        "old__seed_1": "baseline",
+    rows = synthesize(tmp_path, "--baseline", "old__seed_1").file
+    assert {row["name"]: row["test_mIoU_verdict"] for row in rows} == {
+        "old__seed_1": "",
         **{f"old__seed_{seed}": "open" for seed in (2, 3)},
         **{f"new__seed_{seed}": "better" for seed in (1, 2, 3)},
     }
     (tmp_path / "new__seed_2" / "counts_test_best_original_size.npz").unlink()
     rows = synthesize(tmp_path, "--over_seeds", "--baseline", "old").rows
-    assert [row["test_verdict"] for row in rows] == ["-", "baseline"], "not by the two that were counted"
+    assert "test: difference" not in rows[0], "not by the two that were counted"
 
 
 def test_what_cannot_be_compared_is_one_line(tmp_path, capsys):
@@ -546,7 +582,7 @@ def test_the_table_shows_what_was_trained_with_and_names_what_was_edited_since(t
     folder = shutil.copytree(trained[0], tmp_path / "run")
     params = json.loads((folder / "params.json").read_text())
     (folder / "params.json").write_text(json.dumps(params | {"learning_rate": 0.5, "num_epochs": 99}))
-    run = synthesize_results.read(folder, tmp_path)
+    run = read(folder, tmp_path)
     assert (run.params["learning_rate"], run.state) == (1e-6, "finished")
     assert run.problem.endswith("the table does not show it: learning_rate, num_epochs")
 
@@ -561,3 +597,36 @@ def test_runs_on_other_photos_or_masks_of_one_folder_are_not_ranked_among_each_o
         found = synthesize(tmp_path, "--sort", column)
         assert [row["name"] for row in found.rows] == ["c", "a", "b"]
         assert found.err == "b: finished, val had other photos or masks than for a: not comparable\n"
+
+
+# ---------------------------------------------------------------------------------------- what is asked for
+
+
+def test_runs_can_be_named_and_the_table_fits_a_terminal(tmp_path, monkeypatch):
+    """With twenty rows that differ in a dozen keys; folders of other places are called by what is not common."""
+    for number in range(20):
+        options = {"learning_rate": 0.1 / (number + 1), "batch_size": number + 1, "image_size": 32 + number}
+        options |= {"weight_decay": number / 100, "momentum": number / 100, "seed": number}
+        own_size = {split: {"mIoU": number / 30} for split in ("val", "test")}
+        experiment(tmp_path / "sweep" / f"learning_rate_{number}", [number / 20], own_size=own_size, **options)
+    experiment(tmp_path / "other" / "run", [0.7])
+    experiment(tmp_path / "unnamed", [0.8])
+    monkeypatch.chdir(tmp_path)
+    command = ["synthesize_results.py", "sweep", "other/run", "other/run/"]
+    monkeypatch.setattr(sys, "argv", command)
+    with redirect_stdout(io.StringIO()) as out:
+        synthesize_results.main(synthesize_results.parse_args())
+    assert max(map(len, out.getvalue().splitlines())) <= 120
+    rows = table(out.getvalue().split("\n\n")[0])
+    assert len(rows) == 21 and {"other/run", "sweep/learning_rate_3"} < {row["name"] for row in rows}
+    assert [*rows[0]][:4] == ["name", "mIoU", "test at own size", "val at own size"]
+    left_out = out.getvalue().split("\n\n")[1]
+    assert left_out.startswith("results.csv also has ") and "weight_decay" in left_out.replace("\n", " ")
+    assert {path.name for path in (tmp_path / "results").iterdir()} >= {
+        *("results.md", "results.csv", "results.tex", "results.png")
+    }
+    latex = (tmp_path / "results" / "results.tex").read_text()
+    assert latex.count(r"\\") == 22 and r"sweep/learning\_rate\_3 " in latex and r"\toprule" in latex
+    monkeypatch.setattr(sys, "argv", [*command, "--parent_dir", "other"])
+    with pytest.raises(SystemExit):
+        synthesize_results.parse_args()
