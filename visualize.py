@@ -6,10 +6,12 @@ from itertools import accumulate
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from model.metrics import ConfusionMatrix
 from model.voc import ERROR_COLOUR, VOID, VOID_COLOUR, colour_mask, is_background, palette
 
 MARGIN, TEXT = 8, 22  # pixels
@@ -18,17 +20,22 @@ LETTERS: dict[str, Any] = {"fill": "black", "font_size": 14, "anchor": "lm"}  # 
 Entry = tuple[tuple[int, int, int] | None, str]  # of a legend: a colour, None for what is not coloured, and its label
 
 
-def comparison(examples: Sequence[Sequence[np.ndarray]], names: Sequence[str], *, side: int = 160) -> Image.Image:
-    """Return one column per example, with photo, truth and prediction, and a legend of what is in them.
+def comparison(
+    examples: Sequence[Sequence[np.ndarray]], names: Sequence[str], *, title: str, side: int = 160
+) -> Image.Image:
+    """Return one column per example, its mIoU above photo, truth and prediction, and a legend of what is in them.
 
     An example is photo (H, W, 3), truth and prediction (H, W), all uint8, of a size of its own. side is the number of
-    pixels of the longer side of a tile.
+    pixels of the longer side of a tile. The title stands in the corner.
     """
     left, step = 90, side + MARGIN
     maps = [labels for _, *both in examples for labels in both]
-    canvas, draw = _page(_legend(_present(maps, names), left + max(3, len(examples)) * step), MARGIN + 3 * step)
+    canvas, draw = _page(_legend(_present(maps, names), left + max(3, len(examples)) * step), TEXT + 3 * step)
+    draw.text((MARGIN, TEXT // 2), title, **LETTERS)
+    for column, (_, truth, prediction) in enumerate(examples):
+        draw.text((left + column * step, TEXT // 2), f"mIoU {_mean_iou(truth, prediction)}", **LETTERS)
     for row, name in enumerate(("photo", "truth", "prediction")):
-        top = MARGIN + row * step
+        top = TEXT + row * step
         draw.text((MARGIN, top + side // 2), name, **LETTERS)
         for column, example in enumerate(examples):
             picture = colour_mask(example[row], names) if row else Image.fromarray(example[0])
@@ -99,6 +106,14 @@ def blend(photo: Image.Image, labels: np.ndarray, names: Sequence[str]) -> Image
     return Image.composite(mixed, photo, Image.fromarray(~np.isin(np.array(classes), bare)))
 
 
+def _mean_iou(truth: np.ndarray, prediction: np.ndarray) -> str:
+    """Return the mIoU of one photo, "-" where all of its truth is void."""
+    confusion = ConfusionMatrix(VOID)
+    confusion.update(*(torch.from_numpy(part)[None] for part in (prediction, truth)))
+    value = confusion.compute()["mIoU"]
+    return "-" if value is None else f"{value:.2f}"
+
+
 def _tile(picture: Image.Image, side: int) -> Image.Image:
     """Return a photo or a mask as RGB whose longer side has that many pixels."""
     width, height = (max(1, round(side * length / max(picture.size))) for length in picture.size)
@@ -133,8 +148,11 @@ def _legend(entries: Sequence[Entry], width: int) -> Image.Image:
     return legend
 
 
-def training_curves(history: Sequence[Mapping]) -> Figure:
-    """Return every metric of a run and its learning rate by epoch; history is what history.jsonl holds."""
+def training_curves(history: Sequence[Mapping], best: int) -> Figure:
+    """Return every metric of a run and its learning rate by epoch, and what they are in the best epoch.
+
+    history is what history.jsonl holds.
+    """
     lines: dict[str, dict] = {}  # by metric the values of "train" and "val"
     for metric in dict.fromkeys(key for record in history for key in record["val"]):
         lines[metric] = {part: [record[part].get(metric) for record in history] for part in ("train", "val")}
@@ -147,6 +165,9 @@ def training_curves(history: Sequence[Mapping]) -> Figure:
         for label, values in parts.items():
             marker = "." if len(values) < 50 else ""
             axes.plot([record["epoch"] for record in history], np.array(values, float), marker=marker, label=label)
+        value = values[best - 1]  # of validation, or the learning rate
+        label = f"best epoch ({best})" + ("" if value is None else f": {value:.4g}")
+        axes.axvline(best, color="grey", linestyle="--", label=label)
         axes.set(title=title.replace("_", " "), xlabel="epoch")
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))

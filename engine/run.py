@@ -61,6 +61,7 @@ RUN_LOCK = ".lock"  # held while train.py works in a folder
 LOCK_PATIENCE = 8.0  # seconds; loader processes of a killed run, which inherit its lock, end within five
 RESUME_NEEDS = (*NEEDED_BY_WEIGHTS, "optimizer", "dataset", "best_metric")  # as they were
 LINE_INTERVAL = 30.0  # seconds at least between two lines about an epoch, where no progress bar is drawn
+ESTIMATE_AFTER = 10.0  # seconds of steps from whose speed follows how long a run takes
 DRAWING_INTERVAL = 10.0  # seconds between two drawings of curves.png, or short epochs would wait for it
 
 
@@ -291,8 +292,10 @@ class EpochProgress:
 
     def __init__(self, training: Training, sizes: list[int]):  # the images of each batch
         self.title = f"epoch {training.epoch + 1}/{training.params.num_epochs}"
-        self.steps, self.said = len(sizes), time.monotonic()
+        self.steps, self.epochs, self.said = len(sizes), training.params.num_epochs, time.monotonic()
         self.bar = devices.bar(sum(sizes), self.title)
+        self.estimates = training.epoch == 0
+        self.warm = 0.0  # when the first two steps, which are slower, had ended
 
     def update(self, images: int, losses: torch.Tensor) -> None:
         """Count a batch; losses has one value per step so far, and is read only where it is shown."""
@@ -303,6 +306,19 @@ class EpochProgress:
         elif self.bar.disable and devices.is_main() and ends_a_tenth and time.monotonic() - self.said > LINE_INTERVAL:
             self.said = time.monotonic()
             logging.info(f"{self.title}: {step / self.steps:.0%}, train loss {losses.mean():.4f}")
+        self._estimate(step)
+
+    def _estimate(self, step: int) -> None:
+        """Say once in a run how long it takes, unless that is about a minute, from the speed of its first steps."""
+        now = time.monotonic()
+        if step == 2:
+            self.warm = now
+        elif self.estimates and step > 2 and now - self.warm >= ESTIMATE_AFTER:
+            self.estimates = False
+            whole = (now - self.warm) / (step - 2) * self.steps * self.epochs
+            if whole > 90:
+                self.bar.clear()  # or the line would stand behind it
+                logging.info(f"about {duration(whole)} for the whole run, without validation")
 
 
 class EpochOutputs:
@@ -316,8 +332,7 @@ class EpochOutputs:
     def write_epoch(self, training: Training, val_set: SegmentationDataset) -> None:
         """Write last.pth.tar, which decides that the epoch has ended, and then all that follows from it."""
         save_checkpoint(state := training.state_dict(), self.model_dir / "last.pth.tar")
-        is_best = training.metrics["best"]["epoch"] == training.epoch
-        logging.info(epoch_line(training.history[-1], training.params, is_best=is_best))
+        logging.info(epoch_line(training))
         draws_curves = training.stop_reason is not None or time.monotonic() - self.drawn > DRAWING_INTERVAL
         self.write_rest(state, sample_predictions(training, val_set), curves=draws_curves)
 
@@ -330,7 +345,8 @@ class EpochOutputs:
             write_json(self.model_dir / f"metrics_val_{name}_weights.json", metrics)
         save_picture(picture, self.model_dir / "samples.png")
         if curves:
-            save_figure(training_curves(state["history"]), self.model_dir / "curves.png")
+            best = state["metrics"]["best"]["epoch"]
+            save_figure(training_curves(state["history"], best), self.model_dir / "curves.png")
             self.drawn = time.monotonic()
         for tracker in self.trackers:
             tracker.log(state["history"][-1], picture)
@@ -435,15 +451,26 @@ def sample_predictions(training: Training, dataset: SegmentationDataset, count: 
     shown = [
         [part[top:bottom, left:right].numpy() for part in example] for example, (left, top, right, bottom) in photos
     ]
-    return comparison(shown, dataset.class_names)
+    return comparison(shown, dataset.class_names, title=f"epoch {training.epoch}")
 
 
-def epoch_line(record: dict, params: Params, *, is_best: bool) -> str:
+def epoch_line(training: Training) -> str:
+    record, params = training.history[-1], training.params
     shown = dict.fromkeys(("mIoU", "pixel_accuracy", params.best_metric))
     values = [f"{key} {score(record, key):.4f}".replace("_", " ") for key in shown if key != "loss"]
+    left = record["seconds"] * (params.num_epochs - record["epoch"])
     return (
         f"epoch {record['epoch']}/{params.num_epochs}: "
         f"train loss {record['train']['loss']:.4f}, val loss {record['val']['loss']:.4f}, "
         f"{', '.join(values)}, lr {record['learning_rate']:.3g}, "
-        f"{record['seconds']:.1f} s, {record['images_per_second']:.1f} images/s{' (best)' if is_best else ''}"
+        f"{record['seconds']:.1f} s, {record['images_per_second']:.1f} images/s"
+        f"{'' if training.stop_reason else f', {duration(left)} left'}"
+        f"{' (best)' if training.metrics['best']['epoch'] == training.epoch else ''}"
     )
+
+
+def duration(seconds: float) -> str:
+    """Return a length of time as people say it: 40 s, 23 min, 3.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

@@ -30,28 +30,19 @@ def is_background(name: str) -> bool:
 def palette(names: Sequence[str] = CLASS_NAMES) -> np.ndarray:
     """Return the colours of class indices, uint8 (256, 3), the last one void's.
 
-    For VOC's names they are VOC's, as its server and other programs know them. For others they are matplotlib's tab20
-    or, for more than 20 classes, a palette of Glasbey's kind from colorcet; black for a class called background.
+    For VOC's names they are VOC's, as its server and other programs know them. For others they are of Glasbey's kind,
+    each as far from those before it as can be, also when they are blended with a photo; black for background.
     """
     if is_voc(names):
         return voc_palette()
+    from colorcet import glasbey_bw_minc_20  # not at the top: few need it, and it takes half a second
+
     objects = [index for index, name in enumerate(names) if not is_background(name)]
     colours = np.zeros((256, 3), dtype=np.uint8)
-    colours[objects] = np.rint(255 * np.array(_distinct(len(objects))))
+    # Without the first, a red like that of errors. None is grey, which on a photo would look like no class.
+    colours[objects] = np.rint(255 * np.array(glasbey_bw_minc_20[1 : len(objects) + 1]))
     colours[VOID] = VOID_COLOUR
     return colours
-
-
-def _distinct(count: int) -> Sequence[Sequence[float]]:
-    """Return count (at most 256) colours, red, green and blue from 0 to 1; the strong ones of tab20 come first."""
-    if count <= 20:
-        from matplotlib import colormaps  # here, and colorcet, for few need them, and they take half a second
-
-        tab20 = colormaps["tab20"].colors  # type: ignore[attr-defined]
-        return [*tab20[::2], *tab20[1::2]][:count]
-    from colorcet import glasbey_category10
-
-    return glasbey_category10[:count]
 
 
 def voc_palette() -> np.ndarray:

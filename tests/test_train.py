@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, as_network, make_data, make_experiment, run_script, start_script
-from PIL import Image
+from PIL import Image, ImageChops
 from torch import nn
 
 import train
@@ -728,6 +728,38 @@ def test_a_long_epoch_says_every_tenth_where_there_is_no_terminal(tmp_path, monk
 
 
 @pytest.mark.parametrize(
+    ("done", "steps", "said"),
+    [(0, 80, ["about 20 min for the whole run, without validation"]), (0, 5, []), (1, 80, [])],
+    ids=("minutes", "a minute", "resumed"),
+)
+def test_a_run_says_once_how_long_it_takes_from_the_speed_of_its_steps(monkeypatch, caplog, done, steps, said):
+    """The first two, which take a minute each here, do not count; the others take five seconds, in three epochs."""
+    caplog.set_level("INFO")
+    now = 0.0
+    monkeypatch.setattr(run.time, "monotonic", lambda: now)
+    training = Training(network(2), Params(**TINY | {"num_epochs": 3}), steps)
+    training.epoch = done
+    progress = run.EpochProgress(training, [3] * steps)
+    for step in range(1, min(steps, 9) + 1):
+        now += 60 if step <= 2 else 5
+        progress.update(3, torch.ones(step))
+    assert [line for line in caplog.messages if "whole run" in line] == said
+
+
+@pytest.mark.parametrize(
+    ("mean_ious", "ends"),
+    [([0.5], "images/s, 5 min left (best)"), ([0.5, 0.4], "2.0 images/s"), ([0.5, 0.6, 0.7], "2.0 images/s (best)")],
+    ids=("first", "early stop", "last"),
+)
+def test_an_epochs_line_says_how_long_the_rest_takes_unless_it_is_the_last(mean_ious, ends):
+    training = Training(network(2), Params(**TINY | {"num_epochs": 3, "early_stopping_patience": 1}), 1)
+    for value in mean_ious:
+        scores = {"loss": 1.0, "mIoU": value, "pixel_accuracy": 0.5}
+        training.end_epoch(scores | {"learning_rate": 0.1}, scores, seconds=150.0, images_per_second=2.0)
+    assert run.epoch_line(training).endswith(ends)
+
+
+@pytest.mark.parametrize(
     ("length", "shown"), [(12, [0, 2, 4, 6, 8, 10]), (8, [0, 1, 2, 4, 5, 6]), (2, [0, 1])], ids=str
 )
 def test_the_samples_are_spread_evenly_over_the_list(tmp_path, length, shown):
@@ -736,7 +768,11 @@ def test_the_samples_are_spread_evenly_over_the_list(tmp_path, length, shown):
         Image.new("RGB", (32, 32), (10 * index,) * 3).save(photo)
     split = Split("val", [photo.stem for photo in photos], photos, None)
     dataset = SegmentationDataset(split, class_names=["a", "b"], image_size=32, cache=False)
-    picture = run.sample_predictions(Training(network(2), Params(**TINY | {"num_classes": 2}), 1), dataset)
+    training = Training(network(2), Params(**TINY | {"num_classes": 2}), 1)
+    picture = run.sample_predictions(training, dataset)
+    training.epoch = 12
+    changed = ImageChops.difference(picture, run.sample_predictions(training, dataset)).getbbox()
+    assert changed and changed[2] < 90 and changed[3] < 22, "the number of the epoch, in the corner"
     tiles = [picture.getpixel((90 + 80 + column * 168, 80))[0] for column in range(len(shown))]
     assert tiles == [10 * index for index in shown]
 

@@ -163,6 +163,16 @@ def test_two_params_do_not_share_their_loss_weights():
     assert Params().loss_weights is not Params().loss_weights
 
 
+def test_a_length_of_time_reads_well():
+    assert [run.duration(seconds) for seconds in (0.4, 59, 1380, 5000, 9000)] == [
+        "0 s",
+        "59 s",
+        "23 min",
+        "83 min",
+        "2.5 h",
+    ]
+
+
 def test_a_file_is_replaced_whole_or_left_alone(tmp_path):
     path = tmp_path / "file"
     utils.write_text(path, "first")

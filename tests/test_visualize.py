@@ -1,10 +1,12 @@
+import math
+
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms, ImageDraw, ImageFont
 
 from evaluate import confusion_figure
 from model.voc import CLASS_NAMES, ERROR_COLOUR, VOID, VOID_COLOUR, colour_mask, palette, voc_palette
-from visualize import MARGIN, TEXT, comparison, error_picture, overlay, training_curves
+from visualize import LETTERS, MARGIN, TEXT, comparison, error_picture, overlay, training_curves
 
 STREETS = ("road", "sky", "car")
 
@@ -14,6 +16,13 @@ def swatches(picture: Image.Image, *, below: int) -> set[tuple[int, int, int]]:
     pixels = np.array(picture)[below:].reshape(-1, 3)
     colours, counts = np.unique(pixels, axis=0, return_counts=True)
     return {tuple(colour) for colour in colours[counts > 100].tolist() if len(set(colour)) > 1}
+
+
+def says(picture: Image.Image, text: str, *, left: int) -> bool:
+    """Whether a text, and nothing else, stands in the first line, from a column of pixels on."""
+    line = Image.new("RGB", (math.ceil(ImageFont.load_default(size=14).getlength(text)) + MARGIN, TEXT), "white")
+    ImageDraw.Draw(line).text((0, TEXT // 2), text, **LETTERS)
+    return picture.crop((left, 0, left + line.width, TEXT)) == line
 
 
 def colour(index: int, names=CLASS_NAMES) -> tuple[int, int, int]:
@@ -36,6 +45,18 @@ def test_colours_of_other_classes_differ_from_one_another_and_from_what_else_is_
     assert len(np.unique([*colours.tolist(), *others], axis=0)) == count + len(others)
 
 
+@pytest.mark.parametrize(("count", "least"), [(2, 80), (11, 16), (19, 13)])  # 11 as in CamVid, 19 as in Cityscapes
+def test_classes_differ_when_they_are_blended_with_a_photo(count, least):
+    """Bounds of the CIELAB distance of every pair, and of each to the photo, at half opacity on three greys."""
+    to_lab = [ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")]
+    for grey in (40, 128, 215):
+        blended = np.rint((np.array([*palette([str(n) for n in range(count)])[:count], [grey] * 3]) + grey) / 2)
+        lab = ImageCms.profileToProfile(Image.fromarray(blended[None].astype(np.uint8)), *to_lab, outputMode="LAB")
+        scaled = (np.array(lab)[0].astype(np.uint8) ^ [0, 128, 128]) * [100 / 255, 1, 1]  # a and b are signed
+        apart = np.linalg.norm(scaled[:, None] - scaled, axis=2)
+        assert apart[np.triu_indices(count, 1)].min() > least and apart[count, :count].min() > 10
+
+
 def test_a_class_called_background_is_black_wherever_it_stands():
     shown = palette(["road", "Background", "car"])[:3].tolist()
     assert shown == [palette(STREETS)[0].tolist(), [0, 0, 0], palette(STREETS)[1].tolist()]
@@ -54,24 +75,27 @@ def test_a_colour_mask_keeps_its_indices_and_shows_the_palette(tmp_path, names):
 # ---------------------------------------------------------------------------------------- pictures
 
 
-def test_a_comparison_shows_photo_truth_and_prediction_of_each_example_in_its_place():
+def test_a_comparison_shows_mean_iou_photo_truth_and_prediction_of_each_example_in_its_place():
     images = np.stack([np.full((8, 8, 3), grey, dtype=np.uint8) for grey in (50, 200)])
     labels = np.stack([np.full((8, 8), 3), np.full((8, 8), VOID)]).astype(np.uint8)
     predictions = np.stack([np.full((8, 8), 5), np.full((8, 8), 0)]).astype(np.uint8)
-    picture = comparison(list(zip(images, labels, predictions, strict=True)), CLASS_NAMES, side=40)
-    for column, (photo, truth, prediction) in enumerate([(50, 3, 5), (200, VOID, 0)]):
-        x = 90 + column * (40 + MARGIN) + 20
-        centres = [picture.getpixel((x, MARGIN + row * (40 + MARGIN) + 20)) for row in range(3)]
+    predictions[0, :2] = 3
+    picture = comparison(list(zip(images, labels, predictions, strict=True)), CLASS_NAMES, title="epoch 7", side=80)
+    assert says(picture, "epoch 7", left=MARGIN)
+    for column, (value, photo, truth, prediction) in enumerate([("0.25", 50, 3, 5), ("-", 200, VOID, 0)]):
+        x = 90 + column * (80 + MARGIN)
+        assert says(picture, f"mIoU {value}", left=x)
+        centres = [picture.getpixel((x + 40, TEXT + row * (80 + MARGIN) + 40)) for row in range(3)]
         assert centres == [(photo,) * 3, colour(truth), colour(prediction)]
-    assert swatches(picture, below=3 * (40 + MARGIN) + MARGIN) == {colour(index) for index in (3, 5, VOID)}
+    assert swatches(picture, below=3 * (80 + MARGIN) + TEXT) == {colour(index) for index in (3, 5, VOID)}
 
 
 def test_the_legend_shows_what_is_in_the_picture_and_grows_with_it():
     def picture(*classes: int, names=CLASS_NAMES) -> Image.Image:
         labels = np.array(classes, dtype=np.uint8).reshape(1, -1)
-        return comparison([(np.zeros((1, len(classes), 3), np.uint8), labels, labels)], names, side=40)
+        return comparison([(np.zeros((1, len(classes), 3), np.uint8), labels, labels)], names, title="", side=40)
 
-    below = 3 * (40 + MARGIN) + MARGIN
+    below = 3 * (40 + MARGIN) + TEXT
     assert swatches(picture(0, 3, VOID), below=below) == {colour(3), VOID_COLOUR}
     assert swatches(picture(*range(21)), below=below) == {colour(index) for index in range(1, 21) if index != 7}  # grey
     assert picture(*range(21)).height > picture(0, 3).height
@@ -159,11 +183,14 @@ def test_the_curves_of_a_run_have_a_panel_for_every_metric_and_one_for_the_learn
 
     history = [epoch(1), epoch(2), epoch(3)]
     history[1]["val"]["loss"] = None
-    *panels, rate = training_curves(history).axes
+    *panels, rate = training_curves(history, 2).axes
     assert [panel.get_title() for panel in panels] == metrics
     for place, panel in enumerate(panels):
-        train, val = (line.get_ydata() for line in panel.lines)
-        assert [text.get_text() for text in panel.get_legend().get_texts()] == ["train", "val"]
+        train, val, _ = (line.get_ydata() for line in panel.lines)
+        value = f": {2 + place / 10 + 1:.4g}" if place else ""  # at 2, where the loss is unknown
+        legend = [text.get_text() for text in panel.get_legend().get_texts()]
+        assert legend == ["train", "val", f"best epoch (2){value}"]
+        assert panel.lines[2].get_xdata() == [2, 2]
         assert train.tolist() == [number + place / 10 for number in (1, 2, 3)]
         assert np.isnan(val).tolist() == ([False, True, False] if place == 0 else [True, False, False])
         assert val[2] == pytest.approx(4 + place / 10)
