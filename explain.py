@@ -102,8 +102,11 @@ def network_input(segmenter: Segmenter, photo: Image.Image) -> Tensor:
     return to_input(square, segmenter.device, **segmenter.input_options)
 
 
-def receptive_field(segmenter: Segmenter, photo: Image.Image, at: tuple[int, int]) -> tuple[Field, int]:
-    """Return the effective receptive field of the predicted class at a pixel x, y of a photo, and that class.
+def receptive_field(
+    segmenter: Segmenter, photo: Image.Image, at: tuple[int, int], index: int | None = None
+) -> tuple[Field, int]:
+    """Return the effective receptive field of a class at a pixel x, y of a photo, and the class, if not given that
+    which is predicted there.
 
     It is the squared gradient of the class's logit with respect to the network's input, summed over the channels (Luo
     et al., arXiv 1701.04128); of the square only what is photo.
@@ -113,7 +116,7 @@ def receptive_field(segmenter: Segmenter, photo: Image.Image, at: tuple[int, int
     width, height = right - left, bottom - top
     column, row = int((at[0] + 0.5) * width / photo.width), int((at[1] + 0.5) * height / photo.height)
     logits = segmenter.model(x)[0, :, top + row, left + column]  # (C)
-    found = int(logits.argmax())
+    found = int(logits.argmax()) if index is None else index
     (gradient,) = torch.autograd.grad(logits[found], x)
     energy = gradient[0].double().square().sum(0)[top:bottom, left:right].cpu().numpy()
     if not energy.sum() > 0:
@@ -190,11 +193,12 @@ def mean_field(fields: Sequence[Field], side: int) -> Field:
 
 
 def stages_figure(
-    photo: Image.Image, truth: np.ndarray | None, maps: Maps, numbers: dict, names: Sequence[str]
+    photo: Image.Image, truth: np.ndarray | None, maps: Maps, numbers: dict, names: Sequence[str], *, title: str
 ) -> Figure:
     """Draw photo and truth, and for each step its map by itself, the sum so far, and the pixels that it turned."""
-    figure = Figure(figsize=(2.2 * (len(maps) + 1), 6.6 * photo.height / photo.width + 2), layout="constrained")
+    figure = Figure(figsize=(2.2 * (len(maps) + 1), 6.6 * photo.height / photo.width + 2.3), layout="constrained")
     axes, colours = figure.subplots(3, len(maps) + 1), palette(names)
+    figure.suptitle(title, fontsize="large")
     for each in axes.flat:
         each.axis("off")
 
@@ -204,22 +208,24 @@ def stages_figure(
 
     show(0, 0, "photo", photo)
     labels, metric, meaning = maps[LAST]["sum"], "pixel_accuracy", "share of the pixels that are as in the result"
+    right_wrong = "turned to what the result says", "turned away from it"
     if truth is not None:
-        labels, metric, meaning = truth, "mIoU", "mIoU"
+        labels, metric, meaning = truth, "mIoU", "mIoU over the classes in the truth of this photo"
+        right_wrong = "turned right by the step", "turned wrong"
         show(1, 0, "truth", colours[truth])
     dark, before = np.array(photo.convert("L").convert("RGB")) // 3, maps["s4"]["sum"]
     for column, (step, of_step) in enumerate(maps.items(), 1):
         if "own" in of_step:
-            title = f"{step.removeprefix('+ ')} by itself: {numbers[step]['by_itself'][metric]:.2f}"
-            show(0, column, title, colours[of_step["own"]])
+            show(0, column, f"{step.removeprefix('+ ')} by itself", colours[of_step["own"]])
         show(1, column, f"{step}: {numbers[step][metric]:.2f}", colours[of_step["sum"]])
         right, wrong = (part[..., None] for part in turned(before, of_step["sum"], labels))
-        picture = np.where(right, RIGHT, np.where(wrong, WRONG, dark))
-        show(2, column, f"right {right.mean():.1%}, wrong {wrong.mean():.1%}" if column > 1 else "", picture)
+        if column > 1:
+            picture = np.where(right, RIGHT, np.where(wrong, WRONG, dark))
+            show(2, column, f"+{right.mean():.1%}, -{wrong.mean():.1%}", picture)
         before = of_step["sum"]
     present = np.unique([labels, *(part for of_step in maps.values() for part in of_step.values())]).tolist()
-    entries = [("void" if index == VOID else names[index], colours[index]) for index in present]
-    entries += [("turned right by the step", np.array(RIGHT)), ("turned wrong", np.array(WRONG))]
+    entries = [("void (not counted)" if index == VOID else names[index], colours[index]) for index in present]
+    entries += zip(right_wrong, map(np.array, (RIGHT, WRONG)), strict=True)
     handles = [Patch(facecolor=tuple(colour / 255), edgecolor="black", label=label) for label, colour in entries]
     figure.legend(handles=handles, loc="outside lower center", ncols=8, fontsize="small", title=f"numbers: {meaning}")
     return figure
@@ -231,7 +237,7 @@ def field_figure(fields: Mapping[str, tuple[Field, np.ndarray | None]], photo: I
     Contours hold SHARES of the energy, in the densest area that does.
     """
     columns, shape = (2, photo.height / photo.width) if photo else (1, 1)
-    figure = Figure(figsize=(4.8 * columns, len(fields) * (4.8 * shape + 0.6)), layout="constrained")
+    figure = Figure(figsize=(4.8 * columns, len(fields) * (4.8 * shape + 1.1)), layout="constrained")
     axes = figure.subplots(len(fields), columns, squeeze=False)
     for row, (title, (field, coloured)) in enumerate(fields.items()):
         smooth, (down, across), (height, width) = field.smooth(), field.scale, field.energy.shape
@@ -244,10 +250,13 @@ def field_figure(fields: Mapping[str, tuple[Field, np.ndarray | None]], photo: I
         for share, style, colour in zip(SHARES, ("solid", "dashed"), ("white", "cyan"), strict=True):
             here.contour(x, y, smooth, levels=[level(smooth, share)], linestyles=style, colors=colour, linewidths=1.2)
         here.plot(x[field.at[1]], y[field.at[0]], "+", color="lime", markersize=12)
-        radii = " and ".join(f"{field.radius(share):.0f}" for share in SHARES)
-        said = f"{fill(title, 48)}\n50 % (solid) and 95 % (dashed) of it within {radii} pixels"
-        here.set_title(said, fontsize="medium")
+        half, most = (field.radius(share) for share in SHARES)
+        areas = "lines: densest areas with 50 % (solid), 95 % (dashed)"
+        circles = f"circles around +: {half:.0f} pixels hold 50 %, {most:.0f} hold 95 %"
+        said = [fill(line, 64) for line in (*title.splitlines(), areas, circles)]
+        here.set_title("\n".join(said), fontsize="small")
         if coloured is not None:
+            axes[row, 1].set_title("what it predicts", fontsize="medium")
             axes[row, 1].imshow(coloured)
             axes[row, 1].plot(x[field.at[1]], y[field.at[0]], "+", color="lime", markersize=12)
     for each in axes.flat:
@@ -305,22 +314,24 @@ def main(args: argparse.Namespace) -> None:
             raise UserError(f"--at {at[0]} {at[1]} is not in {file}, which is {photo.width}x{photo.height}")
         maps = class_maps(segmenter, photo)
         stages = stage_numbers(maps, maps[LAST]["sum"] if truth is None else truth, len(names))
-        drawn, found = {}, {}
+        drawn, found, name_at = {}, {}, None  # all networks are asked for the class that the first one predicts
         for network, (other, classes, _, _) in networks.items():
-            field, index = receptive_field(other, photo, at)
+            field, index = receptive_field(other, photo, at, classes.index(name_at) if name_at in classes else None)
+            name_at = classes[index]
             fields[network].append(field)
             found[network] = {"class": classes[index], **field.numbers()}
             coloured = palette(classes)[other.segment(photo).cpu().numpy()]
-            drawn[f"{network}: what {classes[index]!r} at + depends on"] = field, coloured
+            drawn[f"{network}\nwhat its score of {name_at!r} at + is sensitive to"] = field, coloured
         output.parent.mkdir(parents=True, exist_ok=True)
-        figure = stages_figure(photo, truth, maps, stages, names)
+        figure = stages_figure(photo, truth, maps, stages, names, title=f"{titles[0]}: {name}")
         save_figure(figure, output.with_name(f"{output.name}_stages.png"))
         save_figure(field_figure(drawn, photo), output.with_name(f"{output.name}_receptive_field.png"))
         numbers = {"photo": str(file), "held_against": "the result" if truth is None else "the truth", "stages": stages}
         report["photos"][str(name)] = numbers | {"at": at, "receptive_field": found}
     if not args.photos:
         means = {network: mean_field(found, networks[network][0].sizes[0]) for network, found in fields.items()}
-        drawn = {f"{name}: mean of the middles of {len(photos)} photos": (field, None) for name, field in means.items()}
+        of_all = f"mean over the middles of {len(photos)} photos, in the network's pixels"
+        drawn = {f"{name}\n{of_all}": (field, None) for name, field in means.items()}
         save_figure(field_figure(drawn), args.output_dir / "mean_receptive_field.png")
         report["mean_receptive_field"] = {name: field.numbers() for name, field in means.items()}
     write_json(args.output_dir / "explain.json", report)
