@@ -6,6 +6,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -244,7 +245,8 @@ def field_figure(fields: Mapping[str, tuple[Field, np.ndarray | None]], photo: I
             here.contour(x, y, smooth, levels=[level(smooth, share)], linestyles=style, colors=colour, linewidths=1.2)
         here.plot(x[field.at[1]], y[field.at[0]], "+", color="lime", markersize=12)
         radii = " and ".join(f"{field.radius(share):.0f}" for share in SHARES)
-        here.set_title(f"{title}\n50 % (solid) and 95 % (dashed) of it within {radii} pixels", fontsize="medium")
+        said = f"{fill(title, 48)}\n50 % (solid) and 95 % (dashed) of it within {radii} pixels"
+        here.set_title(said, fontsize="medium")
         if coloured is not None:
             axes[row, 1].imshow(coloured)
             axes[row, 1].plot(x[field.at[1]], y[field.at[0]], "+", color="lime", markersize=12)
@@ -286,8 +288,11 @@ def truth_of(mask: Image.Image | None) -> np.ndarray | None:
 
 def main(args: argparse.Namespace) -> None:
     folders = [args.model_dir, *filter(None, [args.against])]
-    networks = {str(folder): open_network(folder, args.restore_file, pick_device(args.device)) for folder in folders}
-    segmenter, names, params, checkpoint = networks[str(args.model_dir)]
+    names = [folder.resolve().name for folder in folders]
+    titles = names if len({*names}) == len(names) else [*map(str, folders)]
+    opened = [open_network(folder, args.restore_file, pick_device(args.device)) for folder in folders]
+    networks = dict(zip(titles, opened, strict=True))
+    segmenter, names, params, checkpoint = opened[0]
     photos, places = find_examples(params, checkpoint, args)
     make_folder(args.output_dir, "--output_dir")
     report, fields = {"photos": dict[str, Any]()}, {name: list[Field]() for name in networks}
@@ -306,7 +311,7 @@ def main(args: argparse.Namespace) -> None:
             fields[network].append(field)
             found[network] = {"class": classes[index], **field.numbers()}
             coloured = palette(classes)[other.segment(photo).cpu().numpy()]
-            drawn[f"{network}: on what {classes[index]!r} at + depends"] = field, coloured
+            drawn[f"{network}: what {classes[index]!r} at + depends on"] = field, coloured
         output.parent.mkdir(parents=True, exist_ok=True)
         figure = stages_figure(photo, truth, maps, stages, names)
         save_figure(figure, output.with_name(f"{output.name}_stages.png"))

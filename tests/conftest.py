@@ -42,10 +42,10 @@ SCRIPTS = (
     *("build_dataset", "search_hyperparams", "synthesize_results"),
 )
 
-# The smallest experiment that goes through every part: 6 images, 2 steps an epoch.
+# The smallest experiment that goes through every part: 6 images, 2 steps an epoch, half a million weights.
 TINY = {
     "pretrained": False,
-    "encoder": "resnet18",
+    "encoder": "timm/test_resnet",
     "image_size": 32,
     "batch_size": 3,
     "num_epochs": 2,
@@ -61,10 +61,13 @@ class Forked(subprocess.Popen):
     """
 
     def __init__(self, args, *positional, env=None, pass_fds=(), without: Sequence[str] = (), **options):
-        if args[0] == sys.executable and str(args[1]).endswith(".py"):
-            for module in SCRIPTS:
+        script = [*map(str, args[1:])]
+        if script[0] == "-u":  # so torchrun starts its processes
+            del script[0]
+        if args[0] == sys.executable and script[0].endswith(".py"):
+            for module in (*SCRIPTS, "timm"):
                 importlib.import_module(module)
-            work = partial(run_in_fork, [*map(str, args[1:])], os.environ if env is None else env, pass_fds, without)
+            work = partial(run_in_fork, script, os.environ if env is None else env, pass_fds, without)
             options |= {"preexec_fn": work, "restore_signals": False}
         super().__init__(args, *positional, env=env, pass_fds=pass_fds, **options)
 
@@ -138,14 +141,9 @@ def start_script(
 
 def run_script(script: str, *args, check: int | None = 0, **options) -> subprocess.CompletedProcess:
     """Run a script of the project as a user would; its exit status must be check unless that is None."""
-    if "PYTHONPATH" in options:  # which is for modules that are imported anew
-        environment = os.environ | {"PYTHONWARNINGS": "error::UserWarning"} | options
-        command = [sys.executable, ROOT / script, *map(str, args)]
-        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=600)
-    else:
-        process = start_script(script, *args, **options)
-        said = process.communicate()
-        result = subprocess.CompletedProcess(process.args, process.returncode, *said)
+    process = start_script(script, *args, **options)
+    said = process.communicate()
+    result = subprocess.CompletedProcess(process.args, process.returncode, *said)
     assert check is None or result.returncode == check, f"{result.returncode}\n{result.stdout}\n{result.stderr}"
     return result
 
@@ -229,7 +227,7 @@ def trained(tmp_path_factory) -> tuple[Path, Path]:
     """
     folder = tmp_path_factory.mktemp("trained")
     data = make_data(folder / "data")
-    experiment = make_experiment(folder / "run", learning_rate=1e-6, num_workers=1)
+    experiment = make_experiment(folder / "run", encoder="resnet18", learning_rate=1e-6, num_workers=1)
     run_script("train.py", "--model_dir", experiment, "--data_dir", data, "--tensorboard")
     return experiment, data
 

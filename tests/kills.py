@@ -112,7 +112,7 @@ class Outputs(Case):
     def prepare(self) -> None:
         super().prepare()
         for name, seed in (("run", 1), ("earlier", 2)):  # one that learns nothing predicts many classes
-            run = make_experiment(self.before / name, num_epochs=1, learning_rate=1e-6, seed=seed)
+            run = make_experiment(self.before / name, encoder="resnet18", num_epochs=1, learning_rate=1e-6, seed=seed)
             run_script("train.py", "--model_dir", run, "--data_dir", self.before / "data")
             (run / "last.pth.tar").unlink()
         best, other = (self.before / name / "best.pth.tar" for name in ("run", "earlier"))

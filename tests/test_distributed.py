@@ -12,7 +12,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, make_data, make_experiment, run_script
+from conftest import ROOT, TINY, Forked, make_data, make_experiment, run_script
 from torch import nn
 
 import evaluate
@@ -37,8 +38,6 @@ from model.net import FCN_GCN
 from model.parallel import Dropout2d, differentiable_sum, shard, synchronize_batch_norm
 from params import Params
 from train import train_epoch
-
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 
 
 def on_processes(count: int, function: Callable[..., Any], *args: Any, connect: bool = True) -> list:
@@ -210,9 +209,10 @@ def train_in_float64(data: Path, options: dict) -> dict:
 @pytest.mark.parametrize(
     ("processes", "images", "options"),
     [
-        (2, 7, {"batch_size": 2, "accumulation_steps": 2}),  # a smaller last batch shares a step
-        (2, 3, {"batch_size": 2, "activation_checkpointing": True, "resize": "letterbox"}),
-        pytest.param(4, 6, {"batch_size": 4}, marks=pytest.mark.slow),  # in the last batch two have nothing
+        (2, 7, {"image_size": 64, "batch_size": 2, "accumulation_steps": 2}),  # a smaller last batch shares a step
+        (2, 3, {"encoder": "resnet18", "batch_size": 2, "activation_checkpointing": True, "resize": "letterbox"}),
+        # In the last batch two have nothing.
+        pytest.param(4, 6, {"image_size": 64, "batch_size": 4}, marks=pytest.mark.slow),
     ],
 )
 def test_several_processes_train_the_same_network_as_one(tmp_path, processes, images, options):
@@ -262,7 +262,7 @@ def test_evaluation_by_several_processes_gives_the_same_files(trained, tmp_path)
         for processes in (1, count):
             folder = shutil.copytree(trained[0], tmp_path / "run", copy_function=os.link)
             (folder / "params.json").unlink()  # a link
-            make_experiment(folder, batch_size=1)
+            make_experiment(folder, encoder="resnet18", batch_size=1)
             command = (evaluate, "--model_dir", folder, "--data_dir", data, *flags)
             answers = on_processes(processes, main_of, *command, connect=False)
             assert [status for status, _, _ in answers] == [0] * processes
@@ -336,7 +336,7 @@ def train_in_own_folder(folders: list[Path], data: Path) -> tuple[int, str, str]
 def test_processes_that_find_other_params_or_checkpoints_are_refused(tmp_path, trained):
     folders = [shutil.copytree(trained[0], tmp_path / name) for name in ("0", "1")]
     for folder in folders:
-        make_experiment(folder, num_epochs=3, batch_size=4)
+        make_experiment(folder, encoder="resnet18", num_epochs=3, batch_size=4)
     (folders[1] / "last.pth.tar").unlink()
     for path in folders[1].glob("*.*"):
         path.unlink() if path.name != "params.json" else None
@@ -361,10 +361,14 @@ def test_other_scripts_refuse_torchrun():
     assert stderr == "synthesize_results.py: error: this is work for one process; start it without torchrun\n"
 
 
-def torchrun(experiment: Path, data: Path, *flags: str, script_flags: list[str] | None = None) -> subprocess.Popen:
-    command = [*TORCHRUN, "--standalone", "--nproc_per_node", "2", *flags, "train.py", "--model_dir", experiment]
-    return subprocess.Popen(
-        [*map(str, command), "--data_dir", str(data), *(script_flags or [])],
+def torchrun(
+    experiment: Path, data: Path, *flags: str, script_flags: Sequence[str] = (), forked: bool = False
+) -> subprocess.Popen:
+    """Start a training of two processes; forked: what torchrun is, and its processes, are forks of this one."""
+    run = [str(find_spec("torch.distributed.run").origin)] if forked else ["-m", "torch.distributed.run"]
+    command = [*run, "--standalone", "--nproc_per_node", "2", *flags, "train.py", "--model_dir", experiment]
+    return (Forked if forked else subprocess.Popen)(
+        [sys.executable, *map(str, command), "--data_dir", str(data), *script_flags],
         cwd=ROOT,
         text=True,
         stdout=subprocess.PIPE,
@@ -373,14 +377,9 @@ def torchrun(experiment: Path, data: Path, *flags: str, script_flags: list[str] 
 
 
 def workers(process: subprocess.Popen) -> dict[int, int]:
-    """Process ids of what a torchrun has started, by rank."""
+    """Process ids of what a torchrun has started, by rank: each has a session of its own."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    ranks = {}
-    for child in map(int, children):
-        found = re.search(r"\0RANK=(\d+)\0", Path(f"/proc/{child}/environ").read_text())
-        if found:
-            ranks[int(found[1])] = child
-    return ranks
+    return dict(enumerate(child for child in map(int, children) if os.getsid(child) == child))
 
 
 def epochs(experiment: Path) -> int:
@@ -397,7 +396,7 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen) -> None
 
 def test_torchrun_restarts_a_run_of_which_a_process_was_killed_and_it_resumes(tmp_path, data):
     experiment = make_experiment(tmp_path / "run", batch_size=4, num_epochs=3)
-    process = torchrun(experiment, data, "--max-restarts", "1", script_flags=["--resume"])
+    process = torchrun(experiment, data, "--max-restarts", "1", script_flags=["--resume"], forked=True)
     wait_until((experiment / "last.pth.tar").exists, process)
     os.kill(workers(process)[1], signal.SIGKILL)
     stdout, stderr = process.communicate(timeout=120)
@@ -447,7 +446,7 @@ def test_a_signal_to_torchrun_ends_all(tmp_path, data, number):
 
 @pytest.mark.slow
 def test_compiled_processes_train_too(tmp_path, data):
-    experiment = make_experiment(tmp_path / "run", batch_size=4, num_epochs=1, compile=True)
+    experiment = make_experiment(tmp_path / "run", encoder="resnet18", batch_size=4, num_epochs=1, compile=True)
     process = torchrun(experiment, data)
     _, stderr = process.communicate(timeout=600)
     assert process.returncode == 0, stderr

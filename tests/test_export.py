@@ -62,7 +62,7 @@ def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported")
     data = make_data(folder / "data", train=4, val=2)
     options = {"num_epochs": 1, "batch_size": 2, "ema_decay": 0.5, "learning_rate": 0.01, "resize": "letterbox"}
-    experiment = make_experiment(folder / "run", **options)
+    experiment = make_experiment(folder / "run", encoder="resnet18", **options)
     run_script("train.py", "--model_dir", experiment, "--data_dir", data)
     with redirect_stdout(io.StringIO()) as said, redirect_stderr(said):
         export_here(experiment, data)

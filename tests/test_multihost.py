@@ -101,7 +101,8 @@ def arguments(experiment: Path, data: Path) -> tuple:
 
 
 def test_two_machines_train_as_one_process_does(hosts, tmp_path, data):
-    alone, both = (make_experiment(tmp_path / name, batch_size=4, dropout_rate=0.2) for name in ("alone", "both"))
+    options = {"encoder": "resnet18", "batch_size": 4, "dropout_rate": 0.2}
+    alone, both = (make_experiment(tmp_path / name, **options) for name in ("alone", "both"))
     run_script(*arguments(alone, data))
     runs = hosts.torchrun(*arguments(both, data))
     said = {host: run.communicate(timeout=120) for host, run in runs.items()}
@@ -116,7 +117,7 @@ def test_two_machines_train_as_one_process_does(hosts, tmp_path, data):
 
 
 def test_a_lost_machine_ends_the_run_on_the_other_which_can_go_on_alone(hosts, tmp_path, data):
-    experiment = make_experiment(tmp_path / "run", batch_size=4, num_epochs=1000)
+    experiment = make_experiment(tmp_path / "run", encoder="resnet18", batch_size=4, num_epochs=1000)
     runs = hosts.torchrun(*arguments(experiment, data))
     wait_until((experiment / "last.pth.tar").exists, seconds=120)
     hosts.lose("b")
@@ -124,14 +125,14 @@ def test_a_lost_machine_ends_the_run_on_the_other_which_can_go_on_alone(hosts, t
     assert runs["a"].returncode == 1
     assert re.search("^train.py: error: .*another process of this run has ended", stderr, re.MULTILINE)
     epoch = checkpoints.load_checkpoint(experiment / "last.pth.tar")["epoch"]
-    make_experiment(experiment, batch_size=4, num_epochs=epoch + 1)
+    make_experiment(experiment, encoder="resnet18", batch_size=4, num_epochs=epoch + 1)
     run_script(*arguments(experiment, data), "--resume")
     assert len(utils.read_history(experiment)) == epoch + 1
 
 
 @pytest.mark.parametrize("victim", ["a", "b"])
 def test_after_a_restart_on_both_machines_the_run_goes_on_from_its_checkpoint(hosts, tmp_path, data, victim):
-    experiment = make_experiment(tmp_path / "run", batch_size=4, num_epochs=4)
+    experiment = make_experiment(tmp_path / "run", encoder="resnet18", batch_size=4, num_epochs=4)
     runs = hosts.torchrun(*arguments(experiment, data), "--resume", flags=("--max-restarts", "1"))
     wait_until((experiment / "last.pth.tar").exists, seconds=120)
     os.kill(hosts.worker(victim), signal.SIGKILL)
@@ -142,7 +143,7 @@ def test_after_a_restart_on_both_machines_the_run_goes_on_from_its_checkpoint(ho
 
 
 def test_an_elastic_run_goes_on_without_a_lost_machine(hosts, tmp_path, data):
-    experiment = make_experiment(tmp_path / "run", batch_size=4, num_epochs=12)
+    experiment = make_experiment(tmp_path / "run", encoder="resnet18", batch_size=4, num_epochs=12)
     flags = ("--max-restarts", "3", "--rdzv_conf", "last_call_timeout=5")
     runs = hosts.torchrun(*arguments(experiment, data), "--resume", endpoint="b", nodes="1:2", flags=flags)
     wait_until((experiment / "last.pth.tar").exists, seconds=120)
@@ -172,7 +173,7 @@ def start_ray(hosts: Hosts, folder: Path) -> str:
 
 def test_a_sweep_on_two_machines_loses_one_of_them_and_then_its_coordinator(hosts, tmp_path, data):
     folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # short, for its sockets
-    sweep = make_sweep(tmp_path / "sweep", {"seed": [1, 2, 3, 4]}, num_epochs=6)
+    sweep = make_sweep(tmp_path / "sweep", {"seed": [1, 2, 3, 4]}, encoder="resnet18", num_epochs=6)
     trials = [sweep / f"seed_{seed}" for seed in (1, 2, 3, 4)]
     command = [
         "search_hyperparams.py",

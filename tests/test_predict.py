@@ -149,7 +149,7 @@ def test_names_are_the_checkpoints_and_data_must_have_them(experiment, trained, 
     ids=str,
 )
 def test_photos_of_40_megapixels_stay_under_two_gigabytes(trained, tmp_path, size, flags, height):
-    experiment = make_experiment(tmp_path / "run", image_size=size)
+    experiment = make_experiment(tmp_path / "run", encoder="resnet18", image_size=size)
     (experiment / "best.pth.tar").symlink_to(trained[0] / "best.pth.tar")
     scene = draw_scene(np.random.default_rng(0))[0]
     (tmp_path / "photos").mkdir()

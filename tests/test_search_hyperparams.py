@@ -21,7 +21,7 @@ from utils import read_history, write_history, write_json
 
 def make_sweep(folder: Path, space, **params) -> Path:
     folder.mkdir(parents=True)
-    (folder / "params.json").write_text(json.dumps(TINY | {"num_epochs": 1, "stem_maxpool": True} | params))
+    (folder / "params.json").write_text(json.dumps(TINY | {"num_epochs": 1, "gcn_padding": "same"} | params))
     (folder / "search_space.json").write_text(json.dumps(space))
     return folder
 
@@ -81,7 +81,7 @@ def test_a_sweep_trains_every_trial_and_those_that_fail_do_not_hinder_the_others
     for size, mIoU in best.items():
         assert f"batch_size_{size}: finished, best mIoU {mIoU:.4f} at epoch 1\n" in result.stdout
         resolved = json.loads((sweep / f"batch_size_{size}" / "run.json").read_text())["params"]
-        assert resolved["batch_size"] == size and resolved["stem_maxpool"] is True
+        assert resolved["batch_size"] == size and resolved["gcn_padding"] == "same"
     fault = 'train.py: error: "batch_size" is 7, but train has 6 images; lower it'
     assert f"batch_size_7: failed, exit status 2\n    {fault}\n" in result.stdout
     trial = json.loads((sweep / "batch_size_7" / "trial.json").read_text())
@@ -141,7 +141,7 @@ def test_an_interrupt_ends_every_trial_and_the_same_command_resumes_them(tmp_pat
 @pytest.mark.slow
 def test_a_sweep_killed_at_twenty_random_moments_runs_every_trial_once(tmp_path, data_dir):
     """Half of the kills are of the coordinator alone, the others of its trials too."""
-    sweep = make_sweep(tmp_path / "sweep", {"seed": {"low": 1, "high": 99}}, num_epochs=6)
+    sweep = make_sweep(tmp_path / "sweep", {"seed": {"low": 1, "high": 99}}, encoder="resnet18", num_epochs=6)
     command = sweep, data_dir, "--jobs", 2, "--sampler", "random", "--n_trials", 6
     for kill in range(20):
         process = start(*command)

@@ -7,9 +7,9 @@ import platform
 import re
 import shutil
 import sys
+import time
 import warnings
 from argparse import Namespace
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
 from multiprocessing import get_context
@@ -147,7 +147,7 @@ def test_best_holds_what_prediction_needs_and_last_what_a_resume_needs(finished)
     if best["epoch"] == last["epoch"]:
         assert same(best["state_dict"], last["ema_state_dict"])  # what validation has scored
     weights_size = sum(tensor.nbytes for tensor in best["state_dict"].values())
-    assert (experiment / "best.pth.tar").stat().st_size < 1.01 * weights_size
+    assert (experiment / "best.pth.tar").stat().st_size < 1.1 * weights_size
 
 
 def test_evaluate_gives_exactly_the_score_of_training(finished):
@@ -348,8 +348,8 @@ def test_without_data_one_line_names_the_two_ways_on(tmp_path):
         ({"batch_size": 7}, [], '"batch_size" is 7, but train has 6 images'),
         ({"train_split": "trainaug"}, [], "trainaug.txt; splits here: train, val"),
         ({}, ["--init_from", "nowhere.pth.tar"], "no checkpoint nowhere.pth.tar"),
-        ({"image_size": 32, "stem_maxpool": True, "batch_size": 5}, [], "leaves a batch of 1 among 6 images"),
-        ({"image_size": 32, "stem_maxpool": True, "batch_size": 1}, [], "leaves a batch of 1 among 6 images"),
+        ({"batch_size": 5}, [], "leaves a batch of 1 among 6 images"),
+        ({"batch_size": 1}, [], "leaves a batch of 1 among 6 images"),
         ({"batch_size": 1, "cutmix": 0.5}, [], 'which has only one; raise "batch_size"'),
     ],
 )
@@ -429,9 +429,9 @@ def test_photos_of_your_own_need_no_setting_but_their_classes(tmp_path):
 # ---------------------------------------------------------------------------------------- one key at a time
 
 
-def network(num_classes: int = 21, *, normalize: bool = True) -> nn.Module:
+def network(num_classes: int = 21, *, normalize: bool = True, encoder: str = TINY["encoder"]) -> nn.Module:
     torch.manual_seed(0)
-    return train.FCN_GCN(num_classes, encoder=TINY["encoder"], pretrained=False, normalize=normalize)
+    return train.FCN_GCN(num_classes, encoder=encoder, pretrained=False, normalize=normalize)
 
 
 def loader_of(data, **params):
@@ -547,7 +547,8 @@ def test_a_group_of_batches_steps_on_the_mean_of_their_losses(data):
     model = network()
     criterion, loader = train.SegmentationLoss(Params().loss_weights), loader_of(data, batch_size=2)
     for images, labels, _ in loader:
-        (criterion(model(train.to_input(images, "cpu")), labels) / len(loader)).backward()
+        images = to_input(images, "cpu", mean=model.mean, std=model.std)
+        (criterion(model(images), labels) / len(loader)).backward()
     expected = model.gcn2.conv_l1.weight - 0.1 * model.gcn2.conv_l1.weight.grad
     torch.testing.assert_close(train_tiny(data, **options).model.gcn2.conv_l1.weight, expected)
 
@@ -629,16 +630,17 @@ def test_photos_are_augmented_then_mixed_with_their_masks(data, options):
     params = Params(**TINY | {"batch_size": 6} | options)
     loader = loader_of(data, batch_size=6)
     ((images, labels, seeds),) = loader
+    training = Training(network(), params, 1)
     if params.augment:
-        images, labels = augment(images, labels, seeds)
+        images, labels = augment(images, labels, seeds, padding=training.model.encoder.padding)
     if params.cutmix:
         images, labels = cutmix(images, labels, seeds, params.cutmix)
-    training = Training(network(), params, 1)
     seen = []
     training.model.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
     result = train_epoch(training, loader)
-    assert torch.equal(seen[0], to_input(images, "cpu"))
-    loss = SegmentationLoss(**params.loss_options())(network().train()(to_input(images, "cpu")), labels)
+    images = to_input(images, "cpu", mean=training.model.mean, std=training.model.std)
+    assert torch.equal(seen[0], images)
+    loss = SegmentationLoss(**params.loss_options())(network().train()(images), labels)
     assert result["loss"] == pytest.approx(loss.item())
 
 
@@ -666,9 +668,9 @@ def heaps(variables: dict[str, str]) -> tuple[int, int]:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries have other options")
 def test_freed_memory_is_kept_unless_the_environment_says_how_much():
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # a fork of a thread has another heap
+    with get_context("fork").Pool(1) as pool:  # not ProcessPoolExecutor: a fork of its thread has another heap
         for variables in ({"MALLOC_TRIM_THRESHOLD_": "131072"}, {}):
-            before, after = pool.submit(heaps, variables).result(timeout=60)
+            before, after = pool.apply_async(heaps, (variables,)).get(timeout=60)
             assert before < 300
             assert after < 300 if variables else after >= 3000  # of 6000
 
@@ -684,6 +686,7 @@ def test_processes_of_the_validation_loader_start_before_a_step_has_taken_memory
         with suppress(OSError):  # it has just ended
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             most = max(most, len(children))
+        time.sleep(0.002)
     assert process.returncode == 0 and most >= 2  # git, which is asked for the commit, is one at most
 
 
@@ -703,17 +706,17 @@ def test_a_loss_that_is_not_finite_is_seen_at_every_nth_batch(data, every, seen)
     training = Training(network(), Params(**TINY | {"batch_size": 2, "save_summary_steps": every}), 3)
     steps = []
     training.optimizer.register_step_post_hook(
-        lambda *_: steps.append(training.model.conv1.weight.data.fill_(math.nan) is None)
+        lambda *_: steps.append(training.model.gcn1.conv_l1.weight.data.fill_(math.nan) is None)
     )
     with pytest.raises(utils.RunFailed, match="the loss became nan at step 2 of epoch 1"):
         train_epoch(training, loader)
     assert len(steps) == seen
 
 
-def test_a_long_epoch_says_every_tenth_where_there_is_no_terminal(data, monkeypatch, caplog):
+def test_a_long_epoch_says_every_tenth_where_there_is_no_terminal(tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO")
-    loader = loader_of(data, batch_size=1)
-    training = Training(network(), Params(**TINY | {"batch_size": 1}), 6)
+    loader = loader_of(make_data(tmp_path / "data", train=12), batch_size=2)
+    training = Training(network(), Params(**TINY | {"batch_size": 2}), 6)
     train_epoch(training, loader)
     assert caplog.messages == []  # a short one
     monkeypatch.setattr(run, "LINE_INTERVAL", 0)
@@ -940,7 +943,7 @@ def test_init_from_refuses_any_other_misfit_by_name(tmp_path):
     torch.save(
         {"state_dict": train.FCN_GCN(encoder=TINY["encoder"], kernel_size=9, pretrained=False).state_dict()}, file
     )
-    with pytest.raises(UserError, match=r"gcn1\.conv_l1\.weight.*\[21, 64, 9, 1\].*\[21, 64, 7, 1\]"):
+    with pytest.raises(UserError, match=r"gcn1\.conv_l1\.weight.*\[21, 32, 9, 1\].*\[21, 32, 7, 1\]"):
         checkpoints.init_from(network(), file, Params())
     torch.save({"state_dict": network().state_dict(), "params": {"kernel_size": 9}}, file)
     with pytest.raises(UserError, match=r'was trained with other values .*: "kernel_size" 9 -> 7; set it back'):
@@ -985,7 +988,8 @@ def test_cuda_graphs_are_for_gpus_and_not_for_accumulated_gradients(device, accu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_two_deterministic_runs_agree_on_a_gpu(data, tmp_path):
     loss_weights = {"bce": 1, "dice": 1, "inverse_dice": 1, "cross_entropy": 1, "balanced_cross_entropy": 1}
-    runs = [make_experiment(tmp_path / str(i), deterministic=True, loss_weights=loss_weights) for i in range(2)]
+    options = {"encoder": "resnet18", "deterministic": True, "loss_weights": loss_weights}
+    runs = [make_experiment(tmp_path / str(i), **options) for i in range(2)]
     for each in runs:
         run_train(each, data, "--device", "cuda")
     assert history(runs[0], without_times=True) == history(runs[1], without_times=True)
@@ -996,9 +1000,11 @@ def test_two_deterministic_runs_agree_on_a_gpu(data, tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize(("first", "second"), [("cuda", "cpu"), ("cpu", "cuda")])
 def test_a_checkpoint_crosses_devices_with_its_optimizer(data, tmp_path, first, second):
-    experiment = make_experiment(tmp_path / "run", num_epochs=1, precision="fp32", optimizer="adamw")
+    experiment = make_experiment(
+        tmp_path / "run", encoder="resnet18", num_epochs=1, precision="fp32", optimizer="adamw"
+    )
     run_train(experiment, data, "--device", first)
-    make_experiment(experiment, num_epochs=2, precision="fp32", optimizer="adamw")
+    make_experiment(experiment, encoder="resnet18", num_epochs=2, optimizer="adamw")
     run_train(experiment, data, "--restore_file", "last", "--device", second)
     state = checkpoints.load_checkpoint(experiment / "last.pth.tar")
     assert state["epoch"] == 2
@@ -1027,7 +1033,7 @@ def test_steps_on_a_gpu_wait_for_nothing(tmp_path, options):
         split = find_split("voc", data, "train")
         dataset = SegmentationDataset(split, class_names=class_names(split, 21), image_size=32)
         loader = make_loader(dataset, batch_size=2, seed=1, device="cuda")
-        training = Training(network().cuda(), params, 10)
+        training = Training(network(encoder="resnet18").cuda(), params, 10)
         train_epoch(training, loader)  # sends constants, which stay there
         evaluate(training.eval_model, loader, params, training.device)
         torch.cuda.set_sync_debug_mode("warn")
@@ -1051,7 +1057,7 @@ def test_cuda_graphs_train_to_the_same_loss(data, options):
     for compile_ in (False, True):
         params = Params(**TINY | {"compile": compile_, "batch_size": 4} | options)
         loader = make_loader(loader_of(data).dataset, batch_size=4, seed=1, device="cuda")
-        training = Training(network().cuda(), params, 2)
+        training = Training(network(encoder="resnet18").cuda(), params, 2)
         losses.append([train_epoch(training, loader)["loss"] for _ in range(3)])
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
@@ -1077,7 +1083,7 @@ def ids_of(voc2012, split: str) -> list[str]:
 def test_the_loss_falls_on_real_photos(voc2012, tmp_path):
     train_ids, val_ids = ids_of(voc2012, "train")[:16], ids_of(voc2012, "val")[:4]
     data = photos(tmp_path / "data", voc2012, train=train_ids, val=val_ids)
-    experiment = make_experiment(tmp_path / "run", image_size=64, batch_size=8, num_workers=2)
+    experiment = make_experiment(tmp_path / "run", encoder="resnet18", image_size=64, batch_size=8, num_workers=2)
     run_train(experiment, data)
     losses = [epoch["train"]["loss"] for epoch in history(experiment)]
     assert losses[-1] < losses[0]
@@ -1094,6 +1100,7 @@ def test_sixteen_real_photos_are_learnt(voc2012, tmp_path):
     data = photos(tmp_path / "data", voc2012, train=ids, val=ids)
     experiment = make_experiment(
         tmp_path / "run",
+        encoder="resnet18",
         image_size=96,
         stem_maxpool=True,
         gcn_padding="same",

@@ -333,7 +333,7 @@ assert Path(sys.modules["model.net"].__file__) == root / "model" / "net.py" and 
 def test_pretrained_weights_come_from_torch_home_and_only_for_a_new_encoder(data, tmp_path):
     """Without file and network: one line that names the file and the way out. With the file: the encoder is it."""
     offline = {"TORCH_HOME": str(tmp_path), "https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
-    options = {"pretrained": True, "learning_rate": 1e-12, "batch_size": 6, "num_epochs": 1}
+    options = {"encoder": "resnet50", "pretrained": True, "learning_rate": 1e-12, "batch_size": 6, "num_epochs": 1}
     experiment = make_experiment(tmp_path / "run", **options)
     args = ("--model_dir", experiment, "--data_dir", data)
 
