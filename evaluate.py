@@ -5,6 +5,7 @@ Of several experiments, sweeps or splits, score what is not scored yet: a line f
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -36,7 +37,7 @@ from predict import add_testing_flags, make_segmenter
 from utils import make_folder, read_json, replacing, save_figure, save_picture, table_text, write_json
 from visualize import error_picture, spelling
 
-WHICH = ("worst", "best", "median", "random")
+WHICH = ("worst", "median", "best", "random")
 NUMBERED = 30  # classes at most for which a cell of the confusion has room for a number, and a number can be found
 
 
@@ -107,6 +108,12 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Work:
     else:
         record |= {"image_size": params.image_size, "resize": params.resize}
     return Work(args, model, params, folder, split, names, f"{args.split}{place}_{args.restore_file}{kind}", record)
+
+
+def changed_since(work: Work) -> bool:
+    """Return whether photos or masks have been written after an earlier evaluation, masks that were corrected say."""
+    files = [*work.split.images, *(work.split.masks or [])]
+    return work.metrics_file.exists() and max(map(os.path.getmtime, files)) > work.metrics_file.stat().st_mtime
 
 
 def scored_before(work: Work) -> dict[str, Any] | None:
@@ -291,7 +298,7 @@ def score_checkpoint(args: argparse.Namespace, device: torch.device, title: str 
     """
     work = agreed(prepare, args, device)
     other = agreed(find_other, work, device) if args.against else None
-    metrics = before = gather(scored_before(work) if title else None)[0]
+    metrics = before = gather(scored_before(work) if title and not changed_since(work) else None)[0]
     where, predicted_only = f"{args.split} of {work.folder}", bool(args.save_predictions and not args.save_overlays)
     segmenter, saved, overlays = None, None, args.model_dir / f"overlays_{work.name}"
     if args.original_size and (args.save_overlays or not before):

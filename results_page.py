@@ -21,6 +21,7 @@ from PIL import Image
 import comparing
 from engine.devices import pick_device
 from engine.evaluation import find_data
+from evaluate import WHICH, choose
 from model import UserError
 from model.voc import VOID, palette
 from predict import open_network
@@ -78,18 +79,23 @@ def write_page(path: Path, sections: Sequence[Section], gallery: Gallery | None 
 # ---------------------------------------------------------------------------------------- figures
 
 
+def styles(section: Section) -> dict[str, str]:
+    """Return the colour and the kind of line of each row."""
+    dashes = ("-", "--", ":", "-.")
+    return {row: f"C{place % 10}{dashes[place // 10 % 4]}" for place, row in enumerate(section.table.iloc[:, 0])}
+
+
 def draw_figures(section: Section, key: str) -> dict[str, str]:
     """Return the figures of a section by their captions; key is one of its own."""
-    dashes, drawn = ("-", "--", ":", "-."), dict[str, Figure]()
-    styles = {row: f"C{place % 10}{dashes[place // 10 % 4]}" for place, row in enumerate(section.table.iloc[:, 0])}
+    of_rows, drawn = styles(section), dict[str, Figure]()
     if section.curves:
         seeds = ", in bold the mean of the seeds" * any(len(runs) > 1 for runs in section.curves.values())
-        drawn[f"Validation {section.metric} by epoch{seeds}"] = curves_figure(section, styles)
+        drawn[f"Validation {section.metric} by epoch{seeds}"] = curves_figure(section, of_rows)
     for found in section.comparisons:
         for metric in [*found.differences.values(), {}][0]:
-            drawn[f"Difference in {metric} on {found.split}"] = differences_figure(found, metric, styles)
+            drawn[f"Difference in {metric} on {found.split}"] = differences_figure(found, metric, of_rows)
         few = f", of {RUNS} of the {len(found.class_IoU)} rows" * (len(found.class_IoU) > RUNS)
-        drawn[f"IoU of each class on {found.split}, with 95 % intervals{few}"] = classes_figure(found, styles)
+        drawn[f"IoU of each class on {found.split}, with 95 % intervals{few}"] = classes_figure(found, of_rows)
     return {caption: svg(figure, f"{key}-{place}") for place, (caption, figure) in enumerate(drawn.items())}
 
 
@@ -129,7 +135,7 @@ def differences_figure(found: Any, metric: str, styles: Mapping[str, str]) -> Fi
 
 def classes_figure(found: Any, styles: Mapping[str, str]) -> Figure:
     series = {}
-    for row in [row for row in styles if row in found.class_IoU][:RUNS]:
+    for row in [row for row in {found.baseline: "", **styles} if row in found.class_IoU][:RUNS]:
         known = zip(found.class_IoU[row], found.photos, strict=True)
         series[row] = [told(each, photos >= comparing.FEW) for each, photos in known], styles[row][:2]
     return intervals_figure(found.class_names, series)
@@ -172,14 +178,13 @@ def draw_gallery(runs: Sequence[Scored]) -> Gallery:
         )
 
 
-def choose(scores: np.ndarray) -> dict[str, list[int]]:
+def choose_each_once(scores: np.ndarray) -> dict[str, list[int]]:
     """Return the places of the worst, median, best and some random photos, each once; NaN is no score."""
-    order = [place for place in np.argsort(scores, kind="stable").tolist() if np.isfinite(scores[place])]
-    middle, lot = order[max(0, (len(order) - PHOTOS) // 2) :], np.random.default_rng(0).permutation(order).tolist()
-    chosen: dict[str, list[int]] = {}
-    for kind, places in {"worst": order, "median": middle, "best": order[::-1], "random": lot}.items():
-        taken = {place for others in chosen.values() for place in others}
+    chosen, taken = dict[str, list[int]](), set[int]()
+    for kind in WHICH:
+        places = choose(kind, len(scores), scores, scores)
         chosen[kind] = [place for place in places if place not in taken][:PHOTOS]
+        taken |= {*chosen[kind]}
     return chosen
 
 
@@ -194,7 +199,7 @@ def draw_photos(runs: Sequence[Scored]) -> Gallery:
         raise UserError(f"the list {split.name} is not the one that {first.name} was scored on; run evaluate.py again")
     scores = {run.name: comparing.mIoU(run.counts.pixels) for run in runs}
     gallery, present = Gallery(f"Photos of {first.split}, chosen by the mIoU of {first.name}"), set[int]()
-    for kind, places in choose(scores[first.name]).items():
+    for kind, places in choose_each_once(scores[first.name]).items():
         for place in places:
             photo, mask = split.read(place, len(names))
             maps = {"truth": np.array(mask)}

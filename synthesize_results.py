@@ -7,16 +7,12 @@ import re
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from tabulate import tabulate
 
 import comparing
@@ -29,14 +25,12 @@ from model import UserError
 from model.metrics import AT_ORIGINAL_SIZE, BETTER, METRICS
 from params import WITHOUT_EFFECT, Params, comparable_over
 from utils import is_number, make_folder, read_json, save_figure, table_text, write_text
-from visualize import spelling
 
 OWN_SIZE = "_original_size_mIoU"  # ends the column of a split's mIoU at the photos' own size
 BOUNDARY = [name for name in METRICS if name in BETTER and name in AT_ORIGINAL_SIZE]  # at that size, on val
 PUBLISHABLE = ("mIoU", "pixel_accuracy", *BOUNDARY)
 COUNTED = ("best_epoch", "epochs", "minutes")
 KEYS = [key.name for key in fields(Params)]
-OPTIMISTIC = "optimistic"  # what a comparison on val is
 WIDTH = 120  # characters of a table on the terminal
 NOTE = """Metrics are of each run's best epoch, on val at the size that the network reads, or at own size, that of the
 photos. mIoU is the mean over the classes in the labels. At the network's size metrics rank only rows of the same
@@ -93,9 +87,16 @@ def row(run: Run) -> dict[str, Any]:
     return columns | dict(zip(COUNTED, counted, strict=True)) | {"state": run.state}
 
 
-def tabulate_runs(runs: Sequence[Run], published: dict[str, Any]) -> pd.DataFrame:
-    """Return a row for every run: name, the hyperparameters that vary, metrics, epochs, minutes and state."""
-    table = pd.DataFrame([row(run) | published_columns(published, run.params) for run in runs], dtype=object)
+def tabulate_runs(runs: Sequence[Run], published: Mapping[Path, dict[str, Any]]) -> pd.DataFrame:
+    """Return a row for every run: name, the hyperparameters that vary, metrics, epochs, minutes and state.
+
+    published has the figures for the runs below each folder.
+    """
+    rows = [row(run) for run in runs]
+    for run, columns in zip(runs, rows, strict=True):
+        for folder, figures in published.items():
+            columns |= published_columns(figures, run.params) if run.folder.is_relative_to(folder) else {}
+    table = pd.DataFrame(rows, dtype=object)
     readable = [run for run in runs if run.params]
     vary = ["init_from"] if len({run.origin for run in readable}) > 1 else []
     vary += [key for key in KEYS if key not in WITHOUT_EFFECT and len({spell(run.params[key]) for run in readable}) > 1]
@@ -200,12 +201,10 @@ def task(run: Run, metric: str) -> str:
 
 
 def sort(table: pd.DataFrame, column: str, tasks: Sequence[str]) -> pd.DataFrame:
-    """Return the rows in the order of a column, those without a value last. Raises UserError for no column.
+    """Return the rows in the order of a column, those without a value last.
 
     A metric has its best value first, among rows of one task; any other column rises.
     """
-    if column not in table:
-        raise UserError(f"--sort {column}: no such column; there are {', '.join(table.columns)}")
     values, metric = table[column], is_metric(column)
     keys = pd.DataFrame({"missing": values.isna(), "task": tasks if metric else ""})
     keys["value"] = pd.to_numeric(values) if all(map(is_number, values.dropna())) else values.map(spell)
@@ -248,15 +247,14 @@ class Comparison:
 
     def cells(self) -> pd.DataFrame:
         """Return what people read of it, with a line for each row."""
-        doubt = f" ({OPTIMISTIC})" * (self.split == "val")
         lines: dict[str, dict[str, str]] = {self.baseline: {}}
         for name, found in self.differences.items():
-            lines[name] = {
-                f"{self.split}: {'' if metric == 'mIoU' else f'{metric} '}difference{doubt}": said(
-                    value, self.words[name][metric]
-                )
-                for metric, value in found.items()
-            }
+            lines[name] = {}
+            for metric, value in found.items():
+                column, word = f"{self.split}: {metric} difference".replace(" mIoU", ""), self.words[name][metric]
+                if why := doubt(self.split):  # is said once, above the column
+                    column, word = f"{column} ({why})", word.replace(f" ({why})", "").replace(f"{why}, ", "")
+                lines[name][column] = said(value, word)
         return pd.DataFrame.from_dict(lines, orient="index").fillna("baseline")
 
     def class_table(self) -> pd.DataFrame:
@@ -274,7 +272,7 @@ class Comparison:
 def said(found: Difference, word: str) -> str:
     """Spell a difference, its interval and its word; of few photos no interval is said."""
     ends = "" if word == "few photos" else f" ({found.low:+.3f} to {found.high:+.3f})"
-    return f"{found.value:+.3f}{ends} {word.replace(f' ({OPTIMISTIC})', '').replace(f'{OPTIMISTIC}, ', '')}"
+    return f"{found.value:+.3f}{ends} {word}"
 
 
 def read_counts(run: Run, split: str) -> Counts:
@@ -296,7 +294,7 @@ def compare(
     finished = {name: [run for run in runs if run.state == "finished"] for name, runs in rows.items()}
     found = []
     splits = {split for run in finished[baseline] for split in run.own_size}
-    for split in sorted(splits, key=chose_epochs):
+    for split in sorted(sorted(splits), key=doubt):
         scored = {n: runs for n, runs in finished.items() if runs and all(run.has_counts(split) for run in runs)}
         if baseline in scored:
             found.append(compare_on(split, scored, baseline, families, args))
@@ -308,9 +306,12 @@ def compare(
     return found
 
 
-def chose_epochs(split: str) -> tuple[bool, str]:
-    """Return what sorts splits: those that decide, then val."""
-    return split == "val", split
+def doubt(split: str) -> str:
+    """Return what makes a comparison on a split doubtful, "" if nothing does; it sorts them, those that decide first.
+
+    val chose the epochs; train, trainaug and their like were trained on.
+    """
+    return "optimistic" if split == "val" else "trained on" if split.startswith("train") else ""
 
 
 def compare_on(
@@ -354,7 +355,7 @@ def words(
     judged = {} if few else comparing.verdicts(flat)
     said: dict[str, dict[str, str]] = {name: {} for name in differences}
     for name, metric in flat:
-        doubts = ", ".join([OPTIMISTIC] * (split == "val") + ["one seed"] * one_seed[name])
+        doubts = ", ".join(filter(None, [doubt(split), "one seed" * one_seed[name]]))
         word = judged.get((name, metric), "few photos")
         said[name][metric] = f"{word} ({doubts})" if doubts and word in ("better", "worse") else word
     return said
@@ -414,32 +415,6 @@ def fitting(text: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     return text.iloc[:, :count], [*text.columns[count:]]
 
 
-def results_figure(curves: Mapping[str, Sequence[Sequence[float]]], *, metric: str, better: Callable) -> Figure:
-    """Return a validation metric by epoch, and beside it the best value of every run.
-
-    Args:
-        curves: by name, the first on top, the metric of each epoch in each of the runs that differ in their seed only.
-            The line is their mean.
-        metric: what it is called.
-        better: max or min, which chooses the better of two values.
-    """
-    figure = Figure(figsize=(11, 4 + 0.15 * len(curves)), layout="constrained")
-    by_epoch, by_name = figure.subplots(1, 2)
-    for place, (name, runs) in enumerate(curves.items()):
-        colour = f"C{place % 10}"
-        mean = [np.mean([value for value in epoch if value is not None]) for epoch in zip_longest(*runs)]
-        options: dict[str, Any] = {"label": spelling(name), "zorder": 3 - place / len(curves)}  # the first on top
-        by_epoch.plot(range(1, len(mean) + 1), mean, ".-", color=colour, **options)
-        by_name.plot([better(run) for run in runs], [place] * len(runs), "o", color=colour)
-    by_epoch.set(xlabel="epoch", ylabel=f"validation {metric}")
-    by_epoch.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
-    by_name.set_yticks(range(len(curves)), [spelling(name) for name in curves], fontsize="small")
-    by_name.set(xlabel=f"best validation {metric}", ylim=(len(curves) - 0.5, -0.5))
-    handles, names = by_epoch.get_legend_handles_labels()
-    figure.legend(handles[:10], names[:10], loc="outside lower center", ncols=3, fontsize="small")
-    return figure
-
-
 @dataclass
 class Section:
     """The runs on one data set: rows by name, each with its runs, and tables of them, for programs and for people."""
@@ -454,7 +429,9 @@ class Section:
     def curves(self) -> tuple[str, dict[str, list[list[float]]]]:
         """Return a metric, and by row its values by epoch in each finished run, or in all where none has finished."""
         runs = [run for group in self.rows.values() for run in group]
-        metric = self.column if any(run.curve(self.column) for run in runs) else "mIoU"
+        losses = {spell([*map(run.params.get, comparable_over("loss"))]) for run in runs if run.history}
+        drawn = any(run.curve(self.column) for run in runs) and (self.column != "loss" or len(losses) == 1)
+        metric = self.column if drawn else "mIoU"
         found = {}
         for name in self.table["name"]:
             counted = [run for run in self.rows[name] if run.state == "finished"] or self.rows[name]
@@ -462,7 +439,9 @@ class Section:
         return metric, {name: curves for name, curves in found.items() if curves}
 
 
-def make_section(runs: Sequence[Run], published: dict[str, Any], root: Path, args: argparse.Namespace) -> Section:
+def make_section(
+    runs: Sequence[Run], published: Mapping[Path, dict[str, Any]], root: Path, args: argparse.Namespace
+) -> Section:
     """Tabulate the runs on one data set, and compare them with the baseline if it is one of them."""
     groups = by_seed(runs, root.resolve().name)
     families = {name: one_per_seed(group) for name, group in groups.items()}
@@ -477,10 +456,11 @@ def make_section(runs: Sequence[Run], published: dict[str, Any], root: Path, arg
         table = table.join(each.columns(), on="name")
     chosen_by = {run.params["best_metric"] for run in runs if run.history}
     column = chosen_by.pop() if len(chosen_by) == 1 else "mIoU"
-    column = args.sort or (comparisons[0].split + OWN_SIZE if comparisons else column)
+    column = comparisons[0].split + OWN_SIZE if comparisons else column
+    column = args.sort if args.sort in table else column
     table = sort(table, column, [task(rows[name][0], column) for name in table["name"]])
     dataset, classes, folder = min((run.data for run in runs), key=lambda data: data.count(None))
-    title = f"{dataset if folder is None else os.path.relpath(folder)}, {classes} classes"
+    title = f"{(folder or dataset or '?').removeprefix(os.getcwd() + os.sep)}, {classes} classes"
     return Section(title, rows, table, column, comparisons, shown(table, comparisons, column))
 
 
@@ -494,7 +474,7 @@ def find_row(rows: Mapping[str, Sequence[Run]], name: str) -> str | None:
 def read_runs(args: argparse.Namespace) -> tuple[list[Run], Path]:
     """Read all runs that the arguments name, and return the folder that their names begin at."""
     folders = [folder for given in args.runs for folder in find(given)]
-    above = [folder.resolve().parent for folder in args.runs]
+    above = [Path(os.path.abspath(folder)).parent for folder in args.runs]  # links stay, as in the names
     root = args.runs[0] if len(above) == 1 else Path(os.path.commonpath(above))
     unique = {os.path.realpath(folder): folder for folder in reversed(folders)}
     runs = [read(folder, root) for folder in folders if unique[os.path.realpath(folder)] is folder]
@@ -518,9 +498,8 @@ def summary(sections: Sequence[Section], source: str, args: argparse.Namespace) 
     return "\n\n".join([*paragraphs, *([f"Published: {source}"] if source else [])])
 
 
-def write(sections: Sequence[Section], text: str, folder: Path) -> None:
-    """Write results.md, .csv, .tex, .html and results.png, the last one of the first section."""
-    make_folder(folder, "--output_dir")
+def write_tables(sections: Sequence[Section], text: str, folder: Path) -> None:
+    """Write results.md, .csv and .tex."""
     write_text(folder / "results.md", text + "\n")
     several = len(sections) > 1
     tables = [each.table.assign(data=each.title) if several else each.table for each in sections]
@@ -530,19 +509,26 @@ def write(sections: Sequence[Section], text: str, folder: Path) -> None:
     texts = [tabulate(fitting(each.text)[0], tablefmt="latex_booktabs", **options) for each in sections]
     latex = [f"% {each.title}\n{text}\n" for each, text in zip(sections, texts, strict=True)]
     write_text(folder / "results.tex", "\n".join(latex))
-    metric, curves = sections[0].curves()
-    if curves:
-        save_figure(results_figure(curves, metric=metric, better=better_of(metric)), folder / "results.png", dpi=120)
 
 
-def scored(section: Section, split: str) -> list[page.Scored]:
-    """Return the first run of each row that was scored photo by photo on a split."""
-    runs = [next((run for run in section.rows[name] if run.has_counts(split)), None) for name in section.table["name"]]
-    return [page.Scored(run.name, run.folder, split, read_counts(run, split)) for run in runs if run]
+def scored(section: Section, split: str, count: int) -> list[page.Scored]:
+    """Return the first run of some rows, the baseline and then the first ones, that was scored by photo on a split."""
+    baseline, found = {each.baseline for each in section.comparisons}, list[page.Scored]()
+    for name in sorted(section.table["name"], key=lambda name: name not in baseline):
+        run = next((run for run in section.rows[name] if run.has_counts(split)), None)
+        if run and len(found) < count:
+            try:
+                found.append(page.Scored(run.name, run.folder, split, read_counts(run, split)))
+            except UserError as error:
+                run.add_problem(str(error))
+    return found
 
 
 def write_page(sections: Sequence[Section], args: argparse.Namespace) -> None:
-    """Write results.html; with --gallery it shows photos, of the baseline and the best other row, or the best two."""
+    """Write results.html and results.png, the curves of the first section.
+
+    With --gallery the page shows photos, of the baseline and the best other row, or the best two.
+    """
     parts = []
     for each in sections:
         splits = {
@@ -550,33 +536,36 @@ def write_page(sections: Sequence[Section], args: argparse.Namespace) -> None:
         }
         metric, curves = each.curves()
         notes = [NOTE, *[SEEDS_NOTE] * args.over_seeds, *[DIFFERENCES_NOTE] * bool(each.comparisons)]
-        runs = scored(each, min(splits, key=chose_epochs))[: page.RUNS] if splits else []
+        runs = scored(each, min(sorted(splits), key=doubt), page.RUNS) if splits else []
         parts.append(page.Section(each.title, each.text, notes, curves, metric, each.comparisons, runs))
     gallery = None
     if args.gallery:
-        baseline = {run.name for each in sections[0].comparisons[:1] for run in sections[0].rows[each.baseline]}
-        runs = sorted(scored(sections[0], args.gallery), key=lambda run: run.name not in baseline)
-        if not runs:
+        if not (runs := scored(sections[0], args.gallery, 2)):
             raise UserError(f"--gallery {args.gallery}: no run was scored on it by evaluate.py --original_size")
         gallery = page.draw_gallery(runs)
         print(gallery.note or f"photos of {args.gallery} -> results.html", file=sys.stderr)
+    make_folder(args.output_dir, "--output_dir")
     page.write_page(args.output_dir / "results.html", parts, gallery)
+    if parts[0].curves:
+        save_figure(page.curves_figure(parts[0], page.styles(parts[0])), args.output_dir / "results.png", dpi=120)
 
 
 def main(args: argparse.Namespace) -> None:
-    found = [read_published(folder / "published.json") for folder in args.runs]
-    published = {"results": [result for each in found for result in each["results"]]}
+    published = {folder: read_published(folder / "published.json") for folder in args.runs}
     runs, root = read_runs(args)
     if not runs:
         raise UserError("none of the experiments has begun; --all shows them")
     name_other_labels(runs)
     sections = [make_section(group, published, root, args) for group in by_data(runs)]
+    if args.sort and not any(args.sort in each.table for each in sections):
+        columns = dict.fromkeys(column for each in sections for column in each.table)
+        raise UserError(f"--sort {args.sort}: no such column; there are {', '.join(columns)}")
     if args.baseline and not any(each.comparisons for each in sections):
         raise UserError(f"--baseline {args.baseline}: the table has no row of that name")
     sections.sort(key=lambda each: not each.comparisons)  # the baseline's first
-    text = summary(sections, "; ".join(each["source"] for each in found if each["results"]), args)
-    write(sections, text, args.output_dir)
-    write_page(sections, args)
+    text = summary(sections, "; ".join(each["source"] for each in published.values() if each["results"]), args)
+    write_page(sections, args)  # first, as --gallery may be a mistake
+    write_tables(sections, text, args.output_dir)
     print(f"{text}\n\n-> {args.output_dir / 'results.html'}, .md, .csv, .tex and .png")
     for run in runs:
         if run.problem:

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -84,7 +85,7 @@ def read(folder: Path, root: Path) -> Run:
 
     Its name is its path from root, or that of root itself.
     """
-    name = folder.resolve().name if folder == root else os.path.relpath(folder, root)
+    name = folder.resolve().name if folder == root else Path(os.path.relpath(folder, root)).as_posix()
     run = Run(folder, os.fsencode(name).decode(errors="replace"))
     try:
         history, starts = read_history(folder), records(folder)
@@ -113,8 +114,9 @@ def name_other_labels(runs: Sequence[Run]) -> None:
 
 
 def by_data(runs: Sequence[Run]) -> list[list[Run]]:
-    """Return the runs on each data set, the largest group first; one that does not say its data joins another."""
-    known = sorted({run.data for run in runs}, key=lambda data: (data.count(None), str(data)))
+    """Return the runs on each data set, the largest group first; one that does not say its data joins the largest."""
+    count = Counter(run.data for run in runs)
+    known = sorted(count, key=lambda data: (data.count(None), -count[data], str(data)))
     groups: dict[tuple, list[Run]] = {data: [] for data in known}
     for run in runs:
         data = next(d for d in known if all(own in (None, there) for own, there in zip(run.data, d, strict=True)))

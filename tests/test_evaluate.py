@@ -269,6 +269,8 @@ def test_of_several_scores_those_that_are_missing_are_made_and_one_that_fails_is
 
     assert scored([lone, lone], ["val", "train"]) == ["lone val", "lone train"]
     assert scored([sweep, lone], ["val"]) == ["seed_1 val"] and scored([sweep, lone], ["val"]) == []
+    os.utime(data / "SegmentationClass" / "val0.png")
+    assert scored([sweep, lone], ["val"]) == ["seed_1 val", "lone val"], "the mask may have been corrected"
     (data / "train.txt").write_text("train1\n")
     assert scored([lone], ["train"]) == ["lone train"]
     (sweep / "seed_1" / "counts_val@data_best.npz").unlink()

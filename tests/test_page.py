@@ -21,10 +21,12 @@ from results_page import (
     RUNS,
     Scored,
     Section,
-    choose,
+    choose_each_once,
     classes_figure,
+    curves_figure,
     differences_figure,
     draw_gallery,
+    styles,
     write_page,
 )
 from synthesize_results import Comparison
@@ -119,6 +121,24 @@ def segments(figure: Figure) -> int:
     return sum(len(ends) == 2 for each in collections for ends in each.get_segments())
 
 
+def test_the_curves_are_those_of_every_run_and_the_means_of_the_rows():
+    rows = section(["three", "_$x$"])
+    rows.curves = {"three": [[0.1, 0.3], [0.2, 0.2, 0.9], [0.3, 0.1]], "_$x$": [[0.4]]}
+    figure = curves_figure(rows, styles(rows))
+    *runs, mean = [line.get_ydata() for line in figure.axes[0].lines[:4]]
+    np.testing.assert_array_equal(runs, [[0.1, 0.3, np.nan], [0.2, 0.2, 0.9], [0.3, 0.1, np.nan]])
+    assert mean == pytest.approx([0.2, 0.2, 0.9]) and figure.axes[0].lines[5].get_ydata() == [0.4]
+    assert [text.get_text() for text in figure.legends[0].texts] == ["three", r" _\$x\$"]
+    colours = [line.get_color() for line in figure.axes[0].lines]
+    assert colours == colours[:1] * 4 + colours[-1:] * 2 and colours[0] != colours[-1]
+
+
+def test_the_baseline_is_among_the_rows_whose_classes_are_drawn():
+    (found,) = section([f"row {number}" for number in range(12)]).comparisons
+    figure = classes_figure(found, {f"row {number}": "C0-" for number in reversed(range(12))})
+    assert [text.get_text() for text in figure.legends[0].texts] == [f"row {n}" for n in (0, 11, 10, 9, 8, 7)]
+
+
 def test_intervals_are_drawn_unless_photos_are_few():
     for photos, intervals in ((20, (1, 2 * 2)), (9, (0, 0))):
         (found,) = section(["base", "other"], photos=photos).comparisons
@@ -132,11 +152,11 @@ def test_intervals_are_drawn_unless_photos_are_few():
 
 def test_each_photo_is_chosen_once():
     scores = np.array([0.5, np.nan, *np.linspace(0, 1, 14)])
-    chosen = choose(scores)
+    chosen = choose_each_once(scores)
     places = [place for kind in chosen.values() for place in kind]
     assert [*map(len, chosen.values())] == [PHOTOS] * 4 and len({*places}) == len(places) and 1 not in places
     assert chosen["worst"] == [2, 3, 4] and chosen["best"] == [15, 14, 13] and 0 in chosen["median"]
-    assert choose(np.array([0.5, np.nan])) == {"worst": [0], "median": [], "best": [], "random": []}
+    assert choose_each_once(np.array([0.5, np.nan])) == {"worst": [0], "median": [], "best": [], "random": []}
 
 
 @pytest.fixture

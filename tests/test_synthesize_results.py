@@ -21,7 +21,7 @@ from engine.run import RUN_LOCK
 from model import UserError
 from params import Params
 from sweep.space import grid, read_spaces
-from synthesize_results import by_seed, published_columns, read_published, results_figure, without_seed
+from synthesize_results import by_seed, published_columns, read_published, without_seed
 from utils import write_history
 
 METRICS = ("pixel_accuracy", "mean_accuracy", "frequency_weighted_IoU", "mean_dice")
@@ -50,24 +50,32 @@ def epoch(number: int, mIoU: float | None, **val) -> dict:
     return record | {"train": {"loss": 1.0} | metrics, "val": {"loss": 1 / number, "mIoU": mIoU} | metrics | val}
 
 
-def synthesize(parent: Path, *more: str, render: bool = False, width: int = 10_000) -> SimpleNamespace:
-    """What the command prints, and the rows of its table; render: write the picture too, which takes longest.
+def synthesize(parent: Path, *more: str, render: bool = False) -> SimpleNamespace:
+    """What the command prints, and the rows of its table; render: write the picture too, which takes longest."""
+    return printed(parent, "--parent_dir", str(parent), *more, render=render)
 
-    width: of the terminal, by default one that has room for every column.
-    """
+
+def named(folder: Path, *more: str) -> SimpleNamespace:
+    """What the command prints, in a folder, of runs that are named."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return printed(Path("results"), *more)
+
+
+def printed(output: Path, *arguments: str, render: bool = False) -> SimpleNamespace:
     with (
         pytest.MonkeyPatch.context() as patch,
         redirect_stdout(io.StringIO()) as out,
         redirect_stderr(io.StringIO()) as err,
     ):
-        patch.setattr(sys, "argv", ["synthesize_results.py", "--parent_dir", str(parent), *more])
-        patch.setattr(synthesize_results, "WIDTH", width)
+        patch.setattr(sys, "argv", ["synthesize_results.py", *arguments])
+        patch.setattr(synthesize_results, "WIDTH", 10_000)  # room for every column
         if not render:
             patch.setattr(synthesize_results, "save_figure", lambda figure, path, dpi: path.touch())
         synthesize_results.main(synthesize_results.parse_args())
     parts = out.getvalue().split("\n\n")
     rows = [row for part in parts if part.startswith("| name ") for row in table(part)]
-    return SimpleNamespace(out=out.getvalue(), err=err.getvalue(), rows=rows, file=results_csv(parent))
+    return SimpleNamespace(out=out.getvalue(), err=err.getvalue(), rows=rows, file=results_csv(output))
 
 
 def table(text: str) -> list[dict[str, str]]:
@@ -168,7 +176,11 @@ def test_the_metric_that_chose_the_epochs_sorts_the_table(tmp_path):
     assert names in (["d", "c", "b", "a"], ["c", "b", "a", "d"]), "another loss is not ranked among these"
     write_history(other, [epoch(1, 0.1, loss=0.25)])
     assert [row["name"] for row in synthesize(tmp_path).rows] == names
+    drawn = [(tmp_path / "results.html").read_text()]
     shutil.rmtree(other)
+    synthesize(tmp_path)
+    drawn += [(tmp_path / "results.html").read_text()]
+    assert ["validation mIoU" in page for page in drawn] == [True, False], "nor drawn beside them"
     assert [row["worst_IoU"] for row in synthesize(tmp_path, "--sort", "worst_IoU").rows] == ["0.400", "-", "-"]
 
 
@@ -291,6 +303,14 @@ def test_published_figures_stand_beside_ours(tmp_path):
     assert "\n\nPublished: A paper, table 1\n\n-> " in result.out
     rows = synthesize(tmp_path, "--all", "--sort", "published_mIoU").rows
     assert [row["name"] for row in rows] == ["new", "seven", "any name", "nine"]
+
+
+def test_published_figures_are_for_the_runs_of_their_folder_alone(tmp_path):
+    for name in ("a", "b"):
+        experiment(tmp_path / name / "run", [0.5])
+    publish(tmp_path / "a", FIGURE)
+    rows = named(tmp_path, "a", "b").rows
+    assert {row["name"]: row["published_mIoU"] for row in rows} == {"a/run": "0.700", "b/run": "-"}
 
 
 @pytest.mark.parametrize(
@@ -418,22 +438,6 @@ def test_runs_over_seeds_are_called_by_what_they_share_if_that_is_theirs_alone(t
     assert without_seed("my_seed_1", "") == "my_seed_1"
 
 
-# ---------------------------------------------------------------------------------------- the figure
-
-
-def test_the_figure_shows_every_curve_and_the_best_value_of_every_run():
-    runs = {"three": [[0.1, 0.3], [0.2, 0.2, 0.9], [0.3, 0.1]], "_$x$": [[0.4]]}
-    drawn = results_figure(runs, metric="mIoU", better=max)
-    curves, best = drawn.axes
-    assert [line.get_ydata() for line in curves.lines] == [pytest.approx([0.2, 0.2, 0.9]), [0.4]], "means"
-    assert [text.get_text() for text in drawn.legends[0].texts] == ["three", r" _\$x\$"]
-    points = [line.get_xydata().tolist() for line in best.lines]
-    assert points == [[[0.3, 0], [0.9, 0], [0.3, 0]], [[0.4, 1]]]
-    assert [label.get_text() for label in best.get_yticklabels()] == ["three", r" _\$x\$"]
-    assert best.get_ylim()[0] > best.get_ylim()[1], "the first is on top"
-    assert [line.get_color() for line in (*curves.lines, *best.lines)] == ["C0", "C1"] * 2
-
-
 # ---------------------------------------------------------------------------------------- differences
 
 
@@ -488,8 +492,9 @@ def test_every_row_is_compared_with_the_baseline_on_every_split(tmp_path):
     accuracy = [np.trace(run.pixels.sum(0)) / run.pixels.sum() for run in (better, first)]
     assert float(file["good"]["test_pixel_accuracy_difference"]) == pytest.approx(accuracy[0] - accuracy[1])
     assert "test: pixel_accuracy difference" in by_folder.rows[0]
-    few = synthesize(sweep, "--baseline", "old", "--group", "^.")  # nine groups: ids begin with 0 to 5 ... 9
-    assert {row["test_mIoU_verdict"] for row in few.file} >= {"better (one seed)"}
+    for pattern, word in (("^.", "better (one seed)"), ("^[0-5]?", "few photos")):  # ten groups, seven
+        grouped = synthesize(sweep, "--baseline", "old", "--group", pattern)
+        assert {row["name"]: row["test_mIoU_verdict"] for row in grouped.file}["good"] == word
     with pytest.raises(UserError, match="--group '5' does not match '0'"):
         synthesize(sweep, "--baseline", "old", "--group", "5")
 
@@ -521,6 +526,35 @@ def digest(folder: Path, file: str, weights: str) -> None:
     """Let a file of metrics be of weights."""
     metrics = json.loads((folder / file).read_text()) if (folder / file).exists() else {"epoch": 1}
     (folder / file).write_text(json.dumps(metrics | {"weights": weights}))
+
+
+def test_train_comes_last_and_is_said_to_be_trained_on(tmp_path):
+    rng = np.random.default_rng(0)
+    first = simulated(rng, 60, quality=0.2)
+    for name, run in (("old", first), ("new", simulated(rng, 60, quality=0.9, shared=first.labelled))):
+        scored(tmp_path / name, run, "train", "val", "a test")
+    result = synthesize(tmp_path, "--baseline", "old")
+    columns = ["a test: difference", "val: difference (optimistic)", "train: difference (trained on)"]
+    assert [*result.rows[0]][1:4] == columns
+    assert [result.rows[0][column].split(") ")[1] for column in columns] == ["better (one seed)"] * 3
+    assert result.file[0]["train_mIoU_verdict"] == "better (trained on, one seed)"
+
+
+def test_counts_that_are_damaged_cost_no_table(tmp_path):
+    run = simulated(np.random.default_rng(0), 20, quality=0.5)
+    for name in ("a", "b"):
+        scored(tmp_path / name, run, "val")
+    (tmp_path / "a" / "counts_val_best_original_size.npz").write_text("junk")
+    result = synthesize(tmp_path)
+    assert len(result.rows) == 2 and "a: finished, " in result.err and "is damaged" in result.err
+    page = (tmp_path / "results.html").read_text()
+    assert "Confusion of b" in page and "Confusion of a" not in page
+    shutil.rmtree(tmp_path / "b")
+    for file in tmp_path.glob("results.*"):
+        file.unlink()
+    with pytest.raises(UserError, match="--gallery test: no run was scored on it"):
+        synthesize(tmp_path, "--gallery", "test")
+    assert not [*tmp_path.glob("results.*")]
 
 
 def test_nothing_is_said_of_few_photos(tmp_path):
@@ -632,3 +666,12 @@ def test_runs_can_be_named_and_the_table_fits_a_terminal(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [*command, "--parent_dir", "other"])
     with pytest.raises(SystemExit):
         synthesize_results.parse_args()
+
+
+def test_names_begin_where_the_folders_part_also_below_a_link_and_one_table_can_be_sorted_alone(tmp_path):
+    for name, rate, data in (("a", 0.2, "voc"), ("b", 0.1, "voc"), ("c", 0.1, "sample")):
+        experiment(tmp_path / "real" / "deep" / name, [rate], learning_rate=rate, dataset=data)
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "deep")
+    assert [row["name"] for row in named(tmp_path, "link/a", "link/b").rows] == ["a", "b"]
+    rows = named(tmp_path, "link", "link/a", "--sort", "learning_rate").rows
+    assert [row["name"] for row in rows] == ["link/b", "link/a", "link/c"]
