@@ -162,7 +162,7 @@ def difference(
     """
     value = np.mean([run.observed for run in ours], 0) - np.mean([run.observed for run in baseline], 0)
     drawn = np.mean([run.drawn for run in ours], 0) - np.mean([run.drawn for run in baseline], 0)
-    drawn += _seed_noise([ours, baseline], others, drawn.shape, seed)
+    drawn = np.clip(drawn + _seed_noise([ours, baseline], others, drawn.shape, seed), -1, 1)
     return [_interval(value[place], drawn[:, place]) for place in range(value.size)]
 
 

@@ -24,7 +24,8 @@ from engine.checkpoints import checkpoint_path, load_network, predicting_weights
 from engine.cli import add_restore_file, experiment_parser, message, positive, run_main
 from engine.devices import agreed, bar, gather, is_main, loading_options, processes
 from engine.evaluation import Scores, add_up, evaluate, find_data, make_dataset
-from engine.run import trained_elsewhere
+from engine.results import find
+from engine.run import is_running, trained_elsewhere
 from model import UserError
 from model.data_loader import make_loader
 from model.inference import OriginalDataset, Segmenter, class_map, collate_originals
@@ -61,9 +62,13 @@ def parse_args() -> argparse.Namespace:
         if getattr(args, flag) and not args.save_overlays:
             parser.error(f"--{flag} goes with --save_overlays")
     given = args.which or []
+    if len(given) > 1 and {*given} & {*WHICH}:
+        parser.error(f"--which takes one of {', '.join(WHICH)}, or ids of photos")
     ranked = len(given) == 1 and given[0] in WHICH
     args.ids = [] if ranked else given
     args.which = given[0] if ranked else "most different" if args.against else "worst"
+    default = args.which == "worst" or (args.against and args.which == "most different")
+    args.kind = "" if default else "_chosen" if args.ids else f"_{args.which}"  # of the folder of overlays
     args.original_size |= args.flip or bool(args.scales or args.save_predictions or args.save_overlays)
     args.scales = args.scales or [1.0]
     return args
@@ -278,6 +283,8 @@ def write_scores(scores: Scores, work: Work) -> dict[str, Any]:
 def report(work: Work, metrics: dict[str, Any], line: str) -> None:
     """Print a line, or the metrics as a table where there is none, and whether they are of photos trained on."""
     args, size = work.args, work.params.image_size
+    if is_running(args.model_dir):
+        line = line and f"{line}, but still training"
     if line:
         print(line, flush=True)
     else:
@@ -300,7 +307,7 @@ def score_checkpoint(args: argparse.Namespace, device: torch.device, title: str 
     other = agreed(find_other, work, device) if args.against else None
     metrics = before = gather(scored_before(work) if title and not changed_since(work) else None)[0]
     where, predicted_only = f"{args.split} of {work.folder}", bool(args.save_predictions and not args.save_overlays)
-    segmenter, saved, overlays = None, None, args.model_dir / f"overlays_{work.name}"
+    segmenter, saved, overlays = None, None, args.model_dir / f"overlays_{work.name}{args.kind}"
     if args.original_size and (args.save_overlays or not before):
         segmenter = make_segmenter(work.model, work.params, device, scales=args.scales, flip=args.flip)
     if args.save_overlays:
@@ -327,10 +334,11 @@ def score_checkpoint(args: argparse.Namespace, device: torch.device, title: str 
 
 
 def one_by_one(args: argparse.Namespace) -> list[argparse.Namespace]:
-    """Return the arguments for each split of each experiment, in a sweep of each trial that has a checkpoint."""
+    """Return the arguments for each split of each experiment, in other folders of all below that have a checkpoint."""
     found = []
     for folder in args.model_dir:
-        sweep = sorted(folder.iterdir()) if (folder / "search_space.json").exists() else []
+        below = find(folder) if folder.is_dir() and not (folder / "params.json").exists() else []
+        sweep = find(folder) if (folder / "search_space.json").exists() else below
         trials = [trial for trial in sweep if checkpoint_path(trial, args.restore_file).exists()]
         found += [(trial, split) for trial in trials or [folder] for split in args.split]
     return [argparse.Namespace(**vars(args) | {"model_dir": f, "split": s}) for f, s in dict.fromkeys(found)]

@@ -16,14 +16,14 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader  # which torch needs too
 from matplotlib import style
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageOps
 
 import comparing
 from engine.devices import pick_device
 from engine.evaluation import find_data
 from evaluate import WHICH, choose
 from model import UserError
-from model.voc import VOID, palette
+from model.voc import VOID, is_background, palette
 from predict import open_network
 from utils import ROOT, write_text
 from visualize import blend, spelling
@@ -128,7 +128,7 @@ def curves_figure(section: Section, styles: Mapping[str, str]) -> Figure:
 
 def differences_figure(found: Any, metric: str, styles: Mapping[str, str]) -> Figure:
     words = {row: found.words[row][metric] for row in styles if row in found.words}
-    ends = [told(found.differences[row][metric], word != "few photos") for row, word in words.items()]
+    ends = [told(found.differences[row][metric], not word.startswith("few ")) for row, word in words.items()]
     name, colours = f"difference from {found.baseline}, with its 95 % interval", [styles[row][:2] for row in words]
     return intervals_figure([f"{row}: {word}" for row, word in words.items()], {name: (ends, colours)})
 
@@ -205,12 +205,12 @@ def draw_photos(runs: Sequence[Scored]) -> Gallery:
             maps = {"truth": np.array(mask)}
             maps |= {name: network.segment(photo).cpu().numpy() for name, (network, *_) in networks.items()}
             present |= {*np.unique([*maps.values()]).tolist()}
-            photo.thumbnail((SIDE, SIDE))
+            photo = ImageOps.contain(photo, (SIDE, SIDE))
             pictures = [embed(photo), *(embed(blend(photo, labels, names)) for labels in maps.values())]
             said = {name: each[place] for name, each in scores.items()}
             gallery.groups.setdefault(kind, []).append({"id": split.ids[place], "scores": said, "pictures": pictures})
-    colours = {"void" if index == VOID else names[index]: palette(names)[index].tolist() for index in sorted(present)}
-    gallery.legend = {name: f"rgb{(*colour,)}" for name, colour in colours.items()}
+    shown = {"void" if index == VOID else names[index]: f"rgb{(*palette(names)[index].tolist(),)}" for index in present}
+    gallery.legend = {name: "none" if is_background(name) else colour for name, colour in sorted(shown.items())}
     return gallery
 
 

@@ -40,7 +40,8 @@ SEEDS_NOTE = "A row has the means over its finished seeds, with the standard dev
 DIFFERENCES_NOTE = """
 Differences are in mIoU where no metric is named, with 95 % intervals (docs/COMPARING.md). Open: not decided, which is
 not equal. Optimistic: val chose the epochs, which favours rows with more of them, or with noisier ones. One seed:
-another seed may change the word. The words of a split are corrected for their number (Holm), the intervals are not.
+another seed may change the word. Few: of fewer than ten photos, or groups, nothing is said. The words of a split are
+corrected for their number (Holm), the intervals are not.
 """
 
 
@@ -154,20 +155,23 @@ def by_seed(runs: Sequence[Run], parent: str) -> dict[str, list[Run]]:
         alike = json.dumps([params, run.data_dir, run.origin], sort_keys=True)
         groups.setdefault(alike if run.params else run.name, []).append(run)
     first = [group[0] for group in groups.values()]
-    short = [(run.params and without_seed(run.name, parent)) or run.name for run in first]
+    short = [without_seed(run.name, run.params["seed"], parent) if run.params else run.name for run in first]
     names = [name if short.count(name) == 1 else run.name for name, run in zip(short, first, strict=True)]
     return dict(zip(names, groups.values(), strict=True))
 
 
 def one_per_seed(group: list[Run]) -> list[Run]:
     """Return the first run of each seed, a finished one if there is one: a copy is no other seed."""
-    by_rank = sorted(group, key=lambda run: run.state != "finished")
-    return [*{run.params.get("seed"): run for run in reversed(by_rank)}.values()]
+    unique: dict[Any, Run] = {}
+    for run in sorted(group, key=lambda run: run.state != "finished"):
+        unique.setdefault(run.params.get("seed"), run)
+    return [*unique.values()]
 
 
-def without_seed(name: str, parent: str) -> str:
-    """Return batch_size_8 for a trial called batch_size_8__seed_1, and the folder's name for one called seed_1."""
-    parts = [re.sub(r"(?:^|__)seed_\d+(?=__|$)", "", part).removeprefix("__") for part in name.split("/")]
+def without_seed(name: str, seed: int, parent: str) -> str:
+    """Return batch_size_8 for batch_size_8__seed_1, mine for mine_s1 or mine-seed1, parent where nothing is left."""
+    ending = rf"(?:^|[_-]+)s(?:eed)?[_-]?{seed}(?=__|$)"
+    parts = [re.sub(ending, "", part).removeprefix("__") for part in name.split("/")]
     return "/".join(filter(None, parts)) or parent
 
 
@@ -227,7 +231,9 @@ class Comparison:
     split: str
     baseline: str
     class_names: list[str]
-    photos: list[int]  # or groups, of each class
+    metrics: list[str]
+    unit: str  # "photos", or "groups" of them
+    photos: list[int]  # in which each class occurs
     differences: dict[str, dict[str, Difference]]
     words: dict[str, dict[str, str]]
     by_class: dict[str, list[Difference | None]]
@@ -240,38 +246,38 @@ class Comparison:
             lines[name] = {}
             for metric, (value, low, high, _) in found.items():
                 word = self.words[name][metric]
-                ends = {} if word == "few photos" else {"low": low, "high": high}
+                ends = {} if word.startswith("few ") else {"low": low, "high": high}
                 columns = {"difference": value, **ends, "verdict": word}
                 lines[name] |= {f"{self.split}_{metric}_{key}": each for key, each in columns.items()}
         return pd.DataFrame.from_dict(lines, orient="index")
 
     def cells(self) -> pd.DataFrame:
         """Return what people read of it, with a line for each row."""
-        lines: dict[str, dict[str, str]] = {self.baseline: {}}
+        why = doubt(self.split)  # is said once, above the column
+        columns = {
+            metric: f"{self.split}: {metric} difference".replace(" mIoU", "") + (f" ({why})" if why else "")
+            for metric in self.metrics
+        }
+        lines = {self.baseline: dict.fromkeys(columns.values(), "baseline")}
         for name, found in self.differences.items():
-            lines[name] = {}
-            for metric, value in found.items():
-                column, word = f"{self.split}: {metric} difference".replace(" mIoU", ""), self.words[name][metric]
-                if why := doubt(self.split):  # is said once, above the column
-                    column, word = f"{column} ({why})", word.replace(f" ({why})", "").replace(f"{why}, ", "")
-                lines[name][column] = said(value, word)
-        return pd.DataFrame.from_dict(lines, orient="index").fillna("baseline")
+            short = {m: word.replace(f" ({why})", "").replace(f"{why}, ", "") for m, word in self.words[name].items()}
+            lines[name] = {columns[metric]: said(value, short[metric]) for metric, value in found.items()}
+        return pd.DataFrame.from_dict(lines, orient="index")
 
     def class_table(self) -> pd.DataFrame:
         """Return how each class differs, and how sure that is, all classes of a row together."""
-        table = {f"IoU on {self.split}": self.class_names, "photos": map(str, self.photos)}
+        table = {f"IoU on {self.split}": self.class_names, self.unit: map(str, self.photos)}
         for name, classes in self.by_class.items():
             known = {place: found for place, found in enumerate(classes) if found}
             words = comparing.verdicts({place: each for place, each in known.items() if self.photos[place] >= FEW})
-            table[name] = [
-                said(found, words.get(place, "few photos")) if found else "-" for place, found in enumerate(classes)
-            ]
+            few = f"few {self.unit}"
+            table[name] = [said(each, words.get(place, few)) if each else "-" for place, each in enumerate(classes)]
         return pd.DataFrame(table)
 
 
 def said(found: Difference, word: str) -> str:
     """Spell a difference, its interval and its word; of few photos no interval is said."""
-    ends = "" if word == "few photos" else f" ({found.low:+.3f} to {found.high:+.3f})"
+    ends = "" if word.startswith("few ") else f" ({found.low:+.3f} to {found.high:+.3f})"
     return f"{found.value:+.3f}{ends} {word}"
 
 
@@ -298,7 +304,7 @@ def compare(
         scored = {n: runs for n, runs in finished.items() if runs and all(run.has_counts(split) for run in runs)}
         if baseline in scored:
             found.append(compare_on(split, scored, baseline, families, args))
-        if missing := [run.name for name, runs in finished.items() if name not in scored for run in runs]:
+        if missing := [run.name for runs in finished.values() for run in runs if not run.has_counts(split)]:
             print(f"not scored on {split} by evaluate.py --original_size: {', '.join(missing)}", file=sys.stderr)
     if not found:
         remedy = "score each of them with evaluate.py --original_size"
@@ -335,28 +341,35 @@ def compare_on(
     found = {name: comparing.difference(side, ours, others=spread) for name, side in sides.items()}
     of_metrics = {name: dict(zip(args.metric, each, strict=False)) for name, each in found.items()}
     one_seed = {name: spread is None and 1 in (len(side), len(ours)) for name, side in sides.items()}
+    unit = "groups" if args.group else "photos"
+    few = f"few {unit}" if len(drawn_from[0].ids) < FEW else ""
     return Comparison(
         split,
         baseline,
         counts[first].class_names,
+        args.metric,
+        unit,
         (drawn_from[0].labelled > 0).sum(0).tolist(),
         of_metrics,
-        words(of_metrics, split, one_seed, few=len(drawn_from[0].ids) < FEW),
+        words(of_metrics, split, one_seed, few=few),
         {name: each[len(args.metric) :] for name, each in found.items()},
         class_IoU,
     )
 
 
 def words(
-    differences: Mapping[str, Mapping[str, Difference]], split: str, one_seed: Mapping[str, bool], *, few: bool
+    differences: Mapping[str, Mapping[str, Difference]], split: str, one_seed: Mapping[str, bool], *, few: str
 ) -> dict[str, dict[str, str]]:
-    """Return "better", "worse" or "open" by row and metric, all judged together, with what makes it doubtful."""
+    """Return "better", "worse" or "open" by row and metric, all judged together, with what makes it doubtful.
+
+    few is the word where there are too few photos to say.
+    """
     flat = {(name, metric): each for name, found in differences.items() for metric, each in found.items()}
     judged = {} if few else comparing.verdicts(flat)
     said: dict[str, dict[str, str]] = {name: {} for name in differences}
     for name, metric in flat:
         doubts = ", ".join(filter(None, [doubt(split), "one seed" * one_seed[name]]))
-        word = judged.get((name, metric), "few photos")
+        word = judged.get((name, metric), few)
         said[name][metric] = f"{word} ({doubts})" if doubts and word in ("better", "worse") else word
     return said
 
@@ -480,7 +493,8 @@ def read_runs(args: argparse.Namespace) -> tuple[list[Run], Path]:
     runs = [read(folder, root) for folder in folders if unique[os.path.realpath(folder)] is folder]
     waiting = [] if args.all else [run for run in runs if run.state == "not started"]
     if waiting:
-        print(f"{len(waiting)} of {len(runs)} have not begun; --all shows them", file=sys.stderr)
+        names = ", ".join(run.name for run in waiting[:5]) + ", …" * (len(waiting) > 5)
+        print(f"{len(waiting)} of {len(runs)} have not begun ({names}); --all shows them", file=sys.stderr)
     return [run for run in runs if run not in waiting], root
 
 
@@ -506,7 +520,8 @@ def write_tables(sections: Sequence[Section], text: str, folder: Path) -> None:
     csv = pd.concat(tables).map(lambda value: spell(value) if isinstance(value, dict | bool) else value)
     write_text(folder / "results.csv", csv.to_csv(index=False))
     options: dict[str, Any] = {"headers": "keys", "showindex": False, "disable_numparse": True}
-    texts = [tabulate(fitting(each.text)[0], tablefmt="latex_booktabs", **options) for each in sections]
+    few = [each.text.loc[:, : each.text.columns[each.text.columns.get_loc("best_epoch") - 1]] for each in sections]
+    texts = [tabulate(text, tablefmt="latex_booktabs", **options) for text in few]  # what varies, in any width
     latex = [f"% {each.title}\n{text}\n" for each, text in zip(sections, texts, strict=True)]
     write_text(folder / "results.tex", "\n".join(latex))
 
@@ -518,7 +533,8 @@ def scored(section: Section, split: str, count: int) -> list[page.Scored]:
         run = next((run for run in section.rows[name] if run.has_counts(split)), None)
         if run and len(found) < count:
             try:
-                found.append(page.Scored(run.name, run.folder, split, read_counts(run, split)))
+                title = name if len(section.rows[name]) == 1 else f"{name}, seed {run.params['seed']}"
+                found.append(page.Scored(title, run.folder, split, read_counts(run, split)))
             except UserError as error:
                 run.add_problem(str(error))
     return found
@@ -561,7 +577,8 @@ def main(args: argparse.Namespace) -> None:
         columns = dict.fromkeys(column for each in sections for column in each.table)
         raise UserError(f"--sort {args.sort}: no such column; there are {', '.join(columns)}")
     if args.baseline and not any(each.comparisons for each in sections):
-        raise UserError(f"--baseline {args.baseline}: the table has no row of that name")
+        there = ", ".join(name for each in sections for name in each.rows)
+        raise UserError(f"--baseline {args.baseline}: the table has no row of that name; there are {there}")
     sections.sort(key=lambda each: not each.comparisons)  # the baseline's first
     text = summary(sections, "; ".join(each["source"] for each in published.values() if each["results"]), args)
     write_page(sections, args)  # first, as --gallery may be a mistake
