@@ -297,7 +297,7 @@ def test_of_several_scores_those_that_are_missing_are_made_and_one_that_fails_is
         ),
         (
             ["--save_overlays", "--which", "worst", "val1"],
-            "--which worst: no photo of val; give ids, as val0, val1, val2, or w",
+            "--which takes one of worst, median, best, random, or ids of photos",
         ),
         (["--split", "val", "train", "--save_predictions", "out"], "--save_predictions takes one experiment and one"),
     ],
