@@ -62,8 +62,6 @@ class Forked(subprocess.Popen):
 
     def __init__(self, args, *positional, env=None, pass_fds=(), without: Sequence[str] = (), **options):
         script = [*map(str, args[1:])]
-        if script[0] == "-u":  # so torchrun starts its processes
-            del script[0]
         if args[0] == sys.executable and script[0].endswith(".py"):
             for module in (*SCRIPTS, "timm"):
                 importlib.import_module(module)

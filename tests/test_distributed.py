@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, Forked, make_data, make_experiment, run_script
+from conftest import ROOT, TINY, make_data, make_experiment, run_script
 from torch import nn
 
 import evaluate
@@ -38,6 +37,8 @@ from model.net import FCN_GCN
 from model.parallel import Dropout2d, differentiable_sum, shard, synchronize_batch_norm
 from params import Params
 from train import train_epoch
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 
 
 def on_processes(count: int, function: Callable[..., Any], *args: Any, connect: bool = True) -> list:
@@ -361,14 +362,10 @@ def test_other_scripts_refuse_torchrun():
     assert stderr == "synthesize_results.py: error: this is work for one process; start it without torchrun\n"
 
 
-def torchrun(
-    experiment: Path, data: Path, *flags: str, script_flags: Sequence[str] = (), forked: bool = False
-) -> subprocess.Popen:
-    """Start a training of two processes; forked: what torchrun is, and its processes, are forks of this one."""
-    run = [str(find_spec("torch.distributed.run").origin)] if forked else ["-m", "torch.distributed.run"]
-    command = [*run, "--standalone", "--nproc_per_node", "2", *flags, "train.py", "--model_dir", experiment]
-    return (Forked if forked else subprocess.Popen)(
-        [sys.executable, *map(str, command), "--data_dir", str(data), *script_flags],
+def torchrun(experiment: Path, data: Path, *flags: str, script_flags: Sequence[str] = ()) -> subprocess.Popen:
+    command = [*TORCHRUN, "--standalone", "--nproc_per_node", "2", *flags, "train.py", "--model_dir", experiment]
+    return subprocess.Popen(
+        [*map(str, command), "--data_dir", str(data), *script_flags],
         cwd=ROOT,
         text=True,
         stdout=subprocess.PIPE,
@@ -396,7 +393,7 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen) -> None
 
 def test_torchrun_restarts_a_run_of_which_a_process_was_killed_and_it_resumes(tmp_path, data):
     experiment = make_experiment(tmp_path / "run", batch_size=4, num_epochs=3)
-    process = torchrun(experiment, data, "--max-restarts", "1", script_flags=["--resume"], forked=True)
+    process = torchrun(experiment, data, "--max-restarts", "1", script_flags=["--resume"])
     wait_until((experiment / "last.pth.tar").exists, process)
     os.kill(workers(process)[1], signal.SIGKILL)
     stdout, stderr = process.communicate(timeout=120)
