@@ -29,8 +29,7 @@ from utils import ROOT, write_text
 from visualize import blend, spelling
 
 STYLE: Any = ["seaborn-v0_8-whitegrid", {"svg.fonttype": "none", "svg.hashsalt": ""}]
-RUNS, PHOTOS = 6, 3  # at most, in the figure of classes and of a kind
-SIDE = 320  # pixels of the longer side of a photo
+RUNS, PHOTOS, SIDE = 6, 3, 320  # rows in the figure of classes, photos of a kind, pixels of their longer side
 
 
 @dataclass
@@ -81,8 +80,8 @@ def write_page(path: Path, sections: Sequence[Section], gallery: Gallery | None 
 
 def styles(section: Section) -> dict[str, str]:
     """Return the colour and the kind of line of each row."""
-    dashes = ("-", "--", ":", "-.")
-    return {row: f"C{place % 10}{dashes[place // 10 % 4]}" for place, row in enumerate(section.table.iloc[:, 0])}
+    rows = enumerate(section.table.iloc[:, 0])
+    return {row: f"C{place % 10}{('-', '--', ':', '-.')[place // 10 % 4]}" for place, row in rows}
 
 
 def draw_figures(section: Section, key: str) -> dict[str, str]:
@@ -92,7 +91,7 @@ def draw_figures(section: Section, key: str) -> dict[str, str]:
         seeds = ", in bold the mean of the seeds" * any(len(runs) > 1 for runs in section.curves.values())
         drawn[f"Validation {section.metric} by epoch{seeds}"] = curves_figure(section, of_rows)
     for found in section.comparisons:
-        for metric in [*found.differences.values(), {}][0]:
+        for metric in found.metrics if found.differences else ():
             drawn[f"Difference in {metric} on {found.split}"] = differences_figure(found, metric, of_rows)
         few = f", of {RUNS} of the {len(found.class_IoU)} rows" * (len(found.class_IoU) > RUNS)
         drawn[f"IoU of each class on {found.split}, with 95 % intervals{few}"] = classes_figure(found, of_rows)
@@ -157,8 +156,7 @@ def intervals_figure(lines: Sequence[str], series: Mapping[str, tuple]) -> Figur
     for odd in places[1::2]:  # so that the eye keeps the line
         axes.axhspan(odd - 0.5, odd + 0.5, color="grey", alpha=0.1, linewidth=0)
     axes.axvline(0, color="grey", linestyle="dashed")
-    axes.set_yticks(places, [*map(spelling, lines)])
-    axes.set_ylim(len(lines) - 0.5, -0.5)
+    axes.set(yticks=places, yticklabels=[*map(spelling, lines)], ylim=(len(lines) - 0.5, -0.5))
     axes.grid(visible=False, axis="y")
     axes.locator_params(axis="x", nbins=7)
     add_legend(figure, handles)
@@ -173,9 +171,8 @@ def draw_gallery(runs: Sequence[Scored]) -> Gallery:
     try:
         return draw_photos(runs[:2])
     except UserError as error:
-        return Gallery(
-            f"Photos of {runs[0].split}", note=f"There are none here: {error}".removesuffix("; give --data_dir")
-        )
+        why = str(error).removesuffix("; give --data_dir")
+        return Gallery(f"Photos of {runs[0].split}", note=f"There are none here: {why}")
 
 
 def choose_each_once(scores: np.ndarray) -> dict[str, list[int]]:
@@ -207,8 +204,8 @@ def draw_photos(runs: Sequence[Scored]) -> Gallery:
             present |= {*np.unique([*maps.values()]).tolist()}
             photo = ImageOps.contain(photo, (SIDE, SIDE))
             pictures = [embed(photo), *(embed(blend(photo, labels, names)) for labels in maps.values())]
-            said = {name: each[place] for name, each in scores.items()}
-            gallery.groups.setdefault(kind, []).append({"id": split.ids[place], "scores": said, "pictures": pictures})
+            entry = {"id": split.ids[place], "scores": {name: each[place] for name, each in scores.items()}}
+            gallery.groups.setdefault(kind, []).append(entry | {"pictures": pictures})
     shown = {"void" if index == VOID else names[index]: f"rgb{(*palette(names)[index].tolist(),)}" for index in present}
     gallery.legend = {name: "none" if is_background(name) else colour for name, colour in sorted(shown.items())}
     return gallery
@@ -216,6 +213,5 @@ def draw_photos(runs: Sequence[Scored]) -> Gallery:
 
 def embed(picture: Image.Image) -> str:
     """Return a picture as the address of an <img>: a JPEG."""
-    stream = BytesIO()
-    picture.save(stream, "JPEG", quality=80)
+    picture.save(stream := BytesIO(), "JPEG", quality=80)
     return f"data:image/jpeg;base64,{b64encode(stream.getvalue()).decode()}"
