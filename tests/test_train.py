@@ -501,7 +501,7 @@ def test_the_encoder_can_learn_more_slowly_and_norms_and_biases_decay_less():
 
 def test_momentum_finds_its_weights_again_where_the_groups_have_changed(tmp_path):
     def training(**options) -> Training:
-        return Training(network(), Params(momentum=0.9, weight_decay=0.0, **options), 2)
+        return Training(network(), Params(momentum=0.9, weight_decay=0.25, **options), 2)
 
     first = training()
     backward(first, sum((parameter**3).sum() for parameter in first.model.parameters()))
@@ -509,7 +509,7 @@ def test_momentum_finds_its_weights_again_where_the_groups_have_changed(tmp_path
         state = first.state_dict() | {"epoch": 1, "history": [{"epoch": 1, "val": {}}]}
         first = training(**options)
         first.load_state_dict(copy.deepcopy(state), tmp_path / "last.pth.tar")
-        expected = [3 * w**2 for w in network().parameters()]
+        expected = [3 * w**2 + 0.25 * w for w in network().parameters()]
         for weight, momentum in zip(first.model.parameters(), expected, strict=True):
             torch.testing.assert_close(first.optimizer.state[weight]["momentum_buffer"], momentum)
 

@@ -342,7 +342,7 @@ def test_pretrained_weights_come_from_torch_home_and_only_for_a_new_encoder(data
     assert failed.stderr.splitlines()[-1].startswith("train.py: error: no ImageNet weights")
     assert str(weights_file) in failed.stderr
     assert "false there to train from scratch" in failed.stderr
-    assert os.listdir(experiment) == ["params.json"]
+    assert {*os.listdir(experiment)} == {"params.json", ".lock"}
 
     torch.manual_seed(1)
     encoder = resnet50(weights=None)
