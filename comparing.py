@@ -155,7 +155,7 @@ def between_seeds(families: Sequence[Sequence[Resampled]]) -> Spread | None:
 def difference(
     ours: Sequence[Resampled], baseline: Sequence[Resampled], *, others: Spread | None = None, seed: int = 1
 ) -> list[Difference | None]:
-    """Return how the means over two experiments' runs differ, for each of their values(); None where both are NaN.
+    """Return how the means over two experiments' runs differ, for each of their values(); None where one is NaN.
 
     All runs are from one call of resample(). What another seed would change is taken from the runs of each experiment,
     for one with a single run from others; without those it is left out.

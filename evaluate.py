@@ -283,10 +283,8 @@ def write_scores(scores: Scores, work: Work) -> dict[str, Any]:
 def report(work: Work, metrics: dict[str, Any], line: str) -> None:
     """Print a line, or the metrics as a table where there is none, and whether they are of photos trained on."""
     args, size = work.args, work.params.image_size
-    if is_running(args.model_dir):
-        line = line and f"{line}, but still training"
     if line:
-        print(line, flush=True)
+        print(f"{line}{', but still training' * is_running(args.model_dir)}", flush=True)
     else:
         where = f"{args.split} of {work.folder} at {'their own size' if args.original_size else f'{size}x{size}'}"
         found = f"{sum(map(bool, metrics['frequency'].values()))} of {len(work.names)} classes"
@@ -337,10 +335,12 @@ def one_by_one(args: argparse.Namespace) -> list[argparse.Namespace]:
     """Return the arguments for each split of each experiment, in other folders of all below that have a checkpoint."""
     found = []
     for folder in args.model_dir:
-        below = find(folder) if folder.is_dir() and not (folder / "params.json").exists() else []
-        sweep = find(folder) if (folder / "search_space.json").exists() else below
-        trials = [trial for trial in sweep if checkpoint_path(trial, args.restore_file).exists()]
-        found += [(trial, split) for trial in trials or [folder] for split in args.split]
+        trials = [folder]
+        if (folder / "search_space.json").exists() or not (folder / "params.json").exists():
+            with suppress(UserError):  # there are none: then it is the folder that has no checkpoint
+                below = [trial for trial in find(folder) if checkpoint_path(trial, args.restore_file).exists()]
+                trials = below or trials
+        found += [(trial, split) for trial in trials for split in args.split]
     return [argparse.Namespace(**vars(args) | {"model_dir": f, "split": s}) for f, s in dict.fromkeys(found)]
 
 

@@ -297,8 +297,9 @@ def truth_of(mask: Image.Image | None) -> np.ndarray | None:
 
 def main(args: argparse.Namespace) -> None:
     folders = [args.model_dir, *filter(None, [args.against])]
-    names = [folder.resolve().name for folder in folders]
-    titles = names if len({*names}) == len(names) else [*map(str, folders)]
+    titles = [folder.resolve().name for folder in folders]
+    if len({*titles}) < len(titles):
+        titles = [*map(str, folders)]
     opened = [open_network(folder, args.restore_file, pick_device(args.device)) for folder in folders]
     networks = dict(zip(titles, opened, strict=True))
     segmenter, names, params, checkpoint = opened[0]

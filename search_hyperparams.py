@@ -11,6 +11,7 @@ import torch
 from optuna.trial import TrialState
 
 from engine.cli import add_folder, positive, require, run_main
+from engine.results import without_seed
 from engine.run import RUN_LOCK, sole_run
 from engine.training import better_of
 from model import UserError
@@ -77,8 +78,7 @@ def best(sweep: Coordinator) -> str:
     name, value = next(iter(group)), fmean(group.values())
     if len(group) == 1:
         return f"{value:.4f} by {name}"
-    seed = f"seed_{sweep.trials[name].get('seed')}"
-    shared = "__".join(part for part in name.split("__") if part != seed) or sweep.parent_dir.resolve().name
+    shared = without_seed(name, sweep.trials[name].get("seed"), sweep.parent_dir.resolve().name)
     return f"{value:.4f} by {shared}, mean of {len(group)} seeds"
 
 

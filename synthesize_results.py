@@ -19,7 +19,7 @@ import comparing
 import results_page as page
 from comparing import FEW, Counts, Difference
 from engine.cli import run_main
-from engine.results import Run, by_data, find, name_other_labels, read
+from engine.results import Run, by_data, find, name_other_labels, read, without_seed
 from engine.training import better_of
 from model import UserError
 from model.metrics import AT_ORIGINAL_SIZE, BETTER, METRICS
@@ -166,13 +166,6 @@ def one_per_seed(group: list[Run]) -> list[Run]:
     for run in sorted(group, key=lambda run: run.state != "finished"):
         unique.setdefault(run.params.get("seed"), run)
     return [*unique.values()]
-
-
-def without_seed(name: str, seed: int, parent: str) -> str:
-    """Return batch_size_8 for batch_size_8__seed_1, mine for mine_s1 or mine-seed1, parent where nothing is left."""
-    ending = rf"(?:^|[_-]+)s(?:eed)?[_-]?{seed}(?=__|$)"
-    parts = [re.sub(ending, "", part).removeprefix("__") for part in name.split("/")]
-    return "/".join(filter(None, parts)) or parent
 
 
 def over_seeds(table: pd.DataFrame, groups: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
@@ -520,8 +513,8 @@ def write_tables(sections: Sequence[Section], text: str, folder: Path) -> None:
     csv = pd.concat(tables).map(lambda value: spell(value) if isinstance(value, dict | bool) else value)
     write_text(folder / "results.csv", csv.to_csv(index=False))
     options: dict[str, Any] = {"headers": "keys", "showindex": False, "disable_numparse": True}
-    few = [each.text.loc[:, : each.text.columns[each.text.columns.get_loc("best_epoch") - 1]] for each in sections]
-    texts = [tabulate(text, tablefmt="latex_booktabs", **options) for text in few]  # what varies, in any width
+    few = [each.text.iloc[:, : each.text.columns.get_loc("best_epoch")] for each in sections]  # in any width
+    texts = [tabulate(text, tablefmt="latex_booktabs", **options) for text in few]
     latex = [f"% {each.title}\n{text}\n" for each, text in zip(sections, texts, strict=True)]
     write_text(folder / "results.tex", "\n".join(latex))
 

@@ -33,7 +33,7 @@ def comparison(
     canvas, draw = _page(_legend(_present(maps, names), left + max(3, len(examples)) * step), TEXT + 3 * step)
     draw.text((MARGIN, TEXT // 2), title, **LETTERS)
     for column, (_, truth, prediction) in enumerate(examples):
-        draw.text((left + column * step, TEXT // 2), f"mIoU {_mean_iou(truth, prediction)}", **LETTERS)
+        draw.text((left + column * step, TEXT // 2), f"mIoU {_mean_iou(truth, prediction, len(names))}", **LETTERS)
     for row, name in enumerate(("photo", "truth", "prediction")):
         top = TEXT + row * step
         draw.text((MARGIN, top + side // 2), name, **LETTERS)
@@ -106,9 +106,9 @@ def blend(photo: Image.Image, labels: np.ndarray, names: Sequence[str]) -> Image
     return Image.composite(mixed, photo, Image.fromarray(~np.isin(np.array(classes), bare)))
 
 
-def _mean_iou(truth: np.ndarray, prediction: np.ndarray) -> str:
+def _mean_iou(truth: np.ndarray, prediction: np.ndarray, num_classes: int) -> str:
     """Return the mIoU of one photo, "-" where all of its truth is void."""
-    confusion = ConfusionMatrix(VOID)
+    confusion = ConfusionMatrix(num_classes)
     confusion.update(*(torch.from_numpy(part)[None] for part in (prediction, truth)))
     value = confusion.compute()["mIoU"]
     return "-" if value is None else f"{value:.2f}"

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -122,6 +123,13 @@ def by_data(runs: Sequence[Run]) -> list[list[Run]]:
         data = next(d for d in known if all(own in (None, there) for own, there in zip(run.data, d, strict=True)))
         groups[data].append(run)
     return sorted(filter(None, groups.values()), key=len, reverse=True)
+
+
+def without_seed(name: str, seed: int | None, parent: str) -> str:
+    """Return batch_size_8 for batch_size_8__seed_1, mine for mine_s1 or mine-seed1, parent where nothing is left."""
+    ending = rf"(?:^|[_-]+)s(?:eed)?[_-]?{seed}(?=__|$)"
+    parts = [re.sub(ending, "", part).removeprefix("__") for part in name.split("/")]
+    return "/".join(filter(None, parts)) or parent
 
 
 def began_from(record: dict[str, Any]) -> tuple[str | None, str | None]:

@@ -250,6 +250,7 @@ def test_of_several_scores_those_that_are_missing_are_made_and_one_that_fails_is
     (sweep / "running").mkdir()
     (damaged / "best.pth.tar").unlink()
     (damaged / "best.pth.tar").write_text("nonsense")
+    (empty := tmp_path / "empty").mkdir()
 
     def scored(folders: list[Path], splits: list[str], *flags: str) -> list[str]:
         """Evaluate folders and the damaged one; return which splits of which experiments are scored now."""
@@ -280,6 +281,10 @@ def test_of_several_scores_those_that_are_missing_are_made_and_one_that_fails_is
     torch.save(state, lone / "best.pth.tar")
     assert scored([sweep, lone], ["val"]) == ["seed_1 val", "lone val"]
     assert scored([lone], ["train"], "--flip") == ["lone train"]
+    monkeypatch.setattr("sys.argv", [*map(str, ["evaluate.py", "--model_dir", empty, lone, "--data_dir", data])])
+    assert main(parse_args()) == 1
+    said = capsys.readouterr()
+    assert said.err.startswith(f"evaluate.py: {empty}: no checkpoint ") and said.out.endswith("  was scored\n")
     flags = "--flip", "--scales", "2"
     assert scored([lone], ["train"], *flags) == ["lone train"]
     assert scored([lone], ["train"], *flags, "--save_overlays", "--against", str(lone)) == []

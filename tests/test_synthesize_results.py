@@ -17,12 +17,12 @@ from test_comparing import NAMES, simulated
 
 import synthesize_results
 from comparing import Counts, mIoU, write_counts
-from engine.results import Run, read
+from engine.results import Run, read, without_seed
 from engine.run import RUN_LOCK
 from model import UserError
 from params import Params
 from sweep.space import grid, read_spaces
-from synthesize_results import by_seed, published_columns, read_published, without_seed
+from synthesize_results import by_seed, published_columns, read_published
 from utils import write_history
 
 METRICS = ("pixel_accuracy", "mean_accuracy", "frequency_weighted_IoU", "mean_dice")
