@@ -69,7 +69,7 @@ class Forked(subprocess.Popen):
             options |= {"preexec_fn": work, "restore_signals": False}
         super().__init__(args, *positional, env=env, pass_fds=pass_fds, **options)
 
-    def communicate(self, input=None, timeout=600):
+    def communicate(self, input=None, timeout=300):
         try:
             return super().communicate(input, timeout)
         except subprocess.TimeoutExpired:

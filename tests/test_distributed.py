@@ -63,14 +63,20 @@ def on_processes(count: int, function: Callable[..., Any], *args: Any, connect: 
     processes = [context.Process(target=work, args=(rank,)) for rank in range(count)]
     for process in processes:
         process.start()
-    found = {}
-    while len(found) < count:
-        try:
-            found |= [answers.get(timeout=1)]
-        except queue.Empty:
-            assert not any(process.exitcode for process in processes), [process.exitcode for process in processes]
-    for process in processes:
-        process.join()
+    found, deadline = {}, time.monotonic() + 240
+    try:
+        while len(found) < count:
+            try:
+                found |= [answers.get(timeout=1)]
+            except queue.Empty:
+                codes = [process.exitcode for process in processes]
+                assert not any(codes) and time.monotonic() < deadline, (codes, found)
+        for process in processes:
+            process.join(60)
+        assert [process.exitcode for process in processes] == [0] * count
+    finally:
+        for process in processes:
+            process.kill()
     return [found[rank] for rank in range(count)]
 
 
