@@ -513,7 +513,8 @@ def write_tables(sections: Sequence[Section], text: str, folder: Path) -> None:
     csv = pd.concat(tables).map(lambda value: spell(value) if isinstance(value, dict | bool) else value)
     write_text(folder / "results.csv", csv.to_csv(index=False))
     options: dict[str, Any] = {"headers": "keys", "showindex": False, "disable_numparse": True}
-    few = [each.text.iloc[:, : each.text.columns.get_loc("best_epoch")] for each in sections]  # in any width
+    counted = [each.text.columns.isin({*COUNTED} - {each.column}).argmax() for each in sections]  # the first of them
+    few = [each.text.iloc[:, :place] for each, place in zip(sections, counted, strict=True)]  # in any width
     texts = [tabulate(text, tablefmt="latex_booktabs", **options) for text in few]
     latex = [f"% {each.title}\n{text}\n" for each, text in zip(sections, texts, strict=True)]
     write_text(folder / "results.tex", "\n".join(latex))

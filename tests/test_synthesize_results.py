@@ -155,8 +155,16 @@ def test_the_table_has_a_row_for_every_experiment_best_first(parent):
     assert (file[0]["mIoU"], file[-1]["mIoU"], file[1]["learning_rate"]) == ("0.5", "", "1.23456789e-05")
     with Image.open(parent / "results.png") as picture:
         assert picture.width > 800 and len(picture.convert("RGB").getcolors(1 << 20)) > 100
-    for column, first in (("minutes", "crashed"), ("learning_rate", "deeper/c"), ("name", "a"), ("state", "crashed")):
+    firsts = {
+        "minutes": "crashed",
+        "learning_rate": "deeper/c",
+        "name": "a",
+        "state": "crashed",
+        "best_epoch": "deeper/c",
+    }
+    for column, first in firsts.items():
         sorted_rows = synthesize(parent, "--all", "--sort", column).rows
+        assert r"learning\_rate" in (parent / "results.tex").read_text()
         expected = next(row[column] for row in rows if row["name"] == first)
         assert sorted_rows[0][column] == expected or column == "minutes"
         assert column != "minutes" or {row["name"] for row in sorted_rows[-3:]} == {"log only", "not started", "failed"}
