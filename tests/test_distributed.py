@@ -397,6 +397,7 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen) -> None
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_a_run_of_which_a_process_was_killed_and_it_resumes(tmp_path, data):
     experiment = make_experiment(tmp_path / "run", batch_size=4, num_epochs=3)
     process = torchrun(experiment, data, "--max-restarts", "1", script_flags=["--resume"])
