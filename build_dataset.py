@@ -26,7 +26,7 @@ from tqdm import tqdm
 from engine.cli import add_folder, require, run_main
 from model import UserError, first_line
 from model.data_loader import SegmentationDataset, seen_in_training
-from model.layouts import find_split, images_by_name, voc_folders
+from model.layouts import GROUP, find_split, images_by_name, voc_folders
 from model.sample import draw_sample
 from utils import RunFailed, grouped, write_text
 
@@ -223,7 +223,8 @@ def _write_whole(path: Path, content: bytes) -> None:
 def write_lists(data_dir: Path, shares: list[float], seed: int, group: str | None = None) -> None:
     """Deal the photos that have a mask into train.txt, val.txt and test.txt, at random but the same for equal seeds.
 
-    group is a regular expression: photos for which it captures the same text come into the same list.
+    group is a regular expression: photos for which it captures the same text come into the same list. It is kept in
+    group.txt, for comparisons draw such photos together too.
     """
     if not (all(0 <= s <= 1 for s in shares) and math.isclose(sum(shares), 1, abs_tol=1e-6) and all(shares[:2])):
         given = " ".join(f"{share:g}" for share in shares)
@@ -241,8 +242,11 @@ def write_lists(data_dir: Path, shares: list[float], seed: int, group: str | Non
     for name, part in parts.items():
         if part:
             write_text(lists / f"{name}.txt", "".join(f"{id_}\n" for id_ in sorted(chain(*part))))
-            of_groups = f" of {len(part)} groups" if len(groups) < len(ids) else ""
+            of_groups = f" of {len(part)} group{'s' * (len(part) > 1)}" if len(groups) < len(ids) else ""
             print(f"{sum(map(len, part))} photos{of_groups} -> {lists / name}.txt")
+    if group:
+        write_text(data_dir / GROUP, f"{group}\n")
+        print(f"--group -> {data_dir / GROUP}; comparisons of experiments draw such photos together too")
     if len(photos) > len(ids):
         print(f"{len(photos) - len(ids)} photos without a mask are in no list")
     splits = [replace(find_split("voc", data_dir, name), masks=None) for name, part in parts.items() if part]
@@ -255,10 +259,24 @@ def write_lists(data_dir: Path, shares: list[float], seed: int, group: str | Non
 def deal(groups: list[list[str]], shares: Sequence[float], seed: int) -> dict[str, list[list[str]]]:
     """Shuffle groups and give each to the split in whose share of all ids its middle falls.
 
-    A split whose share is one photo or more gets one group at least, if there are enough groups.
+    A split whose share is one photo or more gets one group at least, if there are enough groups. Of a hundred orders of
+    groups the first is taken that comes closest to the shares.
     """
-    groups = groups.copy()
-    random.Random(seed).shuffle(groups)
+    total, draw = sum(map(len, groups)), random.Random(seed)
+
+    def distance(parts: dict[str, list[list[str]]]) -> float:
+        sizes = (sum(map(len, part)) for part in parts.values())
+        return sum(abs(size - total * share) for size, share in zip(sizes, shares, strict=True))
+
+    dealt = []
+    for _ in range(100 if len(groups) < total else 1):
+        draw.shuffle(order := groups.copy())
+        dealt.append(cut(order, shares))
+    return min(dealt, key=distance)
+
+
+def cut(groups: list[list[str]], shares: Sequence[float]) -> dict[str, list[list[str]]]:
+    """Cut a row of groups into splits."""
     total = sum(map(len, groups))
     ends = [round(total * shares[0]), round(total * (shares[0] + shares[1]))]
     starts = accumulate(map(len, groups), initial=0)

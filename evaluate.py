@@ -29,13 +29,13 @@ from engine.run import is_running, trained_elsewhere
 from model import UserError
 from model.data_loader import make_loader
 from model.inference import OriginalDataset, Segmenter, class_map, collate_originals
-from model.layouts import LAYOUTS, Split
+from model.layouts import GROUP, LAYOUTS, Split
 from model.metrics import BETTER, METRICS, Metrics, sparse
 from model.net import FCN_GCN
 from model.voc import colour_mask, is_voc
 from params import Params
 from predict import add_testing_flags, make_segmenter
-from utils import make_folder, read_json, replacing, save_figure, save_picture, table_text, write_json
+from utils import make_folder, read_json, read_text, replacing, save_figure, save_picture, table_text, write_json
 from visualize import error_picture, spelling
 
 WHICH = ("worst", "median", "best", "random")
@@ -67,8 +67,9 @@ def parse_args() -> argparse.Namespace:
     ranked = len(given) == 1 and given[0] in WHICH
     args.ids = [] if ranked else given
     args.which = given[0] if ranked else "most different" if args.against else "worst"
-    default = args.which == "worst" or (args.against and args.which == "most different")
-    args.kind = "" if default else "_chosen" if args.ids else f"_{args.which}"  # of the folder of overlays
+    default = args.which in ("worst", "most different")
+    chosen = "_chosen" if args.ids else "" if default else f"_{args.which}"
+    args.kind = "_against" * bool(args.against) + chosen  # of the folder of overlays
     args.original_size |= args.flip or bool(args.scales or args.save_predictions or args.save_overlays)
     args.scales = args.scales or [1.0]
     return args
@@ -109,6 +110,8 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Work:
         record["data_dir"], place = str(folder.resolve()), f"@{folder.resolve().name}"
     if args.original_size:
         record |= {"scales": args.scales, "flip": args.flip}
+        if (folder / GROUP).exists():
+            record["group"] = read_text(folder / GROUP).strip()  # for comparisons
         kind = "_original_size" if args.scales == [1.0] and not args.flip else "_multi_scale"
     else:
         record |= {"image_size": params.image_size, "resize": params.resize}

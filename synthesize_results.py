@@ -58,7 +58,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--baseline", metavar="NAME", help="a row: how the others differ, and how sure that is")
     in_what = "with --baseline, in what (default: mIoU)"
     parser.add_argument("--metric", nargs="+", choices=comparing.METRICS, help=in_what)
-    of_groups = "with --baseline, photos whose names this captures alike, frames of a video say, are drawn together"
+    of_groups = (
+        "with --baseline, photos whose names this captures alike, frames of a video say, are drawn together (default: "
+        "that of build_dataset.py --group; '.*' for the photos alone)"
+    )
     parser.add_argument("--group", metavar="REGEX", help=of_groups)
     photos = "show photos of a split in results.html: worst, median, best and random"
     parser.add_argument("--gallery", metavar="SPLIT", help=photos)
@@ -231,6 +234,7 @@ class Comparison:
     words: dict[str, dict[str, str]]
     by_class: dict[str, list[Difference | None]]
     class_IoU: dict[str, list[tuple[float, float, float] | None]]  # the baseline's too, each with its interval
+    note: str = ""  # how many groups there are, and of what
 
     def columns(self) -> pd.DataFrame:
         """Return the columns that results.csv has of it, with a line for each row."""
@@ -301,7 +305,8 @@ def compare(
             print(f"not scored on {split} by evaluate.py --original_size: {', '.join(missing)}", file=sys.stderr)
     if not found:
         remedy = "score each of them with evaluate.py --original_size"
-        raise UserError(f"--baseline {baseline}: it needs finished runs with counts of their photos; {remedy}")
+        states = ", ".join(sorted({run.state for run in rows[baseline]}))
+        raise UserError(f"--baseline {baseline} ({states}): it needs finished runs with counts of photos; {remedy}")
     return found
 
 
@@ -325,7 +330,8 @@ def compare_on(
     first = rows[baseline][0].name
     for name in counts:
         comparing.check_same_photos(counts[first], counts[name], (first, name))
-    drawn_from = [each.of_groups(args.group) for each in counts.values()]
+    group = args.group or rows[baseline][0].own_size[split].get("group")
+    drawn_from = [each.of_groups(group) for each in counts.values()]
     drawn = dict(zip(counts, comparing.resample(drawn_from, args.metric), strict=True))
     spread = comparing.between_seeds([[drawn[run.name] for run in runs if run.name in drawn] for runs in families])
     sides = {name: [drawn[run.name] for run in runs] for name, runs in rows.items()}
@@ -334,8 +340,9 @@ def compare_on(
     found = {name: comparing.difference(side, ours, others=spread) for name, side in sides.items()}
     of_metrics = {name: dict(zip(args.metric, each, strict=False)) for name, each in found.items()}
     one_seed = {name: spread is None and 1 in (len(side), len(ours)) for name, side in sides.items()}
-    unit = "groups" if args.group else "photos"
-    few = f"few {unit}" if len(drawn_from[0].ids) < FEW else ""
+    count = len(drawn_from[0].ids)
+    unit = "groups" if count < len(counts[first].ids) else "photos"
+    few = f"few {unit}" if count < FEW else ""
     return Comparison(
         split,
         baseline,
@@ -347,6 +354,7 @@ def compare_on(
         words(of_metrics, split, one_seed, few=few),
         {name: each[len(args.metric) :] for name, each in found.items()},
         class_IoU,
+        f"{count} {unit} of {split}: photos for which {group} captures the same text." * (unit == "groups"),
     )
 
 
@@ -500,6 +508,7 @@ def summary(sections: Sequence[Section], source: str, args: argparse.Namespace) 
         if left_out:
             paragraphs.append(textwrap.fill(f"results.html and .csv also have {', '.join(left_out)}.", WIDTH))
     paragraphs.append((NOTE + SEEDS_NOTE * args.over_seeds + DIFFERENCES_NOTE * bool(args.baseline)).strip())
+    paragraphs += [comparison.note for each in sections for comparison in each.comparisons if comparison.note]
     if args.by_class:
         paragraphs += [markdown(comparison.class_table()) for each in sections for comparison in each.comparisons]
     return "\n\n".join([*paragraphs, *([f"Published: {source}"] if source else [])])
@@ -546,12 +555,15 @@ def write_page(sections: Sequence[Section], args: argparse.Namespace) -> None:
         }
         metric, curves = each.curves()
         notes = [NOTE, *[SEEDS_NOTE] * args.over_seeds, *[DIFFERENCES_NOTE] * bool(each.comparisons)]
+        notes += [comparison.note for comparison in each.comparisons if comparison.note]
         runs = scored(each, min(sorted(splits), key=doubt), page.RUNS) if splits else []
         parts.append(page.Section(each.title, each.text, notes, curves, metric, each.comparisons, runs))
     gallery = None
     if args.gallery:
         if not (runs := scored(sections[0], args.gallery, 2)):
-            raise UserError(f"--gallery {args.gallery}: no run was scored on it by evaluate.py --original_size")
+            scored_on = {name for group in sections[0].rows.values() for run in group for name in run.own_size}
+            there = f"; there are scores on {', '.join(sorted(scored_on))}" if scored_on else ""
+            raise UserError(f"--gallery {args.gallery}: no run was scored on it by evaluate.py --original_size{there}")
         gallery = page.draw_gallery(runs)
         print(gallery.note or f"photos of {args.gallery} -> results.html", file=sys.stderr)
     make_folder(args.output_dir, "--output_dir")

@@ -21,6 +21,7 @@ from model.sample import draw_sample
 from model.voc import CLASS_NAMES, VOID, Colour
 
 NAMES = ("classes.txt", "labelmap.txt")  # of files with the names of classes, the latter CVAT's
+GROUP = "group.txt"  # the regular expression by which photos were kept together when the lists were dealt
 AUGMENTED = ("trainaug", "train_aug")  # the names of the list whose masks may be in SegmentationClassAug
 FOLDER_OR_SUFFIX = re.compile(rf"^.*[/\\]|({'|'.join(map(re.escape, IMAGE_SUFFIXES))})$", re.IGNORECASE)
 MASK_ENDS = re.compile("_(mask|gt|label|labels|L)$")  # of the names of masks that are longer than their photos'
@@ -200,7 +201,7 @@ def read_list(path: Path) -> list[str]:
     try:
         lines = read_text(path, errors="replace").splitlines()
     except FileNotFoundError:
-        found = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt") if p.name not in NAMES))
+        found = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt") if p.name not in (*NAMES, GROUP)))
         found = found or "none; `python build_dataset.py --split 0.8 0.1 0.1` deals photos into lists"
         raise UserError(f"no list {path}; splits here: {found}") from None
     if ids := [line.strip() for line in lines if line.strip()]:

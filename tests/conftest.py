@@ -82,6 +82,7 @@ def run_in_fork(args: list[str], environment: Mapping[str, str], pass_fds: Seque
     status = 1
     try:
         gc.enable()
+        gc.callbacks.clear()  # hypothesis has one, and a signal that came while it runs would be lost
         gc.freeze()  # or a collection would copy all that is shared with the parent
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if callable(signal.getsignal(number)):

@@ -473,12 +473,15 @@ FRAMES = [f"{video}_{frame:03}" for video in "abcdefghij" for frame in range(1, 
 def test_a_group_stays_together_and_shares_are_kept_about(tmp_path, capsys):
     write_lists(own_photos(tmp_path, FRAMES), [0.6, 0.3, 0.1], seed=230, group=r"(.*)_\d+")
     lists = read_lists(tmp_path)
+    assert lists.pop("group") == [r"(.*)_\d+"]
+    with pytest.raises(UserError, match=r"; splits here: test, train, val$"):
+        find_split("voc", tmp_path, "trainaug")
     videos = {name: {id_[0] for id_ in ids} for name, ids in lists.items()}
     assert sorted(id_ for ids in lists.values() for id_ in ids) == FRAMES
     assert {name: len(ids) for name, ids in lists.items()} == {"train": 48, "val": 24, "test": 8}
     assert sum(map(len, videos.values())) == 10, "no video is in two lists"
     stdout = capsys.readouterr().out
-    assert "48 photos of 6 groups" in stdout and f"8 photos of 1 groups -> {tmp_path / 'test.txt'}" in stdout
+    assert "48 photos of 6 groups" in stdout and f"8 photos of 1 group -> {tmp_path / 'test.txt'}" in stdout
 
 
 @pytest.mark.parametrize("pattern", [r"^.", r"^(.)", r"(?P<video>\w)_", r"(?:a|b|(?:[c-j]))(?=_)"])
@@ -509,6 +512,13 @@ def test_a_few_videos_are_enough_for_three_lists(count, counts):
     groups = [[f"{video}_{frame}" for frame in range(10)] for video in range(count)]
     for seed in range(8):
         assert tuple(map(len, deal(groups, [0.8, 0.1, 0.1], seed).values())) == counts
+
+
+def test_videos_of_unequal_length_come_as_close_to_the_shares_as_they_can():
+    groups = [[f"{video}_{frame}" for frame in range(count)] for video, count in (("a", 12), ("b", 18), ("c", 11))]
+    for seed in range(8):
+        parts = deal(groups, [0.5, 0.25, 0.25], seed)
+        assert parts["train"] == [groups[1]] and sorted(parts["val"] + parts["test"]) == [groups[0], groups[2]]
 
 
 @pytest.mark.parametrize(

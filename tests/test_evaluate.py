@@ -179,7 +179,9 @@ def test_overlays_show_the_worst_photos_first(experiment, trained):
         assert Image.open(picture).width > 4 * 300  # photo, truth, prediction, error
     assert scores == sorted(scores)
     run_evaluate(experiment, data, "--save_overlays", 1, "--which", "val1", "val0")
-    assert sorted(picture.name for picture in folder.iterdir()) == ["1_val1.png", "2_val0.png"]
+    chosen = experiment / "overlays_val_best_original_size_chosen"
+    assert sorted(picture.name for picture in chosen.iterdir()) == ["1_val1.png", "2_val0.png"]
+    assert sorted(folder.iterdir()) == pictures
     shutil.rmtree(folder)
     folder.symlink_to("nowhere")
     (experiment / "metrics_val_best_original_size.json").unlink()
@@ -209,7 +211,7 @@ def test_photos_on_which_two_experiments_differ_most_are_drawn_with_both(experim
     assert said in run_evaluate(experiment, data, *flags, check=2).stderr
     run_evaluate(other, data, "--original_size")
     stdout = run_evaluate(experiment, data, *flags).stdout
-    folder = experiment / "overlays_val_best_original_size"
+    folder = experiment / "overlays_val_best_original_size_against"
     assert f"2 overlays (most different) -> {folder}" in stdout
     ours, theirs = (read_counts(run / absent.name) for run in (experiment, other))
     order = np.argsort(-abs(mIoU(ours.pixels) - mIoU(theirs.pixels)), kind="stable")[:2]
@@ -287,8 +289,11 @@ def test_of_several_scores_those_that_are_missing_are_made_and_one_that_fails_is
     assert said.err.startswith(f"evaluate.py: {empty}: no checkpoint ") and said.out.endswith("  was scored\n")
     flags = "--flip", "--scales", "2"
     assert scored([lone], ["train"], *flags) == ["lone train"]
+    (data / "group.txt").write_text("(.*)[0-9]\n")
+    assert scored([lone], ["train"], *flags) == ["lone train"], "comparisons draw groups now"
+    assert json.loads((lone / "metrics_train@data_best_multi_scale.json").read_text())["group"] == "(.*)[0-9]"
     assert scored([lone], ["train"], *flags, "--save_overlays", "--against", str(lone)) == []
-    assert (lone / "overlays_train@data_best_multi_scale" / "1_train1.png").exists()
+    assert (lone / "overlays_train@data_best_multi_scale_against" / "1_train1.png").exists()
 
 
 @pytest.mark.parametrize(

@@ -506,6 +506,13 @@ def test_every_row_is_compared_with_the_baseline_on_every_split(tmp_path):
     for pattern, word in (("^.", "better (one seed)"), ("^[0-5]?", "few groups")):  # ten groups, seven
         grouped = synthesize(sweep, "--baseline", "old", "--group", pattern)
         assert {row["name"]: row["test_mIoU_verdict"] for row in grouped.file}["good"] == word
+    file = sweep / "old" / "metrics_test_best_original_size.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"group": "^[0-5]?"}))
+    note = "7 groups of test: photos for which ^[0-5]? captures the same text."
+    for flags, word in (((), "few groups"), (("--group", ".*"), "better (one seed)")):
+        grouped = synthesize(sweep, "--baseline", "old", *flags)
+        assert {row["name"]: row["test_mIoU_verdict"] for row in grouped.file}["good"] == word
+        assert (note in grouped.out) == (note in (sweep / "results.html").read_text()) == (not flags)
     with pytest.raises(UserError, match="--group '5' does not match '0'"):
         synthesize(sweep, "--baseline", "old", "--group", "5")
 
@@ -529,7 +536,7 @@ def test_scores_of_other_weights_than_the_best_epochs_are_not_shown_nor_compared
         "new: finished, metrics_val_best_original_size.json: not of the weights of the best epoch; "
         "score again with evaluate.py\n"
     )
-    with pytest.raises(UserError, match="it needs finished runs with counts of their photos; score each"):
+    with pytest.raises(UserError, match=r"new \(finished\): it needs finished runs with counts of photos; score each"):
         synthesize(tmp_path, "--baseline", "new")
 
 
@@ -610,7 +617,7 @@ def test_what_cannot_be_compared_is_one_line(tmp_path, capsys):
     experiment(tmp_path / "bare", [0.5])
     for name, said in (
         ("older", "--baseline older: the table has no row of that name"),
-        ("bare", "--baseline bare: it needs finished runs with counts of their photos; score each"),
+        ("bare", r"--baseline bare \(finished\): it needs finished runs with counts of photos; score each"),
         ("old", "old and other were scored on different photos"),
     ):
         with pytest.raises(UserError, match=said):
