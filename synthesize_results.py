@@ -149,17 +149,21 @@ def published_columns(published: dict[str, Any], params: dict[str, Any]) -> dict
 def by_seed(runs: Sequence[Run], parent: str) -> dict[str, list[Run]]:
     """Return the runs that differ in nothing but their seed, under the name that they have without it.
 
-    parent is the name where nothing is left of theirs. Where several groups would have the same name, each has that of
-    its first run.
+    Names with the seed in them must agree without it: gcn_seed_1 and mine_seed_1 may be of different code. parent is
+    the name where nothing is left of theirs. Where several groups would have the same name, each has that of its first
+    run.
     """
     groups: dict[str, list[Run]] = {}
+    short = {run.name: without_seed(run.name, run.params["seed"], parent) if run.params else run.name for run in runs}
+    seeded = {name for full, name in short.items() if full != name}
     for run in runs:
         params = run.params | dict.fromkeys(("seed", *WITHOUT_EFFECT))
-        alike = json.dumps([params, run.data_dir, run.origin], sort_keys=True)
+        named = short[run.name] if short[run.name] in seeded else None
+        alike = json.dumps([params, run.data_dir, run.origin, named], sort_keys=True)
         groups.setdefault(alike if run.params else run.name, []).append(run)
-    first = [group[0] for group in groups.values()]
-    short = [without_seed(run.name, run.params["seed"], parent) if run.params else run.name for run in first]
-    names = [name if short.count(name) == 1 else run.name for name, run in zip(short, first, strict=True)]
+    first = [group[0].name for group in groups.values()]
+    of_all = [short[name] for name in first]
+    names = [short[name] if of_all.count(short[name]) == 1 else name for name in first]
     return dict(zip(names, groups.values(), strict=True))
 
 

@@ -435,6 +435,7 @@ def test_a_run_and_its_copy_are_one_seed(tmp_path):
         (["seed_1/a:4", "seed_2/a:4", "seed_1/b:8"], {"a": 2, "b": 1}),
         (["seed_1:4", "seed_2:4", "TOP:8"], {"seed_1": 2, "TOP": 1}),
         (["seed_1:4", "seed_2:4"], {"TOP": 2}),
+        (["gcn_seed_1:4", "mine_seed_1:4", "gcn_seed_2:4", "other:4"], {"gcn": 2, "mine": 1, "other": 1}),  # other code
     ],
 )
 def test_runs_over_seeds_are_called_by_what_they_share_if_that_is_theirs_alone(tmp_path, names, expected):
