@@ -224,7 +224,7 @@ def write_lists(data_dir: Path, shares: list[float], seed: int, group: str | Non
     """Deal the photos that have a mask into train.txt, val.txt and test.txt, at random but the same for equal seeds.
 
     group is a regular expression: photos for which it captures the same text come into the same list. It is kept in
-    group.txt, for comparisons draw such photos together too.
+    group.txt, because comparisons draw such photos together too.
     """
     if not (all(0 <= s <= 1 for s in shares) and math.isclose(sum(shares), 1, abs_tol=1e-6) and all(shares[:2])):
         given = " ".join(f"{share:g}" for share in shares)
@@ -234,7 +234,8 @@ def write_lists(data_dir: Path, shares: list[float], seed: int, group: str | Non
         raise UserError(f"{lists / there[0]}.txt is already there; delete the lists to deal them anew")
     photos = images_by_name(images)
     ids = sorted(photos.keys() & images_by_name(masks, photos))
-    groups = grouped(ids, COPIES if group is None else group)
+    pattern = COPIES if group is None else group
+    groups = grouped(ids, pattern)
     parts = deal(groups, shares, seed)
     if empty := [name for name in (SPLITS if shares[2] and group else SPLITS[:2]) if not parts[name]]:
         kind = f"with a mask in {masks}" if group is None else f"make {len(groups)} groups by --group {group!r}"
@@ -244,9 +245,10 @@ def write_lists(data_dir: Path, shares: list[float], seed: int, group: str | Non
             write_text(lists / f"{name}.txt", "".join(f"{id_}\n" for id_ in sorted(chain(*part))))
             of_groups = f" of {len(part)} group{'s' * (len(part) > 1)}" if len(groups) < len(ids) else ""
             print(f"{sum(map(len, part))} photos{of_groups} -> {lists / name}.txt")
-    if group:
-        write_text(data_dir / GROUP, f"{group}\n")
-        print(f"--group -> {data_dir / GROUP}; comparisons of experiments draw such photos together too")
+    (lists / GROUP).unlink(missing_ok=True)  # of lists that were deleted
+    if len(groups) < len(ids):
+        write_text(lists / GROUP, f"{pattern}\n")
+        print(f"what makes a group -> {lists / GROUP}; comparisons of experiments draw its photos together too")
     if len(photos) > len(ids):
         print(f"{len(photos) - len(ids)} photos without a mask are in no list")
     splits = [replace(find_split("voc", data_dir, name), masks=None) for name, part in parts.items() if part]
@@ -259,8 +261,8 @@ def write_lists(data_dir: Path, shares: list[float], seed: int, group: str | Non
 def deal(groups: list[list[str]], shares: Sequence[float], seed: int) -> dict[str, list[list[str]]]:
     """Shuffle groups and give each to the split in whose share of all ids its middle falls.
 
-    A split whose share is one photo or more gets one group at least, if there are enough groups. Of a hundred orders of
-    groups the first is taken that comes closest to the shares.
+    A split whose share is one photo or more gets one group at least, if there are enough groups. Of a hundred orders,
+    unless groups are so many that it hardly matters, the one is taken that comes closest to the shares.
     """
     total, draw = sum(map(len, groups)), random.Random(seed)
 
@@ -269,7 +271,7 @@ def deal(groups: list[list[str]], shares: Sequence[float], seed: int) -> dict[st
         return sum(abs(size - total * share) for size, share in zip(sizes, shares, strict=True))
 
     dealt = []
-    for _ in range(100 if len(groups) < total else 1):
+    for _ in range(100 if len(groups) < min(total, 1000) else 1):
         draw.shuffle(order := groups.copy())
         dealt.append(cut(order, shares))
     return min(dealt, key=distance)

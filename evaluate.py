@@ -35,7 +35,7 @@ from model.net import FCN_GCN
 from model.voc import colour_mask, is_voc
 from params import Params
 from predict import add_testing_flags, make_segmenter
-from utils import make_folder, read_json, read_text, replacing, save_figure, save_picture, table_text, write_json
+from utils import grouped, make_folder, read_json, replacing, save_figure, save_picture, table_text, write_json
 from visualize import error_picture, spelling
 
 WHICH = ("worst", "median", "best", "random")
@@ -67,7 +67,7 @@ def parse_args() -> argparse.Namespace:
     ranked = len(given) == 1 and given[0] in WHICH
     args.ids = [] if ranked else given
     args.which = given[0] if ranked else "most different" if args.against else "worst"
-    default = args.which in ("worst", "most different")
+    default = args.which == ("most different" if args.against else "worst")
     chosen = "_chosen" if args.ids else "" if default else f"_{args.which}"
     args.kind = "_against" * bool(args.against) + chosen  # of the folder of overlays
     args.original_size |= args.flip or bool(args.scales or args.save_predictions or args.save_overlays)
@@ -104,14 +104,14 @@ def prepare(args: argparse.Namespace, device: torch.device) -> Work:
     if unknown := next((id_ for id_ in args.ids if id_ not in split.ids), None):
         near = ", ".join(difflib.get_close_matches(unknown, split.ids) or split.ids[:3])
         raise UserError(f"--which {unknown}: no photo of {args.split}; give ids, as {near}, or {' or '.join(WHICH)}")
+    if split.group:
+        grouped(split.ids, split.group, source=f"{GROUP} of {folder}:")  # or comparisons would refuse it
     record = {"epoch": checkpoint.get("epoch"), "weights": weights_digest(predicting_weights(checkpoint))}
     place = kind = ""
     if trained_elsewhere(args.model_dir, folder):
         record["data_dir"], place = str(folder.resolve()), f"@{folder.resolve().name}"
     if args.original_size:
         record |= {"scales": args.scales, "flip": args.flip}
-        if (folder / GROUP).exists():
-            record["group"] = read_text(folder / GROUP).strip()  # for comparisons
         kind = "_original_size" if args.scales == [1.0] and not args.flip else "_multi_scale"
     else:
         record |= {"image_size": params.image_size, "resize": params.resize}
@@ -275,7 +275,7 @@ def confusion_figure(counts: np.ndarray, iou: Mapping[str, float | None]) -> Fig
 
 def write_scores(scores: Scores, work: Work) -> dict[str, Any]:
     """Write the counts of every photo, the confusion and, last, the metrics, and return these."""
-    metrics = work.record | scores.metrics
+    metrics = work.record | scores.metrics | {"group": work.split.group}  # for comparisons
     with replacing(work.counts_file) as temporary:
         write_counts(temporary, work.split.ids, work.names, scores.cells)
     save_figure(confusion_figure(scores.matrix, metrics["IoU"]), work.metrics_file.with_suffix(".png"))
@@ -324,6 +324,8 @@ def score_checkpoint(args: argparse.Namespace, device: torch.device, title: str 
         metrics = write_scores(scores, work) if scored and is_main() else None
     if not is_main():
         return
+    if before and before.get("group") != work.split.group:
+        write_json(work.metrics_file, before | {"group": work.split.group})
     if metrics:
         report(work, metrics, title and f"{title}  mIoU {metrics['mIoU']:.4f}  {'was scored' if before else 'scored'}")
     else:

@@ -54,13 +54,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, help=where)
     parser.add_argument("--all", action="store_true", help="also what has not begun")
     parser.add_argument("--sort", metavar="COLUMN", help="any column (default: the metric that chose the best epochs)")
-    parser.add_argument("--over_seeds", action="store_true", help="one row for runs that differ in their seed only")
+    parser.add_argument(
+        "--over_seeds", action="store_true", help="one row for runs that differ in their seed only, also by name"
+    )
     parser.add_argument("--baseline", metavar="NAME", help="a row: how the others differ, and how sure that is")
     in_what = "with --baseline, in what (default: mIoU)"
     parser.add_argument("--metric", nargs="+", choices=comparing.METRICS, help=in_what)
     of_groups = (
         "with --baseline, photos whose names this captures alike, frames of a video say, are drawn together (default: "
-        "that of build_dataset.py --group; '.*' for the photos alone)"
+        "what the data's group.txt said when they were scored; '.*': each photo alone)"
     )
     parser.add_argument("--group", metavar="REGEX", help=of_groups)
     photos = "show photos of a split in results.html: worst, median, best and random"
@@ -334,7 +336,10 @@ def compare_on(
     first = rows[baseline][0].name
     for name in counts:
         comparing.check_same_photos(counts[first], counts[name], (first, name))
-    group = args.group or rows[baseline][0].own_size[split].get("group")
+    noted = sorted({group for runs in rows.values() for run in runs if (group := run.own_size[split].get("group"))})
+    if args.group is None and len(noted) > 1:
+        raise UserError(f"runs were scored on {split} in several groups ({', '.join(noted)}); give --group one of them")
+    group = next(iter(noted), None) if args.group is None else args.group
     drawn_from = [each.of_groups(group) for each in counts.values()]
     drawn = dict(zip(counts, comparing.resample(drawn_from, args.metric), strict=True))
     spread = comparing.between_seeds([[drawn[run.name] for run in runs if run.name in drawn] for runs in families])
@@ -358,7 +363,7 @@ def compare_on(
         words(of_metrics, split, one_seed, few=few),
         {name: each[len(args.metric) :] for name, each in found.items()},
         class_IoU,
-        f"{count} {unit} of {split}: photos for which {group} captures the same text." * (unit == "groups"),
+        f"{split} has {count} groups, photos for whose names `{group}` captures the same text." * (unit == "groups"),
     )
 
 
@@ -468,6 +473,10 @@ def make_section(
         rows, table = families, over_seeds(table, families)
         for name, run in ((name, run) for name, group in groups.items() for run in group if run not in families[name]):
             run.add_problem(f"not counted, for {name} has another run of its seed")
+        for name, group in families.items():
+            if len({without_seed(run.name, run.params.get("seed"), "") for run in group}) > 1:
+                runs_of = ", ".join(run.name for run in group)
+                print(f"{name} is one row of {runs_of}, which differ in their seed only", file=sys.stderr)
     baseline = find_row(rows, args.baseline) if args.baseline else None
     comparisons = compare(rows, baseline, [*families.values()], args) if baseline else []
     for each in comparisons:
@@ -565,8 +574,9 @@ def write_page(sections: Sequence[Section], args: argparse.Namespace) -> None:
     gallery = None
     if args.gallery:
         if not (runs := scored(sections[0], args.gallery, 2)):
-            scored_on = {name for group in sections[0].rows.values() for run in group for name in run.own_size}
-            there = f"; there are scores on {', '.join(sorted(scored_on))}" if scored_on else ""
+            every = [run for group in sections[0].rows.values() for run in group]
+            scored_on = sorted({split for run in every for split in run.own_size if run.has_counts(split)})
+            there = f", only on {', '.join(scored_on)}" if scored_on else ""
             raise UserError(f"--gallery {args.gallery}: no run was scored on it by evaluate.py --original_size{there}")
         gallery = page.draw_gallery(runs)
         print(gallery.note or f"photos of {args.gallery} -> results.html", file=sys.stderr)

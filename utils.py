@@ -47,19 +47,19 @@ def walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
             waiting += [path for name in folders if (path := Path(here, name)).is_symlink()]
 
 
-def grouped(ids: list[str], pattern: str) -> list[list[str]]:
+def grouped(ids: list[str], pattern: str, source: str = "--group") -> list[list[str]]:
     """Return the ids for which a regular expression captures the same text, or, without groups of its own, matches it.
 
-    Raises UserError for one that is not valid or does not match every id.
+    Raises UserError for one that is not valid or does not match every id, naming the source that it is from.
     """
     groups: dict[object, list[str]] = {}
     for id_ in ids:
         try:
             match = re.search(pattern, id_)
         except re.error as error:
-            raise UserError(f"--group {pattern!r} is not a regular expression: {error}") from None
+            raise UserError(f"{source} {pattern!r} is not a regular expression: {error}") from None
         if match is None:
-            raise UserError(f"--group {pattern!r} does not match {id_!r}; it must match every name")
+            raise UserError(f"{source} {pattern!r} does not match {id_!r}; it must match every name")
         groups.setdefault(match.groups() or match[0], []).append(id_)
     return list(groups.values())
 

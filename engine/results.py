@@ -127,7 +127,7 @@ def by_data(runs: Sequence[Run]) -> list[list[Run]]:
 
 def without_seed(name: str, seed: int | None, parent: str) -> str:
     """Return batch_size_8 for batch_size_8__seed_1, mine for mine_s1 or mine-seed1, parent where nothing is left."""
-    ending = rf"(?:^|[_-]+)s(?:eed)?[_-]?{seed}(?=__|$)"
+    ending = rf"(?i)(?:^|[_-]+)s(?:eed)?[_=-]?{seed}(?=__|$)"
     parts = [re.sub(ending, "", part).removeprefix("__") for part in name.split("/")]
     return "/".join(filter(None, parts)) or parent
 

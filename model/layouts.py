@@ -21,7 +21,7 @@ from model.sample import draw_sample
 from model.voc import CLASS_NAMES, VOID, Colour
 
 NAMES = ("classes.txt", "labelmap.txt")  # of files with the names of classes, the latter CVAT's
-GROUP = "group.txt"  # the regular expression by which photos were kept together when the lists were dealt
+GROUP = "group.txt"  # has the regular expression by which photos were kept together when the lists were dealt
 AUGMENTED = ("trainaug", "train_aug")  # the names of the list whose masks may be in SegmentationClassAug
 FOLDER_OR_SUFFIX = re.compile(rf"^.*[/\\]|({'|'.join(map(re.escape, IMAGE_SUFFIXES))})$", re.IGNORECASE)
 MASK_ENDS = re.compile("_(mask|gt|label|labels|L)$")  # of the names of masks that are longer than their photos'
@@ -39,6 +39,7 @@ class Split:
     names_source: str = ""  # where the names stand, for messages
     label_map: LabelMap | None = None  # of the values in masks; None: they are class indices and void
     root: Path | None = None  # the folder to keep a cache in; None: the one above the photos
+    group: str | None = None  # a regular expression: photos for which it captures the same text belong together
     colours: dict = field(default_factory=dict, compare=False)  # that indices have in the masks, see check_palette()
 
     def read(self, index: int, num_classes: int) -> tuple[Image.Image, Image.Image | None]:
@@ -101,6 +102,7 @@ def voc(data_dir: Path, name: str) -> Split:
     entries = [_entry(normalize("NFC", line), file, photos, root) for line in read_list(file)]
     source = next((path for name in NAMES for path in (lists / name, root / name) if path.exists()), None)
     names, label_map = _classes(source) if source else (None, None)
+    group = read_text(lists / GROUP, errors="replace").rstrip("\r\n") if (lists / GROUP).exists() else None
     return Split(
         name,
         [id_ for id_, _ in entries],
@@ -110,6 +112,7 @@ def voc(data_dir: Path, name: str) -> Split:
         names_source=str(source or f"{data_dir}, which has no classes.txt"),
         label_map=label_map,
         root=root,
+        group=group or None,
     )
 
 

@@ -24,7 +24,7 @@ from scipy.io import savemat
 from torchvision.datasets import SBDataset
 
 import build_dataset
-from build_dataset import SBD_ARCHIVE, VOC, deal, download, write_lists
+from build_dataset import COPIES, SBD_ARCHIVE, VOC, deal, download, write_lists
 from model import UserError
 from model.layouts import find_split
 from model.sample import draw_sample
@@ -474,6 +474,7 @@ def test_a_group_stays_together_and_shares_are_kept_about(tmp_path, capsys):
     write_lists(own_photos(tmp_path, FRAMES), [0.6, 0.3, 0.1], seed=230, group=r"(.*)_\d+")
     lists = read_lists(tmp_path)
     assert lists.pop("group") == [r"(.*)_\d+"]
+    assert find_split("voc", tmp_path, "test").group == r"(.*)_\d+"
     with pytest.raises(UserError, match=r"; splits here: test, train, val$"):
         find_split("voc", tmp_path, "trainaug")
     videos = {name: {id_[0] for id_ in ids} for name, ids in lists.items()}
@@ -534,6 +535,17 @@ def test_a_group_that_cannot_be_is_refused_in_one_line(tmp_path, pattern, words)
     own_photos(tmp_path, FRAMES)
     assert words in refusal("--data_dir", tmp_path, "--split", 0.6, 0.3, 0.1, "--group", pattern)
     assert read_lists(tmp_path) == {}
+
+
+def test_what_makes_a_group_is_kept_beside_the_lists_where_two_photos_share_one(tmp_path):
+    """In a devkit too, whichever of its folders is given; of lists that are gone nothing stays."""
+    root = own_photos(tmp_path / "VOC2012", [*FRAMES, "a_001.rf.0a1b"])
+    (lists := root / "ImageSets" / "Segmentation").mkdir(parents=True)
+    for pattern, kept in ((r"(.*)_\d+", r"(.*)_\d+"), (None, COPIES), (r".*", None)):
+        write_lists(tmp_path, [0.6, 0.3, 0.1], seed=230, group=pattern)
+        assert [find_split("voc", folder, "val").group for folder in (tmp_path, root)] == [kept, kept]
+        for name in ("train", "val", "test"):
+            (lists / f"{name}.txt").unlink()
 
 
 # ---------------------------------------------------------------------------------------------------- the sample

@@ -289,9 +289,16 @@ def test_of_several_scores_those_that_are_missing_are_made_and_one_that_fails_is
     assert said.err.startswith(f"evaluate.py: {empty}: no checkpoint ") and said.out.endswith("  was scored\n")
     flags = "--flip", "--scales", "2"
     assert scored([lone], ["train"], *flags) == ["lone train"]
-    (data / "group.txt").write_text("(.*)[0-9]\n")
-    assert scored([lone], ["train"], *flags) == ["lone train"], "comparisons draw groups now"
-    assert json.loads((lone / "metrics_train@data_best_multi_scale.json").read_text())["group"] == "(.*)[0-9]"
+    for text, group in (("(.*) ?[0-9]\r\n", "(.*) ?[0-9]"), ("\n", None)):  # which comparisons draw
+        (data / "group.txt").write_bytes(text.encode())
+        assert scored([lone], ["train"], *flags) == []
+        assert json.loads((lone / "metrics_train@data_best_multi_scale.json").read_text())["group"] == group
+    (data / "group.txt").write_text("val")
+    command = ["evaluate.py", "--model_dir", lone, "--data_dir", data, "--split", "train"]
+    monkeypatch.setattr("sys.argv", [*map(str, command)])
+    with pytest.raises(UserError, match=f"^group.txt of {data}: 'val' does not match 'train1'; it must match"):
+        main(parse_args())
+    (data / "group.txt").unlink()
     assert scored([lone], ["train"], *flags, "--save_overlays", "--against", str(lone)) == []
     assert (lone / "overlays_train@data_best_multi_scale_against" / "1_train1.png").exists()
 

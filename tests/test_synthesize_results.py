@@ -446,6 +446,7 @@ def test_runs_over_seeds_are_called_by_what_they_share_if_that_is_theirs_alone(t
     groups = by_seed(runs, tmp_path.name)
     assert {name.replace(tmp_path.name, "TOP"): len(group) for name, group in groups.items()} == expected
     assert without_seed("deep/precision_bf16__seed_3__head_gcn", 3, "") == "deep/precision_bf16__head_gcn"
+    assert without_seed("Mine_Seed=3", 3, "") == "Mine"
     names = {"my_seed_1": "my", "lr3_s1": "lr3", "lr3-seed1": "lr3", "classes1": "classes1", "s12": "s12"}
     assert {name: without_seed(name, 1, "") for name in names} == names
 
@@ -509,11 +510,24 @@ def test_every_row_is_compared_with_the_baseline_on_every_split(tmp_path):
         assert {row["name"]: row["test_mIoU_verdict"] for row in grouped.file}["good"] == word
     file = sweep / "old" / "metrics_test_best_original_size.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"group": "^[0-5]?"}))
-    note = "7 groups of test: photos for which ^[0-5]? captures the same text."
+    note = "test has 7 groups, photos for whose names `^[0-5]?` captures the same text."
     for flags, word in (((), "few groups"), (("--group", ".*"), "better (one seed)")):
         grouped = synthesize(sweep, "--baseline", "old", *flags)
         assert {row["name"]: row["test_mIoU_verdict"] for row in grouped.file}["good"] == word
         assert (note in grouped.out) == (note in (sweep / "results.html").read_text()) == (not flags)
+    other = (
+        sweep / "good" / file.name
+    )  # the note of any row counts, as others may have been scored before there was one
+    for noted in ({"old": None, "good": "^[0-5]?"}, {"old": "^.", "good": "^[0-5]?"}):
+        for path, group in ((file, noted["old"]), (other, noted["good"])):
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"group": group}))
+        if noted["old"]:
+            with pytest.raises(
+                UserError, match=r"scored on test in several groups \(\^\., \^\[0-5\]\?\); give --group"
+            ):
+                synthesize(sweep, "--baseline", "old")
+        else:
+            assert note in synthesize(sweep, "--baseline", "old").out
     with pytest.raises(UserError, match="--group '5' does not match '0'"):
         synthesize(sweep, "--baseline", "old", "--group", "5")
 
@@ -571,7 +585,7 @@ def test_counts_that_are_damaged_cost_no_table(tmp_path):
     shutil.rmtree(tmp_path / "b")
     for file in tmp_path.glob("results.*"):
         file.unlink()
-    with pytest.raises(UserError, match="--gallery test: no run was scored on it"):
+    with pytest.raises(UserError, match=r"--gallery test: no run was scored on it by .*, only on val"):
         synthesize(tmp_path, "--gallery", "test")
     assert not [*tmp_path.glob("results.*")]
 
