@@ -93,8 +93,9 @@ def draw_figures(section: Section, key: str) -> dict[str, str]:
     for found in section.comparisons:
         for metric in found.metrics if found.differences else ():
             drawn[f"Difference in {metric} on {found.split}"] = differences_figure(found, metric, of_rows)
-        few = f", of {RUNS} of the {len(found.class_IoU)} rows" * (len(found.class_IoU) > RUNS)
-        drawn[f"IoU of each class on {found.split}, with 95 % intervals{few}"] = classes_figure(found, of_rows)
+        about = ", with 95 % intervals" * (max(found.photos) >= comparing.FEW)
+        about += f", of {RUNS} of the {len(found.class_IoU)} rows" * (len(found.class_IoU) > RUNS)
+        drawn[f"IoU of each class on {found.split}{about}"] = classes_figure(found, of_rows)
     return {caption: svg(figure, f"{key}-{place}") for place, (caption, figure) in enumerate(drawn.items())}
 
 
@@ -127,8 +128,9 @@ def curves_figure(section: Section, styles: Mapping[str, str]) -> Figure:
 
 def differences_figure(found: Any, metric: str, styles: Mapping[str, str]) -> Figure:
     words = {row: found.words[row][metric] for row in styles if row in found.words}
-    ends = [told(found.differences[row][metric], not word.startswith("few ")) for row, word in words.items()]
-    name, colours = f"difference from {found.baseline}, with its 95 % interval", [styles[row][:2] for row in words]
+    sure = not any(word.startswith("few ") for word in words.values())  # of all rows, or of none
+    name = f"difference from {found.baseline}{', with its 95 % interval' * sure}"
+    ends, colours = [told(found.differences[row][metric], sure) for row in words], [styles[row][:2] for row in words]
     return intervals_figure([f"{row}: {word}" for row, word in words.items()], {name: (ends, colours)})
 
 
@@ -206,8 +208,9 @@ def draw_photos(runs: Sequence[Scored]) -> Gallery:
             pictures = [embed(photo), *(embed(blend(photo, labels, names)) for labels in maps.values())]
             entry = {"id": split.ids[place], "scores": {name: each[place] for name, each in scores.items()}}
             gallery.groups.setdefault(kind, []).append(entry | {"pictures": pictures})
-    shown = {"void" if index == VOID else names[index]: f"rgb{(*palette(names)[index].tolist(),)}" for index in present}
-    gallery.legend = {name: "none" if is_background(name) else colour for name, colour in sorted(shown.items())}
+    for index in sorted(present):
+        name = "void" if index == VOID else names[index]
+        gallery.legend[name] = "none" if is_background(name) else f"rgb{(*palette(names)[index].tolist(),)}"
     return gallery
 
 
