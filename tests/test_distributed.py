@@ -217,7 +217,10 @@ def train_in_float64(data: Path, options: dict) -> dict:
     ("processes", "images", "options"),
     [
         (2, 7, {"image_size": 64, "batch_size": 2, "accumulation_steps": 2}),  # a smaller last batch shares a step
-        (2, 3, {"encoder": "resnet18", "batch_size": 2, "activation_checkpointing": True, "resize": "letterbox"}),
+        pytest.param(
+            *(2, 3, {"encoder": "resnet18", "batch_size": 2, "activation_checkpointing": True, "resize": "letterbox"}),
+            marks=pytest.mark.slow,
+        ),
         # In the last batch two have nothing.
         pytest.param(4, 6, {"image_size": 64, "batch_size": 4}, marks=pytest.mark.slow),
     ],

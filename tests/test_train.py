@@ -153,7 +153,7 @@ def test_evaluate_gives_exactly_the_score_of_training(finished):
     best = json.loads((experiment / "metrics_val_best_weights.json").read_text())
     result = run_script("evaluate.py", "--model_dir", experiment, "--data_dir", data)
     written = json.loads((experiment / "metrics_val_best.json").read_text())
-    assert written == best | {"image_size": 32, "resize": "squash"}
+    assert written == best | {"image_size": 32, "resize": "squash", "group": None}
     assert best["weights"] == checkpoints.weights_digest(weights(experiment, "best"))
     assert f"| mIoU                   | {best['mIoU']:7.4f} |" in result.stdout
     assert [line.split("|")[1].strip() for line in result.stdout.splitlines()[2:4]] == ["background", "aeroplane"]
@@ -665,6 +665,7 @@ print(growth())
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="other libraries have other options")
+@pytest.mark.slow
 def test_freed_memory_is_kept_unless_the_environment_says_how_much():
     """In MiB, after 6000 have been taken and given back; in a new process, for a fork may have another heap."""
     variables = {name: value for name, value in os.environ.items() if not re.match("MALLOC_|GLIBC_TUNABLES", name)}
