@@ -259,10 +259,10 @@ def write_lists(data_dir: Path, shares: list[float], seed: int, group: str | Non
 
 
 def deal(groups: list[list[str]], shares: Sequence[float], seed: int) -> dict[str, list[list[str]]]:
-    """Shuffle groups and give each to the split in whose share of all ids its middle falls.
+    """Shuffle groups and cut them into splits.
 
-    A split whose share is one photo or more gets one group at least, if there are enough groups. Of a hundred orders,
-    unless groups are so many that it hardly matters, the one is taken that comes closest to the shares.
+    Of a hundred orders, unless groups are so many that it hardly matters, the one is taken that comes closest to the
+    shares.
     """
     total, draw = sum(map(len, groups)), random.Random(seed)
 
@@ -278,7 +278,10 @@ def deal(groups: list[list[str]], shares: Sequence[float], seed: int) -> dict[st
 
 
 def cut(groups: list[list[str]], shares: Sequence[float]) -> dict[str, list[list[str]]]:
-    """Cut a row of groups into splits."""
+    """Give each of a row of groups to the split in whose share of all ids its middle falls.
+
+    A split whose share is one photo or more gets one group at least, if there are enough groups.
+    """
     total = sum(map(len, groups))
     ends = [round(total * shares[0]), round(total * (shares[0] + shares[1]))]
     starts = accumulate(map(len, groups), initial=0)

@@ -449,6 +449,12 @@ class Section:
     comparisons: list[Comparison]
     text: pd.DataFrame
 
+    def scored_splits(self) -> list[str]:
+        """Return the splits on which a run was scored photo by photo, the least doubtful first."""
+        runs = [run for group in self.rows.values() for run in group]
+        splits = {split for run in runs for split in run.own_size if run.has_counts(split)}
+        return sorted(sorted(splits), key=doubt)
+
     def curves(self) -> tuple[str, dict[str, list[list[float]]]]:
         """Return a metric, and by row its values by epoch in each finished run, or in all where none has finished."""
         runs = [run for group in self.rows.values() for run in group]
@@ -563,20 +569,16 @@ def write_page(sections: Sequence[Section], args: argparse.Namespace) -> None:
     """
     parts = []
     for each in sections:
-        splits = {
-            split for runs in each.rows.values() for run in runs for split in run.own_size if run.has_counts(split)
-        }
+        splits = each.scored_splits()
         metric, curves = each.curves()
         notes = [NOTE, *[SEEDS_NOTE] * args.over_seeds, *[DIFFERENCES_NOTE] * bool(each.comparisons)]
         notes += [comparison.note for comparison in each.comparisons if comparison.note]
-        runs = scored(each, min(sorted(splits), key=doubt), page.RUNS) if splits else []
+        runs = scored(each, splits[0], page.RUNS) if splits else []
         parts.append(page.Section(each.title, each.text, notes, curves, metric, each.comparisons, runs))
     gallery = None
     if args.gallery:
         if not (runs := scored(sections[0], args.gallery, 2)):
-            every = [run for group in sections[0].rows.values() for run in group]
-            scored_on = sorted({split for run in every for split in run.own_size if run.has_counts(split)})
-            there = f", only on {', '.join(scored_on)}" if scored_on else ""
+            there = f", only on {', '.join(splits)}" if (splits := sections[0].scored_splits()) else ""
             raise UserError(f"--gallery {args.gallery}: no run was scored on it by evaluate.py --original_size{there}")
         gallery = page.draw_gallery(runs)
         print(gallery.note or f"photos of {args.gallery} -> results.html", file=sys.stderr)
