@@ -241,35 +241,28 @@ def table(metrics: dict[str, Any]) -> str:
 
 
 def confusion_figure(counts: np.ndarray, iou: Mapping[str, float | None]) -> Figure:
-    """Return where the pixels of each class went, as shares of its pixels, and each class's IoU as a bar.
+    """Return where the pixels of each class went, as shares of its pixels, and beside its name its IoU.
 
     counts has the pixels (C, C) by label and prediction, iou a value for each of the C names; None: in no
     label or prediction.
     """
     names = [spelling(name if len(name) <= 18 else f"{name[:17]}…") for name in iou]
     side = max(5.0, 2.5 + 0.32 * len(names))
-    figure = Figure(figsize=(1.7 * side, side), layout="constrained")
-    matrix, bars = figure.subplots(1, 2, width_ratios=(1.5, 1))
+    figure = Figure(figsize=(1.25 * side, side), layout="constrained")
+    axes = figure.subplots()
     totals = counts.sum(1, keepdims=True)
     shares = np.divide(counts, totals, out=np.full(counts.shape, np.nan), where=totals > 0)
-    image = matrix.imshow(shares, vmin=0, vmax=1, cmap="Blues", aspect="auto")
-    figure.colorbar(image, ax=matrix, shrink=0.7, label="share of the pixels of the label")
+    image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    figure.colorbar(image, shrink=0.7, label="share of the pixels of the label")
     for row, column in np.argwhere(shares >= 0.005) if len(names) <= NUMBERED else ():
         share = shares[row, column]
         colour, size = "white" if share > 0.6 else "black", max(6.5, 11 - len(names) / 3)
         options: dict[str, Any] = {"ha": "center", "va": "center", "in_layout": False}  # or the layout would take long
-        matrix.text(column, row, f"{share:.2f}", color=colour, fontsize=size, **options)
-    matrix.set(xlabel="prediction", ylabel="label")
-    matrix.set_xticks(range(len(names)), names, rotation=90)
-    matrix.set_yticks(range(len(names)), names)
-    drawn = bars.barh(range(len(names)), [value or 0 for value in iou.values()])
-    texts = ["-" if value is None else f"{value:.2f}" for value in iou.values()]
-    bars.bar_label(drawn, texts, padding=2, fontsize="small", bbox={"color": "white", "pad": 0.5})  # over the line
-    bars.set(xlim=(0, 1.1), ylim=(len(names) - 0.5, -0.5), xlabel="IoU")  # the rows of the matrix
-    bars.set_yticks(range(len(names)), names)
-    if present := [value or 0 for value, total in zip(iou.values(), totals[:, 0], strict=True) if total]:
-        bars.axvline(np.mean(present), color="grey", linestyle="--", linewidth=1)
-        bars.set_xlabel(f"IoU; the line is the mean, {np.mean(present):.3f}")
+        axes.text(column, row, f"{share:.2f}", color=colour, fontsize=size, **options)
+    values = ["-" if value is None else f"{value:.2f}" for value in iou.values()]
+    axes.set(xlabel="prediction", ylabel="label, and the IoU of its class")
+    axes.set_xticks(range(len(names)), names, rotation=90)
+    axes.set_yticks(range(len(names)), [f"{name}  {value:>4}" for name, value in zip(names, values, strict=True)])
     return figure
 
 

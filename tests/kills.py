@@ -40,6 +40,7 @@ from model.net import FCN_GCN
 MOUNTED = "KILLS_MAY_MOUNT"  # set in the environment of the process that has file systems of its own
 ROOMY = 2**31  # bytes of a disk that is not full
 STARTS = 8  # at most in a round, before the last
+LARGER = {"encoder": "resnet18"}  # or its files would be written in no time
 COLUMNS = ("rounds", "kills", "while a file was written", "ended by the full disk", "temporary files left", "faults")
 
 
@@ -85,7 +86,7 @@ class Train(Case):
 
     def prepare(self) -> None:
         super().prepare()
-        make_experiment(self.before / "run", **EVERYTHING | {"num_epochs": 3})
+        make_experiment(self.before / "run", **EVERYTHING | LARGER)
 
     def arguments(self, folder: Path) -> list:
         return ["--resume", "--model_dir", folder / "run", "--data_dir", folder / "data"]
@@ -185,7 +186,7 @@ class Sweep(Case):
 
     def prepare(self) -> None:
         super().prepare()
-        make_sweep(self.before / "sweep", {"seed": [1, 2, 3]}, **EVERYTHING | {"num_epochs": 2})
+        make_sweep(self.before / "sweep", {"seed": [1, 2, 3]}, **EVERYTHING | LARGER | {"num_epochs": 2})
 
     def arguments(self, folder: Path) -> list:
         return ["--parent_dir", folder / "sweep", "--data_dir", folder / "data", "--jobs", 2]
