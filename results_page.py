@@ -48,7 +48,6 @@ class Section:
 
     title: str
     table: pd.DataFrame  # of str
-    notes: list[str]
     curves: Mapping[str, Sequence[Sequence[float]]]  # by row, the metric of each epoch in each of its runs
     metric: str
     comparisons: Sequence[Any]  # of synthesize_results.py
@@ -65,13 +64,13 @@ class Gallery:
     legend: dict[str, str] = field(default_factory=dict)
 
 
-def write_page(path: Path, sections: Sequence[Section], gallery: Gallery | None = None) -> None:
-    """Write a page, of the same bytes whenever sections and gallery are the same."""
+def write_page(path: Path, sections: Sequence[Section], notes: Sequence[str], gallery: Gallery | None = None) -> None:
+    """Write a page, of the same bytes whenever all that it shows is the same. notes explain the tables."""
     environment = Environment(loader=FileSystemLoader(ROOT), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     with style.context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # that matplotlib's font has not; the browser's may
         parts = [(section, draw_figures(section, f"section{place}")) for place, section in enumerate(sections)]
-    environment.globals |= {"title": path.resolve().parent.name, "values": comparing.values, "zip": zip}
+    environment.globals |= {"title": path.resolve().parent.name, "values": comparing.values, "zip": zip, "notes": notes}
     write_text(path, environment.get_template("results_page.html.jinja").render(parts=parts, gallery=gallery))
 
 

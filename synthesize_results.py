@@ -34,15 +34,12 @@ KEYS = [key.name for key in fields(Params)]
 WIDTH = 120  # characters of a table on the terminal
 NOTE = """Metrics are of each run's best epoch, on val at the size that the network reads, or at own size, that of the
 photos. mIoU is the mean over the classes in the labels. At the network's size metrics rank only rows of the same
-image_size and resize, loss only those of the same loss.
-"""
-SEEDS_NOTE = "A row has the means over its finished seeds, with the standard deviation of a run.\n"
-DIFFERENCES_NOTE = """
-Differences are in mIoU where no metric is named, with 95 % intervals (docs/COMPARING.md). Open: not decided, which is
-not equal. Optimistic: val chose the epochs, which favours rows with more of them, or with noisier ones. One seed:
-another seed may change the word. Few: of fewer than ten photos, or groups, nothing is said. The words of a split are
-corrected for their number (Holm), the intervals are not.
-"""
+image_size and resize, loss only those of the same loss."""
+SEEDS_NOTE = "A row has the means over its finished seeds, with the standard deviation of a run."
+DIFFERENCES_NOTE = """Differences are in mIoU where no metric is named, with 95 % intervals (docs/COMPARING.md). Open:
+not decided, which is not equal. Optimistic: val chose the epochs, which favours rows with more of them, or with noisier
+ones. One seed: another seed may change the word. Few: of fewer than ten photos, or groups, nothing is said. The words
+of a split are corrected for their number (Holm), the intervals are not."""
 
 
 def parse_args() -> argparse.Namespace:
@@ -518,6 +515,12 @@ def read_runs(args: argparse.Namespace) -> tuple[list[Run], Path]:
     return [run for run in runs if run not in waiting], root
 
 
+def notes(sections: Sequence[Section], args: argparse.Namespace) -> list[str]:
+    """Return what a reader of the tables has to know."""
+    of_all = [NOTE, *[SEEDS_NOTE] * args.over_seeds, *[DIFFERENCES_NOTE] * bool(args.baseline)]
+    return of_all + [comparison.note for each in sections for comparison in each.comparisons if comparison.note]
+
+
 def summary(sections: Sequence[Section], source: str, args: argparse.Namespace) -> str:
     """Return what the terminal and results.md say."""
     paragraphs = []
@@ -526,8 +529,7 @@ def summary(sections: Sequence[Section], source: str, args: argparse.Namespace) 
         paragraphs += [f"## {each.title}"] * (len(sections) > 1) + [markdown(text)]
         if left_out:
             paragraphs.append(textwrap.fill(f"results.html and .csv also have {', '.join(left_out)}.", WIDTH))
-    paragraphs.append((NOTE + SEEDS_NOTE * args.over_seeds + DIFFERENCES_NOTE * bool(args.baseline)).strip())
-    paragraphs += [comparison.note for each in sections for comparison in each.comparisons if comparison.note]
+    paragraphs += notes(sections, args)
     if args.by_class:
         paragraphs += [markdown(comparison.class_table()) for each in sections for comparison in each.comparisons]
     return "\n\n".join([*paragraphs, *([f"Published: {source}"] if source else [])])
@@ -571,10 +573,8 @@ def write_page(sections: Sequence[Section], args: argparse.Namespace) -> None:
     for each in sections:
         splits = each.scored_splits()
         metric, curves = each.curves()
-        notes = [NOTE, *[SEEDS_NOTE] * args.over_seeds, *[DIFFERENCES_NOTE] * bool(each.comparisons)]
-        notes += [comparison.note for comparison in each.comparisons if comparison.note]
         runs = scored(each, splits[0], page.RUNS) if splits else []
-        parts.append(page.Section(each.title, each.text, notes, curves, metric, each.comparisons, runs))
+        parts.append(page.Section(each.title, each.text, curves, metric, each.comparisons, runs))
     gallery = None
     if args.gallery:
         if not (runs := scored(sections[0], args.gallery, 2)):
@@ -583,7 +583,7 @@ def write_page(sections: Sequence[Section], args: argparse.Namespace) -> None:
         gallery = page.draw_gallery(runs)
         print(gallery.note or f"photos of {args.gallery} -> results.html", file=sys.stderr)
     make_folder(args.output_dir, "--output_dir")
-    page.write_page(args.output_dir / "results.html", parts, gallery)
+    page.write_page(args.output_dir / "results.html", parts, notes(sections, args), gallery)
     if parts[0].curves:
         save_figure(page.curves_figure(parts[0], page.styles(parts[0])), args.output_dir / "results.png", dpi=120)
 

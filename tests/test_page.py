@@ -67,11 +67,11 @@ def section(rows: list[str], *, photos: int = 20, title: str = "data, 4 classes"
     pixels[0, 0], pixels[1, 1, 1] = [30, 10, 0, 0], 7
     runs = [Scored(rows[0], Path("a"), "val", Counts(["1", "2"], names, pixels))]
     curves = {row: [[0.1, 0.2, 0.3], [0.2, None, 0.4]] for row in rows}
-    return Section(title, table, ["One note & more."], curves, "mIoU", [found], runs)
+    return Section(title, table, curves, "mIoU", [found], runs)
 
 
 def written(path: Path, *sections: Section, gallery=None) -> Page:
-    write_page(path / "results.html", sections, gallery)
+    write_page(path / "results.html", sections, ["One note & more."], gallery)
     return Page(path / "results.html")
 
 
