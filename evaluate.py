@@ -36,10 +36,10 @@ from model.voc import colour_mask, is_voc
 from params import Params
 from predict import add_testing_flags, make_segmenter
 from utils import grouped, make_folder, read_json, replacing, save_figure, save_picture, table_text, write_json
-from visualize import error_picture, spelling
+from visualize import error_picture, spelling, titles
 
 WHICH = ("worst", "median", "best", "random")
-NUMBERED = 30  # classes at most for which a cell of the confusion has room for a number, and a number can be found
+NUMBERED = 30  # classes: with more, the cells of the confusion have no room for numbers
 
 
 def parse_args() -> argparse.Namespace:
@@ -201,26 +201,24 @@ def choose(which: str, count: int, ours: np.ndarray, theirs: np.ndarray) -> list
 def draw_overlays(
     work: Work, segmenter: Segmenter, counts: Counts, other: tuple[Counts, Segmenter] | None, folder: Path
 ) -> None:
-    """Draw the photos that --which names, the first by name first, with --against by both experiments.
+    """Draw the photos that --which names, numbered in that order, with --against by both experiments.
 
     They take the place of those of an earlier evaluation.
     """
-    args, ids, segmenters = work.args, counts.ids, [segmenter]
-    runs, scores = [args.model_dir.resolve().name], [mIoU(counts.pixels)]
+    args, ids, segmenters, scores = work.args, counts.ids, [segmenter], [mIoU(counts.pixels)]
+    runs = titles([args.model_dir, *filter(None, [args.against])])
     if other:
         check_same_photos(counts, other[0], (str(args.model_dir), str(args.against)))
-        runs, scores = [*runs, args.against.resolve().name], [*scores, mIoU(other[0].pixels)]
+        scores.append(mIoU(other[0].pixels))
         segmenters.append(other[1])
-        if runs[0] == runs[1]:  # as trials of two sweeps
-            runs = [str(args.model_dir), str(args.against)]
     order = [*map(ids.index, args.ids)] or choose(args.which, args.save_overlays, scores[0], scores[-1])
     photos, earlier = OriginalDataset(work.split, class_names=work.names), {*folder.glob("*.png")}
     for place, index in enumerate(order, 1):
         _, photo, mask = photos[index]
         assert mask is not None  # it was scored
-        titles = [f"{run}, mIoU {values[index]:.3f}" for run, values in zip(runs, scores, strict=True)]
+        said = [f"{run}, mIoU {values[index]:.3f}" for run, values in zip(runs, scores, strict=True)]
         found = [segmenter.segment(photo).cpu().numpy() for segmenter in segmenters]
-        predictions = list(zip(titles, found, strict=True))
+        predictions = list(zip(said, found, strict=True))
         file = folder / f"{place:0{len(str(len(order)))}d}_{ids[index]}.png"
         save_picture(error_picture(photo, mask, predictions, work.names, title=ids[index]), file)
         earlier.discard(file)

@@ -4,7 +4,10 @@ import argparse
 import os
 import random
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -18,25 +21,28 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
-from engine.cli import add_restore_file, experiment_parser, positive, run_main
+from engine.cli import add_folder, add_restore_file, experiment_parser, positive, run_main
 from engine.devices import pick_device
 from engine.evaluation import find_data
 from model import UserError
 from model.inference import Segmenter, class_map
 from model.layouts import Split
 from model.metrics import ConfusionMatrix
-from model.photos import read_photo
+from model.photos import read_photo, used
 from model.transforms import RESIZES, squares, to_input
-from model.voc import VOID, palette
+from model.voc import ERROR_COLOUR, VOID, palette
 from params import Params
 from predict import find_photos, open_network
 from utils import make_folder, save_figure, write_json
+from visualize import spelling, titles
 
-# Each step of the decoder: the score map by itself, and the sum so far, both after their boundary refinement.
+# Each step of the decoder: the layers that the score map by itself and the sum so far come from.
 STEPS = {"s4": ("br4", "br4"), "+ s3": ("br3", "br5"), "+ s2": ("br2", "br6"), "+ s1": ("br1", "br7")}
 LAST = "the result"  # the sum at the photo's size, after the last refinements
+RESULTS = ("_stages.png", "_receptive_field.png")  # of a photo
 SHARES = (0.5, 0.95)  # of the energy of a receptive field
-RIGHT, WRONG = (40, 160, 60), (255, 40, 40)  # colours of the pixels that a step turned
+TURNED_RIGHT = (40, 160, 60)  # the colour of such pixels
+BARE: dict[str, Any] = {"xticks": [], "yticks": [], "frame_on": False}  # axes around pictures
 Maps = Mapping[str, Mapping[str, np.ndarray]]  # what class_maps() returns
 
 
@@ -55,10 +61,8 @@ class Field:
     def radius(self, share: float) -> float:
         """Return the radius of the circle around the logit that holds a share of the energy, in pixels of the photo."""
         (rows, columns), (row, column), (down, across) = np.indices(self.energy.shape), self.at, self.scale
-        distance = np.hypot((rows - row) * down, (columns - column) * across).ravel()
-        order = np.argsort(distance, kind="stable")
-        reached = np.cumsum(self.energy.ravel()[order])
-        return float(distance[order][np.searchsorted(reached, share * reached[-1])])
+        distance = np.hypot((rows - row) * down, (columns - column) * across)
+        return float(np.quantile(distance, share, weights=self.energy, method="inverted_cdf"))
 
     def smooth(self) -> np.ndarray:
         """Return the energy blurred by a Gaussian of a 50th of the longer side, for the gradient is grainy."""
@@ -75,17 +79,14 @@ class Field:
 
 def level(energy: np.ndarray, share: float) -> float:
     """Return the largest value such that the pixels of at least that value hold a share of the energy."""
-    falling = np.sort(energy, axis=None)[::-1]
-    reached = np.cumsum(falling)
-    return float(falling[np.searchsorted(reached, share * reached[-1])])
+    return -float(np.quantile(-energy, share, weights=energy, method="inverted_cdf"))
 
 
 def parse_args() -> argparse.Namespace:
     parser = experiment_parser(__doc__)
-    parser.add_argument("photos", nargs="*", metavar="PHOTO", help="files and folders (default: photos of val, by lot)")
+    parser.add_argument("photos", nargs="*", metavar="PHOTO", help="files and folders (default: photos of val)")
     add_restore_file(parser)
-    folder = Path("explanations")
-    parser.add_argument("--output_dir", type=Path, default=folder, help="folder of the results (default: %(default)s)")
+    add_folder(parser, "--output_dir", "explanations", "folder of the results")
     parser.add_argument("--photos", dest="count", type=positive, metavar="N", help="how many of val (default: 8)")
     where = "the pixel whose receptive field is drawn (default: the photo's middle)"
     parser.add_argument("--at", nargs=2, type=int, metavar=("X", "Y"), help=where)
@@ -105,11 +106,11 @@ def network_input(segmenter: Segmenter, photo: Image.Image) -> Tensor:
 def receptive_field(
     segmenter: Segmenter, photo: Image.Image, at: tuple[int, int], index: int | None = None
 ) -> tuple[Field, int]:
-    """Return the effective receptive field of a class at a pixel x, y of a photo, and the class, if not given that
-    which is predicted there.
+    """Return the effective receptive field of a class's logit at a pixel x, y of a photo, and the index of the class:
+    the one given, or else the one predicted there.
 
-    It is the squared gradient of the class's logit with respect to the network's input, summed over the channels (Luo
-    et al., arXiv 1701.04128); of the square only what is photo.
+    Its energy is the squared gradient of the logit with respect to the network's input, summed over the channels (Luo
+    et al., arXiv 1701.04128), inside the photo: padding is cut off.
     """
     x = network_input(segmenter, photo).requires_grad_()
     left, top, right, bottom = RESIZES[segmenter.resize](*photo.size, x.shape[-1])
@@ -126,25 +127,21 @@ def receptive_field(
 
 @torch.inference_mode()
 def class_maps(segmenter: Segmenter, photo: Image.Image) -> Maps:
-    """Return what each step makes of a photo: {step: {"own", "fused", "sum"}}, class maps uint8 (H, W).
+    """Return class maps of a photo by step, uint8 (H, W): "own", of its score map alone, and "sum", of all so far.
 
-    "own" is the score map by itself, "sum" all so far, "fused" the same before its boundary refinement.
+    "fused" is the sum before its boundary refinement. LAST has no score map of its own.
     """
     x, found = network_input(segmenter, photo), dict[str, tuple[Tensor, Tensor]]()
-    refinements = {f"br{number}": segmenter.model.get_submodule(f"br{number}") for number in range(1, 10)}
-    hooks = [
-        part.register_forward_hook(lambda _, inputs, output, name=name: found.update({name: (inputs[0], output)}))
-        for name, part in refinements.items()
-    ]
-    result = segmenter.model(x)
-    for hook in hooks:
-        hook.remove()
+    with ExitStack() as hooks:
+        for name in (*chain(*STEPS.values()), "br9"):
+            keep = partial(lambda name, part, inputs, output: found.update({name: (inputs[0], output)}), name)
+            hooks.enter_context(segmenter.model.get_submodule(name).register_forward_hook(keep))
+        result = segmenter.model(x)
     left, top, right, bottom = RESIZES[segmenter.resize](*photo.size, x.shape[-1])
 
     def of_photo(logits: Tensor) -> np.ndarray:
         whole = F.interpolate(logits, size=x.shape[-2:], mode="bilinear", align_corners=True)[0]  # as the network does
-        part = whole[:, top:bottom, left:right]
-        return class_map([part], width=photo.width, height=photo.height).cpu().numpy()
+        return class_map([whole[:, top:bottom, left:right]], width=photo.width, height=photo.height).cpu().numpy()
 
     maps = {
         step: {"own": of_photo(found[own][1]), "fused": of_photo(found[total][0]), "sum": of_photo(found[total][1])}
@@ -160,23 +157,22 @@ def agreement(labels: np.ndarray, prediction: np.ndarray, num_classes: int) -> d
     return {key: value for key, value in counted.compute().items() if key in ("mIoU", "pixel_accuracy")}
 
 
-def turned(before: np.ndarray, after: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return which pixels a step has turned right, and which it has turned wrong."""
-    counts = labels != VOID
-    return counts & (before != labels) & (after == labels), counts & (before == labels) & (after != labels)
+def turned(maps: Maps, labels: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return by step which pixels it has turned right, and which wrong; none are void, which no map predicts."""
+    right = [of_step["sum"] == labels for of_step in maps.values()]
+    steps = zip(maps, right[:1] + right, right, strict=False)
+    return {step: (after & ~before, before & ~after) for step, before, after in steps}
 
 
 def stage_numbers(maps: Maps, labels: np.ndarray, num_classes: int) -> dict[str, dict[str, Any]]:
     """Return by step how well its maps agree with the labels, and the shares of pixels that it turned."""
-    numbers, before = {}, maps["s4"]["sum"]
-    for step, of_step in maps.items():
-        right, wrong = turned(before, of_step["sum"], labels)
-        numbers[step] = agreement(labels, of_step["sum"], num_classes)
+    numbers = {}
+    for step, (right, wrong) in turned(maps, labels).items():
+        numbers[step] = agreement(labels, maps[step]["sum"], num_classes)
         numbers[step] |= {"turned_right": right.mean(), "turned_wrong": wrong.mean()}
-        numbers[step]["changed_by_refinement"] = (of_step["fused"] != of_step["sum"]).mean()
-        if "own" in of_step:
-            numbers[step]["by_itself"] = agreement(labels, of_step["own"], num_classes)
-        before = of_step["sum"]
+        numbers[step]["changed_by_refinement"] = (maps[step]["fused"] != maps[step]["sum"]).mean()
+        if "own" in maps[step]:
+            numbers[step]["by_itself"] = agreement(labels, maps[step]["own"], num_classes)
     return numbers
 
 
@@ -197,10 +193,8 @@ def stages_figure(
 ) -> Figure:
     """Draw photo and truth, and for each step its map by itself, the sum so far, and the pixels that it turned."""
     figure = Figure(figsize=(2.2 * (len(maps) + 1), 6.6 * photo.height / photo.width + 2.3), layout="constrained")
-    axes, colours = figure.subplots(3, len(maps) + 1), palette(names)
-    figure.suptitle(title, fontsize="large")
-    for each in axes.flat:
-        each.axis("off")
+    axes, colours = figure.subplots(3, len(maps) + 1, subplot_kw=BARE), palette(names)
+    figure.suptitle(spelling(title), fontsize="large")
 
     def show(row: int, column: int, title: str, picture: Any) -> None:
         axes[row, column].imshow(picture)
@@ -213,20 +207,19 @@ def stages_figure(
         labels, metric, meaning = truth, "mIoU", "mIoU over the classes in the truth of this photo"
         right_wrong = "turned right by the step", "turned wrong"
         show(1, 0, "truth", colours[truth])
-    dark, before = np.array(photo.convert("L").convert("RGB")) // 3, maps["s4"]["sum"]
-    for column, (step, of_step) in enumerate(maps.items(), 1):
-        if "own" in of_step:
-            show(0, column, f"{step.removeprefix('+ ')} by itself", colours[of_step["own"]])
-        show(1, column, f"{step}: {numbers[step][metric]:.2f}", colours[of_step["sum"]])
-        right, wrong = (part[..., None] for part in turned(before, of_step["sum"], labels))
+    dark = np.array(photo.convert("L").convert("RGB")) // 3
+    for column, (step, (right, wrong)) in enumerate(turned(maps, labels).items(), 1):
+        if "own" in maps[step]:
+            show(0, column, f"{step.removeprefix('+ ')} by itself", colours[maps[step]["own"]])
+        show(1, column, f"{step}: {numbers[step][metric]:.2f}", colours[maps[step]["sum"]])
         if column > 1:
-            picture = np.where(right, RIGHT, np.where(wrong, WRONG, dark))
+            picture = np.where(right[..., None], TURNED_RIGHT, np.where(wrong[..., None], ERROR_COLOUR, dark))
             show(2, column, f"+{right.mean():.1%}, -{wrong.mean():.1%}", picture)
-        before = of_step["sum"]
-    present = np.unique([labels, *(part for of_step in maps.values() for part in of_step.values())]).tolist()
+    drawn = [of_step[key] for of_step in maps.values() for key in ("own", "sum") if key in of_step]
+    present = np.unique([labels, *drawn]).tolist()
     entries = [("void (not counted)" if index == VOID else names[index], colours[index]) for index in present]
-    entries += zip(right_wrong, map(np.array, (RIGHT, WRONG)), strict=True)
-    handles = [Patch(facecolor=tuple(colour / 255), edgecolor="black", label=label) for label, colour in entries]
+    entries += zip(right_wrong, map(np.array, (TURNED_RIGHT, ERROR_COLOUR)), strict=True)
+    handles = [Patch(facecolor=colour / 255, edgecolor="black", label=spelling(label)) for label, colour in entries]
     figure.legend(handles=handles, loc="outside lower center", ncols=8, fontsize="small", title=f"numbers: {meaning}")
     return figure
 
@@ -238,7 +231,7 @@ def field_figure(fields: Mapping[str, tuple[Field, np.ndarray | None]], photo: I
     """
     columns, shape = (2, photo.height / photo.width) if photo else (1, 1)
     figure = Figure(figsize=(4.8 * columns, len(fields) * (4.8 * shape + 1.1)), layout="constrained")
-    axes = figure.subplots(len(fields), columns, squeeze=False)
+    axes = figure.subplots(len(fields), columns, squeeze=False, subplot_kw=BARE)
     for row, (title, (field, coloured)) in enumerate(fields.items()):
         smooth, (down, across), (height, width) = field.smooth(), field.scale, field.energy.shape
         extent, here = (0, width * across, height * down, 0), axes[row, 0]
@@ -249,18 +242,15 @@ def field_figure(fields: Mapping[str, tuple[Field, np.ndarray | None]], photo: I
         x, y = (np.arange(width) + 0.5) * across, (np.arange(height) + 0.5) * down
         for share, style, colour in zip(SHARES, ("solid", "dashed"), ("white", "cyan"), strict=True):
             here.contour(x, y, smooth, levels=[level(smooth, share)], linestyles=style, colors=colour, linewidths=1.2)
-        here.plot(x[field.at[1]], y[field.at[0]], "+", color="lime", markersize=12)
         half, most = (field.radius(share) for share in SHARES)
-        areas = "lines: densest areas with 50 % (solid), 95 % (dashed)"
-        circles = f"circles around +: {half:.0f} pixels hold 50 %, {most:.0f} hold 95 %"
-        said = [fill(line, 64) for line in (*title.splitlines(), areas, circles)]
-        here.set_title("\n".join(said), fontsize="small")
+        said = [*spelling(title).splitlines(), "lines: densest areas with 50 % (solid), 95 % (dashed)"]
+        said += [f"circles around +: {half:.0f} pixels hold 50 %, {most:.0f} hold 95 %"]
+        here.set_title("\n".join(fill(line, 64) for line in said), fontsize="small")
         if coloured is not None:
             axes[row, 1].set_title("what it predicts", fontsize="medium")
             axes[row, 1].imshow(coloured)
-            axes[row, 1].plot(x[field.at[1]], y[field.at[0]], "+", color="lime", markersize=12)
-    for each in axes.flat:
-        each.axis("off")
+        for each in axes[row]:
+            each.plot(x[field.at[1]], y[field.at[0]], "+", color="lime", markersize=12)
     return figure
 
 
@@ -269,53 +259,43 @@ def field_figure(fields: Mapping[str, tuple[Field, np.ndarray | None]], photo: I
 
 def find_examples(
     params: Params, checkpoint: dict[str, Any], args: argparse.Namespace
-) -> tuple[dict[Path, Path], dict[str, tuple[Split, int]]]:
-    """Return the photos by the name of their results, and for those of the run's data, by real path, list and place.
+) -> dict[Path, tuple[Path, Split | None, int]]:
+    """Return the photos by the name of their results: file, and list and place where the run's data have it.
 
-    Photos of val are drawn by lot, always the same ones; those of one's own can be explained without a data set.
+    Photos of val are drawn at random, always the same ones; those of one's own need no data set.
     """
-    photos, places = find_photos(args.photos, args.output_dir) if args.photos else {}, dict[str, tuple[Split, int]]()
+    if not args.photos:
+        _, val, _ = find_data(params, checkpoint, args)
+        drawn = random.Random(0).sample(range(len(val.ids)), min(args.count or 8, len(val.ids)))
+        return {Path(val.ids[place]): (val.images[place], val, place) for place in sorted(drawn)}
+    places = dict[str, tuple[Split | None, int]]()
     for name in dict.fromkeys((params.train_split, "val")):
-        try:
+        with suppress(UserError):
             _, split, _ = find_data(params, checkpoint, args, name)
-        except UserError:
-            if not photos:
-                raise
-            continue
-        places |= {os.path.realpath(photo): (split, place) for place, photo in enumerate(split.images)}
-    if not photos:
-        lot = random.Random(0).sample(range(len(split.ids)), min(args.count or 8, len(split.ids)))
-        photos = {Path(split.ids[place]): split.images[place] for place in sorted(lot)}
-    return photos, places
-
-
-def truth_of(mask: Image.Image | None) -> np.ndarray | None:
-    """Return the labels of a photo; None where there are none, or nothing but void."""
-    labels = None if mask is None else np.array(mask)
-    return labels if labels is not None and (labels != VOID).any() else None
+            places |= {os.path.realpath(file): (split, place) for place, file in enumerate(split.images)}
+    photos = find_photos(args.photos, args.output_dir, RESULTS)
+    return {name: (file, *places.get(os.path.realpath(file), (None, 0))) for name, file in photos.items()}
 
 
 def main(args: argparse.Namespace) -> None:
     folders = [args.model_dir, *filter(None, [args.against])]
-    titles = [folder.resolve().name for folder in folders]
-    if len({*titles}) < len(titles):
-        titles = [*map(str, folders)]
     opened = [open_network(folder, args.restore_file, pick_device(args.device)) for folder in folders]
-    networks = dict(zip(titles, opened, strict=True))
+    networks = dict(zip(titles(folders), opened, strict=True))
     segmenter, names, params, checkpoint = opened[0]
-    photos, places = find_examples(params, checkpoint, args)
+    examples = find_examples(params, checkpoint, args)
+    for file, *_ in examples.values():  # before anything is written
+        width, height = read_photo(file).size
+        if args.at and not (0 <= args.at[0] < width and 0 <= args.at[1] < height):
+            raise UserError(f"--at {args.at[0]} {args.at[1]} is not in {file}, which is {width}x{height}")
     make_folder(args.output_dir, "--output_dir")
     report, fields = {"photos": dict[str, Any]()}, {name: list[Field]() for name in networks}
-    for name, file in photos.items():
-        split, place = places.get(os.path.realpath(file), (None, 0))
+    for name, (file, split, place) in examples.items():
         photo, mask = split.read(place, len(names)) if split else (read_photo(file), None)
-        truth, output = truth_of(mask), args.output_dir / name
+        truth = None if mask is None or used(mask) == [VOID] else np.array(mask)
         at = args.at or (photo.width // 2, photo.height // 2)
-        if not (0 <= at[0] < photo.width and 0 <= at[1] < photo.height):
-            raise UserError(f"--at {at[0]} {at[1]} is not in {file}, which is {photo.width}x{photo.height}")
         maps = class_maps(segmenter, photo)
         stages = stage_numbers(maps, maps[LAST]["sum"] if truth is None else truth, len(names))
-        drawn, found, name_at = {}, {}, None  # all networks are asked for the class that the first one predicts
+        drawn, found, name_at = {}, {}, ""  # all networks are asked for the class that the first one predicts
         for network, (other, classes, _, _) in networks.items():
             field, index = receptive_field(other, photo, at, classes.index(name_at) if name_at in classes else None)
             name_at = classes[index]
@@ -323,20 +303,21 @@ def main(args: argparse.Namespace) -> None:
             found[network] = {"class": classes[index], **field.numbers()}
             coloured = palette(classes)[other.segment(photo).cpu().numpy()]
             drawn[f"{network}\nwhat its score of {name_at!r} at + is sensitive to"] = field, coloured
+        output = args.output_dir / name
         output.parent.mkdir(parents=True, exist_ok=True)
-        figure = stages_figure(photo, truth, maps, stages, names, title=f"{titles[0]}: {name}")
-        save_figure(figure, output.with_name(f"{output.name}_stages.png"))
-        save_figure(field_figure(drawn, photo), output.with_name(f"{output.name}_receptive_field.png"))
+        figure = stages_figure(photo, truth, maps, stages, names, title=f"{next(iter(networks))}: {name}")
+        for part, ending in zip((figure, field_figure(drawn, photo)), RESULTS, strict=True):
+            save_figure(part, output.with_name(output.name + ending))
         numbers = {"photo": str(file), "held_against": "the result" if truth is None else "the truth", "stages": stages}
         report["photos"][str(name)] = numbers | {"at": at, "receptive_field": found}
     if not args.photos:
         means = {network: mean_field(found, networks[network][0].sizes[0]) for network, found in fields.items()}
-        of_all = f"mean over the middles of {len(photos)} photos, in the network's pixels"
+        of_all = f"mean over the middles of {len(examples)} photos, in the network's pixels"
         drawn = {f"{name}\n{of_all}": (field, None) for name, field in means.items()}
         save_figure(field_figure(drawn), args.output_dir / "mean_receptive_field.png")
         report["mean_receptive_field"] = {name: field.numbers() for name, field in means.items()}
     write_json(args.output_dir / "explain.json", report)
-    print(f"{len(photos)} photos -> {args.output_dir}")
+    print(f"{len(examples)} photos -> {args.output_dir}")
 
 
 if __name__ == "__main__":

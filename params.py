@@ -218,7 +218,7 @@ class Params:
 
     @property
     def scoring_batch_size(self) -> int:
-        """Of loaders that score: batch_size, but no more than one process can hold of what many may have trained on."""
+        """Images: batch_size, but SCORED_AT_ONCE pixels at most, for many processes may have shared it in training."""
         return max(1, min(self.batch_size, SCORED_AT_ONCE // self.image_size**2))
 
 

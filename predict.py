@@ -52,10 +52,11 @@ def add_testing_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--flip", action="store_true", help="average with the mirror image")
 
 
-def find_photos(given: Sequence[str], output_dir: Path) -> dict[Path, Path]:
+def find_photos(given: Sequence[str], output_dir: Path, endings: Sequence[str] = RESULTS) -> dict[Path, Path]:
     """Return every photo by the name of its results, without suffix: its place below the folder, pattern or file given.
 
-    Raises UserError where there is no photo, one lies beside the results, and two would have the same result.
+    endings are those of the results of a photo. Raises UserError where there is no photo, one lies beside the results,
+    or two would have the same result.
     """
     found: dict[str, tuple[Path, Path]] = {}  # by the real path, so that nothing is predicted twice
     for pattern in given:
@@ -71,7 +72,7 @@ def find_photos(given: Sequence[str], output_dir: Path) -> dict[Path, Path]:
         stem if counts[stem] == 1 else stem.with_name(f"{stem.name}_{file.suffix[1:]}")
         for stem, (file, _) in zip(stems, found.values(), strict=True)
     ]
-    results = Counter(path for name in names for path in result_paths(output_dir / name))
+    results = Counter(path for name in names for path in result_paths(output_dir / name, endings))
     folders = {os.path.realpath(result.parent) for result in results}
     if beside := next((photo for photo in found if os.path.dirname(photo) in folders), None):
         raise UserError(f"results would lie beside the photo {beside}, or replace it; choose another --output_dir")
@@ -83,7 +84,7 @@ def find_photos(given: Sequence[str], output_dir: Path) -> dict[Path, Path]:
 def _matches(pattern: str, output_dir: Path) -> Iterator[tuple[Path, Path]]:
     """Yield the photos of a file, folder or pattern, each with the folder below which its name begins.
 
-    Earlier results, in output_dir, are none unless it is what was asked for.
+    What lies in output_dir is an earlier result, not a photo, unless a folder in it was asked for.
     """
     results, exists = output_dir.resolve(), Path(pattern).exists()
     for match in map(Path, [pattern] if exists else sorted(glob.glob(pattern, recursive=True))):
@@ -100,8 +101,8 @@ def _is_photo(name: str) -> bool:
     return name.lower().endswith((*IMAGE_SUFFIXES, *UNREADABLE))
 
 
-def result_paths(output: Path) -> list[Path]:
-    return [output.with_name(output.name + suffix) for suffix in RESULTS]
+def result_paths(output: Path, endings: Sequence[str] = RESULTS) -> list[Path]:
+    return [output.with_name(output.name + ending) for ending in endings]
 
 
 def write_results(file: Path, photo: Image.Image, prediction: np.ndarray, names: Sequence[str], output: Path) -> None:
@@ -163,10 +164,7 @@ def load(
 
     Returns a Segmenter and the names of the classes. Raises UserError as the command does.
     """
-    segmenter, names, _, _ = open_network(
-        Path(model_dir), restore_file, pick_device(device), data_dir, scales=scales, flip=flip
-    )
-    return segmenter, names
+    return open_network(Path(model_dir), restore_file, pick_device(device), data_dir, scales=scales, flip=flip)[:2]
 
 
 def main(args: argparse.Namespace) -> int:

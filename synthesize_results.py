@@ -127,8 +127,9 @@ def read_published(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {"source": "", "results": []}
     content = read_json(path, if_absent="")
-    if not isinstance(content, dict) or content.keys() != {"source", "results"}:
-        raise UserError(f'{path} must hold one object with "source" and "results"')
+    kinds = {key: type(value) for key, value in content.items()} if isinstance(content, dict) else {}
+    if kinds != {"source": str, "results": list}:
+        raise UserError(f'{path} must hold one object with "source" and "results", a text and a list')
     for result in content["results"]:
         if not isinstance(result, dict) or not isinstance(result.get("params"), dict):
             raise UserError(f'{path}: {json.dumps(result)}; allowed: an object with "params" and figures')
@@ -196,9 +197,10 @@ def over_seeds(table: pd.DataFrame, groups: Mapping[str, Sequence[Run]]) -> pd.D
 
 def task(run: Run, metric: str) -> str:
     """Return what is the same for runs on one data set that a metric can rank among each other."""
-    if metric.endswith("_difference"):
+    if metric.endswith(("_difference", "_low", "_high")):
         return ""
     split = metric.removesuffix(OWN_SIZE) if metric.endswith(OWN_SIZE) else None
+    split = "val" if metric.removeprefix("published_") in BOUNDARY else split
     keys = comparable_over(metric) if split is None else ()
     return json.dumps([run.labels(split), *map(run.params.get, keys)], sort_keys=True)
 
@@ -234,6 +236,7 @@ class Comparison:
     unit: str  # "photos", or "groups" of them
     photos: list[int]  # in which each class occurs
     differences: dict[str, dict[str, Difference]]
+    doubts: dict[str, str]  # by row
     words: dict[str, dict[str, str]]
     by_class: dict[str, list[Difference | None]]
     class_IoU: dict[str, list[tuple[float, float, float] | None]]  # the baseline's too, each with its interval
@@ -271,7 +274,8 @@ class Comparison:
             known = {place: found for place, found in enumerate(classes) if found}
             words = comparing.verdicts({place: each for place, each in known.items() if self.photos[place] >= FEW})
             few = f"few {self.unit}"
-            table[name] = [said(each, words.get(place, few)) if each else "-" for place, each in enumerate(classes)]
+            head = f"{name} ({self.doubts[name]})" if self.doubts[name] else name
+            table[head] = [said(each, words.get(place, few)) if each else "-" for place, each in enumerate(classes)]
         return pd.DataFrame(table)
 
 
@@ -316,9 +320,9 @@ def compare(
 def doubt(split: str) -> str:
     """Return what makes a comparison on a split doubtful, "" if nothing does; it sorts them, those that decide first.
 
-    val chose the epochs; train, trainaug and their like were trained on.
+    val chose the epochs; train, trainaug and their like were trained on. val@voc is that of another folder, voc.
     """
-    return "optimistic" if split == "val" else "trained on" if split.startswith("train") else ""
+    return "optimistic" if split.partition("@")[0] == "val" else "trained on" if split.startswith("train") else ""
 
 
 def compare_on(
@@ -345,7 +349,8 @@ def compare_on(
     ours = sides.pop(baseline)
     found = {name: comparing.difference(side, ours, others=spread) for name, side in sides.items()}
     of_metrics = {name: dict(zip(args.metric, each, strict=False)) for name, each in found.items()}
-    one_seed = {name: spread is None and 1 in (len(side), len(ours)) for name, side in sides.items()}
+    alone = {name: spread is None and 1 in (len(side), len(ours)) for name, side in sides.items()}
+    doubts = {name: ", ".join(filter(None, [doubt(split), "one seed" * each])) for name, each in alone.items()}
     count = len(drawn_from[0].ids)
     unit = "groups" if count < len(counts[first].ids) else "photos"
     few = f"few {unit}" if count < FEW else ""
@@ -357,7 +362,8 @@ def compare_on(
         unit,
         (drawn_from[0].labelled > 0).sum(0).tolist(),
         of_metrics,
-        words(of_metrics, split, one_seed, few=few),
+        doubts,
+        words(of_metrics, doubts, few=few),
         {name: each[len(args.metric) :] for name, each in found.items()},
         class_IoU,
         f"{split} has {count} groups, photos for whose names `{group}` captures the same text." * (unit == "groups"),
@@ -365,7 +371,7 @@ def compare_on(
 
 
 def words(
-    differences: Mapping[str, Mapping[str, Difference]], split: str, one_seed: Mapping[str, bool], *, few: str
+    differences: Mapping[str, Mapping[str, Difference]], doubts: Mapping[str, str], *, few: str
 ) -> dict[str, dict[str, str]]:
     """Return "better", "worse" or "open" by row and metric, all judged together, with what makes it doubtful.
 
@@ -375,9 +381,8 @@ def words(
     judged = {} if few else comparing.verdicts(flat)
     said: dict[str, dict[str, str]] = {name: {} for name in differences}
     for name, metric in flat:
-        doubts = ", ".join(filter(None, [doubt(split), "one seed" * one_seed[name]]))
         word = judged.get((name, metric), few)
-        said[name][metric] = f"{word} ({doubts})" if doubts and word in ("better", "worse") else word
+        said[name][metric] = f"{word} ({doubts[name]})" if doubts[name] and word in ("better", "worse") else word
     return said
 
 
@@ -551,7 +556,7 @@ def write_tables(sections: Sequence[Section], text: str, folder: Path) -> None:
 
 
 def scored(section: Section, split: str, count: int) -> list[page.Scored]:
-    """Return the first run of some rows, the baseline and then the first ones, that was scored by photo on a split."""
+    """Return, of at most count rows, the baseline first, the first run that was scored photo by photo on a split."""
     baseline, found = {each.baseline for each in section.comparisons}, list[page.Scored]()
     for name in sorted(section.table["name"], key=lambda name: name not in baseline):
         run = next((run for run in section.rows[name] if run.has_counts(split)), None)

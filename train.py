@@ -27,7 +27,7 @@ from engine.run import (
     sole_run,
 )
 from engine.training import Training
-from model.data_loader import Loader, make_loader, seen_in_training, too_dark
+from model.data_loader import Loader, check_classes, make_loader, seen_in_training, too_dark
 from model.losses import SegmentationLoss
 from model.metrics import Metrics
 from model.net import FCN_GCN
@@ -59,7 +59,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def train(training: Training, train_loader: Loader, val_loader: Loader, outputs: EpochOutputs) -> None:
-    """Train until num_epochs or the early stop, which end_epoch() notes, and write what each epoch leaves."""
+    """Train until num_epochs or the early stop, and write what each epoch leaves."""
     while training.stop_reason is None:
         start = time.perf_counter()
         train_loader.batch_sampler.set_epoch(training.epoch)
@@ -85,7 +85,7 @@ def train_epoch(training: Training, loader: Loader) -> dict:
     """
     training.model.train()  # but for batch norm that is frozen
     params, device = training.params, training.device
-    # In every process the loss of the whole batch; its backward pass sums over them, for DDP takes the mean.
+    # Every process computes the loss of the whole batch; its gradients are sums over processes, for DDP averages them.
     criterion = SegmentationLoss(**params.loss_options(), over_processes=True)
     metrics = Metrics(params.num_classes, device)
     batch_sizes = loader.batch_sampler.sizes  # over all processes
@@ -95,7 +95,7 @@ def train_epoch(training: Training, loader: Loader) -> dict:
     for step, (images, labels, seeds) in enumerate(loader):  # a seed for each image, of run and epoch alone
         images, labels = (part.to(device, non_blocking=True) for part in (images, labels))
         if params.augment:
-            images, labels = augment(images, labels, seeds, padding=training.model.encoder.padding)  # a colour
+            images, labels = augment(images, labels, seeds, padding=training.model.encoder.padding)
         if params.cutmix:
             images, labels = cutmix(images, labels, seeds, probability=params.cutmix)
         accumulated, updates = training.accumulation(step, batch_sizes)
@@ -156,7 +156,7 @@ def backward(training: Training, loss: Tensor, *, updates: bool = True) -> None:
 def build_model(params: Params, weights: Path | None, *, resumed: bool) -> tuple[FCN_GCN, list[str]]:
     """Build the network, on the CPU, in rank 0 with the weights that it starts from. Returns it and lines for the log.
 
-    What is not as it was for a file of weights, layers that start afresh say, is named there.
+    They name layers that start afresh, and options that are not those that a file of weights was trained with.
     """
     # Training() sends what rank 0 has to the other processes.
     pretrained = params.pretrained if devices.is_main() and not resumed and weights is None else False
@@ -186,6 +186,7 @@ def build_and_train(start: Start, device: torch.device, args: argparse.Namespace
     devices.to_device(model, params, device)  # and to the memory format; DDP and compiling are Training's
     train_set = make_dataset(train_split, about["class_names"], params, model)
     val_set = make_dataset(val_split, about["class_names"], params, model)
+    check_classes(train_set)
     notes += [*seen_in_training(train_set, val_set), *too_dark(train_set)] if devices.is_main() and not state else []
     own: dict[str, Any] = {"device": device, **devices.loading_options(params)}  # workers, rank, number of processes
     train_loader = make_loader(train_set, batch_size=params.batch_size, seed=params.seed, **own)  # shuffled

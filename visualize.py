@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -173,6 +174,12 @@ def training_curves(history: Sequence[Mapping], best: int) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         axes.legend()
     return figure
+
+
+def titles(folders: Sequence[Path]) -> list[str]:
+    """Return what pictures call experiments: the names of their folders, or their paths where two have the same."""
+    names = [folder.resolve().name for folder in folders]
+    return names if len({*names}) == len(names) else [*map(str, folders)]
 
 
 def spelling(name: str) -> str:

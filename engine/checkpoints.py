@@ -120,14 +120,14 @@ def weights_digest(weights: Mapping[str, torch.Tensor]) -> str:
 
 
 def origin(checkpoint: dict[str, Any]) -> str:
-    """Return 16 hexadecimal digits of what weights come from: recipe, whatever its seed, and classes; else the weights.
+    """Return 16 hexadecimal digits that are equal for the weights of one recipe, whatever its seed, on the same data.
 
-    So runs that began from the seeds of a recipe differ in nothing but their seed.
+    So runs that began from the seeds of a recipe differ in nothing but their seed. Without params: weights_digest().
     """
     if not checkpoint["params"]:
         return weights_digest(predicting_weights(checkpoint))
     recipe = {key: value for key, value in checkpoint["params"].items() if key not in ("seed", *WITHOUT_EFFECT)}
-    learned = [recipe, checkpoint.get("class_names")]  # data sets of one recipe differ in their classes at least
+    learned = [recipe, checkpoint.get("class_names"), *filter(None, [checkpoint.get("images")])]  # older ones have none
     return hashlib.sha256(json.dumps(learned, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -138,7 +138,9 @@ def predicting_weights(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 def to_predict_with(state: dict[str, Any]) -> dict[str, Any]:
     """Return the part of a last.pth.tar that prediction needs, which is a best.pth.tar."""
-    kept = {key: state[key] for key in ("epoch", "class_names", "normalization", "set", "params") if key in state}
+    kept = {
+        key: state[key] for key in ("epoch", "class_names", "images", "normalization", "set", "params") if key in state
+    }
     return kept | {"state_dict": predicting_weights(state)}
 
 

@@ -44,7 +44,17 @@ from model.layouts import Split, find_split
 from model.net import FCN_GCN
 from model.transforms import photo_edges, to_input
 from params import NEEDED_BY_WEIGHTS, Params, comparable_over
-from utils import ROOT, read_history, read_json, save_figure, save_picture, set_logger, write_history, write_json
+from utils import (
+    ROOT,
+    is_out_of_memory,
+    read_history,
+    read_json,
+    save_figure,
+    save_picture,
+    set_logger,
+    write_history,
+    write_json,
+)
 from visualize import comparison, training_curves
 
 WRITTEN = (  # by train.py when an epoch ends, in this order
@@ -249,7 +259,9 @@ def _takes(model: FCN_GCN, count: int, params: Params) -> bool:
     try:
         with torch.random.fork_rng(devices=[]):
             copy.deepcopy(model).train(count > 0)(images)  # its batch norm is another if processes share it
-    except (RuntimeError, ValueError):
+    except (RuntimeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         return False
     return True
 
@@ -365,7 +377,8 @@ class EpochOutputs:
 def log_absent_classes(training: Training, train: Iterable[float | None], val: Iterable[float | None]) -> None:
     """Say which classes the masks of the first epoch lack, given each class's share of their pixels."""
     params = training.params
-    for name, shares, so in ((params.train_split, train, "cannot be learned"), ("val", val, "not in mIoU")):
+    unlearnt = "not in the crops of epoch 1" if params.augment or params.cutmix else "cannot be learned"
+    for name, shares, so in ((params.train_split, train, unlearnt), ("val", val, "not in mIoU")):
         absent = [class_ for class_, share in zip(training.about["class_names"], shares, strict=True) if not share]
         if absent and params.dataset != "sample":
             logging.info(f"in no mask of {name}, at {params.image_size} pixels a side: {', '.join(absent)}; {so}")
@@ -386,7 +399,7 @@ def open_outputs(
     for unfinished in existing(args.model_dir, [f".{name}.*.tmp" for name in (*WRITTEN, "run.json")]):
         unfinished.unlink()  # of a run that was killed
     set_logger(args.model_dir / "train.log")
-    if training.stop_reason is None:  # or a start that trains nothing would say what was trained with, and on what
+    if training.stop_reason is None:  # else run.json would name params and data that trained nothing
         write_provenance(args.model_dir, training.device, start)
     for line in notes:
         logging.info(line)

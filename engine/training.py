@@ -55,7 +55,6 @@ class Training:
                 self.wrapped_model, mode=compile_mode(self.device, params), dynamic=False
             )
         self.ema = copy.deepcopy(self.model).requires_grad_(False) if params.ema_decay is not None else None
-        self.ema_updates = 0
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=params.precision == "fp16")
         self.optimizer = build_optimizer(self.model, params)
         self.epoch = 0  # finished ones
@@ -80,7 +79,7 @@ class Training:
         return self.model if self.ema is None else self.ema
 
     def accumulation(self, step: int, sizes: Sequence[int]) -> tuple[float, bool]:
-        """Return how many batches like a batch share its step of the optimizer, and whether it is the last of them.
+        """Return the images that share a batch's optimizer step, over its own, and whether it is the last of them.
 
         sizes has the images of each batch of an epoch, in which step counts from 0. A smaller batch weighs by its
         images; fewer batches may share the last step.
@@ -116,7 +115,7 @@ class Training:
 
         Not torch's AveragedModel, whose own counter makes the host wait for the GPU at every update.
         """
-        if self.ema_updates == 0:
+        if self.steps == 1:
             ema.load_state_dict(self.model.state_dict())
         else:
             averaged: list[torch.Tensor] = list(ema.parameters())
@@ -128,7 +127,6 @@ class Training:
                 else:
                     average.copy_(now)
             torch._foreach_lerp_(averaged, current, 1 - decay)
-        self.ema_updates += 1
 
     def check_losses(self, losses: torch.Tensor, rates: Sequence[float]) -> None:
         """Raise RunFailed naming the first loss of the epoch that is infinite or not a number.
@@ -144,15 +142,7 @@ class Training:
         )
 
     def check_epoch(self, train_metrics: dict, val_metrics: dict) -> None:
-        """Raise RunFailed unless what an epoch has left can be saved: weights, optimizer and validation are finite.
-
-        Raises UserError where the labels hold no more than one class, of which all would be predicted, and rightly.
-        """
-        if sum(bool(share) for share in train_metrics["frequency"]) <= 1:
-            raise UserError(
-                f"the masks of {self.params.train_split} hold no class beside void (255), or only one; "
-                "where an object is painted in 255, write its class index instead"
-            )
+        """Raise RunFailed unless what an epoch has left can be saved: weights, optimizer and validation are finite."""
         if val_metrics["loss"] is None or not self.is_finite():
             raise RunFailed(
                 f"epoch {self.epoch + 1} ended with weights, optimizer or validation loss not finite, "
@@ -197,7 +187,6 @@ class Training:
             "state_dict": self.model.state_dict(),
             "optim_dict": optimizer | {"state": {numbers[place]: own for place, own in optimizer["state"].items()}},
             "ema_state_dict": None if self.ema is None else self.ema.state_dict(),
-            "ema_updates": self.ema_updates,
             "scaler": self.scaler.state_dict(),
             "history": self.history,
             "metrics": self.metrics,
@@ -243,9 +232,8 @@ class Training:
         self.metrics = dict(state["metrics"])
         saved = state["optim_dict"]["state"]
         own = {place: saved[number] for place, number in enumerate(self._parameter_numbers()) if number in saved}
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": own})
-        if self.ema is not None and state.get("ema_state_dict") is not None:
-            self.ema_updates = int(state["ema_updates"])
+        begun = self.optimizer.state_dict()  # for fp16 SGD's has momentum of zero, which a resume may turn on
+        self.optimizer.load_state_dict(begun | {"state": begun["state"] | own})
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self._set_steps(self.epoch * self.steps_per_epoch)

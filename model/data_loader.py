@@ -97,11 +97,8 @@ class SegmentationDataset(Dataset):
         """Return uint8 (S, S, 4) from the files: red, green, blue, class index (void without a mask)."""
         photo, mask = self.split.read(index, len(self.class_names))
         photo, mask = to_square(photo, mask, self.image_size, self.resize, self.padding)
-        example = np.full((self.image_size, self.image_size, 4), VOID, dtype=np.uint8)
-        example[..., :3] = np.array(photo)
-        if mask is not None:
-            example[..., 3] = np.array(mask)
-        return example
+        labels = np.full((self.image_size, self.image_size), VOID, np.uint8) if mask is None else np.array(mask)
+        return np.dstack([np.array(photo), labels])
 
     def decode_all(self) -> Iterator[np.ndarray]:
         """Yield every example in order, decoded on all cores. Raises UserError at the end, naming every faulty file."""
@@ -123,9 +120,10 @@ class SegmentationDataset(Dataset):
 def seen_in_training(train: SegmentationDataset, other: SegmentationDataset) -> list[str]:
     """Return a line where photos of a split are those that are trained on, or nearly, as frames of a video are.
 
-    They are if the concordance of their thumbnails (Lin, 1989) is above ALIKE. On VOC2012's photos: none of 314 in val;
-    of photos that are moved by 1, 2, 3, 4 %, a part of them elsewhere, 89, 85, 60, 37 %. Copies that are mirrored or
-    turned, as by an augmentation before the split, are alike above ALIKE_TURNED: none of VOC2012's.
+    They are if the concordance of their thumbnails (Lin, 1989, but for the term of the means) is above ALIKE. On
+    VOC2012's photos: none of 314 in val; of photos that are moved by 1, 2, 3, 4 %, a part of them elsewhere, 89, 85,
+    60, 37 %. Copies that are mirrored or turned, as by an augmentation before the split, are alike above ALIKE_TURNED:
+    none of VOC2012's.
     """
     if len(train) * len(other) > COMPARED:
         return []
@@ -144,14 +142,29 @@ def seen_in_training(train: SegmentationDataset, other: SegmentationDataset) -> 
     ]
 
 
+def check_classes(dataset: SegmentationDataset) -> None:
+    """Raise UserError where the masks hold no more than one class, of which all would be predicted, and rightly."""
+    found: set[int] = set()
+    for _, labels, *_ in (dataset[index] for index in range(len(dataset))):  # mostly the first one has two
+        found |= {*labels.unique().tolist()} - {VOID}
+        if len(found) > 1:
+            return
+    raise UserError(
+        f"the masks of {dataset.split.name} hold no class beside void (255), or only one; "
+        "where an object is painted in 255, write its class index instead"
+    )
+
+
 def too_dark(dataset: SegmentationDataset) -> list[str]:
     """Return a line where none of some thirty photos has a value in the upper three quarters of the range."""
-    some = (dataset[index] for index in range(0, len(dataset), 1 + len(dataset) // 32))
+    some = [dataset[index] for index in range(0, len(dataset), 1 + len(dataset) // 32)]
     padding = torch.tensor(dataset.padding).view(3, 1, 1)  # whose mask is void, as that of pixels nobody has labelled
     seen = (photo * ((labels != VOID) | (photo != padding).any(0)) for photo, labels in some)
     brightest = max(int(photo.max()) for photo in seen)
     advice = "where 10 to 14 bits lie in files of 16, or values from 0 to 1, scale them to the whole range"
-    return [f"no photo of {dataset.split.name} is brighter than {brightest} of 255; {advice}"] * (brightest < 64)
+    return [
+        f"none of {len(some)} photos looked at in {dataset.split.name} is brighter than {brightest} of 255; {advice}"
+    ] * (brightest < 64)
 
 
 def build_cache(dataset: SegmentationDataset) -> Path:

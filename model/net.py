@@ -125,7 +125,7 @@ class FCN_GCN(nn.Module):
         pretrained: start the encoder from ImageNet weights, installed or downloaded once, or from a file of weights.
         normalize: photos are normalized with mean and std, those of the encoder's weights; False: these are 0 and 1.
 
-    Raises UserError where an option is out of range or not for this encoder, or its weights are not to be had.
+    Raises UserError for an unusable kernel_size, an option that is not for this encoder, or weights that are not there.
     """
 
     def __init__(

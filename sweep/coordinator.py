@@ -227,8 +227,8 @@ def drawn_before(parent_dir: Path, space: Space) -> dict[str, Values]:
 
 def new_journal(file: Path, study: optuna.Study) -> optuna.Study:
     """Write study.journal anew, which optuna-dashboard shows, with the trials of a study that have ended."""
-    for old in file.parent.glob(f"{file.name}*"):  # with the lock that a kill may have left
-        old.unlink()
+    for old in (file, *file.parent.glob(f"{file.name}.lock*")):  # a kill may have left the lock
+        old.unlink(missing_ok=True)
     storage = JournalStorage(JournalFileBackend(str(file)))
     journal = optuna.create_study(storage=storage, study_name="sweep", direction=study.direction)
     journal.add_trials(study.get_trials(states=[*ENDED.values()]))
