@@ -19,7 +19,7 @@ from test_data_loader import arrays, blank, load, mask, paint, photo
 from build_dataset import write_lists
 from engine import run
 from model import UserError, locked
-from model.data_loader import SegmentationDataset, seen_in_training, too_dark
+from model.data_loader import SegmentationDataset, check_classes, seen_in_training, too_dark
 from model.inference import OriginalDataset, Segmenter
 from model.layouts import class_names, find_split, images_by_name
 from model.photos import check_palette, read_mask, read_photo
@@ -508,7 +508,15 @@ def test_photos_that_use_a_small_part_of_the_range_are_named(data):
         Image.fromarray(grey).save(path.with_suffix(".png"))
     for resize in ("squash", "letterbox"):
         (line,) = too_dark(load(data, resize=resize))
-        assert re.match(r"no photo of train is brighter than 1\d of 255; ", line)
+        assert re.match(r"none of 6 photos looked at in train is brighter than 1\d of 255; ", line)
+
+
+def test_an_object_in_a_single_photo_makes_a_second_class(data):
+    masks(data, lambda indices, path: save(np.where(path.stem == "train5", indices > 0, 0).astype(np.uint8), path))
+    check_classes(load(data))
+    masks(data, lambda indices, path: save(np.zeros_like(indices), path))
+    with pytest.raises(UserError, match="hold no class beside void"):
+        check_classes(load(data))
 
 
 def test_classes_that_no_mask_has_are_named_after_the_first_epoch(trained):

@@ -162,6 +162,7 @@ def test_the_data_are_those_that_the_run_was_trained_on_and_a_mask_of_void_is_no
     (folder / "params.json").unlink()
     (folder / "params.json").write_text(json.dumps(params | {"dataset": "sample", "train_split": "none"}))
     (data / "val.txt").write_text("val1\nval0\n")
+    (data / "train.txt").unlink()  # as where SBD was not got: val needs it not
     mask = next((data / "SegmentationClass").glob("val1.*"))
     size = Image.open(mask).size
     mask.unlink()
@@ -173,16 +174,19 @@ def test_the_data_are_those_that_the_run_was_trained_on_and_a_mask_of_void_is_no
 
 
 def test_a_photo_of_ones_own_needs_no_data_and_is_held_against_the_result(run_explain, experiment, tmp_path):
-    photo, out = tmp_path / "mine.png", tmp_path / "out"
+    photo, other, out = tmp_path / "$5 or $6.png", tmp_path / "$5 or $6_overlay.png", tmp_path / "out"
     noise(50, 40).save(photo)
-    run_explain(photo, "--model_dir", experiment, "--data_dir", tmp_path, "--at", 49, 0, "--output_dir", out)
+    noise(50, 40).save(other)
+    run_explain(photo, other, "--model_dir", experiment, "--data_dir", tmp_path, "--at", 49, 0, "--output_dir", out)
     report = json.loads((out / "explain.json").read_text())
-    entry = report["photos"]["mine"]
+    entry = report["photos"]["$5 or $6"]
     assert (entry["held_against"], entry["at"]) == ("the result", [49, 0])
     assert entry["stages"]["the result"]["pixel_accuracy"] == 1
     assert "mean_receptive_field" not in report
-    with pytest.raises(UserError, match=r"--at 50 0 is not in .*mine\.png, which is 50x40"):
-        run_explain(photo, "--model_dir", experiment, "--at", 50, 0, "--output_dir", out)
+    noise(50, 30).save(other)
+    with pytest.raises(UserError, match=r"--at 40 35 is not in .*_overlay\.png, which is 50x30"):
+        run_explain(photo, other, "--model_dir", experiment, "--at", 40, 35, "--output_dir", tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists(), "said before anything is written"
 
 
 def test_against_draws_both_networks(run_explain, experiment, data, tmp_path):

@@ -416,6 +416,15 @@ def test_a_first_step_that_is_skipped_leaves_momentum_of_zero():
         assert len(buffers) == 2 and not any(buffer.any() for buffer in buffers)
 
 
+def test_momentum_that_a_resume_turns_on_begins_with_zero(tmp_path):
+    network = as_network(torch.nn.Conv2d(3, 64, 3))
+    before = Training(network, Params(momentum=0, num_epochs=1), batches=1)
+    backward(before, network(torch.rand(1, 3, 9, 9)).sum())
+    after = Training(network, Params(momentum=0.9, precision="fp16"), batches=1)
+    after.load_state_dict(before.state_dict(), tmp_path)
+    assert [state["momentum_buffer"].any().item() for state in after.optimizer.state.values()] == [False, False]
+
+
 def test_an_optimizer_that_has_overflowed_is_never_saved(data, tmp_path):
     """AdamW's mean of squared gradients does, while the loss and the weights are finite."""
     experiment = make_experiment(tmp_path / "run", loss_weights={"bce": 1e30}, optimizer="adamw", num_epochs=1)

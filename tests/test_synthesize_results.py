@@ -22,7 +22,7 @@ from engine.run import RUN_LOCK
 from model import UserError
 from params import Params
 from sweep.space import grid, read_spaces
-from synthesize_results import by_seed, published_columns, read_published
+from synthesize_results import by_seed, doubt, published_columns, read_published, task
 from utils import write_history
 
 METRICS = ("pixel_accuracy", "mean_accuracy", "frequency_weighted_IoU", "mean_dice")
@@ -326,6 +326,7 @@ def test_published_figures_are_for_the_runs_of_their_folder_alone(tmp_path):
     "content, words",
     [
         ([], 'must hold one object with "source" and "results"'),
+        ({"source": "x", "results": None}, 'must hold one object with "source" and "results"'),
         ({"source": "x", "results": [{"params": {"kernal_size": 7}, "mIoU": 0.7}]}, 'unknown key "kernal_size"'),
         ({"source": "x", "results": [FIGURE, {"params": {}, "miou": 0.7}]}, "from 0 to 1 mIoU, pixel_accuracy"),
     ],
@@ -465,6 +466,18 @@ def scored(folder: Path, run: Counts, *splits: str, **params) -> Path:
     return folder
 
 
+def test_what_is_of_the_photos_own_size_ranks_among_all_image_sizes(tmp_path):
+    runs = [Run(tmp_path, str(size), {"image_size": size}, own_size={"val": {"images": 3}}) for size in (32, 64)]
+    for column in ("boundary_mIoU", "published_boundary_mIoU", "val_original_size_mIoU", "val_mIoU_low"):
+        assert task(runs[0], column) == task(runs[1], column)
+    assert task(runs[0], "mIoU") != task(runs[1], "mIoU")
+
+
+def test_val_is_optimistic_and_train_was_trained_on_in_whatever_folder():
+    splits = ("val", "val@voc", "train", "trainaug@voc", "val2", "test")
+    assert [doubt(split) for split in splits] == [*["optimistic"] * 2, *["trained on"] * 2, "", ""]
+
+
 def test_every_row_is_compared_with_the_baseline_on_every_split(tmp_path):
     rng = np.random.default_rng(0)
     first = simulated(rng, 60, quality=0.2)
@@ -497,8 +510,9 @@ def test_every_row_is_compared_with_the_baseline_on_every_split(tmp_path):
     assert "with 95 % intervals (docs/COMPARING.md)" in result.out
     classes = table(result.out.split("\n\n")[-2])
     assert [row["IoU on val"] for row in classes] == NAMES
-    assert [row["good"].split(" ", 4)[-1] for row in classes] == [*["better"] * 3, classes[3]["good"].split(" ", 4)[-1]]
-    assert classes[3]["good"].endswith(" few photos") and "(" not in classes[3]["good"]
+    of_good = [row["good (optimistic, one seed)"] for row in classes]
+    assert [cell.split(" ", 4)[-1] for cell in of_good[:3]] == ["better"] * 3
+    assert of_good[3].endswith(" few photos") and "(" not in of_good[3]
     by_folder = synthesize(sweep, "--baseline", str(sweep / "old"), "--metric", "pixel_accuracy", "mIoU")
     file = {row["name"]: row for row in by_folder.file}
     assert file["good"]["test_mIoU_verdict"] == file["good"]["test_pixel_accuracy_verdict"] == "better (one seed)"

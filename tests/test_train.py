@@ -137,10 +137,19 @@ def test_run_json_names_the_data_folder(finished):
     assert json.loads((experiment / "run.json").read_text())["data_dir"] == str(data)
 
 
+def test_weights_of_one_recipe_have_one_origin_but_on_other_photos_another(finished):
+    best, last = (checkpoints.load_checkpoint(finished[0] / f"{name}.pth.tar") for name in ("best", "last"))
+    of_seed_2 = best | {"params": best["params"] | {"seed": 2}}
+    assert checkpoints.origin(best) == checkpoints.origin(last) == checkpoints.origin(of_seed_2)
+    assert checkpoints.origin(best | {"images": "of a subset"}) != checkpoints.origin(best)
+
+
 def test_best_holds_what_prediction_needs_and_last_what_a_resume_needs(finished):
     experiment, _, _ = finished
     best, last = (torch.load(experiment / f"{name}.pth.tar", weights_only=True) for name in ("best", "last"))
-    assert best.keys() == {"epoch", "state_dict", "class_names", "normalization", "set", "params"} < last.keys()
+    assert (
+        best.keys() == {"epoch", "state_dict", "class_names", "images", "normalization", "set", "params"} < last.keys()
+    )
     assert best["epoch"] == best_epoch(experiment)
     if best["epoch"] == last["epoch"]:
         assert same(best["state_dict"], last["ema_state_dict"])  # what validation has scored
