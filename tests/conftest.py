@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 import urllib.request
 import warnings
@@ -24,6 +25,7 @@ from typing import IO, Any
 import numpy as np
 import pytest
 from hypothesis import settings
+from tqdm import tqdm
 
 # One thread: on networks this small two are hardly faster, and much slower where another process wants a core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -32,6 +34,8 @@ from model.sample import draw_scene
 from model.voc import colour_mask
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells let background commands ignore, and theirs
+
+tqdm.set_lock(threading.RLock())  # tqdm's own is shared with forks, and one that is killed while it holds it stops all
 
 settings.register_profile("thorough", max_examples=5000)  # pytest --hypothesis-profile thorough
 
