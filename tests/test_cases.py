@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_script
+from conftest import make_experiment, run_script
 from PIL import Image, ImageEnhance
 from test_data_loader import arrays, blank, load, mask, paint, photo
 
@@ -522,6 +522,13 @@ def test_an_object_in_a_single_photo_makes_a_second_class(data):
 def test_classes_that_no_mask_has_are_named_after_the_first_epoch(trained):
     (line,) = [line for line in (trained[0] / "train.log").read_text().splitlines() if "in no mask of train" in line]
     assert "at 32 pixels a side: " in line and "person" in line and line.endswith("; cannot be learned")
+
+
+def test_classes_that_no_crop_of_the_first_epoch_has_may_still_be_learned(data, tmp_path):
+    experiment = make_experiment(tmp_path / "run", augment=True, num_epochs=1)
+    said = run_script("train.py", "--model_dir", experiment, "--data_dir", data).stdout
+    (line,) = re.findall("in no crop of epoch 1 of train, .*", said)
+    assert "person" in line and line.endswith("; later ones may have them") and "in no mask of train" not in said
 
 
 def test_photos_of_a_split_that_were_trained_on_are_counted(experiment, trained, tmp_path):
