@@ -30,7 +30,7 @@ from model import UserError
 from model.data_loader import make_loader
 from model.inference import OriginalDataset, Segmenter, class_map, collate_originals
 from model.layouts import GROUP, LAYOUTS, Split
-from model.metrics import BETTER, METRICS, Metrics, sparse
+from model.metrics import AT_ORIGINAL_SIZE, BETTER, METRICS, Metrics, sparse
 from model.net import FCN_GCN
 from model.voc import colour_mask, is_voc
 from params import Params
@@ -128,7 +128,8 @@ def scored_before(work: Work) -> dict[str, Any] | None:
     """Return the metrics of an earlier evaluation of the same weights in the same way, of photos of the same names."""
     with suppress(UserError):  # absent or damaged
         found, counts = read_json(work.metrics_file, if_absent=""), read_counts(work.counts_file)
-        same = isinstance(found, dict) and work.record.items() <= found.items()
+        wanted = METRICS.keys() - (set() if work.args.original_size else AT_ORIGINAL_SIZE)  # a new one is missing
+        same = isinstance(found, dict) and work.record.items() <= found.items() and wanted <= found.keys()
         if same and (counts.ids, counts.class_names) == (work.split.ids, [*work.names]):
             return found if counts.are_of(found.get("pixel_accuracy")) else None
     return None

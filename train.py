@@ -65,15 +65,16 @@ def train(training: Training, train_loader: Loader, val_loader: Loader, outputs:
         train_loader.batch_sampler.set_epoch(training.epoch)
         train_metrics = train_epoch(training, train_loader)
         speed = len(train_loader.dataset) / (time.perf_counter() - start)
-        scores = evaluate(training.eval_model, val_loader, training.params, training.device)  # the average, if any
+        # Of the averaged weights, if any; the loss is that of each photo alone.
+        scores = evaluate(training.eval_model, val_loader, training.params, training.device)
         training.check_epoch(train_metrics, scores.metrics)  # raises unless what is about to be saved is finite
         if training.epoch == 0 and devices.is_main():
             log_absent_classes(training, train_metrics["frequency"], [*scores.metrics["frequency"].values()])
         training.end_epoch(train_metrics, scores.metrics, seconds=time.perf_counter() - start, images_per_second=speed)
         if devices.is_main():
-            outputs.write_epoch(training, val_loader.dataset)  # of which samples.png shows a few
+            outputs.write_epoch(training, val_loader.dataset)  # checkpoints, metrics, curves, a few photos
     if devices.is_main():
-        outputs.finish(training)
+        outputs.finish(training)  # the last line of the log; with "keep_last" false no last.pth.tar stays
 
 
 def train_epoch(training: Training, loader: Loader) -> dict:
@@ -85,7 +86,7 @@ def train_epoch(training: Training, loader: Loader) -> dict:
     """
     training.model.train()  # but for batch norm that is frozen
     params, device = training.params, training.device
-    # Every process computes the loss of the whole batch; its gradients are sums over processes, for DDP averages them.
+    # Every process computes the loss of the whole batch, from sums over all of them. See differentiable_sum().
     criterion = SegmentationLoss(**params.loss_options(), over_processes=True)
     metrics = Metrics(params.num_classes, device)
     batch_sizes = loader.batch_sampler.sizes  # over all processes
@@ -204,7 +205,7 @@ def build_and_train(start: Start, device: torch.device, args: argparse.Namespace
         f"{args.model_dir}: {len(train_split.ids)} images of {params.train_split}, {len(val_split.ids)} of val; "
         f"{params.encoder}, {count:.1f} million parameters, on {devices.device_summary(device)} in {params.precision}"
     )
-    outputs = open_outputs(training, val_set, args, start, [summary, *notes])
+    outputs = open_outputs(training, val_set, args, start, [summary, *notes])  # a resume writes its last epoch anew
     with advising_to_resume(args):
         train(training, train_loader, val_loader, outputs)
 
@@ -213,6 +214,7 @@ def main(args: argparse.Namespace) -> None:
     if args.tensorboard:
         require("torch.utils.tensorboard", purpose="events")
     with devices.processes(args.device) as device, sole_run(args.model_dir):
+        # The params and last.pth.tar if --resume finds one; an earlier run is refused without --resume or --overwrite.
         if start := begin(args, device):  # None: has finished, and last.pth.tar was not kept
             build_and_train(start, device, args)
 

@@ -114,7 +114,7 @@ def experiment_parser(
 
     data says what --data_dir is for.
     """
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)  # --over would delete a run
     if not is_main():  # of several processes only one prints usage, help and errors
         parser._print_message = lambda *_: None  # type: ignore[method-assign]
     folders = "folders of experiments or sweeps" if several else "folder of the experiment: params.json and all output"

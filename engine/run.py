@@ -37,7 +37,7 @@ from engine.checkpoints import (
     to_predict_with,
     weights_digest,
 )
-from engine.training import Training, scalars, score, why_finished
+from engine.training import Training, scalars, why_finished
 from model import UserError, locked
 from model.data_loader import SegmentationDataset
 from model.layouts import Split, find_split
@@ -239,7 +239,8 @@ def advising_to_resume(args: argparse.Namespace) -> Iterator[None]:
     except (KeyboardInterrupt, OSError) as error:
         what = str(error).strip() or "interrupted"
         instead = " in the place of --overwrite" if args.overwrite else ""
-        raise type(error)(f"{what}; the same command with --resume{instead} continues the run") from None
+        kind = OSError if isinstance(error, OSError) else type(error)  # some OSErrors take more than a text
+        raise kind(f"{what}; the same command with --resume{instead} continues the run") from None
 
 
 def check_last_batch(model: FCN_GCN, params: Params, count: int) -> None:
@@ -366,7 +367,7 @@ class EpochOutputs:
     def finish(self, training: Training) -> None:
         """Log the best epoch, end the trackers, and delete last.pth.tar where params.json asks for that."""
         metric, best = training.params.best_metric, training.metrics["best"]
-        value = f"best {metric} {score({'val': best}, metric):.4f} at epoch {best['epoch']}"
+        value = f"best {metric} {spelt(best.get(metric))} at epoch {best['epoch']}"
         logging.info(f"{training.stop_reason}; {value}, in {self.model_dir}")
         for tracker in self.trackers:
             tracker.close(training.params, best)
@@ -471,7 +472,7 @@ def sample_predictions(training: Training, dataset: SegmentationDataset, count: 
 def epoch_line(training: Training) -> str:
     record, params = training.history[-1], training.params
     shown = dict.fromkeys(("mIoU", "pixel_accuracy", params.best_metric))
-    values = [f"{key} {score(record, key):.4f}".replace("_", " ") for key in shown if key != "loss"]
+    values = [f"{key.replace('_', ' ')} {spelt(record['val'].get(key))}" for key in shown if key != "loss"]
     left = record["seconds"] * (params.num_epochs - record["epoch"])
     return (
         f"epoch {record['epoch']}/{params.num_epochs}: "
@@ -481,6 +482,10 @@ def epoch_line(training: Training) -> str:
         f"{'' if training.stop_reason else f', {duration(left)} left'}"
         f"{' (best)' if training.metrics['best']['epoch'] == training.epoch else ''}"
     )
+
+
+def spelt(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.4f}"
 
 
 def duration(seconds: float) -> str:

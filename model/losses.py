@@ -3,7 +3,7 @@
 In validation every photo is a batch: some terms would depend on which photos share one.
 
 A new term is a class here, with sums over the pixels of a batch and the term's value from those of all processes, and
-its name in TERMS. A number that it takes is a field of the class, a dataclass, with a default, and a field of Params
+its name in TERMS. A number that it takes is an annotated attribute of the class with a default, and a field of Params
 under the name of the term and its own: focal_gamma.
 """
 
@@ -53,7 +53,13 @@ class Batch:
 
 
 class Term:
-    """A term of the loss: its sums are summed over all processes, "pixels", how many are not void, is added to them."""
+    """A term of the loss: its sums are summed over all processes, "pixels", how many are not void, is added to them.
+
+    Each is a dataclass: what it annotates are its constants.
+    """
+
+    def __init_subclass__(cls) -> None:
+        dataclass(cls)
 
     def sums(self, batch: Batch) -> dict[str, Tensor]:
         raise NotImplementedError
@@ -117,7 +123,6 @@ class BalancedCrossEntropy(Term):
         return sums["balanced"] / sums["balance"].clamp(min=1)
 
 
-@dataclass(frozen=True)
 class Focal(Term):
     """Mean over pixels of (1 - q)^gamma (-log q), q = softmax(x) at the label (Lin et al., arXiv 1708.02002, eq. 4)."""
 

@@ -283,6 +283,10 @@ def test_of_several_scores_those_that_are_missing_are_made_and_one_that_fails_is
     torch.save(state, lone / "best.pth.tar")
     assert scored([sweep, lone], ["val"]) == ["seed_1 val", "lone val"]
     assert scored([lone], ["train"], "--flip") == ["lone train"]
+    older = json.loads((file := lone / "metrics_val@data_best.json").read_text())
+    del older["mean_dice"]  # as before the program had it
+    file.write_text(json.dumps(older))
+    assert scored([sweep, lone], ["val"]) == ["lone val"]
     monkeypatch.setattr("sys.argv", [*map(str, ["evaluate.py", "--model_dir", empty, lone, "--data_dir", data])])
     assert main(parse_args()) == 1
     said = capsys.readouterr()

@@ -12,7 +12,9 @@ import warnings
 from argparse import Namespace
 from contextlib import suppress
 from dataclasses import asdict
+from email.message import Message
 from pathlib import Path
+from urllib.error import HTTPError
 
 import numpy as np
 import pytest
@@ -376,7 +378,7 @@ def test_a_mistake_ends_with_status_2(data, tmp_path):
     assert "give one of them" in run_train(experiment, data, "--restore_file", "last", "--overwrite", check=2).stderr
 
 
-@pytest.mark.parametrize("given", [["--learning-rate", "1e-3"], ["--learning_rate=1e-3"]], ids=str)
+@pytest.mark.parametrize("given", [["--learning-rate", "1e-3"], ["--learning_rate=1e-3"], ["--over"]], ids=str)
 def test_a_key_of_params_json_as_a_flag_is_told_of_set(monkeypatch, capsys, given):
     monkeypatch.setattr(sys, "argv", ["train.py", *given])
     with pytest.raises(SystemExit):
@@ -816,6 +818,13 @@ def test_the_metric_of_params_json_chooses_the_best_epoch():
         found[key, patience] = training.metrics["best"]["epoch"], training.stop_reason
     stopped = "stopped early after epoch 3: no better loss in 1 epochs"
     assert found == {("mIoU", None): (1, None), ("loss", None): (2, None), ("loss", 1): (2, stopped)}
+
+
+def test_an_error_of_any_kind_of_the_system_says_how_to_continue():
+    away = HTTPError("http://tracker", 404, "away", Message(), None)  # takes five arguments
+    said = "away; the same command with --resume continues"
+    with pytest.raises(OSError, match=said), run.advising_to_resume(Namespace(overwrite=False)):
+        raise away
 
 
 def test_an_undefined_metric_is_worse_than_any_value():
