@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
@@ -41,7 +42,8 @@ STEPS = {"s4": ("br4", "br4"), "+ s3": ("br3", "br5"), "+ s2": ("br2", "br6"), "
 LAST = "the result"  # the sum at the photo's size, after the last refinements
 RESULTS = ("_stages.png", "_receptive_field.png")  # of a photo
 SHARES = (0.5, 0.95)  # of the energy of a receptive field
-TURNED_RIGHT = (40, 160, 60)  # the colour of such pixels
+TURNED_RIGHT = (70, 150, 255)  # the colour of such pixels, whoever sees it
+OUTLINE = [withStroke(linewidth=3, foreground="black")]  # of what lies on photos
 BARE: dict[str, Any] = {"xticks": [], "yticks": [], "frame_on": False}  # axes around pictures
 Maps = Mapping[str, Mapping[str, np.ndarray]]  # what class_maps() returns
 
@@ -51,12 +53,13 @@ class Field:
     """The effective receptive field of a logit: how much it depends on each pixel that the network reads of a photo.
 
     energy, float64 (h, w), sums to 1; at is the logit's row and column in it, and scale the photo's pixels per row and
-    per column of energy.
+    per column of energy. in_padding is the share of all energy that lay around the photo, and is not in energy.
     """
 
     energy: np.ndarray
     at: tuple[int, int]
     scale: tuple[float, float]
+    in_padding: float = 0.0
 
     def radius(self, share: float) -> float:
         """Return the radius of the circle around the logit that holds a share of the energy, in pixels of the photo."""
@@ -72,9 +75,9 @@ class Field:
 
     def numbers(self) -> dict[str, float]:
         """Return for each of SHARES the radius, and the share of the photo in which the densest pixels hold it."""
-        smooth = self.smooth()
-        radii = {f"radius_{share:.0%}": self.radius(share) for share in SHARES}
-        return radii | {f"area_{share:.0%}": float((smooth >= level(smooth, share)).mean()) for share in SHARES}
+        smooth, numbers = self.smooth(), {"energy_in_padding": self.in_padding}
+        numbers |= {f"radius_{share:.0%}": self.radius(share) for share in SHARES}
+        return numbers | {f"area_{share:.0%}": float((smooth >= level(smooth, share)).mean()) for share in SHARES}
 
 
 def level(energy: np.ndarray, share: float) -> float:
@@ -119,10 +122,12 @@ def receptive_field(
     logits = segmenter.model(x)[0, :, top + row, left + column]  # (C)
     found = int(logits.argmax()) if index is None else index
     (gradient,) = torch.autograd.grad(logits[found], x)
-    energy = gradient[0].double().square().sum(0)[top:bottom, left:right].cpu().numpy()
+    whole = gradient[0].double().square().sum(0).cpu().numpy()
+    energy = whole[top:bottom, left:right]
     if not energy.sum() > 0:
         raise UserError("the result does not depend on the photo: was this network ever trained?")
-    return Field(energy / energy.sum(), (row, column), (photo.height / height, photo.width / width)), found
+    scale, in_padding = (photo.height / height, photo.width / width), 1 - float(energy.sum() / whole.sum())
+    return Field(energy / energy.sum(), (row, column), scale, in_padding), found
 
 
 @torch.inference_mode()
@@ -182,7 +187,8 @@ def mean_field(fields: Sequence[Field], side: int) -> Field:
     for field in fields:
         (height, width), (row, column) = field.energy.shape, field.at
         total[side - row : side - row + height, side - column : side - column + width] += field.energy
-    return Field(total[edge:-edge, edge:-edge] / len(fields), (side // 2, side // 2), (1.0, 1.0))
+    in_padding = float(np.mean([field.in_padding for field in fields]))
+    return Field(total[edge:-edge, edge:-edge] / len(fields), (side // 2, side // 2), (1.0, 1.0), in_padding)
 
 
 # ---------------------------------------------------------------------------------------- pictures
@@ -198,29 +204,31 @@ def stages_figure(
 
     def show(row: int, column: int, title: str, picture: Any) -> None:
         axes[row, column].imshow(picture)
-        axes[row, column].set_title(title, fontsize="medium")
+        axes[row, column].set_title(title, fontsize="small")
 
     show(0, 0, "photo", photo)
-    labels, metric, meaning = maps[LAST]["sum"], "pixel_accuracy", "share of the pixels that are as in the result"
-    right_wrong = "turned to what the result says", "turned away from it"
+    labels, right_wrong = maps[LAST]["sum"], ("to the result", "away")
+    said = {step: f"{step}: {found['pixel_accuracy']:.0%} as the result" for step, found in numbers.items()}
+    said[LAST] = LAST
     if truth is not None:
-        labels, metric, meaning = truth, "mIoU", "mIoU over the classes in the truth of this photo"
-        right_wrong = "turned right by the step", "turned wrong"
+        labels, right_wrong = truth, ("turned right", "wrong")
+        said = {step: f"{step}: mIoU {found['mIoU']:.2f}" for step, found in numbers.items()}
         show(1, 0, "truth", colours[truth])
     dark = np.array(photo.convert("L").convert("RGB")) // 3
     for column, (step, (right, wrong)) in enumerate(turned(maps, labels).items(), 1):
         if "own" in maps[step]:
             show(0, column, f"{step.removeprefix('+ ')} by itself", colours[maps[step]["own"]])
-        show(1, column, f"{step}: {numbers[step][metric]:.2f}", colours[maps[step]["sum"]])
+        show(1, column, said[step], colours[maps[step]["sum"]])
         if column > 1:
             picture = np.where(right[..., None], TURNED_RIGHT, np.where(wrong[..., None], ERROR_COLOUR, dark))
-            show(2, column, f"+{right.mean():.1%}, -{wrong.mean():.1%}", picture)
+            shares = zip((right, wrong), right_wrong, strict=True)
+            show(2, column, ", ".join(f"{turned.mean():.1%} {how}" for turned, how in shares), picture)
     drawn = [of_step[key] for of_step in maps.values() for key in ("own", "sum") if key in of_step]
     present = np.unique([labels, *drawn]).tolist()
     entries = [("void (not counted)" if index == VOID else names[index], colours[index]) for index in present]
     entries += zip(right_wrong, map(np.array, (TURNED_RIGHT, ERROR_COLOUR)), strict=True)
     handles = [Patch(facecolor=colour / 255, edgecolor="black", label=spelling(label)) for label, colour in entries]
-    figure.legend(handles=handles, loc="outside lower center", ncols=8, fontsize="small", title=f"numbers: {meaning}")
+    figure.legend(handles=handles, loc="outside lower center", ncols=8, fontsize="small")
     return figure
 
 
@@ -230,7 +238,7 @@ def field_figure(fields: Mapping[str, tuple[Field, np.ndarray | None]], photo: I
     Contours hold SHARES of the energy, in the densest area that does.
     """
     columns, shape = (2, photo.height / photo.width) if photo else (1, 1)
-    figure = Figure(figsize=(4.8 * columns, len(fields) * (4.8 * shape + 1.1)), layout="constrained")
+    figure = Figure(figsize=(4.8 * columns, len(fields) * (4.8 * shape + 1.4)), layout="constrained")
     axes = figure.subplots(len(fields), columns, squeeze=False, subplot_kw=BARE)
     for row, (title, (field, coloured)) in enumerate(fields.items()):
         smooth, (down, across), (height, width) = field.smooth(), field.scale, field.energy.shape
@@ -241,16 +249,18 @@ def field_figure(fields: Mapping[str, tuple[Field, np.ndarray | None]], photo: I
         here.imshow(heat, cmap="inferno", extent=extent, alpha=0.7 * heat if photo else None)
         x, y = (np.arange(width) + 0.5) * across, (np.arange(height) + 0.5) * down
         for share, style, colour in zip(SHARES, ("solid", "dashed"), ("white", "cyan"), strict=True):
-            here.contour(x, y, smooth, levels=[level(smooth, share)], linestyles=style, colors=colour, linewidths=1.2)
+            lines = here.contour(x, y, smooth, levels=[level(smooth, share)], linestyles=style, colors=colour)
+            lines.set_path_effects(OUTLINE)
         half, most = (field.radius(share) for share in SHARES)
         said = [*spelling(title).splitlines(), "lines: densest areas with 50 % (solid), 95 % (dashed)"]
-        said += [f"circles around +: {half:.0f} pixels hold 50 %, {most:.0f} hold 95 %"]
+        said += [f"radius around + with 50 %: {half:.0f} pixels, with 95 %: {most:.0f}"]
+        said += [f"{field.in_padding:.0%} of the energy is in the padding, not shown"] * (field.in_padding > 0.005)
         here.set_title("\n".join(fill(line, 64) for line in said), fontsize="small")
         if coloured is not None:
             axes[row, 1].set_title("what it predicts", fontsize="medium")
             axes[row, 1].imshow(coloured)
         for each in axes[row]:
-            each.plot(x[field.at[1]], y[field.at[0]], "+", color="lime", markersize=12)
+            each.plot(x[field.at[1]], y[field.at[0]], "+", color="lime", markersize=12, path_effects=OUTLINE)
     return figure
 
 
@@ -300,9 +310,14 @@ def main(args: argparse.Namespace) -> None:
             field, index = receptive_field(other, photo, at, classes.index(name_at) if name_at in classes else None)
             name_at = classes[index]
             fields[network].append(field)
-            found[network] = {"class": classes[index], **field.numbers()}
-            coloured = palette(classes)[other.segment(photo).cpu().numpy()]
-            drawn[f"{network}\nwhat its score of {name_at!r} at + is sensitive to"] = field, coloured
+            labels = other.segment(photo).cpu().numpy()
+            predicted = classes[labels[at[1], at[0]]]
+            found[network] = {"class": classes[index], "predicted": predicted, **field.numbers()}
+            but = f", where it predicts {predicted!r}," * (predicted != classes[index])
+            drawn[f"{network}\nwhat its score of {name_at!r} at +{but} is sensitive to"] = (
+                field,
+                palette(classes)[labels],
+            )
         output = args.output_dir / name
         output.parent.mkdir(parents=True, exist_ok=True)
         figure = stages_figure(photo, truth, maps, stages, names, title=f"{next(iter(networks))}: {name}")
@@ -311,9 +326,10 @@ def main(args: argparse.Namespace) -> None:
         numbers = {"photo": str(file), "held_against": "the result" if truth is None else "the truth", "stages": stages}
         report["photos"][str(name)] = numbers | {"at": at, "receptive_field": found}
     if not args.photos:
-        means = {network: mean_field(found, networks[network][0].sizes[0]) for network, found in fields.items()}
-        of_all = f"mean over the middles of {len(examples)} photos, in the network's pixels"
-        drawn = {f"{name}\n{of_all}": (field, None) for name, field in means.items()}
+        sides = {network: other.sizes[0] for network, (other, *_) in networks.items()}
+        means = {network: mean_field(found, sides[network]) for network, found in fields.items()}
+        of_all = f"mean over the middles of {len(examples)} photos, in pixels of its input of"
+        drawn = {f"{name}\n{of_all} {sides[name]}x{sides[name]}": (field, None) for name, field in means.items()}
         save_figure(field_figure(drawn), args.output_dir / "mean_receptive_field.png")
         report["mean_receptive_field"] = {name: field.numbers() for name, field in means.items()}
     write_json(args.output_dir / "explain.json", report)

@@ -16,7 +16,7 @@ from model import UserError
 from model.inference import Segmenter
 from model.layouts import find_split
 from model.transforms import RESIZES
-from model.voc import VOID
+from model.voc import CLASS_NAMES, VOID
 from predict import load
 
 CPU = torch.device("cpu")
@@ -70,12 +70,16 @@ def test_nothing_lies_outside_of_the_receptive_field_that_arithmetic_gives(kerne
 def test_a_receptive_field_comes_back_in_the_shape_of_the_photo(size, resize, shape):
     torch.manual_seed(0)
     photo = noise(*size)
-    field, found = receptive_field(segmenter_of(3, resize=resize), photo, (size[0] - 1, 0))
+    segmenter = segmenter_of(3, resize=resize)
+    field, found = receptive_field(segmenter, photo, (size[0] - 1, 0))
     assert field.energy.shape == shape
     assert field.at == (0, shape[1] - 1)  # the corner of the photo, not of the square
     assert field.scale == pytest.approx((size[1] / shape[0], size[0] / shape[1]))
     assert np.array_equal(np.argwhere(field.energy).max(0), (1, shape[1] - 1))
     assert found == segmenter_of_class(photo, resize)
+    reached = segmenter.model[0].weight[found].detach().double().square().sum(0)[:, :2]  # what lies in the square
+    above = float(reached[0].sum() / reached.sum()) if resize == "letterbox" else 0
+    assert field.in_padding == pytest.approx(above, abs=1e-6)
 
 
 def segmenter_of_class(photo: Image.Image, resize: str) -> int:
@@ -113,8 +117,9 @@ def test_a_panorama_has_a_field_too(shape):
 def test_the_mean_puts_every_logit_into_the_middle():
     energies = np.zeros((2, 6, 8))
     energies[0, 1, 2], energies[1, 5, 7] = 1, 1
-    fields = [Field(energies[0], (1, 2), (1, 1)), Field(energies[1], (5, 7), (1, 1))]
+    fields = [Field(energies[0], (1, 2), (1, 1), 0.5), Field(energies[1], (5, 7), (1, 1))]
     mean = mean_field(fields, 8)
+    assert mean.in_padding == 0.25
     assert mean.energy[mean.at] == 1 and mean.energy.sum() == 1
 
 
@@ -197,7 +202,7 @@ def test_against_draws_both_networks(run_explain, experiment, data, tmp_path):
     run_explain(photo, "--model_dir", experiment, "--data_dir", data, "--against", other, "--output_dir", out)
     found = json.loads((out / "explain.json").read_text())["photos"]["val1"]["receptive_field"]
     assert list(found) == [str(experiment), str(other)]
-    assert found[str(experiment)] == found[str(other)]
+    assert found[str(experiment)] == found[str(other)] and found[str(other)]["predicted"] in CLASS_NAMES
     heights = [Image.open(out / "val1_receptive_field.png").height]
     run_explain(photo, "--model_dir", experiment, "--data_dir", data, "--output_dir", out)
     assert heights[0] == pytest.approx(2 * Image.open(out / "val1_receptive_field.png").height, abs=2)

@@ -26,6 +26,6 @@ def test_it_runs(tmp_path):
     shutil.copytree(ROOT / "experiments" / "quickstart", tmp_path / "experiments" / "quickstart")
     (tmp_path / "docs").mkdir()
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    client.NotebookClient(notebook, timeout=900, resources={"metadata": {"path": tmp_path / "docs"}}).execute()
+    client.NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": tmp_path / "docs"}}).execute()
     text = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
     assert "error:" not in text and "1 of 1 photos -> experiments/tour/predictions" in text
