@@ -242,9 +242,11 @@ def table(metrics: dict[str, Any]) -> str:
 def confusion_figure(counts: np.ndarray, iou: Mapping[str, float | None]) -> Figure:
     """Return where the pixels of each class went, as shares of its pixels, and beside its name its IoU.
 
-    counts has the pixels (C, C) by label and prediction, iou a value for each of the C names; None: in no
-    label or prediction.
+    counts has the pixels (C, C) by label and prediction, iou a value for each of the C names; None: in no label or
+    prediction, and not drawn where others are.
     """
+    shown = [place for place, value in enumerate(iou.values()) if value is not None] or [*range(len(iou))]
+    counts, iou = counts[np.ix_(shown, shown)], {name: value for name, value in iou.items() if value is not None} or iou
     names = [spelling(name if len(name) <= 18 else f"{name[:17]}…") for name in iou]
     side = max(5.0, 2.5 + 0.32 * len(names))
     figure = Figure(figsize=(1.25 * side, side), layout="constrained")

@@ -161,16 +161,20 @@ def test_an_overlay_colours_every_class_but_one_called_background():
     assert [row == grey for row in rows("road", "sky", "BACKGROUND")] == [False, False, True]
 
 
-def test_the_confusion_shows_shares_of_labels_and_each_iou():
-    iou = {"road": 0.5, "sky": None, "$car$": 1.0}
-    matrix = confusion_figure(np.array([[3, 0, 1], [0, 0, 0], [0, 0, 2]]), iou).axes[0]
+def test_the_confusion_shows_shares_of_labels_and_each_iou_but_of_classes_that_are_nowhere():
+    iou = {"road": 0.75, "bus": None, "sky": 0.0, "$car$": 1.0}
+    counts = np.array([[3, 0, 1], [0, 0, 0], [0, 0, 2]])
+    matrix = confusion_figure(np.insert(np.insert(counts, 1, 0, 0), 1, 0, 1), iou).axes[0]
     shares = matrix.images[0].get_array().filled(np.nan)
     assert np.array_equal(shares, [[0.75, 0, 0.25], [np.nan] * 3, [0, 0, 1]], equal_nan=True)
     numbers = {text.get_position(): text.get_text() for text in matrix.texts}
     assert numbers == {(0, 0): "0.75", (2, 0): "0.25", (2, 2): "1.00"}, "none for what is 0"
     assert not confusion_figure(np.eye(31), dict.fromkeys(map(str, range(31)), 1.0)).axes[0].texts, "there is no room"
     rows = [label.get_text().split() for label in matrix.get_yticklabels()]
-    assert rows == [["road", "0.50"], ["sky", "-"], [r"\$car\$", "1.00"]]
+    assert (
+        confusion_figure(np.zeros((2, 2)), {"a": None, "b": None}).axes[0].get_yticklabels()[1].get_text() == "b     -"
+    )
+    assert rows == [["road", "0.75"], ["sky", "0.00"], [r"\$car\$", "1.00"]]
 
 
 @pytest.mark.parametrize("metrics", [["loss"], ["loss", "mIoU", *"abcdef"]])
