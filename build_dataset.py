@@ -44,7 +44,7 @@ COPIES = r"^(.*?)(?:\.rf\.\w+)?$"  # Roboflow's names of augmented copies of a p
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     add_folder(parser, "--data_dir", "data", "folder to fill")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--archive", type=Path, help=f"unpack this {VOC['filename']}, not a download of it (2 GB)")

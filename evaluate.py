@@ -181,7 +181,7 @@ def find_other(work: Work, device: torch.device) -> tuple[Counts, Segmenter]:
     args = work.args
     other = prepare(argparse.Namespace(**vars(args) | {"model_dir": args.against, "data_dir": work.folder}), device)
     if scored_before(other) is None:
-        said = f"{other.metrics_file} is absent, or of other weights, photos or flags than now"
+        said = f"{other.metrics_file} is absent, or of other weights, photos, flags or metrics than now"
         raise UserError(f"{said}; score {args.against} first, with the same --split, --scales and --flip")
     counts = read_counts(other.counts_file)
     return counts, make_segmenter(other.model, other.params, device, scales=args.scales, flip=args.flip)

@@ -42,7 +42,7 @@ STEPS = {"s4": ("br4", "br4"), "+ s3": ("br3", "br5"), "+ s2": ("br2", "br6"), "
 LAST = "the result"  # the sum at the photo's size, after the last refinements
 RESULTS = ("_stages.png", "_receptive_field.png")  # of a photo
 SHARES = (0.5, 0.95)  # of the energy of a receptive field
-TURNED_RIGHT = (70, 150, 255)  # the colour of such pixels, whoever sees it
+TURNED_RIGHT = (70, 150, 255)  # the colour of such pixels: not green, which some cannot tell from red
 OUTLINE = [withStroke(linewidth=3, foreground="black")]  # of what lies on photos
 BARE: dict[str, Any] = {"xticks": [], "yticks": [], "frame_on": False}  # axes around pictures
 Maps = Mapping[str, Mapping[str, np.ndarray]]  # what class_maps() returns
@@ -74,7 +74,8 @@ class Field:
         return gaussian_blur(torch.from_numpy(self.energy)[None], kernel, sigma)[0].numpy()
 
     def numbers(self) -> dict[str, float]:
-        """Return for each of SHARES the radius, and the share of the photo in which the densest pixels hold it."""
+        """Return the energy in the padding, and for each of SHARES the radius, and the share of the photo in which the
+        densest pixels hold it."""
         smooth, numbers = self.smooth(), {"energy_in_padding": self.in_padding}
         numbers |= {f"radius_{share:.0%}": self.radius(share) for share in SHARES}
         return numbers | {f"area_{share:.0%}": float((smooth >= level(smooth, share)).mean()) for share in SHARES}
@@ -106,11 +107,8 @@ def network_input(segmenter: Segmenter, photo: Image.Image) -> Tensor:
     return to_input(square, segmenter.device, **segmenter.input_options)
 
 
-def receptive_field(
-    segmenter: Segmenter, photo: Image.Image, at: tuple[int, int], index: int | None = None
-) -> tuple[Field, int]:
-    """Return the effective receptive field of a class's logit at a pixel x, y of a photo, and the index of the class:
-    the one given, or else the one predicted there.
+def receptive_field(segmenter: Segmenter, photo: Image.Image, at: tuple[int, int], index: int) -> Field:
+    """Return the effective receptive field of the logit of a class, by its index, at a pixel x, y of a photo.
 
     Its energy is the squared gradient of the logit with respect to the network's input, summed over the channels (Luo
     et al., arXiv 1701.04128), inside the photo: padding is cut off.
@@ -119,15 +117,13 @@ def receptive_field(
     left, top, right, bottom = RESIZES[segmenter.resize](*photo.size, x.shape[-1])
     width, height = right - left, bottom - top
     column, row = int((at[0] + 0.5) * width / photo.width), int((at[1] + 0.5) * height / photo.height)
-    logits = segmenter.model(x)[0, :, top + row, left + column]  # (C)
-    found = int(logits.argmax()) if index is None else index
-    (gradient,) = torch.autograd.grad(logits[found], x)
+    (gradient,) = torch.autograd.grad(segmenter.model(x)[0, index, top + row, left + column], x)
     whole = gradient[0].double().square().sum(0).cpu().numpy()
     energy = whole[top:bottom, left:right]
     if not energy.sum() > 0:
         raise UserError("the result does not depend on the photo: was this network ever trained?")
     scale, in_padding = (photo.height / height, photo.width / width), 1 - float(energy.sum() / whole.sum())
-    return Field(energy / energy.sum(), (row, column), scale, in_padding), found
+    return Field(energy / energy.sum(), (row, column), scale, in_padding)
 
 
 @torch.inference_mode()
@@ -222,7 +218,7 @@ def stages_figure(
         if column > 1:
             picture = np.where(right[..., None], TURNED_RIGHT, np.where(wrong[..., None], ERROR_COLOUR, dark))
             shares = zip((right, wrong), right_wrong, strict=True)
-            show(2, column, ", ".join(f"{turned.mean():.1%} {how}" for turned, how in shares), picture)
+            show(2, column, ", ".join(f"{part.mean():.1%} {how}" for part, how in shares), picture)
     drawn = [of_step[key] for of_step in maps.values() for key in ("own", "sum") if key in of_step]
     present = np.unique([labels, *drawn]).tolist()
     entries = [("void (not counted)" if index == VOID else names[index], colours[index]) for index in present]
@@ -305,19 +301,18 @@ def main(args: argparse.Namespace) -> None:
         at = args.at or (photo.width // 2, photo.height // 2)
         maps = class_maps(segmenter, photo)
         stages = stage_numbers(maps, maps[LAST]["sum"] if truth is None else truth, len(names))
-        drawn, found, name_at = {}, {}, ""  # all networks are asked for the class that the first one predicts
+        drawn, found, first = {}, {}, ""  # all networks are asked for the class that the first one predicts
         for network, (other, classes, _, _) in networks.items():
-            field, index = receptive_field(other, photo, at, classes.index(name_at) if name_at in classes else None)
-            name_at = classes[index]
-            fields[network].append(field)
             labels = other.segment(photo).cpu().numpy()
             predicted = classes[labels[at[1], at[0]]]
-            found[network] = {"class": classes[index], "predicted": predicted, **field.numbers()}
-            but = f", where it predicts {predicted!r}," * (predicted != classes[index])
-            drawn[f"{network}\nwhat its score of {name_at!r} at +{but} is sensitive to"] = (
-                field,
-                palette(classes)[labels],
-            )
+            first = first or predicted
+            asked = first if first in classes else predicted
+            field = receptive_field(other, photo, at, classes.index(asked))
+            fields[network].append(field)
+            found[network] = {"class": asked, "predicted": predicted, **field.numbers()}
+            but = f", where it predicts {predicted!r}," * (predicted != asked)
+            title = f"{network}\nwhat its score of {asked!r} at +{but} is sensitive to"
+            drawn[title] = field, palette(classes)[labels]
         output = args.output_dir / name
         output.parent.mkdir(parents=True, exist_ok=True)
         figure = stages_figure(photo, truth, maps, stages, names, title=f"{next(iter(networks))}: {name}")

@@ -22,7 +22,7 @@ from utils import read_json
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     add_folder(parser, "--parent_dir", "experiments/learning_rate", "folder of the sweep")
     add_folder(parser, "--data_dir", "data", "folder of the data set")
     parser.add_argument("--sampler", choices=("grid", "random", "tpe"), default="grid", help="(default: %(default)s)")

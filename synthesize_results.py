@@ -43,7 +43,7 @@ of a split are corrected for their number (Holm), the intervals are not."""
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folders of experiments or sweeps")
     default = Path("experiments")
     parser.add_argument("--parent_dir", type=Path, help=f"all below it, in the place of RUN (default: {default})")

@@ -170,7 +170,7 @@ def build_model(params: Params, weights: Path | None, *, resumed: bool) -> tuple
     if weights and devices.is_main():
         notes += init_from(model, weights, params)
     if params.freeze_encoder_statistics and not (params.pretrained or weights or resumed):
-        notes.append('"freeze_encoder_statistics" without weights to start from: the encoder is not normalized at all')
+        notes.append('"freeze_encoder_statistics" without weights to start from: its batch norm does not normalize')
     return model, notes
 
 

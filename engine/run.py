@@ -378,12 +378,13 @@ class EpochOutputs:
 def log_absent_classes(training: Training, train: Iterable[float | None], val: Iterable[float | None]) -> None:
     """Say which classes the masks of the first epoch lack, given each class's share of their pixels."""
     params = training.params
-    whole = ("mask", "cannot be learned")
-    cropped = ("crop of epoch 1", "later ones may have them") if params.augment or params.cutmix else whole
-    for name, shares, (part, so) in ((params.train_split, train, cropped), ("val", val, ("mask", "not in mIoU"))):
+    seen = (params.train_split, "cannot be learned")
+    if params.augment or params.cutmix:
+        seen = (f"{params.train_split}, as augmented in epoch 1", "another epoch may have them")
+    for (name, so), shares in ((seen, train), (("val", "not in mIoU"), val)):
         absent = [class_ for class_, share in zip(training.about["class_names"], shares, strict=True) if not share]
         if absent and params.dataset != "sample":
-            logging.info(f"in no {part} of {name}, at {params.image_size} pixels a side: {', '.join(absent)}; {so}")
+            logging.info(f"in no mask of {name}, at {params.image_size} pixels a side: {', '.join(absent)}; {so}")
 
 
 def open_outputs(

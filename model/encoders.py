@@ -220,8 +220,10 @@ def _timm_pyramid(name: str) -> Any:
     except ImportError as error:
         raise UserError(f'encoder "{name}" needs timm ({error}): pip install timm') from None
     short = name.removeprefix(TIMM)
-    if not timm.is_model(short):
-        nearest = " or ".join(difflib.get_close_matches(short, timm.list_models(), n=3)) or "one of timm.list_models()"
+    tagged = timm.list_models(pretrained=True) if "." in short else []  # names with those of weights
+    if not timm.is_model(short) or (tagged and short not in tagged):
+        names = difflib.get_close_matches(short, tagged or timm.list_models(), n=3)
+        nearest = " or ".join(names) or "one of timm.list_models()"
         raise UserError(f'encoder is "{name}", which timm {timm.__version__} has not; did you mean {nearest}?')
     try:
         try:

@@ -7,8 +7,8 @@ its name in TERMS. A number that it takes is an annotated attribute of the class
 under the name of the term and its own: focal_gamma.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import torch
@@ -52,6 +52,7 @@ class Batch:
         return {"p": self.sum(self.logits.sigmoid().sum(1)), "p t": self.sum(self.at_label.sigmoid())}
 
 
+@dataclass
 class Term:
     """A term of the loss: its sums are summed over all processes, "pixels", how many are not void, is added to them.
 
@@ -156,7 +157,7 @@ class Lovasz(Term):
         return {"total": mean * valid.sum()}
 
 
-TERMS: dict[str, Callable[..., Term]] = {
+TERMS: dict[str, type[Term]] = {
     "bce": BinaryCrossEntropy,
     "dice": Dice,
     "inverse_dice": InverseDice,
@@ -169,8 +170,7 @@ TERMS: dict[str, Callable[..., Term]] = {
 
 def constants() -> dict[str, tuple[str, str]]:
     """Return the term and the field of every constant by its key, as focal_gamma."""
-    declared = {term: getattr(kind, "__dataclass_fields__", ()) for term, kind in TERMS.items()}
-    return {f"{term}_{name}": (term, name) for term, names in declared.items() for name in names}
+    return {f"{term}_{each.name}": (term, each.name) for term, kind in TERMS.items() for each in fields(kind)}
 
 
 class SegmentationLoss(nn.Module):

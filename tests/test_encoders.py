@@ -138,6 +138,7 @@ def test_an_option_that_an_encoder_does_not_honour_is_refused_by_name(encoder, o
         ("timm/maxvit_tiny_tf_224", "does not take photos of every size .*window"),
         ("timm/legacy_xception", "does not take photos of every size .*its maps are 15 x 23"),
         ("timm/convnext_ato", r"convnext_ato\", which timm .* has not; did you mean convnext_atto"),
+        ("timm/convnext_atto.d3_in1k", r"has not; did you mean convnext_atto\.d2_in1k"),
         ("timm/", "did you mean one of timm"),
         ("resnet19", 'allowed: resnet50, .*wide_resnet101_2, or "timm/NAME"'),
     ],

@@ -293,6 +293,10 @@ def test_of_several_scores_those_that_are_missing_are_made_and_one_that_fails_is
     assert said.err.startswith(f"evaluate.py: {empty}: no checkpoint ") and said.out.endswith("  was scored\n")
     flags = "--flip", "--scales", "2"
     assert scored([lone], ["train"], *flags) == ["lone train"]
+    older = json.loads((file := lone / "metrics_train@data_best_multi_scale.json").read_text())
+    del older["boundary_mIoU"]
+    file.write_text(json.dumps(older))
+    assert scored([lone], ["train"], *flags) == ["lone train"]
     for text, group in (("(.*) ?[0-9]\r\n", "(.*) ?[0-9]"), ("\n", None)):  # which comparisons draw
         (data / "group.txt").write_bytes(text.encode())
         assert scored([lone], ["train"], *flags) == []

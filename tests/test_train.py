@@ -770,6 +770,13 @@ def test_an_epochs_line_says_how_long_the_rest_takes_unless_it_is_the_last(mean_
     assert run.epoch_line(training).endswith(ends)
 
 
+def test_an_epochs_line_says_where_the_metric_that_chooses_is_undefined():
+    training = Training(network(2), Params(**TINY | {"best_metric": "mean_dice"}), 1)
+    scores = {"loss": 1.0, "mIoU": 0.5, "pixel_accuracy": 0.5, "mean_dice": None}
+    training.end_epoch(scores | {"learning_rate": 0.1}, scores, seconds=1.0, images_per_second=2.0)
+    assert "mIoU 0.5000, pixel accuracy 0.5000, mean dice undefined, lr 0.1" in run.epoch_line(training)
+
+
 @pytest.mark.parametrize(
     ("length", "shown"), [(12, [0, 2, 4, 6, 8, 10]), (8, [0, 1, 2, 4, 5, 6]), (2, [0, 1])], ids=str
 )
