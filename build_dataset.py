@@ -23,6 +23,7 @@ from torchvision.datasets.utils import check_integrity
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 from tqdm import tqdm
 
+from comparing import FEW
 from engine.cli import add_folder, require, run_main
 from model import UserError, first_line
 from model.data_loader import SegmentationDataset, seen_in_training
@@ -248,7 +249,9 @@ def write_lists(data_dir: Path, shares: list[float], seed: int, group: str | Non
     (lists / GROUP).unlink(missing_ok=True)  # of lists that were deleted
     if len(groups) < len(ids):
         write_text(lists / GROUP, f"{pattern}\n")
-        print(f"what makes a group -> {lists / GROUP}; comparisons of experiments draw its photos together too")
+        few = " and ".join(name for name in SPLITS[1:] if 0 < len(parts[name]) < FEW)
+        but = f", and say nothing of fewer than {FEW} groups, as in {few}" if few else ""
+        print(f"what makes a group -> {lists / GROUP}; comparisons of experiments draw its photos together too{but}")
     if len(photos) > len(ids):
         print(f"{len(photos) - len(ids)} photos without a mask are in no list")
     splits = [replace(find_split("voc", data_dir, name), masks=None) for name, part in parts.items() if part]

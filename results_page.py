@@ -90,7 +90,8 @@ def draw_figures(section: Section, key: str) -> dict[str, str]:
         seeds = ", in bold the mean of the seeds" * any(len(runs) > 1 for runs in section.curves.values())
         drawn[f"Validation {section.metric} by epoch{seeds}"] = curves_figure(section, of_rows)
     for found in section.comparisons:
-        for metric in found.metrics if found.differences else ():
+        few = any(word.startswith("few ") for said in found.words.values() for word in said.values())
+        for metric in found.metrics if found.differences and not few else ():
             drawn[f"Difference in {metric} on {found.split}"] = differences_figure(found, metric, of_rows)
         about = ", with 95 % intervals" * (max(found.photos) >= comparing.FEW)
         about += f", of {RUNS} of the {len(found.class_IoU)} rows" * (len(found.class_IoU) > RUNS)
@@ -127,9 +128,8 @@ def curves_figure(section: Section, styles: Mapping[str, str]) -> Figure:
 
 def differences_figure(found: Any, metric: str, styles: Mapping[str, str]) -> Figure:
     words = {row: found.words[row][metric] for row in styles if row in found.words}
-    sure = not any(word.startswith("few ") for word in words.values())  # of all rows, or of none
-    name = f"difference from {found.baseline}{', with its 95 % interval' * sure}"
-    ends, colours = [told(found.differences[row][metric], sure) for row in words], [styles[row][:2] for row in words]
+    name = f"difference from {found.baseline}, with its 95 % interval"
+    ends, colours = [found.differences[row][metric][:3] for row in words], [styles[row][:2] for row in words]
     return intervals_figure([f"{row}: {word}" for row, word in words.items()], {name: (ends, colours)})
 
 

@@ -366,7 +366,8 @@ def compare_on(
         words(of_metrics, doubts, few=few),
         {name: each[len(args.metric) :] for name, each in found.items()},
         class_IoU,
-        f"{split} has {count} groups, photos for whose names `{group}` captures the same text." * (unit == "groups"),
+        f"{split} has {count} group{'s' * (count > 1)}, photos for whose names `{group}` captures the same text."
+        * (unit == "groups"),
     )
 
 

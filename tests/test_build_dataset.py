@@ -482,6 +482,7 @@ def test_a_group_stays_together_and_shares_are_kept_about(tmp_path, capsys):
     assert {name: len(ids) for name, ids in lists.items()} == {"train": 48, "val": 24, "test": 8}
     assert sum(map(len, videos.values())) == 10, "no video is in two lists"
     stdout = capsys.readouterr().out
+    assert "draw its photos together too, and say nothing of fewer than 10 groups, as in val and test\n" in stdout
     assert "48 photos of 6 groups" in stdout and f"8 photos of 1 group -> {tmp_path / 'test.txt'}" in stdout
 
 

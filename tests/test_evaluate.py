@@ -107,7 +107,7 @@ def test_the_score_at_the_size_of_the_network_is_that_of_validation(experiment, 
     }
     assert metrics["loss"] == pytest.approx(then["loss"], rel=1e-5)
     check_counts(experiment, data, metrics, "val_best")
-    assert Image.open(experiment / "metrics_val_best.png").size > (1000, 500)
+    assert Image.open(experiment / "metrics_val_best.png").width > 500
 
 
 def test_scores_on_other_data_have_files_of_their_own_that_say_which(experiment, trained, tmp_path):
@@ -207,7 +207,7 @@ def test_photos_on_which_two_experiments_differ_most_are_drawn_with_both(experim
     absent, scores = (
         other / f"{kind}_val_best_original_size.{end}" for kind, end in (("counts", "npz"), ("metrics", "json"))
     )
-    said = f"{scores} is absent, or of other weights, photos or flags than now; score {other} first, with the same"
+    said = f"{scores} is absent, or of other weights, photos, flags or metrics than now; score {other} first, with"
     assert said in run_evaluate(experiment, data, *flags, check=2).stderr
     run_evaluate(other, data, "--original_size")
     stdout = run_evaluate(experiment, data, *flags).stdout
@@ -232,7 +232,7 @@ def test_photos_on_which_two_experiments_differ_most_are_drawn_with_both(experim
     assert find_other(work, device)[0].ids == ours.ids
     shutil.copy(scores, other / "metrics_val_best_multi_scale.json")
     shutil.copy(absent, other / "counts_val_best_multi_scale.npz")
-    with pytest.raises(UserError, match="is absent, or of other weights, photos or flags than now"):
+    with pytest.raises(UserError, match="is absent, or of other weights, photos, flags or metrics than now"):
         find_other(replace(work, args=Namespace(**vars(args) | {"scales": [1.0, 1.5]})), device)
     state["state_dict"]["br9.conv2.bias"][3] += 1
     torch.save(state, other / "best.pth.tar")  # of the same epoch

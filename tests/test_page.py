@@ -25,6 +25,7 @@ from results_page import (
     classes_figure,
     curves_figure,
     differences_figure,
+    draw_figures,
     draw_gallery,
     styles,
     write_page,
@@ -141,12 +142,14 @@ def test_the_baseline_is_among_the_rows_whose_classes_are_drawn():
     assert [text.get_text() for text in figure.legends[0].texts] == [f"row {n}" for n in (0, 11, 10, 9, 8, 7)]
 
 
-def test_intervals_are_drawn_unless_photos_are_few():
-    for photos, intervals in ((20, (1, 2 * 2)), (9, (0, 0))):
-        (found,) = section(["base", "other"], photos=photos).comparisons
-        styles = {"other": "C0-", "base": "C1-"}
-        drawn = differences_figure(found, "mIoU", styles), classes_figure(found, styles)
-        assert tuple(map(segments, drawn)) == intervals
+def test_intervals_are_drawn_and_differences_at_all_unless_photos_are_few():
+    for photos, intervals in ((20, 2 * 2), (9, 0)):
+        rows = section(["base", "other"], photos=photos)
+        (found,) = rows.comparisons
+        colours = styles(rows)
+        assert segments(classes_figure(found, colours)) == intervals
+        assert any("Difference" in caption for caption in draw_figures(rows, "key")) == bool(intervals)
+    assert segments(differences_figure(section(["base", "other"]).comparisons[0], "mIoU", colours)) == 1
 
 
 # ---------------------------------------------------------------------------------------- photos
