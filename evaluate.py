@@ -246,7 +246,7 @@ def confusion_figure(counts: np.ndarray, iou: Mapping[str, float | None]) -> Fig
     prediction, and not drawn where others are.
     """
     shown = [place for place, value in enumerate(iou.values()) if value is not None] or [*range(len(iou))]
-    counts, iou = counts[np.ix_(shown, shown)], {name: value for name, value in iou.items() if value is not None} or iou
+    counts, iou = counts[np.ix_(shown, shown)], dict([*iou.items()][place] for place in shown)
     names = [spelling(name if len(name) <= 18 else f"{name[:17]}…") for name in iou]
     side = max(5.0, 2.5 + 0.32 * len(names))
     figure = Figure(figsize=(1.25 * side, side), layout="constrained")

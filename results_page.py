@@ -90,8 +90,7 @@ def draw_figures(section: Section, key: str) -> dict[str, str]:
         seeds = ", in bold the mean of the seeds" * any(len(runs) > 1 for runs in section.curves.values())
         drawn[f"Validation {section.metric} by epoch{seeds}"] = curves_figure(section, of_rows)
     for found in section.comparisons:
-        few = any(word.startswith("few ") for said in found.words.values() for word in said.values())
-        for metric in found.metrics if found.differences and not few else ():
+        for metric in found.metrics if found.differences and not found.few else ():
             drawn[f"Difference in {metric} on {found.split}"] = differences_figure(found, metric, of_rows)
         about = ", with 95 % intervals" * (max(found.photos) >= comparing.FEW)
         about += f", of {RUNS} of the {len(found.class_IoU)} rows" * (len(found.class_IoU) > RUNS)

@@ -242,6 +242,11 @@ class Comparison:
     class_IoU: dict[str, list[tuple[float, float, float] | None]]  # the baseline's too, each with its interval
     note: str = ""  # how many groups there are, and of what
 
+    @property
+    def few(self) -> bool:
+        """Whether there are too few photos, or groups, to say more than that: of all rows, or of none."""
+        return any(word.startswith("few ") for said in self.words.values() for word in said.values())
+
     def columns(self) -> pd.DataFrame:
         """Return the columns that results.csv has of it, with a line for each row."""
         lines: dict[str, dict[str, Any]] = {self.baseline: {}}
@@ -249,7 +254,7 @@ class Comparison:
             lines[name] = {}
             for metric, (value, low, high, _) in found.items():
                 word = self.words[name][metric]
-                ends = {} if word.startswith("few ") else {"low": low, "high": high}
+                ends = {} if self.few else {"low": low, "high": high}
                 columns = {"difference": value, **ends, "verdict": word}
                 lines[name] |= {f"{self.split}_{metric}_{key}": each for key, each in columns.items()}
         return pd.DataFrame.from_dict(lines, orient="index")

@@ -107,7 +107,8 @@ def test_the_score_at_the_size_of_the_network_is_that_of_validation(experiment, 
     }
     assert metrics["loss"] == pytest.approx(then["loss"], rel=1e-5)
     check_counts(experiment, data, metrics, "val_best")
-    assert Image.open(experiment / "metrics_val_best.png").width > 500
+    width, height = Image.open(experiment / "metrics_val_best.png").size
+    assert width > 600 and height > 500
 
 
 def test_scores_on_other_data_have_files_of_their_own_that_say_which(experiment, trained, tmp_path):
@@ -207,7 +208,8 @@ def test_photos_on_which_two_experiments_differ_most_are_drawn_with_both(experim
     absent, scores = (
         other / f"{kind}_val_best_original_size.{end}" for kind, end in (("counts", "npz"), ("metrics", "json"))
     )
-    said = f"{scores} is absent, or of other weights, photos, flags or metrics than now; score {other} first, with"
+    said = f"{scores} is absent, or of other weights, photos, flags or metrics than now"
+    said += f"; score {other} first, with the same"
     assert said in run_evaluate(experiment, data, *flags, check=2).stderr
     run_evaluate(other, data, "--original_size")
     stdout = run_evaluate(experiment, data, *flags).stdout

@@ -171,10 +171,15 @@ def test_a_photo_of_ones_own_needs_no_data_and_is_held_against_the_result(run_ex
     photo, other, out = tmp_path / "$5 or $6.png", tmp_path / "$5 or $6_overlay.png", tmp_path / "out"
     noise(50, 40).save(photo)
     noise(50, 40).save(other)
-    run_explain(photo, other, "--model_dir", experiment, "--data_dir", tmp_path, "--at", 49, 0, "--output_dir", out)
+    segmenter, names = load(experiment)
+    labels = segmenter.segment(Image.open(photo)).numpy()
+    y, x = np.argwhere(labels != labels[0, 0])[-1].tolist()
+    run_explain(photo, other, "--model_dir", experiment, "--data_dir", tmp_path, "--at", x, y, "--output_dir", out)
     report = json.loads((out / "explain.json").read_text())
     entry = report["photos"]["$5 or $6"]
-    assert (entry["held_against"], entry["at"]) == ("the result", [49, 0])
+    assert (entry["held_against"], entry["at"]) == ("the result", [x, y])
+    (found,) = entry["receptive_field"].values()
+    assert found["class"] == found["predicted"] == names[labels[y, x]]
     assert entry["stages"]["the result"]["pixel_accuracy"] == 1
     assert "mean_receptive_field" not in report
     noise(50, 30).save(other)

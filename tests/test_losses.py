@@ -141,6 +141,7 @@ def test_every_constant_of_a_term_is_a_key_of_params_json_that_reaches_it():
         changed = SegmentationLoss(**Params(loss_weights={term: 1.0}, **{key: 3.5}).loss_options())
         assert getattr(changed.terms[term], name) == 3.5
         assert getattr(Params(), key) == getattr(TERMS[term], name) and Params.fault(key, "x")
+    assert Params.fault("focal_gamma", 1e9)
     with pytest.raises(TypeError, match="focal_gama"):
         SegmentationLoss({"focal": 1.0}, focal_gama=3)
 
@@ -162,7 +163,7 @@ class Tversky(Term):
 def test_a_term_may_begin_with_the_name_of_another_and_its_sums_and_constants_are_its_own(monkeypatch):
     logits, labels = example(4, void=0.1)
     alone = SegmentationLoss({"focal": 1.0}, focal_gamma=3)(logits, labels)
-    before = {*constants()}
+    assert (before := {*constants()}) >= {"focal_gamma"}
     monkeypatch.setitem(TERMS, "focal_tversky", Tversky)
     assert {*constants()} - before == {"focal_tversky_alpha", "focal_tversky_gamma"}
     chosen = {"focal_gamma": 3, "focal_tversky_alpha": 0.3, "focal_tversky_gamma": 0.7}
